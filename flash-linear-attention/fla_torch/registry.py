@@ -1,0 +1,146 @@
+"""Which function of fla each of ours stands in for, and how it takes its place.
+
+fla dispatches most of its kernels through ``fla.backends``; there our functions are registered. The three
+operators that it does not dispatch get fla's own dispatcher put around them, at every name under which a
+loaded module looks them up. Either way the choice is made call by call: ours where the tensors lie on a CPU,
+or everywhere when asked for; fla's kernel otherwise.
+"""
+
+import importlib
+import inspect
+import sys
+
+import torch
+
+from fla_torch import activations, convolution, cross_entropy, normalization, operators, rotary
+
+TESTED_VERSIONS = "0.6.0"
+
+# fla module -> (our module, functions that fla dispatches there)
+DISPATCHED = {
+    "fla.modules.causal_conv1d.ops": (
+        convolution,
+        ("causal_conv1d_fwd", "causal_conv1d_bwd", "causal_conv1d_update", "causal_conv1d_update_states",
+         "compute_dh0_triton"),
+    ),
+    "fla.modules.norm.layernorm": (normalization, ("layer_norm_fwd", "layer_norm_bwd")),
+    "fla.modules.norm.fused_norm_gate": (normalization, ("layer_norm_gated_fwd", "layer_norm_gated_bwd")),
+    "fla.modules.norm.l2norm": (normalization, ("l2norm_fwd", "l2norm_bwd")),
+    "fla.modules.activations.ops": (
+        activations,
+        ("sigmoid_fwd", "sigmoid_bwd", "logsigmoid_fwd", "logsigmoid_bwd", "swish_fwd", "swish_bwd", "swiglu_fwd",
+         "swiglu_fwdbwd"),
+    ),
+    "fla.modules.fused_cross_entropy.ops": (cross_entropy, ("cross_entropy_fwd", "cross_entropy_bwd")),
+    "fla.modules.fused_linear_cross_entropy.ops": (cross_entropy, ("fused_linear_cross_entropy_bwd",)),
+    "fla.modules.rotary.ops": (rotary, ("rotary_embedding_fwdbwd",)),
+}  # fmt: skip
+
+# Dispatched by fla under the name of an operation, where a backend is a class with a method for each function.
+DISPATCHED_OPERATION = "gated_delta_rule"
+
+# fla module -> (what it does not dispatch, ours). The first two are held by name in the modules of layers. The
+# others are looked up at each call, by the module itself and through the class, so that models of transformers
+# that took hold of fla's public functions before `enable()` find ours too.
+UNDISPATCHED = {
+    "fla.ops.delta_rule.chunk": ("chunk_delta_rule", operators.chunk_delta_rule),
+    "fla.ops.delta_rule.fused_recurrent": ("fused_recurrent_delta_rule", operators.fused_recurrent_delta_rule),
+    "fla.ops.gated_delta_rule.fused_recurrent": (
+        "fused_recurrent_gated_delta_rule_fwd",
+        operators.fused_recurrent_gated_delta_rule_fwd,
+    ),
+    "fla.modules.fused_cross_entropy.ops": (
+        "FusedCrossEntropyLoss.forward",
+        cross_entropy.cross_entropy_loss_forward,
+    ),
+}
+
+_runs_on_cuda = False
+_is_enabled = False
+
+
+class UnsupportedVersionError(ImportError):
+    """The installed fla lacks a function or a hook that the backend needs."""
+
+
+def enable(*, cuda: bool = False) -> None:
+    """Let fla's models run in PyTorch where no Triton kernel can: on a CPU, and on CUDA if asked for.
+
+    On CUDA fla's own kernels run, unless ``cuda`` is true: PyTorch needs no autotuning, which on a fresh
+    machine takes minutes. Calling it again changes nothing but this choice. Call it before or after models are built.
+
+    Raises:
+        UnsupportedVersionError: the installed fla lacks what the backend needs, or its dispatch is switched off.
+    """
+    global _is_enabled, _runs_on_cuda
+    if not _is_enabled:
+        _check_version()
+        _register()
+        _is_enabled = True
+    _runs_on_cuda = cuda
+
+
+def is_taken(*args, **kwargs) -> tuple[bool, str | None]:
+    """Tell fla's dispatcher whether our backend takes a call with these arguments, and if not, why."""
+    if _runs_on_cuda:
+        return True, None
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, torch.Tensor):
+            return argument.device.type == "cpu", f"tensors are on {argument.device.type}"
+    return False, "no tensor among the arguments"
+
+
+def _check_version() -> None:
+    try:
+        backends = importlib.import_module("fla.backends")
+        missing = [name for name in ("BaseBackend", "dispatch", "register") if not hasattr(backends, name)]
+        wanted = [(module, name) for module, (_, names) in DISPATCHED.items() for name in names]
+        wanted += [(module, name.split(".")[0]) for module, (name, _) in UNDISPATCHED.items()]
+        wanted.append(("fla.ops.gated_delta_rule.chunk", "chunk_gated_delta_rule"))
+        missing += [f"{module}.{name}" for module, name in wanted if not hasattr(importlib.import_module(module), name)]
+    except ImportError as error:
+        missing = [str(error)]
+    if missing:
+        raise UnsupportedVersionError(
+            f"the PyTorch backend works with flash-linear-attention {TESTED_VERSIONS}; the installed one lacks "
+            f"{', '.join(missing)}: pip install flash-linear-attention=={TESTED_VERSIONS}"
+        )
+    if getattr(backends, "_DISPATCH_DISABLED", False):
+        raise UnsupportedVersionError(
+            "FLA_DISABLE_BACKEND_DISPATCH=1 switches off the registry that the PyTorch backend needs: unset it"
+        )
+
+
+def _register() -> None:
+    from fla.backends import BaseBackend, dispatch, register
+
+    class TorchBackend(BaseBackend):
+        backend_type = "torch"
+        priority = -1
+
+    def place(entry_point, implementation):
+        # Registries are keyed by the plain function, and find ours by the arguments that a call names.
+        register(entry_point, backend=TorchBackend, verifier=is_taken)(implementation)
+
+    for module_name, (ours, names) in DISPATCHED.items():
+        module = importlib.import_module(module_name)
+        for name in names:
+            place(inspect.unwrap(getattr(module, name)), getattr(ours, name))
+
+    class TorchOperation(TorchBackend):
+        chunk_gated_delta_rule = staticmethod(operators.chunk_gated_delta_rule)
+
+    register(DISPATCHED_OPERATION, verifier=is_taken)(TorchOperation)
+
+    for module_name, (path, implementation) in UNDISPATCHED.items():
+        module = importlib.import_module(module_name)
+        *owner, name = path.split(".")
+        holder = getattr(module, owner[0]) if owner else module
+        original = getattr(holder, name)
+        dispatched = dispatch(original)
+        place(original, implementation)
+        setattr(holder, name, dispatched)
+        for other in list(sys.modules.values()):
+            for attribute, value in list(getattr(other, "__dict__", {}).items()):
+                if value is original:
+                    setattr(other, attribute, dispatched)

@@ -1,0 +1,147 @@
+"""Where the commands find each other's files, and how a file or folder appears whole or not at all."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from keyreduce.errors import KeyreduceError
+
+RECORD_NAME = "keyreduce.json"
+
+
+class Workspace:
+    """The work folder: each command's default output, which is the next command's default input.
+
+    Args:
+        root: the folder (``--work``, ``KEYREDUCE_WORK``, ``./keyreduce-out``). It is made when
+            something is first written into it.
+    """
+
+    def __init__(self, root: Path):
+        self.root = Path(root)
+        self.calibration = self.root / "calibration.safetensors"
+        self.pruned = self.root / "pruned"
+        self.dcp = self.root / "dcp"
+        self.hf = self.root / "hf"
+        self.benchmark = self.root / "benchmark.json"
+        self.evaluation = self.root / "eval.json"
+
+
+@contextlib.contextmanager
+def appearing(target: Path, *, folder: bool, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside ``target``; move it there when the block ends without an error.
+
+    Nothing is ever seen at ``target`` but the old content or the complete new one. What an earlier
+    run left behind when it was killed is removed.
+
+    Args:
+        target: the file or folder that is to appear.
+        folder: whether the temporary path is made as a folder, or left for the block to make as a file.
+        overwrite: whether an existing ``target`` is replaced.
+
+    Raises:
+        KeyreduceError: ``target`` exists and ``overwrite`` is false, or its parent cannot be written.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() and not overwrite:
+        raise KeyreduceError(f"{target} exists; pass --overwrite to replace it, or another --output")
+    prefix = f".{target.name}.partial-"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left_over in target.parent.glob(f"{prefix}*"):
+            if not _is_alive(left_over.name[len(prefix) :].split("-")[0]):
+                _remove(left_over)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=target.parent))
+    except OSError as error:
+        raise KeyreduceError(f"cannot write to {target.parent}: {error.strerror}") from error
+    # mkdtemp is private to its owner; what we leave behind follows the umask as any new folder does.
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o777 & ~umask)
+    made = temporary if folder else temporary / target.name
+    try:
+        yield made
+        if target.is_dir() and not target.is_symlink():
+            # A folder cannot be renamed onto another: the old one steps aside for an instant.
+            aside = temporary.with_name(f"{temporary.name}-old")
+            target.rename(aside)
+            made.rename(target)
+            _remove(aside)
+        else:
+            made.replace(target)
+    finally:
+        _remove(temporary)
+
+
+def write_json(target: Path, content: dict, *, overwrite: bool = False) -> None:
+    """Write ``content`` as indented JSON; it appears whole or not at all."""
+    with appearing(target, folder=False, overwrite=overwrite) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        KeyreduceError: the file is missing, unreadable, not JSON, or not an object.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise KeyreduceError(f"there is no file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeyreduceError(f"{path} cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise KeyreduceError(f"{path} is not valid JSON (line {error.lineno}): it may be truncated") from None
+    if not isinstance(content, dict):
+        raise KeyreduceError(f"{path} holds no JSON object")
+    return content
+
+
+def is_already_made(target: Path, recorded_inputs: dict | None, inputs: dict, overwrite: bool) -> bool:
+    """Decide what an existing output means.
+
+    Args:
+        target: where a command would write.
+        recorded_inputs: the inputs that the existing output says it was made from, or None if it does not say.
+        inputs: the inputs of this run.
+        overwrite: whether the user allowed replacement.
+
+    Returns:
+        True when ``target`` was made from these very inputs, so that there is nothing to do.
+        False when it is absent or may be replaced.
+
+    Raises:
+        KeyreduceError: ``target`` exists, was made from something else, and may not be replaced.
+    """
+    if overwrite or not target.exists():
+        return False
+    if recorded_inputs == inputs:
+        return True
+    differing = sorted(key for key in inputs if (recorded_inputs or {}).get(key) != inputs[key])
+    detail = f"it differs in {', '.join(differing)}" if recorded_inputs else "keyreduce did not write it"
+    raise KeyreduceError(
+        f"{target} exists and was made from other inputs ({detail}); "
+        "pass --overwrite to replace it, or another --output"
+    )
+
+
+def _is_alive(process_id: str) -> bool:
+    try:
+        os.kill(int(process_id), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
