@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -80,7 +81,10 @@ def appearing(target: Path, *, folder: bool, overwrite: bool = False) -> Iterato
 def write_json(target: Path, content: dict, *, overwrite: bool = False) -> None:
     """Write ``content`` as indented JSON; it appears whole or not at all."""
     with appearing(target, folder=False, overwrite=overwrite) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        text = json.dumps(content, indent=2)
+        # A list of numbers, such as the channels that a head keeps, goes on one line.
+        text = re.sub(r"\[[\s\d.,-]+\]", lambda numbers: f"[{' '.join(numbers[0][1:-1].split())}]", text)
+        temporary.write_text(text + "\n")
 
 
 def read_json(path: Path) -> dict:
@@ -97,6 +101,8 @@ def read_json(path: Path) -> dict:
         raise KeyreduceError(f"{path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:
         raise KeyreduceError(f"{path} is not valid JSON (line {error.lineno}): it may be truncated") from None
+    except (ValueError, RecursionError):
+        raise KeyreduceError(f"{path} holds JSON that no config or record would: it is damaged") from None
     if not isinstance(content, dict):
         raise KeyreduceError(f"{path} holds no JSON object")
     return content

@@ -39,10 +39,12 @@ def cross_entropy_bwd(
 def cross_entropy_loss_forward(module, input, target):
     """``FusedCrossEntropyLoss.forward`` without the check that its tensors are on a GPU."""
     _refuse_shards(module.process_group)
-    losses = _losses(
+    loss, z_loss, _ = _losses(
         input, target, module.label_smoothing, module.logit_scale, module.lse_square_scale, module.logit_softcapping,
         module.ignore_index,
-    )[:2]  # fmt: skip
+    )  # fmt: skip
+    # The z-loss is part of the loss; by itself fla returns it for logging, without a gradient.
+    losses = [loss, z_loss.detach()]
     if module.reduction != "none":
         losses = [loss.sum() for loss in losses]
     if module.reduction == "mean":

@@ -102,8 +102,7 @@ def chunked_delta_rule(
             state_BHKGV = state_BHKGV * since_start_BHGC1[..., -1, 0][:, :, None, :, None]
         written_BHCGV = update_BHGCV.transpose(2, 3).reshape(B, H, C, G * V)
         state_BHKGV = state_BHKGV + (key_BHCK.mT @ written_BHCGV).view(B, H, K, G, V)
-    output_BTWV = torch.cat(outputs, dim=1) if outputs else torch.zeros_like(value_BTWV)
-    return output_BTWV, state_BHKGV.transpose(2, 3).reshape(B, W, K, V)
+    return torch.cat(outputs, dim=1), state_BHKGV.transpose(2, 3).reshape(B, W, K, V)
 
 
 def recurrent_delta_rule(

@@ -81,7 +81,13 @@ def activate_gate(gate_BTW: torch.Tensor, A_log_W: torch.Tensor, dt_bias_W: torc
 
 
 def activate_beta(beta: torch.Tensor, use_sigmoid: bool, allow_neg_eigval: bool) -> torch.Tensor:
-    """Return the writing strength: beta itself, or its sigmoid, doubled where negative eigenvalues are allowed."""
+    """Return the writing strength: beta itself, or its sigmoid, doubled where negative eigenvalues are allowed.
+
+    Raises:
+        ValueError: ``allow_neg_eigval`` without ``use_sigmoid``, which fla refuses too.
+    """
+    if allow_neg_eigval and not use_sigmoid:
+        raise ValueError("allow_neg_eigval doubles the sigmoid of beta: pass use_beta_sigmoid_in_kernel too")
     beta = widen(beta)
     if use_sigmoid:
         beta = beta.sigmoid()
@@ -106,10 +112,12 @@ def _delta_rule(
         query, key, value, beta, log_decay, key_log_decay, value_log_decay = arguments
         state = None
         if initial_state is not None:
+            if len(initial_state) != len(query):
+                raise ValueError(f"{len(query)} sequences need as many initial states, not {len(initial_state)}")
             state = widen(initial_state).to(value.dtype)
             state = state.mT if state_v_first else state
         is_per_channel = key_log_decay is not None or value_log_decay is not None or beta.ndim == value.ndim
-        if key.shape[1] == 1 or is_per_channel:
+        if key.shape[1] <= 1 or is_per_channel:
             decays = [
                 None if log_decay is None else log_decay[..., None, None],
                 None if key_log_decay is None else widen(key_log_decay)[..., None],

@@ -16,7 +16,12 @@ def unpack(packed_1P: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
 
     Returns:
         ``[N, T, ...]`` with T the longest length.
+
+    Raises:
+        ValueError: there is more than one row.
     """
+    if packed_1P.shape[0] != 1:
+        raise ValueError(f"sequences packed by cu_seqlens lie in one row: batch size 1, not {packed_1P.shape[0]}")
     return pad_sequence(packed_1P[0].split(cu_seqlens.diff().tolist()), batch_first=True)
 
 

@@ -1,0 +1,31 @@
+# Everything runs in an environment of its own, made from the versions in configs/constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := keyreduce-out/demo
+
+.PHONY: setup demo test clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml configs/constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint configs/constraints.txt --editable ".[test,train]"
+	touch $@
+
+# The main line: each command finds what the one before it wrote.
+demo: export KEYREDUCE_WORK := $(DEMO)
+demo: setup
+	rm -rf $(DEMO)
+	$(BIN)/keyreduce calibrate
+	$(BIN)/keyreduce prune --method wanda --ratio 0.25
+	$(BIN)/keyreduce convert-dcp
+	$(BIN)/keyreduce benchmark --mixer
+	$(BIN)/keyreduce eval
+
+# Two processes of one thread each: the tests are many and small.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
+
+clean:
+	rm -rf $(VENV) keyreduce-out build *.egg-info

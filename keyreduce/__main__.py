@@ -1,0 +1,5 @@
+"""``python -m keyreduce`` is ``keyreduce``."""
+
+from keyreduce.cli import main
+
+main()

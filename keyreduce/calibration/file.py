@@ -1,0 +1,72 @@
+"""The calibration file: running sums as safetensors, and what they were made from in its header."""
+
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from keyreduce.calibration.statistics import LayerStatistics, Statistics
+from keyreduce.checkpoint.shards import read_header
+from keyreduce.errors import KeyreduceError
+from keyreduce.workspace import appearing
+
+_KEY = "keyreduce"
+
+
+def write_statistics(statistics: Statistics, path: Path, *, overwrite: bool = False) -> None:
+    """Write a calibration file; it appears whole or not at all."""
+    record = {"model": statistics.model, "tokens": statistics.tokens, "inputs": statistics.inputs}
+    tensors = {
+        f"layers.{layer}.{name}": tensor
+        for layer, sums in statistics.layers.items()
+        for name, tensor in sums.tensors().items()
+    }
+    with appearing(path, folder=False, overwrite=overwrite) as temporary:
+        save_file(tensors, temporary, metadata={_KEY: json.dumps(record)})
+        # safetensors makes files private to their owner; this one is as shareable as any other output.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+
+
+def read_record(path: Path) -> dict:
+    """Return model identity, tokens and inputs of a calibration file, without reading the sums.
+
+    Raises:
+        KeyreduceError: the file is missing, damaged, or not a calibration file.
+    """
+    if not Path(path).is_file():
+        raise KeyreduceError(f"there is no calibration file {path}; make it with keyreduce calibrate")
+    record = read_header(path).metadata.get(_KEY)
+    if record is None:
+        raise KeyreduceError(f"{path} is not a calibration file; make one with keyreduce calibrate")
+    return json.loads(record)
+
+
+def read_statistics(path: Path) -> Statistics:
+    """Read a calibration file.
+
+    Raises:
+        KeyreduceError: the file is missing, damaged, or not a calibration file.
+    """
+    record = read_record(path)
+    sums: dict[int, dict] = {}
+    try:
+        with safe_open(str(path), framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118  (no mapping)
+                _, layer, name = key.split(".")
+                sums.setdefault(int(layer), {})[name] = opened.get_tensor(key)
+    except SafetensorError as error:
+        raise KeyreduceError(f"{path} cannot be read: {error}") from error
+    expected = {field.name for field in fields(LayerStatistics)}
+    for layer, tensors in sums.items():
+        if tensors.keys() != expected:
+            raise KeyreduceError(
+                f"{path} was made by another version of keyreduce (layer {layer} differs in "
+                f"{', '.join(sorted(tensors.keys() ^ expected))}); make it again with keyreduce calibrate --overwrite"
+            )
+    layers = {layer: LayerStatistics(**sums[layer]) for layer in sorted(sums)}
+    return Statistics(record["model"], record["tokens"], layers, record["inputs"])

@@ -1,0 +1,90 @@
+"""Text and a model to calibration sums: what ``keyreduce calibrate`` does, and ``prune`` where sums are missing."""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from keyreduce.calibration.capture import collect
+from keyreduce.calibration.statistics import Statistics
+from keyreduce.checkpoint.folder import Checkpoint
+from keyreduce.data.batches import batches, token_rows
+from keyreduce.data.text import TextSource
+from keyreduce.errors import KeyreduceError
+from keyreduce.models.loading import load_model
+
+
+class Settings(NamedTuple):
+    """How much text is taken, and in what shape: ``num_batches`` batches of ``batch_size`` rows of ``seq_len`` tokens.
+
+    The order of the documents is drawn from ``seed``.
+    """
+
+    num_batches: int = 16
+    batch_size: int = 4
+    seq_len: int = 512
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse settings that no text could meet.
+
+        Raises:
+            KeyreduceError: a number is below 1.
+        """
+        for name in ("num_batches", "batch_size", "seq_len"):
+            if getattr(self, name) < 1:
+                raise KeyreduceError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it is at least 1")
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens that is."""
+        return self.num_batches * self.batch_size * self.seq_len
+
+
+def describe_inputs(source: Checkpoint, text: TextSource, settings: Settings, dtype: torch.dtype) -> dict:
+    """Return what a calibration is made from; equal inputs give equal sums, up to rounding."""
+    return {
+        "model": source.identity,
+        "text": {**text.describe(), "identity": text.identity},
+        **settings._asdict(),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def calibrate(
+    source: Checkpoint,
+    text: TextSource,
+    settings: Settings,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[int], None] | None = None,
+    note: Callable[[str], None] = lambda message: None,
+) -> Statistics:
+    """Load the model, run the text through it, and return the sums.
+
+    Args:
+        source: the checkpoint.
+        text: documents to draw rows from.
+        settings: how many, how long.
+        device, dtype: where and in what to run the model; sums are float64 either way.
+        progress: called after each batch with its number of tokens.
+        note: told where the text is shorter than was asked for.
+
+    Raises:
+        KeyreduceError: the model does not load, the text is empty, or weights or activations are NaN or inf.
+    """
+    settings.check()
+    loaded = load_model(source.path, device, dtype)
+    rows = token_rows(text.documents(settings.seed), loaded.tokenizer, settings.seq_len)
+    first_row = next(rows)
+    if len(first_row) < settings.seq_len:
+        note(f"the text is shorter than one sequence: {len(first_row)} tokens instead of {settings.seq_len}")
+    taken = batches(itertools.chain([first_row], rows), settings.batch_size, settings.num_batches)
+    layers, tokens = collect(loaded, taken, progress)
+    if tokens < settings.tokens and len(first_row) == settings.seq_len:
+        note(f"the text ended after {tokens:,} of {settings.tokens:,} tokens")
+    statistics = Statistics(source.identity, tokens, layers, describe_inputs(source, text, settings, dtype))
+    statistics.check_finite()
+    return statistics

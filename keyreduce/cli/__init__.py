@@ -1,0 +1,43 @@
+"""The command line: one file a subcommand. Heavy imports wait until a command runs."""
+
+import sys
+
+import typer
+
+from keyreduce.cli import errors
+from keyreduce.cli.benchmark import benchmark
+from keyreduce.cli.calibrate import calibrate
+from keyreduce.cli.convert_dcp import convert_dcp
+from keyreduce.cli.eval import evaluate
+from keyreduce.cli.prune import prune
+from keyreduce.errors import KeyreduceError
+
+app = typer.Typer(
+    name="keyreduce",
+    help="Prune DeltaNet-family language models after training: a smaller recurrent state, the same stock loaders.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(calibrate)
+app.command()(prune)
+app.command(name="convert-dcp")(convert_dcp)
+app.command()(benchmark)
+app.command(name="eval")(evaluate)
+
+
+def main() -> None:
+    """Run the command line; what a user did wrong is told in one line, with exit code 2."""
+    # Typer's own mistakes of usage share a base class that it does not export.
+    usage_error = typer.BadParameter.__base__
+    try:
+        sys.exit(app(standalone_mode=False))
+    except KeyreduceError as error:
+        if errors.show_tracebacks:
+            raise
+        errors.stop(str(error))
+    except usage_error as error:
+        errors.stop(f"{error.format_message()} (see keyreduce --help)")
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)

@@ -1,0 +1,87 @@
+"""``keyreduce calibrate``: text to statistics."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from keyreduce.cli import options
+
+
+def calibrate(
+    model: options.Model = None,
+    work: options.Work = options.DEFAULT_WORK,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The calibration file. [default: in --work]", show_default=False),
+    ] = None,
+    text: options.Text = None,
+    dataset: options.Dataset = None,
+    dataset_config: options.DatasetConfig = None,
+    split: options.Split = None,
+    num_batches: options.NumBatches = 16,
+    batch_size: options.BatchSize = 4,
+    seq_len: options.SeqLen = 512,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Run text through the model and keep running sums: one small file, for every method and every ratio."""
+    from keyreduce.calibration.run import Settings
+    from keyreduce.cli.console import Console
+    from keyreduce.data.text import text_source
+    from keyreduce.workspace import Workspace
+
+    write_calibration(
+        Console(as_json=json),
+        model,
+        text_source(text or (), dataset, dataset_config, split, default="calibration"),
+        Settings(num_batches, batch_size, seq_len, seed),
+        output or Workspace(work).calibration,
+        device=device,
+        dtype=dtype,
+        overwrite=overwrite,
+    )
+
+
+def write_calibration(console, model, text, settings, target, *, device, dtype, overwrite) -> None:
+    """Make the calibration file, or say that it is there already."""
+    from keyreduce.calibration.file import read_record, write_statistics
+    from keyreduce.calibration.run import calibrate, describe_inputs
+    from keyreduce.checkpoint.folder import open_folder
+    from keyreduce.families import family_of
+    from keyreduce.models.loading import find_model, pick_device, pick_dtype
+    from keyreduce.workspace import is_already_made
+
+    settings.check()
+    source = open_folder(find_model(model))
+    family_of(source.config)
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    inputs = describe_inputs(source, text, settings, dtype)
+    recorded = read_record(target)["inputs"] if target.exists() and not overwrite else None
+    if is_already_made(target, recorded, inputs, overwrite):
+        console.say(f"{target} is there already, from the same inputs")
+        console.result({"calibration": str(target), "made": False})
+        return
+    console.note(f"calibrating {source.path.name} on {device} ({inputs['dtype']})")
+    with console.progress("calibrating", settings.tokens, "tokens") as progress:
+        statistics = calibrate(
+            source, text, settings, device=device, dtype=dtype, progress=progress, note=console.note
+        )
+    write_statistics(statistics, target, overwrite=overwrite)
+    megabytes = target.stat().st_size / 1e6
+    console.say(f"wrote {target}: {statistics.tokens:,} tokens, {len(statistics.layers)} layers, {megabytes:.1f} MB")
+    console.result(
+        {
+            "calibration": str(target),
+            "made": True,
+            "model": str(source.path),
+            "tokens": statistics.tokens,
+            "layers": len(statistics.layers),
+            "bytes": target.stat().st_size,
+        }
+    )

@@ -1,0 +1,74 @@
+"""What commands print: tables for people on stdout, one JSON object for shells, and everything else on stderr."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+
+
+class Console:
+    """One command's voice.
+
+    Args:
+        as_json: whether stdout gets one JSON object, and tables go to stderr.
+    """
+
+    def __init__(self, *, as_json: bool):
+        from rich.console import Console as RichConsole
+
+        self.as_json = as_json
+        self.errors = RichConsole(stderr=True, highlight=False)
+        self.tables = self.errors if as_json else RichConsole(highlight=False)
+
+    def note(self, message: str) -> None:
+        """Say something in passing, on stderr."""
+        self.errors.print(message, markup=False, soft_wrap=True)
+
+    def say(self, message: str) -> None:
+        """Print one line of the result."""
+        self.tables.print(message, markup=False, soft_wrap=True)
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table: the first column names, the others are figures."""
+        from rich import box
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for number, name in enumerate(header):
+            table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        self.tables.print(table)
+
+    def result(self, content: dict) -> None:
+        """With ``--json``: print the object that a shell reads."""
+        if self.as_json:
+            print(json.dumps(content))
+
+    @contextlib.contextmanager
+    def progress(self, description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """Show a bar with rate and time left while the block runs; it is fed numbers of ``unit``."""
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        class Rate(TextColumn):
+            def render(self, task):
+                rate = task.finished_speed or task.speed
+                return super().render(task) if rate is None else f"{scaled(rate)} {unit}/s"
+
+        columns = ("[progress.description]{task.description}", BarColumn(), TaskProgressColumn(), Rate(""))
+        with Progress(*columns, TimeRemainingColumn(), console=self.errors, transient=True) as bar:
+            task = bar.add_task(description, total=total)
+            yield lambda amount: bar.advance(task, amount)
+
+
+def scaled(amount: float) -> str:
+    """Return a number in three digits with a decimal prefix: 12300 is 12.3k."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(amount) < 1000:
+            break
+        amount /= 1000
+    return f"{amount:.3g}{prefix}"
+
+
+def mebibytes(count: float | None) -> str:
+    """Return bytes as MiB; a dash where they could not be measured."""
+    return "-" if count is None else f"{count / 2**20:,.2f} MiB"

@@ -1,0 +1,13 @@
+"""How a command ends when the input is bad: one line on stderr, exit code 2."""
+
+import sys
+from typing import NoReturn
+
+show_tracebacks = False
+"""Set by ``--debug``."""
+
+
+def stop(message: str) -> NoReturn:
+    """Print the message as one line and exit with code 2."""
+    print(f"keyreduce: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

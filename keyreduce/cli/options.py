@@ -1,0 +1,72 @@
+"""The options that commands share, each defined once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def _debug(enabled: bool) -> bool:
+    if enabled:
+        from keyreduce.cli import errors
+
+        errors.show_tracebacks = True
+    return enabled
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        envvar="BASE_MODEL_DIR",
+        metavar="PATH|NAME",
+        help="Hugging Face folder, DCP folder, name on the hub, or name of a shipped model. [default: delta-net-5m]",
+        show_default=False,
+    ),
+]
+Work = Annotated[
+    Path, typer.Option(envvar="KEYREDUCE_WORK", metavar="DIR", help="Where commands find each other's files.")
+]
+DEFAULT_WORK = Path("keyreduce-out")
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ... [default: a GPU if there is one]", show_default=False)
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE",
+        help="float32, bfloat16 or float16, to compute in. [default: bfloat16 on a GPU, float32 on a CPU]",
+        show_default=False,
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", callback=_debug, is_eager=True, help="Show tracebacks.")]
+
+_TEXT = "Text"
+Text = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE|FOLDER",
+        rich_help_panel=_TEXT,
+        help=".txt, .md, .py, .jsonl or .parquet (field or column 'text'), or a folder of them; may be repeated. "
+        "[default: the Python standard library's source]",
+        show_default=False,
+    ),
+]
+Dataset = Annotated[str | None, typer.Option(metavar="NAME", rich_help_panel=_TEXT, help="A name for datasets, streamed.")]
+DatasetConfig = Annotated[str | None, typer.Option(metavar="C", rich_help_panel=_TEXT, help="Its configuration.")]
+Split = Annotated[str | None, typer.Option(metavar="S", rich_help_panel=_TEXT, help="Its split. [default: train]", show_default=False)]
+
+NumBatches = Annotated[int, typer.Option(envvar="NUM_BATCHES", help="Batches to run.")]
+BatchSize = Annotated[int, typer.Option(help="Rows in a batch.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens in a row.")]
+Compressed = Annotated[
+    str | None,
+    typer.Option(
+        envvar="COMPRESSED_MODEL",
+        metavar="PATH",
+        help="The pruned model to compare with --model. [default: what prune wrote into --work]",
+        show_default=False,
+    ),
+]

@@ -1,0 +1,105 @@
+"""Text to batches of tokens, for calibration, evaluation and training alike.
+
+Shapes: B rows in a batch, T tokens in a row, N tokens in a document, V token ids.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+_BYTE_FALLBACK = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+def separator_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """Return the id of the token that goes before each document, or None where the tokenizer has none for that."""
+    candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id)
+    return next((token_id for token_id in candidates if token_id is not None), None)
+
+
+def document_tokens(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[torch.Tensor]:
+    """Yield each document's token ids (LongTensor, N), its separator first."""
+    separator = separator_id(tokenizer)
+    before = [] if separator is None else [separator]
+    for document in documents:
+        # verbose=False: no warning about the model's maximum length, since the tokens are cut into rows afterwards.
+        encoded = tokenizer(document, add_special_tokens=False, truncation=False, verbose=False)
+        yield torch.tensor(before + encoded["input_ids"], dtype=torch.long)
+
+
+def token_rows(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, row_length: int
+) -> Iterator[torch.Tensor]:
+    """Yield rows of tokens cut from all documents joined, each document preceded by the separator.
+
+    Args:
+        documents: texts, taken one at a time.
+        tokenizer: a fast tokenizer; documents are encoded whole, without its own special tokens.
+        row_length: T, at least 1.
+
+    Returns:
+        LongTensors of T token ids. The last incomplete row is dropped, unless there is no other: then it is yielded
+        as it is, shorter than T, and the caller tells the user.
+    """
+    if row_length < 1:
+        raise ValueError(f"row_length is {row_length}; a row has at least one token")
+    rest_N = torch.empty(0, dtype=torch.long)
+    yielded = False
+    for tokens_N in document_tokens(documents, tokenizer):
+        rest_N = torch.cat([rest_N, tokens_N])
+        complete = len(rest_N) // row_length
+        for row_T in rest_N[: complete * row_length].view(complete, row_length):
+            yielded = True
+            yield row_T
+        rest_N = rest_N[complete * row_length :]
+    if not yielded and len(rest_N):
+        yield rest_N
+
+
+def batches(
+    rows: Iterable[torch.Tensor], batch_size: int, num_batches: int | None = None
+) -> Iterator[torch.Tensor]:
+    """Yield LongTensors (B, T) of ``batch_size`` rows each, the last one of fewer where rows run out.
+
+    Args:
+        rows: LongTensors of equal length T; no more of them are drawn than are needed.
+        batch_size: B, at least 1.
+        num_batches: stop after so many; None takes all rows.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; a batch has at least one row")
+    rows = iter(rows) if num_batches is None else islice(rows, num_batches * batch_size)
+    while batch := list(islice(rows, batch_size)):
+        yield torch.stack(batch)
+
+
+def bytes_per_token(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """Return how many UTF-8 bytes of text each token id stands for (LongTensor, V); special tokens stand for none.
+
+    Exact for byte-level BPE, where each character of a token is one byte, also when a token is only a part of a UTF-8
+    character. For other tokenizers it is the length of the token's text, with SentencePiece's mark read as a space and
+    its ``<0x0A>`` fallback as one byte. Ids that the tokenizer does not use stand for no bytes.
+    """
+    vocabulary = tokenizer.get_vocab()
+    added = tokenizer.added_tokens_decoder
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
+    steps = [decoder, *decoder.get("decoders", [])]
+    is_byte_level = any(step.get("type") == "ByteLevel" for step in steps)
+    special = set(tokenizer.all_special_ids)
+    lengths_V = torch.zeros(max(vocabulary.values()) + 1, dtype=torch.long)
+    for token, token_id in vocabulary.items():
+        if token_id in special or (token_id in added and added[token_id].special):
+            continue
+        if token_id in added:
+            length = len(token.encode())
+        elif is_byte_level:
+            length = len(token)
+        elif _BYTE_FALLBACK.fullmatch(token):
+            length = 1
+        else:
+            length = len(token.replace("\u2581", " ").encode())
+        lengths_V[token_id] = length
+    return lengths_V

@@ -1,0 +1,261 @@
+"""Where text comes from: files, a ``datasets`` name, or the default; always a stream of documents."""
+
+import hashlib
+import json
+import platform
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+from keyreduce.data.stdlib import Split, stdlib_documents, stdlib_files
+from keyreduce.errors import KeyreduceError
+
+TEXT_FIELD = "text"
+_SHUFFLE_BUFFER = 1_000  # documents
+_SAMPLE_BYTES = 1 << 16
+
+
+class TextSource(ABC):
+    """Documents, streamed, and what identifies them."""
+
+    def documents(self, seed: int | None = None) -> Iterator[str]:
+        """Return a stream of documents, none of them empty.
+
+        Args:
+            seed: shuffle with it, holding at most 1,000 documents in memory; None keeps the order of the source.
+
+        Raises:
+            KeyreduceError: a document cannot be read, or there is not one character of text.
+        """
+        return self._not_empty(self._stream(seed))
+
+    @abstractmethod
+    def describe(self) -> dict:
+        """Return what the text is, as a JSON object for records and tables."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """A string that two sources share when they hold the same text in the same order."""
+
+    @abstractmethod
+    def _stream(self, seed: int | None) -> Iterator[str]: ...
+
+    def _not_empty(self, documents: Iterable[str]) -> Iterator[str]:
+        is_empty = True
+        for document in documents:
+            if document:
+                is_empty = False
+                yield document
+        if is_empty:
+            described = ", ".join(f"{name} {value}" for name, value in self.describe().items())
+            raise KeyreduceError(f"the text is empty ({described}); give other text with --text or --dataset")
+
+
+class StdlibText(TextSource):
+    """One split of the Python standard library's source, the default."""
+
+    def __init__(self, split: Split):
+        self.split = split
+
+    def describe(self) -> dict:
+        return {"kind": "stdlib", "split": self.split, "python": platform.python_version()}
+
+    @cached_property
+    def identity(self) -> str:
+        hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in stdlib_files(self.split)]
+        return _digest({**self.describe(), "files": hashes})
+
+    def _stream(self, seed: int | None) -> Iterator[str]:
+        return _shuffled(stdlib_documents(self.split), seed)
+
+
+class FileText(TextSource):
+    """Files, and folders of them, searched recursively.
+
+    A .jsonl line is a document (its field ``text``), so is a .parquet row (its column ``text``); any other file is one.
+
+    Args:
+        paths: files or folders.
+
+    Raises:
+        KeyreduceError: a path is missing, a file's suffix is not supported, or a folder holds no supported file.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = [Path(path) for path in paths]
+        self._files = {path: name for given in self.paths for path, name in _text_files(given)}
+
+    def describe(self) -> dict:
+        return {"kind": "files", "paths": [str(path) for path in self.paths], "files": len(self._files)}
+
+    @cached_property
+    def identity(self) -> str:
+        files = [[name, path.stat().st_size, _sampled_hash(path)] for path, name in self._files.items()]
+        return _digest({"kind": "files", "files": files})
+
+    def _stream(self, seed: int | None) -> Iterator[str]:
+        files = list(self._files)
+        if seed is not None:
+            random.Random(seed).shuffle(files)
+        return _shuffled((document for path in files for document in _read(path)), seed)
+
+
+class DatasetText(TextSource):
+    """One split of a dataset that the ``datasets`` library loads by name, streamed; its column ``text``."""
+
+    def __init__(self, name: str, config: str | None = None, split: str = "train"):
+        self.name, self.config, self.split = name, config, split
+
+    def describe(self) -> dict:
+        return {"kind": "dataset", "name": self.name, "config": self.config, "split": self.split}
+
+    @property
+    def identity(self) -> str:
+        return _digest(self.describe())
+
+    def _stream(self, seed: int | None) -> Iterator[str]:
+        import datasets
+
+        try:
+            rows = datasets.load_dataset(self.name, self.config, split=self.split, streaming=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise KeyreduceError(
+                f"dataset {self.name!r} cannot be loaded, check --dataset, --dataset-config and --split: {reason}"
+            ) from error
+        if seed is not None:
+            rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        return (_text_of(row, f"dataset {self.name!r}") for row in rows)
+
+
+def text_source(
+    paths: Sequence[Path] = (),
+    dataset: str | None = None,
+    dataset_config: str | None = None,
+    split: str | None = None,
+    *,
+    default: Split,
+) -> TextSource:
+    """Return the text that a command's ``--text``, ``--dataset``, ``--dataset-config`` and ``--split`` ask for.
+
+    Args:
+        default: the split of the standard library's source that is taken when none of them is given.
+
+    Raises:
+        KeyreduceError: the options contradict each other, or a path is refused by `FileText`.
+    """
+    if paths and dataset:
+        raise KeyreduceError("--text and --dataset are both given; give one of them")
+    if dataset:
+        return DatasetText(dataset, dataset_config, split or "train")
+    if dataset_config or split:
+        raise KeyreduceError("--dataset-config and --split say which part of a --dataset; give its name too")
+    return FileText(paths) if paths else StdlibText(default)
+
+
+def _text_files(given: Path) -> list[tuple[Path, str]]:
+    """List the files that a path stands for, each with its name below that path."""
+    supported = ", ".join(_READERS)
+    if given.is_file():
+        if given.suffix.lower() not in _READERS:
+            raise KeyreduceError(f"{given} is of no kind that is read; give one of {supported}, or a folder of them")
+        return [(given, given.name)]
+    if not given.is_dir():
+        raise KeyreduceError(f"there is no text file or folder {given}")
+    found = sorted(path for path in given.rglob("*") if path.suffix.lower() in _READERS and path.is_file())
+    if not found:
+        raise KeyreduceError(f"folder {given} holds no text file; the kinds that are read are {supported}")
+    return [(path, path.relative_to(given).as_posix()) for path in found]
+
+
+def _read(path: Path) -> Iterator[str]:
+    try:
+        yield from _READERS[path.suffix.lower()](path)
+    except UnicodeDecodeError:
+        raise KeyreduceError(f"{path} is not UTF-8 text; convert it, or leave it out") from None
+    except OSError as error:
+        raise KeyreduceError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _read_plain(path: Path) -> Iterator[str]:
+    yield path.read_text(encoding="utf-8")
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                raise KeyreduceError(f"{path}, line {number}, is not JSON; each line must be a JSON object") from None
+            yield _text_of(row, f"{path}, line {number},")
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if TEXT_FIELD not in columns:
+                raise KeyreduceError(
+                    f'{path} has no column "{TEXT_FIELD}" but {", ".join(columns)}; rename the one with the text'
+                )
+            for batch in file.iter_batches(batch_size=256, columns=[TEXT_FIELD]):
+                for row in batch.to_pylist():
+                    yield _text_of(row, str(path))
+    except pyarrow.ArrowInvalid:
+        raise KeyreduceError(f"{path} is not a parquet file, or is truncated") from None
+
+
+_READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+    ".txt": _read_plain,
+    ".md": _read_plain,
+    ".py": _read_plain,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def _text_of(row: object, where: str) -> str:
+    text = row.get(TEXT_FIELD) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise KeyreduceError(f'{where} has no string in the field "{TEXT_FIELD}"; put the document there')
+    return text
+
+
+def _shuffled(documents: Iterable[str], seed: int | None) -> Iterator[str]:
+    """Yield the documents in an order drawn through a buffer of bounded length, as `datasets` shuffles a stream."""
+    documents = iter(documents)
+    if seed is None:
+        yield from documents
+        return
+    generator = random.Random(seed)
+    buffer = list(islice(documents, _SHUFFLE_BUFFER))
+    for document in documents:
+        place = generator.randrange(len(buffer))
+        yield buffer[place]
+        buffer[place] = document
+    generator.shuffle(buffer)
+    yield from buffer
+
+
+def _sampled_hash(path: Path) -> str:
+    """Hash the beginning, the middle and the end of a file, which may be larger than one wants to read."""
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for start in (0, (size - _SAMPLE_BYTES) // 2, size - _SAMPLE_BYTES):
+            file.seek(max(start, 0))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

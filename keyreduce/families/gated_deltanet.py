@@ -1,0 +1,33 @@
+"""Gated DeltaNet, as fla ships it (arXiv:2412.06464)."""
+
+from keyreduce.families.table import Family, Field, Part, Ratio
+
+_HEAD_DIM = Field("head_dim", 256)
+
+GATED_DELTANET = Family(
+    model_type="gated_deltanet",
+    mixer="model.layers.{layer}.attn",
+    operators=("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"),
+    key_heads=Field("num_heads", 6),
+    value_heads=Field("num_v_heads", "num_heads"),
+    head_k_dim=_HEAD_DIM,
+    head_v_dim=Ratio("expand_v", 2.0, of=_HEAD_DIM),
+    tensors={
+        "q_proj.weight": (Part.QUERY, Part.HIDDEN),
+        "k_proj.weight": (Part.KEY, Part.HIDDEN),
+        "v_proj.weight": (Part.VALUE, Part.HIDDEN),
+        "a_proj.weight": (Part.VALUE_HEAD, Part.HIDDEN),
+        "b_proj.weight": (Part.VALUE_HEAD, Part.HIDDEN),
+        "g_proj.weight": (Part.VALUE, Part.HIDDEN),
+        "A_log": (Part.VALUE_HEAD,),
+        "dt_bias": (Part.VALUE_HEAD,),
+        "q_conv1d.weight": (Part.QUERY, Part.OTHER, Part.OTHER),
+        "k_conv1d.weight": (Part.KEY, Part.OTHER, Part.OTHER),
+        "v_conv1d.weight": (Part.VALUE, Part.OTHER, Part.OTHER),
+        "q_conv1d.bias": (Part.QUERY,),
+        "k_conv1d.bias": (Part.KEY,),
+        "v_conv1d.bias": (Part.VALUE,),
+        "o_norm.weight": (Part.SHARED_VALUE,),
+        "o_proj.weight": (Part.HIDDEN, Part.VALUE),
+    },
+)

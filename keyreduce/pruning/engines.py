@@ -1,0 +1,36 @@
+"""Which serving engines a pruned size suits. The facts are of late 2026; engines change."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from keyreduce.families import MixerSizes
+
+
+class Engine(NamedTuple):
+    """An engine's demand on the mixer's sizes."""
+
+    name: str
+    demand: str
+    is_met: Callable[[MixerSizes], bool]
+
+
+ENGINES = (
+    Engine("fla", "head_k_dim at most 256", lambda s: s.head_k_dim <= 256),
+    Engine("fla, 16-bit training", "an even head_k_dim", lambda s: s.head_k_dim <= 256 and s.head_k_dim % 2 == 0),
+    Engine("vLLM (Triton)", "head_k_dim at most 256", lambda s: s.head_k_dim <= 256),
+    Engine("SGLang", "head_k_dim a power of two", lambda s: s.head_k_dim.bit_count() == 1),
+    Engine("MLX (Metal)", "head_k_dim a multiple of 32", lambda s: s.head_k_dim % 32 == 0),
+    Engine(
+        "llama.cpp",
+        "head_k_dim of 16, 32, 64 or 128, equal to head_v_dim",
+        lambda s: s.head_k_dim in (16, 32, 64, 128) and s.head_k_dim == s.head_v_dim,
+    ),
+    Engine("FlashInfer, FlashQLA, CuteDSL", "head_k_dim 128", lambda s: s.head_k_dim == 128),
+)
+
+
+def suited_engines(sizes: MixerSizes) -> tuple[list[str], list[str]]:
+    """Return the names of the engines that run these sizes, and of those that do not, with what they demand."""
+    suited = [engine.name for engine in ENGINES if engine.is_met(sizes)]
+    unsuited = [f"{engine.name} ({engine.demand})" for engine in ENGINES if not engine.is_met(sizes)]
+    return suited, unsuited
