@@ -48,8 +48,7 @@ def appearing(target: Path, *, folder: bool, overwrite: bool = False) -> Iterato
         KeyreduceError: ``target`` exists and ``overwrite`` is false, or its parent cannot be written.
     """
     target = Path(os.path.abspath(target))
-    if target.exists() and not overwrite:
-        raise KeyreduceError(f"{target} exists; pass --overwrite to replace it, or another --output")
+    refuse_existing(target, overwrite)
     prefix = f".{target.name}.partial-"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -76,6 +75,16 @@ def appearing(target: Path, *, folder: bool, overwrite: bool = False) -> Iterato
             made.replace(target)
     finally:
         _remove(temporary)
+
+
+def refuse_existing(target: Path | None, overwrite: bool) -> None:
+    """Refuse, before the work, an output that a user named and that exists.
+
+    Raises:
+        KeyreduceError: ``target`` exists and may not be replaced.
+    """
+    if target is not None and target.exists() and not overwrite:
+        raise KeyreduceError(f"{target} exists; pass --overwrite to replace it, or another --output")
 
 
 def write_json(target: Path, content: dict, *, overwrite: bool = False) -> None:

@@ -5,6 +5,7 @@ Training frameworks such as flame and torchtitan read and write DCP: a folder of
 """
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -77,7 +77,7 @@ def prune(
     if chosen.needs_statistics:
         statistics = _statistics(console, model, source, calibration, workspace, device, dtype)
         inputs["calibration"] = statistics.inputs
-    steps = pruning.recorded_steps(folder)
+    steps = pruning.read_record(folder).get("steps")
     if is_already_made(folder, steps[-1]["inputs"] if steps else None, inputs, overwrite):
         console.say(f"{folder} is there already, from the same inputs")
         console.result({"pruned": str(folder), "made": False})
@@ -86,8 +86,18 @@ def prune(
     plan = pruning.make_plan(source, chosen, kept, seed=seed, statistics=statistics, inputs=inputs)
     total = sum(entry.end - entry.begin for _, entry in source.entries.values())
     with console.progress("writing", total, "B") as progress:
-        pruning.write_pruned(source, plan, folder, overwrite=overwrite, progress=progress)
+        pruning.write_pruned(
+            source, plan, folder, dense=_name(model), overwrite=overwrite, progress=progress
+        )
     _report(console, source, plan, folder)
+
+
+def _name(model: str | None) -> str:
+    """What later commands call the dense model: a folder by its full path, since they may run elsewhere."""
+    from keyreduce.models.loading import DEFAULT_MODEL
+
+    model = model or DEFAULT_MODEL
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 def _statistics(console, model, source, calibration, workspace, device, dtype):

@@ -75,6 +75,7 @@ def write_pruned(
     plan: Plan,
     target: Path,
     *,
+    dense: str,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> dict:
@@ -84,6 +85,8 @@ def write_pruned(
         source: the checkpoint to prune.
         plan: what stays.
         target: the folder to make.
+        dense: the model as the user called it, by which later commands find what the pruned one is compared with.
+            A checkpoint that was pruned already keeps the name of the one that never was.
         overwrite: whether an existing one is replaced.
         progress: called with bytes written.
 
@@ -94,13 +97,15 @@ def write_pruned(
         KeyreduceError: see :func:`keyreduce.checkpoint.rewrite.rewrite`; or the target exists.
     """
     family = family_of(source.config)
+    earlier = read_record(source.path)
     record = {
+        "dense": earlier.get("dense", dense),
         "versions": {
             "keyreduce": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
         },
-        "steps": [*recorded_steps(source.path), plan.to_json()],
+        "steps": [*earlier.get("steps", []), plan.to_json()],
     }
     with appearing(target, folder=True, overwrite=overwrite) as temporary:
         rewrite(
@@ -114,10 +119,10 @@ def write_pruned(
     return record
 
 
-def recorded_steps(folder: Path) -> list[dict]:
-    """Return the pruning steps that a checkpoint folder records; none if it was never pruned."""
+def read_record(folder: Path) -> dict:
+    """Return what a checkpoint folder records of its pruning: ``dense``, ``steps``; empty if it was never pruned."""
     path = folder / RECORD_NAME
-    return read_json(path).get("steps", []) if path.is_file() else []
+    return read_json(path) if path.is_file() else {}
 
 
 def parameter_counts(source: Checkpoint, plan: Plan) -> dict[str, tuple[int, int]]:

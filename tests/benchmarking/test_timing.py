@@ -1,0 +1,114 @@
+import math
+import random
+
+import pytest
+import torch
+
+from keyreduce.benchmarking import timing
+from keyreduce.benchmarking.timing import Timing, interleave, peak_memory, ratio
+
+CPU = torch.device("cpu")
+
+
+class FakeMachine:
+    """A clock that stands still but while a contender runs, and a record of who ran."""
+
+    def __init__(self):
+        self.now, self.calls = 0.0, []
+
+    def contender(self, name: str, *seconds: float):
+        """A function that takes these seconds, call by call, and the last of them ever after."""
+        remaining = list(seconds)
+
+        def run():
+            self.calls.append(name)
+            self.now += remaining.pop(0) if len(remaining) > 1 else remaining[0]
+
+        return run
+
+
+@pytest.fixture
+def machine(monkeypatch) -> FakeMachine:
+    machine = FakeMachine()
+    monkeypatch.setattr(timing, "perf_counter", lambda: machine.now)
+    return machine
+
+
+def test_contenders_take_turns_after_warming_up(machine):
+    ticks = []
+    contenders = {"a": machine.contender("a", 1.0), "b": machine.contender("b", 2.0)}
+    timings = interleave(contenders, CPU, rounds=3, progress=ticks.append)
+    assert machine.calls == ["a"] * 4 + ["b"] * 4 + ["a", "b"] * 3
+    assert timings == {"a": Timing((1.0,) * 3), "b": Timing((2.0,) * 3)}
+    assert ticks == [1, 1, 1]
+
+
+def test_warm_up_lasts_until_the_time_stops_falling(machine):
+    # The third call is the first that none of the next three beats by 5%.
+    run = machine.contender("a", 64.0, 8.0, 4.1, 4.0)
+    assert interleave({"a": run}, CPU, rounds=2)["a"].seconds == (4.0, 4.0)
+    assert len(machine.calls) == 3 + 3 + 2
+
+
+def test_warm_up_is_bounded(machine):
+    run = machine.contender("a", *(0.9**n for n in range(100)))
+    timings = interleave({"a": run}, CPU, rounds=1, warmup=7)
+    assert timings["a"].seconds == pytest.approx((0.9**7,))
+    interleave({"b": machine.contender("b", 1.0)}, CPU, rounds=1, warmup=0)
+    assert machine.calls == ["a"] * 8 + ["b"]
+
+
+def test_at_least_one_round():
+    with pytest.raises(ValueError, match="rounds is 0"):
+        interleave({"a": lambda: None}, CPU, rounds=0)
+
+
+def test_interval_of_the_median_comes_from_order_statistics():
+    # Conover, Practical Nonparametric Statistics: for n = 10 the 2nd and the 9th value enclose the median with 97.9%.
+    assert Timing(tuple(range(10, 0, -1))).interval == (2, 9)
+    assert Timing(tuple(range(1, 11))).median == 5.5
+    # 6 values are the fewest whose range does so with 95%; with fewer the range is all there is.
+    assert Timing((3.0, 1.0, 2.0)).interval == (1.0, 3.0)
+    assert Timing((4.0,)).interval == (4.0, 4.0)
+
+
+def test_interval_covers_the_true_median():
+    generator = random.Random(0)
+    draws = [Timing(tuple(generator.expovariate(1.0) for _ in range(20))) for _ in range(400)]
+    covered = sum(low <= math.log(2) <= high for low, high in (draw.interval for draw in draws))
+    assert 0.93 < covered / len(draws) < 0.99
+
+
+def test_ratio_is_taken_round_by_round():
+    # The machine slows down tenfold half way; each round alone says 2.
+    a, b = Timing((2.0, 4.0, 20.0, 40.0)), Timing((1.0, 2.0, 10.0, 20.0))
+    assert ratio(a, b) == (2.0, (2.0, 2.0))
+    assert ratio(Timing((1.0, 6.0, 3.0)), Timing((1.0, 2.0, 3.0))) == (1.0, (1.0, 3.0))
+    with pytest.raises(ValueError, match="shorter"):
+        ratio(Timing((1.0, 1.0)), Timing((1.0,)))
+
+
+@pytest.mark.skipif(not timing._reset_resident_peak(), reason="needs Linux with a writable /proc/self/clear_refs")
+def test_peak_memory_of_a_cpu_sees_what_was_held_and_freed():
+    size = 64 << 20
+    held = torch.ones(size, dtype=torch.uint8)
+    peak = peak_memory(lambda: torch.ones(size, dtype=torch.uint8), CPU)
+    assert 0.95 * size < peak < 1.2 * size
+    twice = peak_memory(lambda: held + torch.ones(size, dtype=torch.uint8), CPU)
+    assert 1.95 * size < twice < 2.2 * size
+    assert peak_memory(lambda: None, CPU) < 0.05 * size
+
+
+def test_peak_memory_is_none_where_the_kernel_does_not_tell(monkeypatch):
+    monkeypatch.setattr(timing.sys, "platform", "darwin")
+    assert peak_memory(lambda: None, CPU) is None
+
+
+@pytest.mark.gpu
+def test_cuda_times_and_memory():
+    device, size = torch.device("cuda"), 64 << 20
+    short, long = torch.ones(256, 256, device=device), torch.ones(4096, 4096, device=device)
+    timings = interleave({"short": lambda: short @ short, "long": lambda: long @ long}, device, rounds=10)
+    assert all(seconds > 0 for seconds in timings["short"].seconds)
+    assert ratio(timings["long"], timings["short"])[0] > 2
+    assert peak_memory(lambda: torch.ones(size, dtype=torch.uint8, device=device), device) == size
