@@ -39,7 +39,7 @@ def benchmark_mixers(
     Returns:
         A JSON object. ``settings`` says what was run on what. ``models`` has for each model its sizes, and:
         ``tokens_per_second``, of the median round; ``latency_seconds``, the median round and its 95% interval;
-        ``peak_memory_bytes``, above weights and input, None where it cannot be measured; ``state_bytes_per_sequence``,
+        ``peak_memory_bytes``, above weights and input; ``state_bytes_per_sequence``,
         of all layers of the model, in float32; ``mixer_parameters``, of the layer that was timed. For each model after
         the first also ``speedup``, its time into the first one's, round by round; ``memory_ratio`` and ``state_ratio``,
         its bytes into the first one's: 2 means half of it.
@@ -78,8 +78,8 @@ def benchmark_mixers(
         if entries:
             dense = entries[0]
             entry["speedup"] = _summary(*ratio(timings[first_label], timing))
-            entry["memory_ratio"] = _quotient(dense["peak_memory_bytes"], entry["peak_memory_bytes"])
-            entry["state_ratio"] = _quotient(dense["state_bytes_per_sequence"], entry["state_bytes_per_sequence"])
+            entry["memory_ratio"] = dense["peak_memory_bytes"] / entry["peak_memory_bytes"]
+            entry["state_ratio"] = dense["state_bytes_per_sequence"] / entry["state_bytes_per_sequence"]
         entries.append(entry)
     settings = {
         "device": _device_name(device),
@@ -122,10 +122,6 @@ def _first_layer(loaded: LoadedModel) -> int:
 def _summary(median: float, interval: tuple[float, float]) -> dict[str, float]:
     low, high = interval
     return {"median": median, "low": low, "high": high}
-
-
-def _quotient(dense: int | None, other: int | None) -> float | None:
-    return dense / other if dense and other else None
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,21 +1,19 @@
 """One harness for every benchmark: contenders take turns, so that whatever slows the machine slows all of them."""
 
-import ctypes
-import re
 import statistics
-import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 
 import torch
 from scipy.stats import binom
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _STEADY_CALLS = 3
 _STEADY_WITHIN = 0.05
 _CONFIDENCE = 0.95
-_MEMORY_CALLS = 3
 
 _Mark = float | torch.cuda.Event
 
@@ -90,12 +88,12 @@ def interleave(
     return {name: Timing(tuple(_seconds(*pair) for pair in pairs)) for name, pairs in marks.items()}
 
 
-def peak_memory(function: Callable[[], object], device: torch.device) -> int | None:
-    """Call a function and return the most memory it held, in bytes above what was held before.
+def peak_memory(function: Callable[[], object], device: torch.device) -> int:
+    """Call a function once and return the most memory it held, in bytes above what was held before.
 
-    On CUDA that is counted by PyTorch's allocator. On a CPU it is the resident memory of the process, the smallest
-    figure of 3 calls: what the C library's allocator leaves in fragments counts too, which for tensors of a few MB is
-    as much as the tensors themselves. None where it cannot be measured; on a CPU it takes Linux.
+    On CUDA by the statistics of PyTorch's allocator. On a CPU it is the tensors that operators returned and that were
+    alive at once: exact and repeatable, where the resident memory of the process hangs on how its heap is split up.
+    What an operator takes and gives back within one call is not seen there.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -104,15 +102,43 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> int | N
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    if not _reset_resident_peak():
-        return None
-    peaks = []
-    for _ in range(_MEMORY_CALLS):
-        _reset_resident_peak()
-        before = _resident_peak()
+    with _LiveTensors() as live:
         function()
-        peaks.append(_resident_peak() - before)
-    return min(peaks)
+    return live.peak
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make while it is active, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # What an operator is given without one having made it was there before: a view of it is nothing new.
+        for storage in _storages((args, kwargs)):
+            self._add(storage, 0)
+        outputs = func(*args, **(kwargs or {}))
+        for storage in _storages(outputs):
+            self._add(storage, storage.nbytes())
+        return outputs
+
+    def _add(self, storage: torch.UntypedStorage, size: int) -> None:
+        address = storage._cdata
+        if address not in self._known:
+            self._known.add(address)
+            weakref.finalize(storage, self._drop, address, size)
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+
+    def _drop(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.bytes -= size
+
+
+def _storages(values: object) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def _warm_up(function: Callable[[], object], device: torch.device, at_most: int) -> None:
@@ -150,23 +176,3 @@ def _median_interval(values: Sequence[float]) -> tuple[float, float]:
     ordered = sorted(values)
     place = max(int(binom.ppf((1 - _CONFIDENCE) / 2, len(ordered), 0.5)) - 1, 0)
     return ordered[place], ordered[-1 - place]
-
-
-def _reset_resident_peak() -> bool:
-    """Set the process's peak of resident memory to what is resident now; return whether that can be done."""
-    if sys.platform != "linux":
-        return False
-    # Freed memory that glibc keeps would be used again without a rise. Other C libraries keep little.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): 5 resets the peak
-    except OSError:
-        return False
-    return True
-
-
-def _resident_peak() -> int:
-    """Return the process's peak of resident memory, in bytes."""
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

@@ -55,8 +55,8 @@ def _print(console, report: dict) -> None:
         low, median, high = (format(factor * value[name], digits) for name in ("low", "median", "high"))
         return f"{median} ({low} to {high})"
 
-    def times(ratio: float | None) -> str:
-        return "-" if ratio is None else f"{ratio:.2f}x"
+    def times(ratio: float) -> str:
+        return f"{ratio:.2f}x"
 
     dense, *pruned = report["models"]
     header, columns = [""], []

@@ -69,6 +69,6 @@ def scaled(amount: float) -> str:
     return f"{amount:.3g}{prefix}"
 
 
-def mebibytes(count: float | None) -> str:
-    """Return bytes as MiB; a dash where they could not be measured."""
-    return "-" if count is None else f"{count / 2**20:,.2f} MiB"
+def mebibytes(count: float) -> str:
+    """Return bytes as MiB."""
+    return f"{count / 2**20:,.2f} MiB"

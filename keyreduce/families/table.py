@@ -95,7 +95,8 @@ class Family:
         key_heads, value_heads, head_k_dim, head_v_dim: where the config says the sizes; a ratio may rest on a size
             before it, so they are written in this order.
         num_layers: where the config says how many layers there are.
-        softmax_layers: config fields, one inside the other, that list the layers whose mixer is softmax attention.
+        softmax: the config field that says which layers have softmax attention for a mixer: an object with a list
+            ``layers``, or a list of such objects.
         tensors: name below the mixer -> what each axis holds. A model need not have all of them.
     """
 
@@ -108,7 +109,7 @@ class Family:
     head_v_dim: Field | Ratio
     tensors: Mapping[str, tuple[Part, ...]]
     num_layers: Field = Field("num_hidden_layers")
-    softmax_layers: tuple[str, ...] = ("attn", "layers")
+    softmax: str = "attn"
 
     def sizes(self, config: Mapping) -> MixerSizes:
         """Read the sizes from a config.
@@ -142,10 +143,10 @@ class Family:
 
     def mixer_layers(self, config: Mapping) -> list[int]:
         """Return the numbers of the layers whose mixer holds a delta-rule state."""
-        softmax: object = config
-        for name in self.softmax_layers:
-            softmax = softmax.get(name) if isinstance(softmax, Mapping) else None
-        return [layer for layer in range(round(self.num_layers.read(config))) if layer not in (softmax or ())]
+        specs = config.get(self.softmax) or []
+        specs = [specs] if isinstance(specs, Mapping) else specs
+        softmax_layers = {layer for spec in specs for layer in spec["layers"]}
+        return [layer for layer in range(round(self.num_layers.read(config))) if layer not in softmax_layers]
 
     def tensor_name(self, layer: int, name: str) -> str:
         """Return the full name of a mixer's tensor."""

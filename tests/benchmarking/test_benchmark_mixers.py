@@ -8,6 +8,7 @@ from fla.models import DeltaNetConfig, DeltaNetForCausalLM, GatedDeltaNetConfig,
 
 from keyreduce.benchmarking import mixer
 from keyreduce.benchmarking.mixer import benchmark_mixers
+from keyreduce.benchmarking.timing import Timing
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import FAMILIES
 from keyreduce.models.loading import LoadedModel
@@ -88,13 +89,21 @@ def test_ratios_are_dense_over_pruned(report):
         assert 0 < entry["speedup"]["low"] <= entry["speedup"]["median"] <= entry["speedup"]["high"]
 
 
-@pytest.mark.parametrize(("peaks", "memory_ratio"), [((300, 200), 1.5), ((300, None), None), ((300, 0), None)])
-def test_memory_ratio(monkeypatch, peaks, memory_ratio):
-    remaining = iter(peaks)
+def test_speedup_is_taken_round_by_round(monkeypatch):
+    timings = {"dense": Timing((6.0, 60.0, 8.0)), "pruned": Timing((3.0, 20.0, 8.0))}
+    monkeypatch.setattr(mixer, "interleave", lambda contenders, device, **settings: timings)
+    _, pruned = benchmark_mixers({"dense": delta_net("d"), "pruned": delta_net("p")}, **SETTINGS)["models"]
+    assert pruned["speedup"] == {"median": 2.0, "low": 1.0, "high": 3.0}
+    assert pruned["latency_seconds"] == {"median": 8.0, "low": 3.0, "high": 20.0}
+    assert pruned["tokens_per_second"] == 20.0
+
+
+def test_memory_ratio(monkeypatch):
+    remaining = iter((300, 200))
     monkeypatch.setattr(mixer, "peak_memory", lambda function, device: next(remaining))
     models = benchmark_mixers({"dense": delta_net("d"), "pruned": delta_net("p", expand_k=0.5)}, **SETTINGS)["models"]
-    assert [entry["peak_memory_bytes"] for entry in models] == list(peaks)
-    assert models[1]["memory_ratio"] == memory_ratio
+    assert [entry["peak_memory_bytes"] for entry in models] == [300, 200]
+    assert models[1]["memory_ratio"] == 1.5
 
 
 def test_every_mixer_gets_the_same_input_and_is_the_first_delta_rule_layer():
