@@ -45,11 +45,18 @@ def appearing(target: Path, *, folder: bool, overwrite: bool = False) -> Iterato
         overwrite: whether an existing ``target`` is replaced.
 
     Raises:
-        KeyreduceError: ``target`` exists and ``overwrite`` is false, or its parent cannot be written.
+        KeyreduceError: ``target`` exists and ``overwrite`` is false, it is a folder where a file is to appear or the
+            other way round, the current folder is in it, or its parent cannot be written.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))
     refuse_existing(target, overwrite)
+    if target.exists() and target.is_dir() != folder:
+        found, wanted = ("a folder", "a file") if target.is_dir() else ("a file", "a folder")
+        raise KeyreduceError(f"{target} is {found}, where {wanted} is to be written; give another --output")
+    if target.is_dir() and Path.cwd().is_relative_to(target):
+        raise KeyreduceError(f"{target} holds the current folder and will not be replaced; give another --output")
     prefix = f".{target.name}.partial-"
+    new_parents = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for left_over in target.parent.glob(f"{prefix}*"):
@@ -65,16 +72,15 @@ def appearing(target: Path, *, folder: bool, overwrite: bool = False) -> Iterato
     made = temporary if folder else temporary / target.name
     try:
         yield made
-        if target.is_dir() and not target.is_symlink():
-            # A folder cannot be renamed onto another: the old one steps aside for an instant.
-            aside = temporary.with_name(f"{temporary.name}-old")
-            target.rename(aside)
-            made.rename(target)
-            _remove(aside)
-        else:
-            made.replace(target)
+        try:
+            _put(made, target)
+        except OSError as error:
+            raise KeyreduceError(f"cannot replace {target}: {error.strerror}") from error
     finally:
         _remove(temporary)
+        with contextlib.suppress(OSError):  # not empty: something has appeared in it
+            for parent in new_parents:
+                parent.rmdir()
 
 
 def refuse_existing(target: Path | None, overwrite: bool) -> None:
@@ -143,6 +149,27 @@ def is_already_made(target: Path, recorded_inputs: dict | None, inputs: dict, ov
         f"{target} exists and was made from other inputs ({detail}); "
         "pass --overwrite to replace it, or another --output"
     )
+
+
+def refuse_source(target: Path, source: Path) -> None:
+    """Refuse an output that is, or holds, what it is made from: to replace it would delete the source.
+
+    Raises:
+        KeyreduceError: ``source`` is ``target``, or in it.
+    """
+    if source.resolve().is_relative_to(target.resolve()):
+        raise KeyreduceError(f"{target} is, or holds, the model itself; give another --output")
+
+
+def _put(made: Path, target: Path) -> None:
+    if not target.is_dir():
+        made.replace(target)
+        return
+    # A folder cannot be renamed onto another: the old one steps aside for an instant.
+    aside = made.with_name(f"{made.name}-old")
+    target.rename(aside)
+    made.rename(target)
+    _remove(aside)
 
 
 def _is_alive(process_id: str) -> bool:

@@ -10,7 +10,7 @@ Sources: the delta rule, Yang et al., arXiv:2406.06484; the gated one, arXiv:241
 chunk the ``u`` solve a unit lower triangular system, ``(I + L) u = beta (v - decayed S_0^T k)`` with
 ``L_ij = beta_i exp(c_i - c_j) k_i . k_j`` for j < i and ``c`` the running sum of the log decay in the chunk.
 
-Shapes: B batch, T tokens, C tokens of a chunk, H key heads, G value heads per key head, W = H G value heads,
+Shapes: B batch, T tokens, C tokens of a chunk, H key heads, W value heads (a multiple of H), M = B H, N = B W,
 K key channels, V value channels.
 """
 
@@ -35,7 +35,7 @@ def chunked_delta_rule(
     Args:
         query_BTHK: queries, as the operator uses them (normalised already, where they are).
         key_BTHK: keys, likewise.
-        value_BTWV: values; W is a multiple of H, and key head h serves value heads h G to h G + G - 1.
+        value_BTWV: values; each key head serves W / H value heads that lie side by side.
         beta_BTW: writing strengths.
         log_decay_BTW: natural logarithm of the decay, at most 0; None for the ungated rule.
         scale: factor of the output.
@@ -46,63 +46,54 @@ def chunked_delta_rule(
         Output ``[B, T, W, V]`` and the state after the last token ``[B, W, K, V]``, in the inputs' dtype
         (one floating dtype for all). Gradients flow to every input.
     """
-    B, T, H, K = key_BTHK.shape
+    B, _, H, K = key_BTHK.shape
     W, V = value_BTWV.shape[-2:]
-    G = W // H
 
     def chunks_of(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tensor.split(chunk_size, dim=1)
 
-    # Within a key head its G value heads lie side by side, so that products with the state run once per key head.
-    if initial_state_BWKV is None:
-        state_BHKGV = value_BTWV.new_zeros(B, H, K, G, V)
-    else:
-        state_BHKGV = initial_state_BWKV.view(B, H, G, K, V).transpose(2, 3)
+    def for_each_value_head(tensor_MXX: torch.Tensor) -> torch.Tensor:
+        return tensor_MXX if W == H else tensor_MXX.repeat_interleave(W // H, dim=0)
+
+    state_NKV = value_BTWV.new_zeros(B * W, K, V) if initial_state_BWKV is None else initial_state_BWKV.flatten(0, 1)
+    # Above the diagonal the exponent of a decay would be positive and could overflow: there exp is to give 0.
+    future_CC = value_BTWV.new_full((chunk_size, chunk_size), -torch.inf).triu(1)
     log_decays = [None] * len(chunks_of(beta_BTW)) if log_decay_BTW is None else chunks_of(log_decay_BTW)
     outputs = []
     for query_BCHK, key_BCHK, value_BCWV, beta_BCW, log_decay_BCW in zip(
         chunks_of(query_BTHK), chunks_of(key_BTHK), chunks_of(value_BTWV), chunks_of(beta_BTW), log_decays, strict=True
     ):
         C = key_BCHK.shape[1]
-        key_BHCK = key_BCHK.transpose(1, 2).contiguous()
-        query_BHCK = query_BCHK.transpose(1, 2) * scale
-        value_BHGCV = value_BCWV.view(B, C, H, G, V).permute(0, 2, 3, 1, 4)
-        beta_BHGC1 = beta_BCW.view(B, C, H, G, 1).permute(0, 2, 3, 1, 4)
-        # Keys and queries meet the keys and the state in one product each.
-        both_BHEK = torch.cat([key_BHCK, query_BHCK], dim=2)
-        gram_BH1EC = (both_BHEK @ key_BHCK.mT)[:, :, None]
-        read_BHEGV = (both_BHEK @ state_BHKGV.reshape(B, H, K, G * V)).view(B, H, 2 * C, G, V)
-        read_BHGEV = read_BHEGV.transpose(2, 3)
-        remembered_BHGCV, answered_BHGCV = read_BHGEV.split(C, dim=3)
-        key_gram, query_gram = gram_BH1EC.split(C, dim=3)
-        if log_decay_BCW is not None:
-            sum_BHGC1 = log_decay_BCW.view(B, C, H, G, 1).permute(0, 2, 3, 1, 4).cumsum(dim=3)
-            # Above the diagonal the exponent would be positive and could overflow: mask before exp.
-            above = torch.ones(C, C, dtype=torch.bool, device=key_BHCK.device).triu(1)
-            between_BHGCC = (sum_BHGC1 - sum_BHGC1.mT).masked_fill(above, -torch.inf).exp()
-            since_start_BHGC1 = sum_BHGC1.exp()
-            remembered_BHGCV = remembered_BHGCV * since_start_BHGC1
-            answered_BHGCV = answered_BHGCV * since_start_BHGC1
-            key_gram, query_gram = key_gram * between_BHGCC, query_gram * between_BHGCC
+        query_MCK, key_MCK = _by_head(query_BCHK).contiguous(), _by_head(key_BCHK).contiguous()
+        value_NCV, beta_NC1 = _by_head(value_BCWV), _by_head(beta_BCW[..., None])
+        key_gram_NCC = for_each_value_head(key_MCK @ key_MCK.mT)
+        query_gram_NCC = for_each_value_head(query_MCK @ key_MCK.mT)
+        query_NCK = for_each_value_head(query_MCK)
+        reading_NCK = writing_NCK = for_each_value_head(key_MCK)
+        kept_NKV = state_NKV
+        if log_decay_BCW is None:
+            query_gram_NCC = query_gram_NCC.tril()
         else:
-            query_gram = query_gram.tril()
-        # Solved from the right, on transposes: row-major tensors then go to LAPACK without a copy.
-        update_BHGCV = torch.linalg.solve_triangular(
-            (key_gram * beta_BHGC1).mT,
-            ((value_BHGCV - remembered_BHGCV) * beta_BHGC1).mT,
-            upper=True,
-            left=False,
-            unitriangular=True,
+            sum_NC1 = _by_head(log_decay_BCW[..., None]).cumsum(dim=1)
+            since_start_NC1, to_end_NC1 = sum_NC1.exp(), (sum_NC1[:, -1:] - sum_NC1).exp()
+            between_NCC = (sum_NC1 - sum_NC1.mT + future_CC[:C, :C]).exp()
+            key_gram_NCC, query_gram_NCC = key_gram_NCC * between_NCC, query_gram_NCC * between_NCC
+            query_NCK = query_NCK * since_start_NC1
+            reading_NCK, writing_NCK = reading_NCK * since_start_NC1, writing_NCK * to_end_NC1
+            kept_NKV = state_NKV * since_start_NC1[:, -1:]
+        error_NCV = torch.baddbmm(value_NCV, reading_NCK, state_NKV, alpha=-1)
+        # Solved from the right, on transposes: row-major tensors then go to BLAS without a copy.
+        update_NCV = torch.linalg.solve_triangular(
+            (key_gram_NCC * beta_NC1).mT, (error_NCV * beta_NC1).mT, upper=True, left=False, unitriangular=True
         ).mT
-        output_BHGCV = answered_BHGCV + query_gram @ update_BHGCV
-        outputs.append(output_BHGCV.permute(0, 3, 1, 2, 4).reshape(B, C, W, V))
-        if log_decay_BCW is not None:
-            to_end_BHGC1 = (sum_BHGC1[..., -1:, :] - sum_BHGC1).exp()
-            update_BHGCV = update_BHGCV * to_end_BHGC1
-            state_BHKGV = state_BHKGV * since_start_BHGC1[..., -1, 0][:, :, None, :, None]
-        written_BHCGV = update_BHGCV.transpose(2, 3).reshape(B, H, C, G * V)
-        state_BHKGV = state_BHKGV + (key_BHCK.mT @ written_BHCGV).view(B, H, K, G, V)
-    return torch.cat(outputs, dim=1), state_BHKGV.transpose(2, 3).reshape(B, W, K, V)
+        output_NCV = torch.baddbmm(query_NCK @ state_NKV, query_gram_NCC, update_NCV, beta=scale, alpha=scale)
+        outputs.append(output_NCV.unflatten(0, (B, W)).transpose(1, 2))
+        state_NKV = torch.baddbmm(kept_NKV, writing_NCK.mT, update_NCV)
+    return torch.cat(outputs, dim=1), state_NKV.unflatten(0, (B, W))
+
+
+def _by_head(tensor_BCHX: torch.Tensor) -> torch.Tensor:
+    return tensor_BCHX.transpose(1, 2).flatten(0, 1)
 
 
 def recurrent_delta_rule(

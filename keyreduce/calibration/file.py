@@ -38,12 +38,15 @@ def read_record(path: Path) -> dict:
     Raises:
         KeyreduceError: the file is missing, damaged, or not a calibration file.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise KeyreduceError(f"there is no calibration file {path}; make it with keyreduce calibrate")
-    record = read_header(path).metadata.get(_KEY)
-    if record is None:
+    try:
+        record = json.loads(read_header(path).metadata.get(_KEY, "null"))
+    except json.JSONDecodeError:
+        record = None
+    if not isinstance(record, dict) or not {"model", "tokens", "inputs"} <= record.keys():
         raise KeyreduceError(f"{path} is not a calibration file; make one with keyreduce calibrate")
-    return json.loads(record)
+    return record
 
 
 def read_statistics(path: Path) -> Statistics:
@@ -59,7 +62,7 @@ def read_statistics(path: Path) -> Statistics:
             for key in opened.keys():  # noqa: SIM118  (no mapping)
                 _, layer, name = key.split(".")
                 sums.setdefault(int(layer), {})[name] = opened.get_tensor(key)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise KeyreduceError(f"{path} cannot be read: {error}") from error
     expected = {field.name for field in fields(LayerStatistics)}
     for layer, tensors in sums.items():

@@ -38,6 +38,7 @@ def main() -> None:
             raise
         errors.stop(str(error))
     except usage_error as error:
-        errors.stop(f"{error.format_message()} (see keyreduce --help)")
+        # It has nothing to say where no command was given: the help has been printed.
+        errors.stop(f"{error.format_message() or 'name a command'} (see keyreduce --help)")
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)

@@ -13,7 +13,7 @@ def calibrate(
     work: options.Work = options.DEFAULT_WORK,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The calibration file. [default: in --work]", show_default=False),
+        typer.Option(metavar="FILE", help="The calibration file.", show_default="in --work"),
     ] = None,
     text: options.Text = None,
     dataset: options.Dataset = None,
@@ -53,7 +53,7 @@ def write_calibration(console, model, text, settings, target, *, device, dtype, 
     from keyreduce.calibration.run import calibrate, describe_inputs
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.families import family_of
-    from keyreduce.models.loading import find_model, pick_device, pick_dtype
+    from keyreduce.models.loading import find_model, model_name, pick_device, pick_dtype
     from keyreduce.workspace import is_already_made
 
     settings.check()
@@ -67,7 +67,7 @@ def write_calibration(console, model, text, settings, target, *, device, dtype, 
         console.say(f"{target} is there already, from the same inputs")
         console.result({"calibration": str(target), "made": False})
         return
-    console.note(f"calibrating {source.path.name} on {device} ({inputs['dtype']})")
+    console.note(f"calibrating {Path(model_name(model)).name} on {device} ({inputs['dtype']})")
     with console.progress("calibrating", settings.tokens, "tokens") as progress:
         statistics = calibrate(
             source, text, settings, device=device, dtype=dtype, progress=progress, note=console.note

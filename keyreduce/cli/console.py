@@ -55,7 +55,9 @@ class Console:
                 return super().render(task) if rate is None else f"{scaled(rate)} {unit}/s"
 
         columns = ("[progress.description]{task.description}", BarColumn(), TaskProgressColumn(), Rate(""))
-        with Progress(*columns, TimeRemainingColumn(), console=self.errors, transient=True) as bar:
+        # Where nobody watches, such as in a log, a bar would leave blank lines.
+        hidden = not self.errors.is_terminal
+        with Progress(*columns, TimeRemainingColumn(), console=self.errors, transient=True, disable=hidden) as bar:
             task = bar.add_task(description, total=total)
             yield lambda amount: bar.advance(task, amount)
 

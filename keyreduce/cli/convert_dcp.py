@@ -1,5 +1,6 @@
 """``keyreduce convert-dcp``: safetensors to torch distributed checkpoint, and back."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,21 +13,20 @@ def convert_dcp(
     source: Annotated[
         str | None,
         typer.Argument(
-            metavar="[SRC]",
+            metavar="SRC",
             envvar="COMPRESSED_MODEL",
-            help="Hugging Face folder, or DCP folder (or its parent, of which the latest step is taken). "
-            "[default: what prune wrote into --work]",
-            show_default=False,
+            help="Hugging Face folder, or DCP folder (or its parent, of which the latest step is taken).",
+            show_default="what prune wrote into --work",
         ),
     ] = None,
     destination: Annotated[
         Path | None,
-        typer.Argument(metavar="[DST]", help="Where to write. [default: dcp or hf in --work]", show_default=False),
+        typer.Argument(metavar="DST", help="Where to write.", show_default="dcp or hf in --work"),
     ] = None,
     work: options.Work = options.DEFAULT_WORK,
     config: Annotated[
         Path | None,
-        typer.Option(help="For a DCP without one: the model's config.json, or a folder that holds it.", show_default=False),
+        typer.Option(help="For a DCP without one: the model's config.json, or a folder that holds it."),
     ] = None,
     step: Annotated[int, typer.Option(min=0, help="A DCP is written into a folder step-N.")] = 0,
     overwrite: options.Overwrite = False,
@@ -43,7 +43,7 @@ def convert_dcp(
     if source is None and not workspace.pruned.is_dir():
         raise KeyreduceError(f"there is no pruned model at {workspace.pruned}; run keyreduce prune, or name a SRC")
     path = workspace.pruned if source is None else Path(source)
-    dcp = find_dcp(path) if path.is_dir() else None
+    dcp = find_dcp(path) if os.path.isdir(path) else None
     if dcp is None:
         _to_dcp(console, path, (destination or workspace.dcp) / f"step-{step}", overwrite)
     else:
@@ -59,6 +59,7 @@ def _to_dcp(console, path, target, overwrite) -> None:
     size = sum(entry.end - entry.begin for _, entry in checkpoint.entries.values())
     _convert(
         console,
+        checkpoint.path,
         target,
         f"a distributed checkpoint of {len(checkpoint.entries)} tensors",
         {"source": checkpoint.identity},
@@ -74,6 +75,7 @@ def _to_hf(console, dcp, target, config, overwrite) -> None:
 
     _convert(
         console,
+        dcp,
         target,
         "a Hugging Face folder",
         {"source": identify_dcp(dcp), "config": str(config) if config else None},
@@ -83,15 +85,17 @@ def _to_hf(console, dcp, target, config, overwrite) -> None:
     )
 
 
-def _convert(console, target, kind, inputs, size, overwrite, write) -> None:
+def _convert(console, source, target, kind, inputs, size, overwrite, write) -> None:
     """Write one way or the other into ``target``, whole or not at all, and record what it was converted from."""
     from keyreduce.cli.console import scaled
-    from keyreduce.workspace import RECORD_NAME, appearing, is_already_made, read_json, write_json
+    from keyreduce.workspace import RECORD_NAME, appearing, is_already_made, read_json, refuse_source, write_json
 
     def record_of(folder: Path) -> dict:
         return read_json(folder / RECORD_NAME) if (folder / RECORD_NAME).is_file() else {}
 
-    if is_already_made(target, record_of(target).get("converted"), inputs, overwrite):
+    refuse_source(target, source)
+    recorded = None if overwrite else record_of(target).get("converted")
+    if is_already_made(target, recorded, inputs, overwrite):
         console.say(f"{target} is there already, from the same inputs")
         console.result({"converted": str(target), "made": False})
         return

@@ -23,7 +23,7 @@ def evaluate(
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 1024,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The figures as JSON. [default: in --work]", show_default=False),
+        typer.Option(metavar="FILE", help="The figures as JSON.", show_default="in --work"),
     ] = None,
     seed: options.Seed = 0,
     device: options.Device = None,

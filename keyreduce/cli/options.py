@@ -19,8 +19,8 @@ Model = Annotated[
     typer.Option(
         envvar="BASE_MODEL_DIR",
         metavar="PATH|NAME",
-        help="Hugging Face folder, DCP folder, name on the hub, or name of a shipped model. [default: delta-net-5m]",
-        show_default=False,
+        help="Hugging Face folder, DCP folder, name on the hub, or name of a shipped model.",
+        show_default="delta-net-5m",
     ),
 ]
 Work = Annotated[
@@ -29,17 +29,17 @@ Work = Annotated[
 DEFAULT_WORK = Path("keyreduce-out")
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")]
 Device = Annotated[
-    str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ... [default: a GPU if there is one]", show_default=False)
+    str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ...", show_default="a GPU if there is one")
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(
         metavar="DTYPE",
-        help="float32, bfloat16 or float16, to compute in. [default: bfloat16 on a GPU, float32 on a CPU]",
-        show_default=False,
+        help="float32, bfloat16 or float16, to compute in.",
+        show_default="bfloat16 on a GPU, float32 on a CPU",
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything that is drawn.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", callback=_debug, is_eager=True, help="Show tracebacks.")]
 
@@ -49,14 +49,15 @@ Text = Annotated[
     typer.Option(
         metavar="FILE|FOLDER",
         rich_help_panel=_TEXT,
-        help=".txt, .md, .py, .jsonl or .parquet (field or column 'text'), or a folder of them; may be repeated. "
-        "[default: the Python standard library's source]",
-        show_default=False,
+        help=".txt, .md, .py, .jsonl or .parquet (field or column 'text'), or a folder of them; may be repeated.",
+        show_default="the Python standard library's source",
     ),
 ]
-Dataset = Annotated[str | None, typer.Option(metavar="NAME", rich_help_panel=_TEXT, help="A name for datasets, streamed.")]
+Dataset = Annotated[
+    str | None, typer.Option(metavar="NAME", rich_help_panel=_TEXT, help="A name for datasets, streamed.")
+]
 DatasetConfig = Annotated[str | None, typer.Option(metavar="C", rich_help_panel=_TEXT, help="Its configuration.")]
-Split = Annotated[str | None, typer.Option(metavar="S", rich_help_panel=_TEXT, help="Its split. [default: train]", show_default=False)]
+Split = Annotated[str | None, typer.Option(metavar="S", rich_help_panel=_TEXT, help="Its split.", show_default="train")]
 
 NumBatches = Annotated[int, typer.Option(envvar="NUM_BATCHES", help="Batches to run.")]
 BatchSize = Annotated[int, typer.Option(help="Rows in a batch.")]
@@ -66,7 +67,7 @@ Compressed = Annotated[
     typer.Option(
         envvar="COMPRESSED_MODEL",
         metavar="PATH",
-        help="The pruned model to compare with --model. [default: what prune wrote into --work]",
-        show_default=False,
+        help="The pruned model to compare with --model.",
+        show_default="what prune wrote into --work",
     ),
 ]

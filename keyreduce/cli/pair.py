@@ -24,19 +24,24 @@ def load_pair(
     Without ``--model`` the dense model is the one that the pruned one says it was made from.
 
     Raises:
-        KeyreduceError: one of them does not load.
+        KeyreduceError: one of them does not load, or there is no telling which one is the dense one.
     """
+    from keyreduce.errors import KeyreduceError
     from keyreduce.models.loading import find_model, load_model
-    from keyreduce.workspace import RECORD_NAME, read_json
+    from keyreduce.pruning.prune import read_record
 
     if compressed is None and workspace.pruned.is_dir():
         compressed = str(workspace.pruned)
     folders: dict[str, Path] = {}
     if compressed is None:
-        console.note(f"there is no pruned model at {workspace.pruned}: the dense one alone")
         folders["dense"] = find_model(model)
     else:
         pruned = find_model(compressed)
-        record = read_json(pruned / RECORD_NAME) if (pruned / RECORD_NAME).is_file() else {}
-        folders = {"dense": find_model(model or record.get("dense")), "pruned": pruned}
-    return {label: load_model(folder, device, dtype) for label, folder in folders.items()}
+        dense = model or read_record(pruned).get("dense")
+        if dense is None:
+            raise KeyreduceError(f"{compressed} does not say what it was pruned from; name that with --model")
+        folders = {"dense": find_model(dense), "pruned": pruned}
+    models = {label: load_model(folder, device, dtype) for label, folder in folders.items()}
+    if compressed is None:
+        console.note(f"there is no pruned model at {workspace.pruned}: the dense one alone")
+    return models

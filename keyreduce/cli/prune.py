@@ -1,5 +1,6 @@
 """``keyreduce prune``: statistics and a checkpoint to a smaller checkpoint."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -15,12 +16,12 @@ def prune(
     model: options.Model = None,
     work: options.Work = options.DEFAULT_WORK,
     method: Annotated[
-        str, typer.Option(envvar="PRUNING_STRATEGY", metavar="|".join(METHODS), help=_METHOD_HELP)
+        str, typer.Option(envvar="PRUNING_STRATEGY", metavar="NAME", help=_METHOD_HELP)
     ] = "wanda",
     ratio: Annotated[
         float | None,
         typer.Option(
-            envvar="PRUNING_RATIO", help="Share of each head's channels to remove. [default: 0.25]", show_default=False
+            envvar="PRUNING_RATIO", help="Share of each head's channels to remove.", show_default="0.25"
         ),
     ] = None,
     keep: Annotated[int | None, typer.Option(help="Channels of each head to keep, instead of --ratio.")] = None,
@@ -28,12 +29,12 @@ def prune(
     target: Annotated[str, typer.Option(metavar="key", help="What to remove: key channels.")] = "key",
     calibration: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The calibration file. [default: in --work]", show_default=False),
+        typer.Option(metavar="FILE", help="The calibration file.", show_default="in --work"),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            envvar="OUTPUT_DIR", metavar="DIR", help="The pruned checkpoint. [default: in --work]", show_default=False
+            envvar="OUTPUT_DIR", metavar="DIR", help="The pruned checkpoint.", show_default="in --work"
         ),
     ] = None,
     seed: options.Seed = 0,
@@ -52,16 +53,17 @@ def prune(
     from keyreduce.cli.console import Console
     from keyreduce.errors import KeyreduceError
     from keyreduce.families import family_of
-    from keyreduce.models.loading import find_model
+    from keyreduce.models.loading import find_model, model_name, pick_device, pick_dtype
     from keyreduce.pruning import prune as pruning
     from keyreduce.pruning.methods import method_named
     from keyreduce.pruning.plan import channels_to_keep
-    from keyreduce.workspace import Workspace, is_already_made
+    from keyreduce.workspace import Workspace, is_already_made, refuse_source
 
     console, workspace = Console(as_json=json), Workspace(work)
     chosen = method_named(method)
     if target != "key":
         raise KeyreduceError(f"there is no target {target!r}; keyreduce prunes key channels: --target key")
+    pick_dtype(dtype, pick_device(device))  # a wrong one is told even where nothing is left to calibrate
     source = open_folder(find_model(model))
     family = family_of(source.config)
     sizes = family.sizes(source.config)
@@ -69,16 +71,19 @@ def prune(
         ratio = 0.25
     kept = channels_to_keep(sizes.head_k_dim, ratio=ratio, keep=keep, multiple_of=multiple_of)
     folder = output or workspace.pruned
-    if folder.resolve() == source.path.resolve():
-        raise KeyreduceError(f"{folder} is the model itself; give another --output")
+    refuse_source(folder, Path(model) if model and os.path.isdir(model) else source.path)
 
     inputs = {"source": source.identity, "method": method, "target": target, "keep": kept, "seed": seed}
+    steps = None if overwrite else pruning.read_record(folder).get("steps")
+    recorded = steps[-1]["inputs"] if steps else None
     statistics = None
     if chosen.needs_statistics:
+        # What differs already is refused before calibration, which takes time and leaves a file.
+        comparable = recorded and {name: value for name, value in recorded.items() if name != "calibration"}
+        is_already_made(folder, comparable, inputs, overwrite)
         statistics = _statistics(console, model, source, calibration, workspace, device, dtype)
         inputs["calibration"] = statistics.inputs
-    steps = pruning.read_record(folder).get("steps")
-    if is_already_made(folder, steps[-1]["inputs"] if steps else None, inputs, overwrite):
+    if is_already_made(folder, recorded, inputs, overwrite):
         console.say(f"{folder} is there already, from the same inputs")
         console.result({"pruned": str(folder), "made": False})
         return
@@ -87,17 +92,9 @@ def prune(
     total = sum(entry.end - entry.begin for _, entry in source.entries.values())
     with console.progress("writing", total, "B") as progress:
         pruning.write_pruned(
-            source, plan, folder, dense=_name(model), overwrite=overwrite, progress=progress
+            source, plan, folder, dense=model_name(model), overwrite=overwrite, progress=progress
         )
-    _report(console, source, plan, folder)
-
-
-def _name(model: str | None) -> str:
-    """What later commands call the dense model: a folder by its full path, since they may run elsewhere."""
-    from keyreduce.models.loading import DEFAULT_MODEL
-
-    model = model or DEFAULT_MODEL
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
+    _report(console, Path(model_name(model)).name, source, plan, folder)
 
 
 def _statistics(console, model, source, calibration, workspace, device, dtype):
@@ -120,7 +117,7 @@ def _statistics(console, model, source, calibration, workspace, device, dtype):
     return read_statistics(path)
 
 
-def _report(console, source, plan, folder) -> None:
+def _report(console, name, source, plan, folder) -> None:
     from keyreduce.families import family_of
     from keyreduce.pruning.engines import suited_engines
     from keyreduce.pruning.prune import parameter_counts
@@ -139,8 +136,9 @@ def _report(console, source, plan, folder) -> None:
         f"{100 * (1 - after / before):.1f}%"
         for before, after in ((plan.before.head_k_dim, plan.after.head_k_dim), state, counts["mixer"], counts["model"])
     ]
-    title = f"{source.path.name}, pruned with {plan.inputs['method']}"
-    console.table(title, ("", "before", "after", "smaller by"), [(*row, s) for row, s in zip(rows, smaller, strict=True)])
+    title = f"{name}, pruned with {plan.inputs['method']}"
+    rows = [(*row, share) for row, share in zip(rows, smaller, strict=True)]
+    console.table(title, ("", "before", "after", "smaller by"), rows)
     console.say(f"runs in: {'; '.join(suited) or 'no engine that keyreduce knows of'}")
     if unsuited:
         console.say(f"not in: {'; '.join(unsuited)}")

@@ -19,7 +19,7 @@ def family_of(config: Mapping) -> Family:
         KeyreduceError: it is not one of :data:`FAMILIES`.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise KeyreduceError(
             f"model_type {model_type!r} is not of the DeltaNet family; keyreduce knows {', '.join(sorted(FAMILIES))}"
         )

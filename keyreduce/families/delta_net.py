@@ -12,6 +12,8 @@ DELTA_NET = Family(
     value_heads=_HEADS,
     head_k_dim=Ratio("expand_k", 1, of=_HIDDEN, over=_HEADS),
     head_v_dim=Ratio("expand_v", 1, of=_HIDDEN, over=_HEADS),
+    hidden=_HIDDEN,
+    num_layers=Field("num_hidden_layers", 24),
     tensors={
         "q_proj.weight": (Part.QUERY, Part.HIDDEN),
         "k_proj.weight": (Part.KEY, Part.HIDDEN),

@@ -2,16 +2,18 @@
 
 from keyreduce.families.table import Family, Field, Part, Ratio
 
-_HEAD_DIM = Field("head_dim", 256)
+_HEADS, _HEAD_DIM = Field("num_heads", 6), Field("head_dim", 256)
 
 GATED_DELTANET = Family(
     model_type="gated_deltanet",
     mixer="model.layers.{layer}.attn",
     operators=("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"),
-    key_heads=Field("num_heads", 6),
-    value_heads=Field("num_v_heads", "num_heads"),
+    key_heads=_HEADS,
+    value_heads=Field("num_v_heads", _HEADS),
     head_k_dim=_HEAD_DIM,
     head_v_dim=Ratio("expand_v", 2.0, of=_HEAD_DIM),
+    hidden=Field("hidden_size", 2048),
+    num_layers=Field("num_hidden_layers", 21),
     tensors={
         "q_proj.weight": (Part.QUERY, Part.HIDDEN),
         "k_proj.weight": (Part.KEY, Part.HIDDEN),

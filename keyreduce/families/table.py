@@ -43,13 +43,13 @@ class Field:
     """A size that the config says outright."""
 
     name: str
-    default: int | str | None = None
-    """What holds when the config does not have the field (or has null): a number, or the name of another field."""
+    default: "float | Field | None" = None
+    """What holds when the config does not have the field (or has null): a number, or what another field says."""
 
     def read(self, config: Mapping) -> float:
         value = config.get(self.name)
-        if value is None and isinstance(self.default, str):
-            return Field(self.default).read(config)
+        if value is None and isinstance(self.default, Field):
+            return self.default.read(config)
         value = self.default if value is None else value
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
             raise KeyreduceError(f"config.json: {self.name} is {value!r}, where a positive number belongs")
@@ -94,7 +94,7 @@ class Family:
             (shape ``[B, T, H, K]``).
         key_heads, value_heads, head_k_dim, head_v_dim: where the config says the sizes; a ratio may rest on a size
             before it, so they are written in this order.
-        num_layers: where the config says how many layers there are.
+        hidden, num_layers: where the config says the model's width and how many layers it has.
         softmax: the config field that says which layers have softmax attention for a mixer: an object with a list
             ``layers``, or a list of such objects.
         tensors: name below the mixer -> what each axis holds. A model need not have all of them.
@@ -107,8 +107,9 @@ class Family:
     value_heads: Field
     head_k_dim: Field | Ratio
     head_v_dim: Field | Ratio
+    hidden: Field
+    num_layers: Field
     tensors: Mapping[str, tuple[Part, ...]]
-    num_layers: Field = Field("num_hidden_layers")
     softmax: str = "attn"
 
     def sizes(self, config: Mapping) -> MixerSizes:
@@ -141,11 +142,30 @@ class Family:
             raise KeyreduceError(f"a {self.model_type} config cannot say the sizes {tuple(sizes)}")
         return changed
 
+    def axis_sizes(self, config: Mapping) -> dict[Part, int]:
+        """Return how long an axis is that holds a part; OTHER is not the config's to say."""
+        sizes = self.sizes(config)
+        return {
+            Part.QUERY: sizes.key_heads * sizes.head_k_dim,
+            Part.KEY: sizes.key_heads * sizes.head_k_dim,
+            Part.VALUE: sizes.value_heads * sizes.head_v_dim,
+            Part.SHARED_VALUE: sizes.head_v_dim,
+            Part.VALUE_HEAD: sizes.value_heads,
+            Part.HIDDEN: round(self.hidden.read(config)),
+        }
+
     def mixer_layers(self, config: Mapping) -> list[int]:
-        """Return the numbers of the layers whose mixer holds a delta-rule state."""
+        """Return the numbers of the layers whose mixer holds a delta-rule state.
+
+        Raises:
+            KeyreduceError: the config does not say which layers those are.
+        """
         specs = config.get(self.softmax) or []
         specs = [specs] if isinstance(specs, Mapping) else specs
-        softmax_layers = {layer for spec in specs for layer in spec["layers"]}
+        try:
+            softmax_layers = {layer for spec in specs for layer in spec["layers"]}
+        except (KeyError, TypeError):
+            raise KeyreduceError(f"config.json: {self.softmax} does not list the layers of softmax attention") from None
         return [layer for layer in range(round(self.num_layers.read(config))) if layer not in softmax_layers]
 
     def tensor_name(self, layer: int, name: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import logging
+import os
 import re
 import shutil
 import tempfile
@@ -24,8 +26,12 @@ SHIPPED = Path(__file__).parent / "shipped"
 DEFAULT_MODEL = "delta-net-5m"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# Errors of other libraries whose message needs no type beside it.
+_TOLD_BY_MESSAGE = (AssertionError, ImportError, OSError, RuntimeError, ValueError)
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+
+_log = logging.getLogger(__name__)
 
 
 class LoadedModel(NamedTuple):
@@ -54,17 +60,23 @@ def find_model(name: str | None) -> Path:
     """
     name = name or DEFAULT_MODEL
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(name):
         dcp = find_dcp(path)
         return path if dcp is None else _converted(dcp)
     if name in shipped_models():
         return SHIPPED / name
-    if not path.exists() and _HUB_NAME.fullmatch(name):
+    if not os.path.exists(name) and _HUB_NAME.fullmatch(name):
         return _from_hub(name)
     raise KeyreduceError(
         f"there is no model {name!r}: give a checkpoint folder, a name on the hub (owner/name), "
         f"or a shipped model ({', '.join(shipped_models())})"
     )
+
+
+def model_name(name: str | None) -> str:
+    """Return what to call a model in records and titles: a folder by its full path, since they are read elsewhere."""
+    name = name or DEFAULT_MODEL
+    return os.path.realpath(name) if os.path.isdir(name) else name
 
 
 def pick_device(device: str | None) -> torch.device:
@@ -77,9 +89,9 @@ def pick_device(device: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         picked = torch.device(device)
-        torch.empty(0, device=picked)
+        torch.zeros((), device=picked).item()
     except (RuntimeError, AssertionError) as error:
-        raise KeyreduceError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise KeyreduceError(f"device {device!r} cannot be used here: {_reason(error)}") from None
     return picked
 
 
@@ -117,26 +129,66 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Loaded
         dtype: what to compute in; the weights are cast.
 
     Raises:
-        KeyreduceError: no DeltaNet-family checkpoint is there, it does not load, or a weight is NaN or inf.
+        KeyreduceError: no DeltaNet-family checkpoint is there, it does not load, weights are missing, or one is NaN or
+            inf.
     """
-    family = family_of(open_folder(folder).config)
+    config = open_folder(folder).config
+    family = family_of(config)
+    family.sizes(config)
     prepare_backend(device)
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils import logging as their_logging
 
-    logging.disable_progress_bar()  # the commands show progress themselves
+    their_logging.disable_progress_bar()  # the commands show progress themselves
+    verbosity = their_logging.get_verbosity()
+    their_logging.set_verbosity_error()  # what its report of the weights says, _check_weights says in one line
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        raise KeyreduceError(f"{folder} does not load: {str(error).splitlines()[0]}") from error
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        model = model.to(device).eval()
+    except Exception as error:
+        # A config that no model would have makes its constructor raise nearly anything.
+        raise KeyreduceError(f"{folder} does not load: {_reason(error)}") from error
+    finally:
+        their_logging.set_verbosity(verbosity)
+    _check_weights(folder, report)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise KeyreduceError(f"tensor {name!r} of {folder} holds NaN or inf: the checkpoint is damaged")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise KeyreduceError(f"{folder} has no tokenizer that loads: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        # The library that parses tokenizer.json raises Exception itself.
+        reason = _reason(error) if any(folder.glob("tokenizer*")) else "there is no file of one"
+        raise KeyreduceError(
+            f"{folder} has no tokenizer that loads ({reason}); put the tokenizer.json of the model there"
+        ) from error
     return LoadedModel(model, tokenizer, family, folder)
+
+
+def _check_weights(folder: Path, report: dict) -> None:
+    """Refuse what transformers would fill with random numbers, and mention what it leaves out."""
+    if report["mismatched_keys"]:
+        name, found, expected = min(report["mismatched_keys"])
+        raise KeyreduceError(
+            f"tensor {name!r} of {folder} is {list(found)}, where config.json makes it {list(expected)}: "
+            "they belong to different models"
+        )
+    if report["missing_keys"]:
+        raise KeyreduceError(
+            f"{folder} has no tensor {min(report['missing_keys'])!r}, which its config.json asks for; "
+            "get the rest of the checkpoint"
+        )
+    if report["unexpected_keys"]:
+        name, count = min(report["unexpected_keys"]), len(report["unexpected_keys"])
+        _log.warning("%s: the model has no place for %d of its tensors, such as %r", folder, count, name)
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error of another library; with its type, where that says what the sentence does not."""
+    sentence = re.split(r"\. |\n", str(error))[0].rstrip(".:")
+    return sentence if sentence and isinstance(error, _TOLD_BY_MESSAGE) else f"{type(error).__name__}: {sentence}"
 
 
 def _converted(dcp: Path) -> Path:
@@ -155,5 +207,5 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except (OSError, ValueError) as error:
         raise KeyreduceError(
-            f"there is no folder {name}, and the hub did not give a model of that name: {str(error).splitlines()[0]}"
+            f"there is no folder {name}, and the hub did not give a model of that name: {_reason(error)}"
         ) from None

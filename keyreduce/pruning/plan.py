@@ -43,7 +43,7 @@ def channels_to_keep(head_k_dim: int, *, ratio: float | None, keep: int | None, 
         KeyreduceError: the ratio is outside [0, 1), the number is impossible, both or neither are given.
     """
     if (ratio is None) == (keep is None):
-        raise KeyreduceError("say how much to prune with either --ratio or --keep")
+        raise KeyreduceError("say how much to prune with either --ratio (or PRUNING_RATIO) or --keep, not both")
     if ratio is not None:
         if not 0 <= ratio < 1:
             raise KeyreduceError(f"--ratio is {ratio:g}; it is the share to remove, at least 0 and below 1")

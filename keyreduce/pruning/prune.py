@@ -1,4 +1,4 @@
-"""Statistics and a checkpoint to a smaller checkpoint. No model is built: memory stays at about one layer's projections."""
+"""Statistics and a checkpoint to a smaller checkpoint. No model is built: memory stays at one layer's projections."""
 
 import platform
 from collections.abc import Callable
@@ -32,11 +32,13 @@ def make_plan(
         inputs: what the plan is recorded to be made from.
 
     Raises:
-        KeyreduceError: the statistics are of another model, or a weight that the method reads is NaN or inf.
+        KeyreduceError: the statistics are of another model, the weights are not of the shapes that the config says,
+            or a weight that the method reads is NaN or inf.
     """
     family = family_of(source.config)
     sizes = family.sizes(source.config)
     layers = family.mixer_layers(source.config)
+    _check_shapes(source, family, layers)
     if statistics is not None:
         check_calibration(source, statistics.model)
         if sorted(statistics.layers) != layers:
@@ -120,9 +122,18 @@ def write_pruned(
 
 
 def read_record(folder: Path) -> dict:
-    """Return what a checkpoint folder records of its pruning: ``dense``, ``steps``; empty if it was never pruned."""
+    """Return what a checkpoint folder records of its pruning: ``dense``, ``steps``; empty if it was never pruned.
+
+    Raises:
+        KeyreduceError: the record is damaged.
+    """
     path = folder / RECORD_NAME
-    return read_json(path) if path.is_file() else {}
+    record = read_json(path) if path.is_file() else {}
+    steps = record.get("steps", [])
+    has_steps = isinstance(steps, list) and all(isinstance(step, dict) and "inputs" in step for step in steps)
+    if not has_steps or not isinstance(record.get("dense", ""), str):
+        raise KeyreduceError(f"{path} is damaged: it does not say what was pruned; remove it, or prune again")
+    return record
 
 
 def parameter_counts(source: Checkpoint, plan: Plan) -> dict[str, tuple[int, int]]:
@@ -141,6 +152,23 @@ def parameter_counts(source: Checkpoint, plan: Plan) -> dict[str, tuple[int, int
     return {group: (before, after) for group, (before, after) in counts.items()}
 
 
+def _check_shapes(source: Checkpoint, family: Family, layers: list[int]) -> None:
+    """Refuse a checkpoint whose mixers have not the shapes that its config says."""
+    sizes = family.axis_sizes(source.config)
+    for layer in layers:
+        for short_name, parts in family.tensors.items():
+            name = family.tensor_name(layer, short_name)
+            if name not in source.entries:
+                continue
+            shape = source.entries[name][1].shape
+            expected = tuple(sizes.get(part, size) for part, size in zip(parts, shape, strict=False))
+            if len(shape) != len(parts) or shape != expected:
+                raise KeyreduceError(
+                    f"tensor {name!r} of {source.path} is {list(shape)}, which is not what config.json says: "
+                    "they belong to different models"
+                )
+
+
 def _rows(source: Checkpoint, family: Family, sizes: MixerSizes, layer: int, part: Part) -> torch.Tensor:
     """The rows of a layer's query or key projection, float32 ``[H, K, D]``."""
     (short_name,) = [name for name, parts in family.tensors.items() if parts == (part, Part.HIDDEN)]
@@ -148,9 +176,4 @@ def _rows(source: Checkpoint, family: Family, sizes: MixerSizes, layer: int, par
     weight = source.read(name).float()
     if not torch.isfinite(weight).all():
         raise KeyreduceError(f"tensor {name!r} of {source.path} holds NaN or inf: the checkpoint is damaged")
-    if weight.shape[0] != sizes.key_heads * sizes.head_k_dim:
-        raise KeyreduceError(
-            f"tensor {name!r} of {source.path} has {weight.shape[0]} rows, where config.json says "
-            f"{sizes.key_heads} heads of {sizes.head_k_dim}: they belong to different models"
-        )
     return weight.view(sizes.key_heads, sizes.head_k_dim, -1)

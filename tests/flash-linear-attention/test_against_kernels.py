@@ -11,6 +11,7 @@ from fla.modules.causal_conv1d.ops import causal_conv1d
 from fla.modules.fused_cross_entropy import cross_entropy_loss
 from fla.modules.norm.fused_norm_gate import rms_norm_gated
 from fla.modules.rotary import rotary_embedding
+from fla.ops.common import chunk_o
 from fla.ops.delta_rule import chunk_delta_rule, fused_recurrent_delta_rule
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
@@ -83,8 +84,10 @@ def test_gated_delta_rule(operator, dtype):
             use_beta_sigmoid_in_kernel=True, allow_neg_eigval=True, state_v_first=True,
         )  # fmt: skip
 
-    # fla has no backward of the recurrent kernel.
-    leaves = draw_leaves(dtype, gated=True, gradients=operator is chunk_gated_delta_rule)
+    # fla has no backward of the recurrent kernel, and refuses that of the chunked one under some Tritons on Hopper.
+    is_refused = chunk_o.IS_NVIDIA_HOPPER and chunk_o.TRITON_ABOVE_3_4_0 and not chunk_o.TRITON_ABOVE_3_7_1
+    gradients = operator is chunk_gated_delta_rule and not is_refused
+    leaves = draw_leaves(dtype, gated=True, gradients=gradients)
     assert_backend_equals_kernels(function, leaves, dtype)
 
 
@@ -96,7 +99,9 @@ def test_convolution(packed):
     leaves = [torch.randn(shape, generator=generator, device="cuda").requires_grad_() for shape in shapes]
 
     def function(x, weight, bias, residual, state):
-        return causal_conv1d(x, weight, bias, residual, state, True, "silu", cu_seqlens=bounds)
+        output, final_state = causal_conv1d(x, weight, bias, residual, state, True, "silu", cu_seqlens=bounds)
+        # The first of the W inputs in a state is never read again; fla's kernel gives it no gradient, autograd does.
+        return output, final_state[..., 1:]
 
     assert_backend_equals_kernels(function, leaves, torch.float32)
 

@@ -1,0 +1,171 @@
+"""The sums of a calibration against the same sums from the model's weights, in float64 and without its operators.
+
+Shapes: B rows, T tokens, N = B * T, D hidden, H key heads, K key channels.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import build, draw_tokens
+
+from keyreduce.calibration.capture import collect, watching
+from keyreduce.calibration.statistics import LayerStatistics
+from keyreduce.families import FAMILIES
+from keyreduce.models.loading import LoadedModel
+
+VARIANTS = {
+    "delta_net": ("delta_net", {}),
+    "delta_net without convolution": ("delta_net", {"use_short_conv": False}),
+    "delta_net relu": ("delta_net", {"qk_activation": "relu"}),
+    "delta_net narrow keys": ("delta_net", {"expand_k": 0.5, "use_gate": True}),
+    "gated_deltanet": ("gated_deltanet", {}),
+    "gated_deltanet without convolution": ("gated_deltanet", {"use_short_conv": False}),
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore:ShortConvolution is crucial")
+
+
+def loaded(model: torch.nn.Module) -> LoadedModel:
+    return LoadedModel(model, None, FAMILIES[model.config.model_type], Path("tiny"))
+
+
+def operands(mixer: torch.nn.Module, which: str, input_BTD: torch.Tensor, head_k_dim: int) -> torch.Tensor:
+    """q or k from the weights: projection, causal depthwise convolution, activation; ``[B, T, H, K]``."""
+    channels_BTC = input_BTD @ getattr(mixer, f"{which}_proj").weight.double().T
+    if mixer.use_short_conv:
+        weight_C1W = getattr(mixer, f"{which}_conv1d").weight.double()
+        padded = F.pad(channels_BTC.transpose(1, 2), (weight_C1W.shape[-1] - 1, 0))
+        channels_BTC = F.conv1d(padded, weight_C1W, groups=len(weight_C1W)).transpose(1, 2)
+    activation = torch.relu if getattr(mixer, "qk_activation", "silu") == "relu" else F.silu
+    return activation(channels_BTC).unflatten(-1, (-1, head_k_dim))
+
+
+def expected_sums(model: torch.nn.Module, tokens_BT: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
+    """The sums, token by token, from the hidden states that transformers gives out."""
+    block = model.model.layers[layer]
+    hidden_BTD = model.model(tokens_BT, output_hidden_states=True, use_cache=False).hidden_states[layer]
+    scale = torch.rsqrt(hidden_BTD.square().mean(-1, keepdim=True) + model.config.norm_eps)
+    input_BTD = hidden_BTD * scale * block.attn_norm.weight.double()
+    head_k_dim = block.attn.head_k_dim
+    sums = {"input_square_D": sum(row_D**2 for row_D in input_BTD.flatten(0, 1))}
+    for kind in ("query", "key"):
+        rows_NHK = operands(block.attn, kind[0], input_BTD, head_k_dim).flatten(0, 1)
+        unit_NHK = torch.stack([row_HK / (row_HK.square().sum(-1, keepdim=True) + 1e-6).sqrt() for row_HK in rows_NHK])
+        for prefix, vectors_NHK in ((kind, rows_NHK), (f"unit_{kind}", unit_NHK)):
+            sums[f"{prefix}_sum_HK"] = sum(vectors_NHK)
+            outer = [[torch.outer(vector_K, vector_K) for vector_K in row_HK] for row_HK in vectors_NHK]
+            sums[f"{prefix}_gram_HKK"] = sum(torch.stack(heads) for heads in outer)
+    return sums
+
+
+# Rows of up to 64 tokens take the recurrent operator, longer ones the chunked one.
+@pytest.mark.parametrize("seq_len", [9, 70])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_sums_are_those_of_a_plain_float64_computation(variant, seq_len):
+    model_type, changes = VARIANTS[variant]
+    model = build(model_type, **changes).double()
+    batches = [draw_tokens(2, seq_len), draw_tokens(1, seq_len, seed=1)]
+    layers, tokens = collect(loaded(model), batches)
+    assert tokens == 3 * seq_len
+    assert sorted(layers) == [0, 1]
+    for layer, statistics in layers.items():
+        per_batch = [expected_sums(model, batch, layer) for batch in batches]
+        for name, tensor in statistics.tensors().items():
+            assert tensor.dtype == torch.float64
+            expected = sum(sums[name] for sums in per_batch)
+            torch.testing.assert_close(tensor, expected, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_gated_deltanet_takes_its_fused_convolution_here():
+    """Without a cache it does, so that a hook on ``q_conv1d`` would see nothing; the sums above are of that path."""
+    mixer = build("gated_deltanet").model.layers[0].attn
+    assert mixer._use_fused_qkv_conv(last_state=None, use_cache=False, cu_seqlens=None)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_way_rows_are_batched_changes_nothing(model_type):
+    model, rows = loaded(build(model_type).double()), draw_tokens(4, 20)
+    seen = []
+    whole, tokens = collect(model, [rows], seen.append)
+    assert (tokens, seen) == (80, [80])
+    for sizes in ([2, 2], [1, 1, 1, 1], [3, 1]):
+        split, split_tokens = collect(model, rows.split(sizes), seen.append)
+        assert split_tokens == 80
+        for layer in whole:
+            for name, tensor in whole[layer].tensors().items():
+                torch.testing.assert_close(split[layer].tensors()[name], tensor, rtol=1e-10, atol=1e-10)
+    assert seen[1:] == [40, 40, 20, 20, 20, 20, 60, 20]
+
+
+@torch.no_grad()
+def test_hybrid_models_are_watched_where_they_have_a_state():
+    class Nothing(torch.nn.Module):
+        """fla's own softmax attention takes a package that needs a GPU."""
+
+        def forward(self, hidden_states, **kwargs):
+            return torch.zeros_like(hidden_states), None, kwargs["past_key_values"]
+
+    model = build("delta_net", num_hidden_layers=3)
+    model.model.layers[1].attn = Nothing()
+    model.config.attn = {"layers": [1], "num_heads": 2}
+    layers, _ = collect(loaded(model), [draw_tokens(1, 8)])
+    assert sorted(layers) == [0, 2]
+    assert all(statistics.input_square_D.all() for statistics in layers.values())
+
+
+def patched_state(model: torch.nn.Module) -> list:
+    family = FAMILIES[model.config.model_type]
+    mixers = [layer.attn for layer in model.model.layers]
+    module = sys.modules[type(mixers[0]).__module__]
+    return [getattr(module, name) for name in family.operators] + [len(mixer._forward_pre_hooks) for mixer in mixers]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@torch.no_grad()
+def test_fla_is_left_as_it_was(model_type):
+    model, tokens = build(model_type), draw_tokens(1, 8)
+    before = patched_state(model)
+    with watching(model, FAMILIES[model_type]) as layers:
+        assert patched_state(model) != before
+        model(tokens)
+    assert patched_state(model) == before
+    seen = {name: tensor.clone() for name, tensor in layers[0].tensors().items()}
+    model(tokens)
+    assert all(torch.equal(tensor, seen[name]) for name, tensor in layers[0].tensors().items())
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_fla_is_left_as_it_was_also_after_an_error(model_type):
+    model = build(model_type)
+    before = patched_state(model)
+    with pytest.raises(IndexError):
+        collect(loaded(model), [draw_tokens(1, 8), torch.tensor([[10**6]])])
+    assert patched_state(model) == before
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
+def test_memory_does_not_grow_with_the_number_of_batches():
+    """1,000 batches against 10; q and k of all of them would be 65 MB."""
+    model = loaded(build("delta_net", num_hidden_layers=1))
+    sizes = []
+    collect(model, (draw_tokens(4, 64) for _ in range(1000)), lambda tokens: sizes.append(resident_bytes()))
+    assert len(sizes) == 1000
+    assert max(sizes) - max(sizes[:10]) < 12e6
+
+
+def test_no_tokens_are_zero_sums_of_the_shapes_in_their_names():
+    statistics = LayerStatistics.zeros(6, 2, 3, torch.device("cpu"))
+    sizes = {"D": 6, "H": 2, "K": 3}
+    for name, tensor in statistics.tensors().items():
+        assert list(tensor.shape) == [sizes[axis] for axis in name.rsplit("_", 1)[1]]
+        assert tensor.dtype == torch.float64
+        assert not tensor.any()

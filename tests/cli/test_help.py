@@ -1,0 +1,84 @@
+"""``--help`` says all there is, and at once: what computes is not imported for it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from keyreduce.cli.console import mebibytes, scaled
+from keyreduce.pruning.methods import METHODS
+
+REPOSITORY = Path(__file__).parents[2]
+COMMANDS = ("calibrate", "prune", "convert-dcp", "benchmark", "eval")
+HEAVY = ("torch", "transformers", "fla", "datasets", "numpy", "safetensors")
+
+IMPORTED = f"""
+import contextlib, io, sys
+from keyreduce.cli import main
+for arguments in (["--help"], *([command, "--help"] for command in {COMMANDS})):
+    sys.argv = ["keyreduce", *arguments]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            main()
+    except SystemExit as exit_:
+        assert not exit_.code
+print(sorted(set({HEAVY}) & sys.modules.keys()))
+"""
+
+
+def words(text: str) -> str:
+    """The text without its frames and line breaks."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
+def test_help_imports_nothing_heavy():
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED], capture_output=True, text=True, cwd=REPOSITORY, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
+
+
+def test_help_lists_the_commands(keyreduce):
+    result = keyreduce("--help")
+    assert result.code == 0
+    for command in COMMANDS:
+        assert re.search(rf"│ {command} ", result.out)
+    assert keyreduce("-h").out == result.out
+
+
+def test_help_of_prune_lists_the_methods(keyreduce):
+    told = words(keyreduce("prune", "--help").out)
+    for method in METHODS.values():
+        assert f"{method.name}: {method.summary}" in told
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("calibrate", ["[default: (in --work)]", "[default: (the Python standard library's source)]", "NUM_BATCHES"]),
+        ("prune", ["[default: (0.25)]", "[default: wanda]", "PRUNING_RATIO", "PRUNING_STRATEGY", "OUTPUT_DIR"]),
+        ("convert-dcp", ["[SRC] [DST]", "[default: (what prune wrote into --work)]", "COMPRESSED_MODEL"]),
+        ("benchmark", ["[default: 1024]", "BASE_MODEL_DIR", "COMPRESSED_MODEL"]),
+        ("eval", ["[default: (what prune wrote into --work)]", "KEYREDUCE_WORK", "[default: keyreduce-out]"]),
+    ],
+)
+def test_help_tells_defaults_and_variables(keyreduce, monkeypatch, command, told):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = words(keyreduce(command, "--help").out)
+    for words_ in told:
+        assert words_ in text
+
+
+@pytest.mark.parametrize(
+    ("amount", "told"), [(0, "0"), (999, "999"), (12_300, "12.3k"), (1_500_000, "1.5M"), (-2e9, "-2G"), (3e15, "3e+03T")]
+)
+def test_scaled(amount, told):
+    assert scaled(amount) == told
+
+
+def test_mebibytes():
+    assert mebibytes(3 * 2**20 / 4) == "0.75 MiB"
+    assert mebibytes(2**31) == "2,048.00 MiB"

@@ -1,0 +1,67 @@
+"""Each tensor of fla's mixers is in its family's table, with axes of the sizes that the table says."""
+
+import sys
+
+import pytest
+import torch
+from fla.layers import DeltaNet, GatedDeltaNet
+from tiny_models import build
+
+from keyreduce.families import FAMILIES, MixerSizes, Part
+
+# Sizes that all differ, so that no axis can be taken for another one.
+DELTA_NET = dict(hidden_size=40, num_heads=2, expand_k=0.6, expand_v=1.4)
+GATED = dict(hidden_size=40, num_heads=2, num_v_heads=6, head_dim=10, expand_v=1.5)
+MIXERS = {
+    "delta_net": (DeltaNet, DELTA_NET, MixerSizes(2, 2, 12, 28)),
+    "gated_deltanet": (GatedDeltaNet, GATED, MixerSizes(2, 6, 10, 15)),
+}
+VARIANTS = {
+    "delta_net": [{}, {"use_gate": True}, {"use_beta": False}, {"use_short_conv": False}, {"conv_bias": True}],
+    "gated_deltanet": [{}, {"use_gate": False}, {"use_short_conv": False}, {"conv_bias": True}],
+}
+CASES = [(model_type, options) for model_type, variants in VARIANTS.items() for options in variants]
+
+pytestmark = pytest.mark.filterwarnings("ignore:ShortConvolution is crucial")
+
+
+def shapes_of(model_type: str, options: dict) -> dict[str, tuple[int, ...]]:
+    mixer_class, arguments, _ = MIXERS[model_type]
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in mixer_class(**arguments, **options).state_dict().items()}
+
+
+@pytest.mark.parametrize(("model_type", "options"), CASES, ids=str)
+def test_axes_are_what_the_table_says(model_type, options):
+    key_heads, value_heads, head_k_dim, head_v_dim = MIXERS[model_type][2]
+    sizes = {
+        Part.QUERY: key_heads * head_k_dim,
+        Part.KEY: key_heads * head_k_dim,
+        Part.VALUE: value_heads * head_v_dim,
+        Part.SHARED_VALUE: head_v_dim,
+        Part.VALUE_HEAD: value_heads,
+        Part.HIDDEN: 40,
+    }
+    table = FAMILIES[model_type].tensors
+    for name, shape in shapes_of(model_type, options).items():
+        assert name in table
+        assert len(table[name]) == len(shape)
+        assert shape == tuple(sizes.get(part, size) for part, size in zip(table[name], shape, strict=True)), name
+    assert FAMILIES[model_type].axis_sizes(MIXERS[model_type][1]) == sizes
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_table_lists_nothing_that_no_mixer_has(model_type):
+    seen = {name for options in VARIANTS[model_type] for name in shapes_of(model_type, options)}
+    assert set(FAMILIES[model_type].tensors) == seen
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_mixer_is_where_the_family_says_and_calls_its_operators(model_type):
+    family, model = FAMILIES[model_type], build(model_type)
+    assert model.config.model_type == model_type
+    mixer = model.get_submodule(family.mixer.format(layer=1))
+    assert isinstance(mixer, MIXERS[model_type][0])
+    for name in family.operators:
+        assert callable(getattr(sys.modules[type(mixer).__module__], name))
+    assert family.tensor_name(1, "q_proj.weight") in model.state_dict()

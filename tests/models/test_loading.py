@@ -1,0 +1,155 @@
+"""From what a user calls a model to a loaded one."""
+
+import logging
+import os
+
+import pytest
+import torch
+from tiny_models import FAMILIES, draw_tokens, edit_config, edit_tensors, tensors_of
+
+from keyreduce.checkpoint.dcp import hf_to_dcp
+from keyreduce.checkpoint.folder import open_folder
+from keyreduce.errors import KeyreduceError
+from keyreduce.models.loading import (
+    DEFAULT_MODEL,
+    SHIPPED,
+    find_model,
+    load_model,
+    model_name,
+    pick_device,
+    pick_dtype,
+    shipped_models,
+)
+
+CPU = torch.device("cpu")
+
+
+def load(folder):
+    return load_model(folder, CPU, torch.float32)
+
+
+def test_shipped_models():
+    assert shipped_models() == ["delta-net-5m", "gated-deltanet-5m"]
+    assert find_model(None) == find_model("") == find_model(DEFAULT_MODEL) == SHIPPED / DEFAULT_MODEL
+    for name in shipped_models():
+        loaded = load(find_model(name))
+        assert loaded.family.sizes(loaded.model.config.to_dict()).head_k_dim == 128
+        assert loaded.tokenizer("a")["input_ids"] == [97]
+        text = loaded.tokenizer.decode(loaded.model.generate(torch.tensor([list(b"import ")]), max_new_tokens=4)[0])
+        assert text.startswith("import ")
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_folder_loads_as_it_is(tiny_folder, model_type):
+    folder = tiny_folder(model_type)
+    loaded = load(find_model(str(folder)))
+    assert (loaded.family.model_type, loaded.folder) == (model_type, folder)
+    assert not loaded.model.training
+    state = loaded.model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in tensors_of(folder).items())
+    assert load_model(folder, CPU, torch.bfloat16).model.dtype == torch.bfloat16
+
+
+def test_a_distributed_checkpoint_is_converted(tiny_folder, tmp_path):
+    folder, step = tiny_folder("delta_net"), tmp_path / "dcp" / "step-2"
+    step.mkdir(parents=True)
+    hf_to_dcp(open_folder(folder), step)
+    tokens = draw_tokens(1, 9)
+    with torch.no_grad():
+        logits = [load(find_model(str(path))).model(tokens).logits for path in (folder, step, step.parent)]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+def test_a_folder_goes_before_a_name(tiny_copy, monkeypatch):
+    folder = tiny_copy("delta-net-5m")
+    monkeypatch.chdir(folder.parent)
+    assert find_model("delta-net-5m").resolve() == folder
+    assert model_name("delta-net-5m") == str(folder)
+
+
+def test_names_of_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert model_name(None) == DEFAULT_MODEL
+    assert model_name("owner/name") == "owner/name"
+    assert model_name(".") == os.path.realpath(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "n" * 5000, "../nonsense/", "a b/c", "/nonsense"])
+def test_no_such_model(name):
+    with pytest.raises(KeyreduceError, match="there is no model .* a shipped model .delta-net-5m, gated-deltanet-5m"):
+        find_model(name)
+
+
+def test_a_hub_that_does_not_answer(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(KeyreduceError, match="there is no folder owner/nonsense, and the hub did not give"):
+        find_model("owner/nonsense")
+
+
+def test_devices_and_dtypes():
+    assert pick_device("cpu") == CPU
+    assert pick_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert pick_dtype(None, CPU) == torch.float32
+    assert pick_dtype(None, torch.device("cuda")) == torch.bfloat16
+    assert pick_dtype("float16", CPU) == torch.float16
+    for device in ("", "bogus", "meta", "cuda:99"):
+        with pytest.raises(KeyreduceError, match=f"device '{device}' cannot be used here: [^\n]{{1,300}}$"):
+            pick_device(device)
+    with pytest.raises(KeyreduceError, match="take one of float32, bfloat16, float16"):
+        pick_dtype("float13", CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model_type": "llama"}, "keyreduce knows delta_net, gated_deltanet"),
+        ({"num_heads": None, "hidden_size": 40}, "head_k_dim comes to 2.5"),
+        ({"num_heads": 4}, "they belong to different models"),
+        ({"vocab_size": 99}, r"is \[264, 32\], where config.json makes it \[99, 32\]"),
+        ({"num_hidden_layers": 3}, "has no tensor 'model.layers.2"),
+        ({"num_hidden_layers": None, "vocab_size": "x"}, "does not load: "),
+        ({"hidden_act": "nonsense"}, "does not load: .*nonsense"),
+        ({"qk_activation": "nonsense"}, "does not load: "),
+        ({"attn": {"layers": [1]}}, "does not load: .*num_heads"),
+        ({"dtype": "float99"}, "does not load: "),
+    ],
+    ids=str,
+)
+def test_configs_of_no_model_are_told_in_one_line(tiny_copy, capfd, changes, told):
+    folder = tiny_copy()
+    edit_config(folder, **changes)
+    with pytest.raises(KeyreduceError, match=told):
+        load(folder)
+    assert "LOAD REPORT" not in capfd.readouterr().err
+
+
+def test_a_missing_weight_is_not_made_up(tiny_copy):
+    folder = tiny_copy()
+    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(KeyreduceError, match="has no tensor 'model.layers.1.mlp.up_proj.weight', which its config"):
+        load(folder)
+
+
+def test_weights_that_the_model_has_no_place_for_are_mentioned(tiny_copy, caplog):
+    folder = tiny_copy()
+    edit_tensors(folder, lambda tensors: tensors.update({"model.layers.0.attn.D": torch.ones(2)}))
+    with caplog.at_level(logging.WARNING):
+        load(folder)
+    (record,) = [record for record in caplog.records if record.name == "keyreduce.models.loading"]
+    assert record.getMessage() == f"{folder}: the model has no place for 1 of its tensors, such as 'model.layers.0.attn.D'"
+
+
+def test_a_weight_that_is_not_finite_is_named(tiny_copy):
+    folder = tiny_copy()
+    edit_tensors(folder, lambda tensors: tensors["lm_head.weight"][5].fill_(float("inf")))
+    with pytest.raises(KeyreduceError, match="tensor 'lm_head.weight' of .* holds NaN or inf"):
+        load(folder)
+
+
+@pytest.mark.parametrize("content", ["{", '{"version": "1.0"}', "[]", ""])
+def test_a_damaged_tokenizer(tiny_copy, content):
+    folder = tiny_copy()
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(KeyreduceError, match="has no tokenizer that loads .*put the tokenizer.json of the model there"):
+        load(folder)

@@ -1,0 +1,88 @@
+"""The floors of the house: a folder imports only from those below it, and the command line imports late."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGE = REPOSITORY / "keyreduce"
+BACKEND = REPOSITORY / "flash-linear-attention" / "fla_torch"
+
+# From the top down; the folders of one floor know nothing of each other.
+FLOORS = (
+    {"__main__"},
+    {"cli"},
+    {"pruning"},
+    {"recovery"},
+    {"benchmarking"},
+    {"evaluation"},
+    {"calibration"},
+    {"data"},
+    {"models"},
+    {"families", "checkpoint"},
+    {"workspace"},
+    {"errors"},
+    {"__init__"},
+)
+LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
+HEAVY = {"torch", "transformers", "fla", "fla_torch", "datasets", "safetensors", "numpy", "triton", "huggingface_hub"}
+
+
+def modules(folder: Path) -> list[Path]:
+    found = sorted(folder.rglob("*.py"))
+    assert found
+    return found
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(REPOSITORY).as_posix()
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """The full names of all modules that are imported anywhere below a node."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            # The names may be modules themselves: `from keyreduce.cli import options`.
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_when_loaded(tree: ast.Module) -> Iterator[str]:
+    """The same without what is in functions, and without what is for the types alone."""
+    for node in tree.body:
+        is_for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not is_for_types and not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield from imported(node)
+
+
+@pytest.mark.parametrize("path", modules(PACKAGE), ids=name_of)
+def test_a_folder_imports_only_from_those_below_it(path):
+    here = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    for module in imported(ast.parse(path.read_text())):
+        parts = module.split(".")
+        if parts[0] != "keyreduce":
+            continue
+        there = parts[1] if len(parts) > 1 and parts[1] in LEVEL else "__init__"
+        assert there == here or LEVEL[there] > LEVEL[here], f"{here} imports {module}"
+
+
+@pytest.mark.parametrize("path", modules(PACKAGE / "cli"), ids=name_of)
+def test_the_command_line_imports_nothing_heavy_when_it_is_loaded(path):
+    for module in imported_when_loaded(ast.parse(path.read_text())):
+        assert module.split(".")[0] not in HEAVY
+
+
+@pytest.mark.parametrize("path", modules(BACKEND), ids=name_of)
+def test_the_backend_stands_alone(path):
+    assert "keyreduce" not in {module.split(".")[0] for module in imported(ast.parse(path.read_text()))}
+
+
+@pytest.mark.parametrize("path", [*modules(PACKAGE), *modules(BACKEND), *modules(REPOSITORY / "flame")], ids=name_of)
+def test_files_hold_one_idea(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) < 300
+    assert max(map(len, lines), default=0) <= 120
