@@ -51,23 +51,23 @@ def benchmark(
 def _print(console, report: dict) -> None:
     from keyreduce.cli.console import mebibytes, scaled
 
-    def spread(value: dict, factor: float, digits: str) -> str:
-        low, median, high = (format(factor * value[name], digits) for name in ("low", "median", "high"))
-        return f"{median} ({low} to {high})"
+    def spread(value: dict, factor: float = 1) -> str:
+        low, median, high = (f"{factor * value[name]:.3g}" for name in ("low", "median", "high"))
+        return f"{median} ({low}–{high})"
 
     def times(ratio: float) -> str:
         return f"{ratio:.2f}x"
 
     dense, *pruned = report["models"]
     header, columns = [""], []
-    rows = ["head_k_dim", "tokens/s", "latency, ms", "peak memory", "state of a sequence"]
+    rows = ["head_k_dim", "tokens/s", "latency, ms", "peak memory", "state per sequence"]
     for entry in report["models"]:
         header.append(entry["label"])
         columns.append(
             [
                 str(entry["head_k_dim"]),
                 scaled(entry["tokens_per_second"]),
-                spread(entry["latency_seconds"], 1e3, ".2f"),
+                spread(entry["latency_seconds"], 1e3),
                 mebibytes(entry["peak_memory_bytes"]),
                 mebibytes(entry["state_bytes_per_sequence"]),
             ]
@@ -75,7 +75,7 @@ def _print(console, report: dict) -> None:
     for entry in pruned:
         header.append("dense / pruned")
         keys = times(dense["head_k_dim"] / entry["head_k_dim"])
-        speed = spread(entry["speedup"], 1, ".2f")
+        speed = spread(entry["speedup"])
         columns.append([keys, "", speed, times(entry["memory_ratio"]), times(entry["state_ratio"])])
     settings = report["settings"]
     console.say(

@@ -52,6 +52,7 @@ def write_calibration(console, model, text, settings, target, *, device, dtype, 
     from keyreduce.calibration.file import read_record, write_statistics
     from keyreduce.calibration.run import calibrate, describe_inputs
     from keyreduce.checkpoint.folder import open_folder
+    from keyreduce.cli.console import megabytes
     from keyreduce.families import family_of
     from keyreduce.models.loading import find_model, model_name, pick_device, pick_dtype
     from keyreduce.workspace import is_already_made
@@ -73,8 +74,10 @@ def write_calibration(console, model, text, settings, target, *, device, dtype, 
             source, text, settings, device=device, dtype=dtype, progress=progress, note=console.note
         )
     write_statistics(statistics, target, overwrite=overwrite)
-    megabytes = target.stat().st_size / 1e6
-    console.say(f"wrote {target}: {statistics.tokens:,} tokens, {len(statistics.layers)} layers, {megabytes:.1f} MB")
+    size = target.stat().st_size
+    console.say(
+        f"wrote {target}: {statistics.tokens:,} tokens, {len(statistics.layers)} layers, {megabytes(size)}"
+    )
     console.result(
         {
             "calibration": str(target),
@@ -82,6 +85,6 @@ def write_calibration(console, model, text, settings, target, *, device, dtype, 
             "model": str(source.path),
             "tokens": statistics.tokens,
             "layers": len(statistics.layers),
-            "bytes": target.stat().st_size,
+            "bytes": size,
         }
     )

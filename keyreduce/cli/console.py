@@ -74,3 +74,8 @@ def scaled(amount: float) -> str:
 def mebibytes(count: float) -> str:
     """Return bytes as MiB."""
     return f"{count / 2**20:,.2f} MiB"
+
+
+def megabytes(count: int) -> str:
+    """Return bytes as MB, the unit of files."""
+    return f"{count / 1e6:,.1f} MB"

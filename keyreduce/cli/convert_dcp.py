@@ -87,7 +87,7 @@ def _to_hf(console, dcp, target, config, overwrite) -> None:
 
 def _convert(console, source, target, kind, inputs, size, overwrite, write) -> None:
     """Write one way or the other into ``target``, whole or not at all, and record what it was converted from."""
-    from keyreduce.cli.console import scaled
+    from keyreduce.cli.console import megabytes
     from keyreduce.workspace import RECORD_NAME, appearing, is_already_made, read_json, refuse_source, write_json
 
     def record_of(folder: Path) -> dict:
@@ -105,5 +105,5 @@ def _convert(console, source, target, kind, inputs, size, overwrite, write) -> N
     ):
         write(folder, progress)
         write_json(folder / RECORD_NAME, {**record_of(folder), "converted": inputs}, overwrite=True)
-    console.say(f"wrote {target}: {kind}, {scaled(size)}B")
+    console.say(f"wrote {target}: {kind}, {megabytes(size)}")
     console.result({"converted": str(target), "made": True, "bytes": size})

@@ -128,7 +128,7 @@ def _report(console, name, source, plan, folder) -> None:
     suited, unsuited = suited_engines(plan.after)
     rows = [
         ("key channels a head", *(str(sizes.head_k_dim) for sizes in (plan.before, plan.after))),
-        ("state of a sequence, float32", *(f"{size / 2**20:,.2f} MiB" for size in state)),
+        ("state per sequence, float32", *(f"{size / 2**20:,.2f} MiB" for size in state)),
         ("mixer parameters", *(f"{count:,}" for count in counts["mixer"])),
         ("model parameters", *(f"{count:,}" for count in counts["model"])),
     ]
