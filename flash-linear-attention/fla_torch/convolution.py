@@ -74,7 +74,7 @@ def causal_conv1d_update_states(x, state_len, initial_state=None, cu_seqlens=Non
 
 
 def causal_conv1d_update(x, cache, residual=None, weight=None, bias=None, activation=None):
-    """Take one token per sequence, ``x`` ``[N, D]``, ``[N, 1, D]`` or ``[1, N, D]``; shift it into ``cache`` in place."""
+    """Take one token per sequence, ``[N, D]``, ``[N, 1, D]`` or ``[1, N, D]``, and shift it into ``cache`` in place."""
     latest_ND = x.reshape(-1, weight.shape[0])
     cache.copy_(torch.cat([cache[:, :, 1:], latest_ND[:, :, None].to(cache.dtype)], dim=2))
     output_ND = (widen(cache) * widen(weight)).sum(dim=-1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
@@ -21,19 +21,18 @@ def shell_lines() -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if line.strip()]
 
 
-def test_commands_of_the_readme_run(tmp_path, monkeypatch, keyreduce):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "guide.md").write_text("A guide to the state of a linear attention layer.\n" * 60)
-    (tmp_path / "notes.jsonl").write_text('{"text": "keys are written, values are read"}\n' * 60)
+def test_commands_of_the_readme_run(keyreduce):
+    Path("docs").mkdir()
+    Path("docs/guide.md").write_text("A guide to the state of a linear attention layer.\n" * 60)
+    Path("notes.jsonl").write_text('{"text": "keys are written, values are read"}\n' * 60)
     commands = [shlex.split(line) for line in shell_lines() if line.startswith("keyreduce ")]
     assert len(commands) >= 7
     for command in commands:
         result = keyreduce(*command[1:])
-        assert result.code == 0, f"{' '.join(command)}: {result.stderr}"
+        assert result.code == 0, f"{' '.join(command)}: {result.err}"
     (code,) = blocks("python")
     backend = "import fla_torch; fla_torch.enable()\n"
-    subprocess.run([sys.executable, "-c", backend + code], check=True, capture_output=True, cwd=tmp_path, timeout=300)
+    subprocess.run([sys.executable, "-c", backend + code], check=True, capture_output=True, timeout=300)
 
 
 @pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("make ")])
