@@ -64,11 +64,11 @@ class Console:
 
 def scaled(amount: float) -> str:
     """Return a number in three digits with a decimal prefix: 12300 is 12.3k."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if abs(amount) < 1000:
-            break
+    for prefix in ("", "k", "M", "G"):
+        if abs(amount) < 999.5:  # from there on three digits round to 1000
+            return f"{amount:.3g}{prefix}"
         amount /= 1000
-    return f"{amount:.3g}{prefix}"
+    return f"{amount:.4g}T"
 
 
 def mebibytes(count: float) -> str:

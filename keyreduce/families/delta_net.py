@@ -1,6 +1,7 @@
 """DeltaNet, as fla ships it (arXiv:2406.06484)."""
 
-from keyreduce.families.table import Family, Field, Part, Ratio
+from keyreduce.families.fla_tensors import FLA_TENSORS
+from keyreduce.families.table import Family, Field, Ratio
 
 _HEADS, _HIDDEN = Field("num_heads", 16), Field("hidden_size", 2048)
 
@@ -14,19 +15,5 @@ DELTA_NET = Family(
     head_v_dim=Ratio("expand_v", 1, of=_HIDDEN, over=_HEADS),
     hidden=_HIDDEN,
     num_layers=Field("num_hidden_layers", 24),
-    tensors={
-        "q_proj.weight": (Part.QUERY, Part.HIDDEN),
-        "k_proj.weight": (Part.KEY, Part.HIDDEN),
-        "v_proj.weight": (Part.VALUE, Part.HIDDEN),
-        "b_proj.weight": (Part.VALUE_HEAD, Part.HIDDEN),
-        "g_proj.weight": (Part.VALUE, Part.HIDDEN),
-        "q_conv1d.weight": (Part.QUERY, Part.OTHER, Part.OTHER),
-        "k_conv1d.weight": (Part.KEY, Part.OTHER, Part.OTHER),
-        "v_conv1d.weight": (Part.VALUE, Part.OTHER, Part.OTHER),
-        "q_conv1d.bias": (Part.QUERY,),
-        "k_conv1d.bias": (Part.KEY,),
-        "v_conv1d.bias": (Part.VALUE,),
-        "o_norm.weight": (Part.SHARED_VALUE,),
-        "o_proj.weight": (Part.HIDDEN, Part.VALUE),
-    },
+    tensors=FLA_TENSORS,
 )

@@ -1,5 +1,6 @@
 """Gated DeltaNet, as fla ships it (arXiv:2412.06464)."""
 
+from keyreduce.families.fla_tensors import FLA_TENSORS
 from keyreduce.families.table import Family, Field, Part, Ratio
 
 _HEADS, _HEAD_DIM = Field("num_heads", 6), Field("head_dim", 256)
@@ -14,22 +15,10 @@ GATED_DELTANET = Family(
     head_v_dim=Ratio("expand_v", 2.0, of=_HEAD_DIM),
     hidden=Field("hidden_size", 2048),
     num_layers=Field("num_hidden_layers", 21),
-    tensors={
-        "q_proj.weight": (Part.QUERY, Part.HIDDEN),
-        "k_proj.weight": (Part.KEY, Part.HIDDEN),
-        "v_proj.weight": (Part.VALUE, Part.HIDDEN),
+    tensors=FLA_TENSORS
+    | {
         "a_proj.weight": (Part.VALUE_HEAD, Part.HIDDEN),
-        "b_proj.weight": (Part.VALUE_HEAD, Part.HIDDEN),
-        "g_proj.weight": (Part.VALUE, Part.HIDDEN),
         "A_log": (Part.VALUE_HEAD,),
         "dt_bias": (Part.VALUE_HEAD,),
-        "q_conv1d.weight": (Part.QUERY, Part.OTHER, Part.OTHER),
-        "k_conv1d.weight": (Part.KEY, Part.OTHER, Part.OTHER),
-        "v_conv1d.weight": (Part.VALUE, Part.OTHER, Part.OTHER),
-        "q_conv1d.bias": (Part.QUERY,),
-        "k_conv1d.bias": (Part.KEY,),
-        "v_conv1d.bias": (Part.VALUE,),
-        "o_norm.weight": (Part.SHARED_VALUE,),
-        "o_proj.weight": (Part.HIDDEN, Part.VALUE),
     },
 )

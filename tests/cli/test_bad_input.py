@@ -159,7 +159,7 @@ def test_a_model_without_tokenizer(refused, tiny_copy):
         file.unlink()
     for command in (CALIBRATE, EVAL):
         line = refused(*command, "--model", folder, notes=1)
-        assert "has no tokenizer that loads (there is no file of one); put the tokenizer.json of the model there" in line
+        assert "has no tokenizer that loads (there is no file of one); put the tokenizer.json" in line
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     assert "has no tokenizer that loads" in refused(*EVAL, "--model", folder)
 

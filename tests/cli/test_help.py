@@ -73,7 +73,8 @@ def test_help_tells_defaults_and_variables(keyreduce, monkeypatch, command, told
 
 
 @pytest.mark.parametrize(
-    ("amount", "told"), [(0, "0"), (999, "999"), (12_300, "12.3k"), (1_500_000, "1.5M"), (-2e9, "-2G"), (3e15, "3e+03T")]
+    ("amount", "told"),
+    [(0, "0"), (999, "999"), (999.9, "1k"), (12_300, "12.3k"), (1_500_000, "1.5M"), (-2e9, "-2G"), (3e15, "3000T")],
 )
 def test_scaled(amount, told):
     assert scaled(amount) == told

@@ -31,5 +31,5 @@ def test_query_and_key_tensors_keep_the_rows_of_each_head():
 
 def test_tensors_that_a_model_has_not_are_not_edited():
     family = FAMILIES["delta_net"]
-    names = ["model.layers.0.attn.k_proj.weight", "model.layers.0.attn.v_proj.weight", "model.layers.1.attn.q_proj.weight"]
+    names = [f"model.layers.{place}.weight" for place in ("0.attn.k_proj", "0.attn.v_proj", "1.attn.q_proj")]
     assert key_channel_edits(family, SIZES, KEPT, names).keys() == {names[0]}
