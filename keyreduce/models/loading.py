@@ -112,11 +112,17 @@ def prepare_backend(device: torch.device) -> None:
     """Make fla's model classes known to transformers, and make them run on ``device``.
 
     On a CPU that takes our PyTorch backend; on a GPU fla's own kernels are left alone.
+
+    Raises:
+        KeyreduceError: the installed fla is of a version that the backend does not fit.
     """
     if device.type == "cpu":
         import fla_torch
 
-        fla_torch.enable()
+        try:
+            fla_torch.enable()
+        except fla_torch.UnsupportedVersionError as error:
+            raise KeyreduceError(str(error)) from error
     import fla  # noqa: F401  (registers its models)
 
 

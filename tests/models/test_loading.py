@@ -3,6 +3,7 @@
 import logging
 import os
 
+import fla_torch
 import pytest
 import torch
 from tiny_models import FAMILIES, draw_tokens, edit_config, edit_tensors, tensors_of
@@ -153,3 +154,12 @@ def test_a_damaged_tokenizer(tiny_copy, content):
     (folder / "tokenizer.json").write_text(content)
     with pytest.raises(KeyreduceError, match="has no tokenizer that loads .*put the tokenizer.json of the model there"):
         load(folder)
+
+
+def test_an_fla_that_the_backend_does_not_fit(tiny_folder, monkeypatch):
+    def refuse():
+        raise fla_torch.UnsupportedVersionError("the PyTorch backend works with flash-linear-attention 0.6.0")
+
+    monkeypatch.setattr(fla_torch, "enable", refuse)
+    with pytest.raises(KeyreduceError, match="works with flash-linear-attention 0.6.0"):
+        load(tiny_folder("delta_net"))
