@@ -119,6 +119,8 @@ def compare(rule: str, functions: dict[str, tuple[Callable[[], object], float]],
     times = {name: [] for name in functions}
     for _ in range(rounds):
         for name, (function, _) in functions.items():
+            # Once untimed: what the function before it left in caches and allocator is not its own doing.
+            function()
             times[name].append(seconds(function))
     rows = []
     for name, (_, bar) in functions.items():

@@ -59,9 +59,14 @@ def chunked_delta_rule(
     # Above the diagonal the exponent of a decay would be positive and could overflow: there exp is to give 0.
     future_CC = value_BTWV.new_full((chunk_size, chunk_size), -torch.inf).triu(1)
     log_decays = [None] * len(chunks_of(beta_BTW)) if log_decay_BTW is None else chunks_of(log_decay_BTW)
+    inputs = (query_BTHK, key_BTHK, value_BTWV, beta_BTW)
+    optional_inputs = (log_decay_BTW, initial_state_BWKV)
+    is_recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs + optional_inputs)
+    # Where autograd does not keep them, chunks are written into place: the memory of one serves the next.
+    output_BTWV = torch.empty(value_BTWV.shape, dtype=value_BTWV.dtype, device=value_BTWV.device)
     outputs = []
-    for query_BCHK, key_BCHK, value_BCWV, beta_BCW, log_decay_BCW in zip(
-        chunks_of(query_BTHK), chunks_of(key_BTHK), chunks_of(value_BTWV), chunks_of(beta_BTW), log_decays, strict=True
+    for query_BCHK, key_BCHK, value_BCWV, beta_BCW, log_decay_BCW, place_BCWV in zip(
+        *map(chunks_of, inputs), log_decays, chunks_of(output_BTWV), strict=True
     ):
         C = key_BCHK.shape[1]
         query_MCK, key_MCK = _by_head(query_BCHK).contiguous(), _by_head(key_BCHK).contiguous()
@@ -87,9 +92,15 @@ def chunked_delta_rule(
             (key_gram_NCC * beta_NC1).mT, (error_NCV * beta_NC1).mT, upper=True, left=False, unitriangular=True
         ).mT
         output_NCV = torch.baddbmm(query_NCK @ state_NKV, query_gram_NCC, update_NCV, beta=scale, alpha=scale)
-        outputs.append(output_NCV.unflatten(0, (B, W)).transpose(1, 2))
+        output_BCWV = output_NCV.unflatten(0, (B, W)).transpose(1, 2)
+        if is_recorded:
+            outputs.append(output_BCWV)
+        else:
+            place_BCWV.copy_(output_BCWV)
         state_NKV = torch.baddbmm(kept_NKV, writing_NCK.mT, update_NCV)
-    return torch.cat(outputs, dim=1), state_NKV.unflatten(0, (B, W))
+    if is_recorded:
+        output_BTWV = torch.cat(outputs, dim=1)
+    return output_BTWV, state_NKV.unflatten(0, (B, W))
 
 
 def _by_head(tensor_BCHX: torch.Tensor) -> torch.Tensor:
