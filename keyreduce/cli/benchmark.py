@@ -9,7 +9,7 @@ from keyreduce.cli import options
 
 
 def benchmark(
-    model: options.Model = None,
+    model: options.DenseModel = None,
     compressed: options.Compressed = None,
     work: options.Work = options.DEFAULT_WORK,
     mixer: Annotated[bool, typer.Option("--mixer", help="Time one mixer layer: the default, all there is.")] = True,

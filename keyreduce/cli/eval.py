@@ -9,7 +9,7 @@ from keyreduce.cli import options
 
 
 def evaluate(
-    model: options.Model = None,
+    model: options.DenseModel = None,
     compressed: options.Compressed = None,
     work: options.Work = options.DEFAULT_WORK,
     text: options.Text = None,

@@ -14,15 +14,10 @@ def _debug(enabled: bool) -> bool:
     return enabled
 
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        envvar="BASE_MODEL_DIR",
-        metavar="PATH|NAME",
-        help="Hugging Face folder, DCP folder, name on the hub, or name of a shipped model.",
-        show_default="delta-net-5m",
-    ),
-]
+_MODEL = "Hugging Face folder, DCP folder, name on the hub, or name of a shipped model."
+_MODEL_OPTION = {"envvar": "BASE_MODEL_DIR", "metavar": "PATH|NAME", "help": _MODEL}
+Model = Annotated[str | None, typer.Option(**_MODEL_OPTION, show_default="delta-net-5m")]
+DenseModel = Annotated[str | None, typer.Option(**_MODEL_OPTION, show_default="what the pruned model was made from")]
 Work = Annotated[
     Path, typer.Option(envvar="KEYREDUCE_WORK", metavar="DIR", help="Where commands find each other's files.")
 ]
