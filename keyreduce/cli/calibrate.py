@@ -35,8 +35,9 @@ def calibrate(
     from keyreduce.data.text import text_source
     from keyreduce.workspace import Workspace
 
-    write_calibration(
-        Console(as_json=json),
+    console = Console(as_json=json)
+    result = write_calibration(
+        console,
         model,
         text_source(text or (), dataset, dataset_config, split, default="calibration"),
         Settings(num_batches, batch_size, seq_len, seed),
@@ -45,10 +46,11 @@ def calibrate(
         dtype=dtype,
         overwrite=overwrite,
     )
+    console.result(result)
 
 
-def write_calibration(console, model, text, settings, target, *, device, dtype, overwrite) -> None:
-    """Make the calibration file, or say that it is there already."""
+def write_calibration(console, model, text, settings, target, *, device, dtype, overwrite) -> dict:
+    """Make the calibration file, or say that it is there already; return the command's JSON object."""
     from keyreduce.calibration.file import read_record, write_statistics
     from keyreduce.calibration.run import calibrate, describe_inputs
     from keyreduce.checkpoint.folder import open_folder
@@ -66,8 +68,7 @@ def write_calibration(console, model, text, settings, target, *, device, dtype, 
     recorded = read_record(target)["inputs"] if target.exists() and not overwrite else None
     if is_already_made(target, recorded, inputs, overwrite):
         console.say(f"{target} is there already, from the same inputs")
-        console.result({"calibration": str(target), "made": False})
-        return
+        return {"calibration": str(target), "made": False}
     console.note(f"calibrating {Path(model_name(model)).name} on {device} ({inputs['dtype']})")
     with console.progress("calibrating", settings.tokens, "tokens") as progress:
         statistics = calibrate(
@@ -78,13 +79,11 @@ def write_calibration(console, model, text, settings, target, *, device, dtype, 
     console.say(
         f"wrote {target}: {statistics.tokens:,} tokens, {len(statistics.layers)} layers, {megabytes(size)}"
     )
-    console.result(
-        {
-            "calibration": str(target),
-            "made": True,
-            "model": str(source.path),
-            "tokens": statistics.tokens,
-            "layers": len(statistics.layers),
-            "bytes": size,
-        }
-    )
+    return {
+        "calibration": str(target),
+        "made": True,
+        "model": str(source.path),
+        "tokens": statistics.tokens,
+        "layers": len(statistics.layers),
+        "bytes": size,
+    }

@@ -109,10 +109,9 @@ def _statistics(console, model, source, calibration, workspace, device, dtype):
     if calibration is None and not path.exists():
         console.note(f"there are no calibration sums at {path}: calibrating first")
         text = text_source(default="calibration")
-        # On stderr, and no JSON of its own: this command's result comes at the end.
-        quiet = Console(as_json=True)
-        quiet.as_json = False
-        write_calibration(quiet, model, text, Settings(), path, device=device, dtype=dtype, overwrite=False)
+        # What it says goes to stderr: this command's own result comes at the end.
+        aside = Console(as_json=True)
+        write_calibration(aside, model, text, Settings(), path, device=device, dtype=dtype, overwrite=False)
     check_calibration(source, read_record(path)["model"])
     return read_statistics(path)
 
