@@ -37,7 +37,7 @@ def pretrain(folder: Path, output: Path, *options: str, launcher: tuple[str, ...
     command += ["--output", output, "--text", folder / "train.txt", "--heldout-text", folder / "heldout.txt", *options]
     path = f"{ROOT}{os.pathsep}{ROOT / 'flash-linear-attention'}"
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")

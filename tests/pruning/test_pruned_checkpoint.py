@@ -196,7 +196,7 @@ def test_a_fresh_process_loads_it_with_fla_and_transformers_alone(tiny_folder, p
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "flash-linear-attention"), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-c", FRESH, *folders],
-        capture_output=True, text=True, env=environment, cwd=folders[0].parent, timeout=120, check=False,
+        capture_output=True, text=True, env=environment, cwd=folders[0].parent, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     *generated, modules = done.stdout.splitlines()
