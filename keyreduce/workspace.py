@@ -30,6 +30,7 @@ class Workspace:
         self.hf = self.root / "hf"
         self.benchmark = self.root / "benchmark.json"
         self.evaluation = self.root / "eval.json"
+        self.sweep = self.root / "sweep.json"
 
 
 @contextlib.contextmanager
@@ -50,11 +51,7 @@ def appearing(target: Path, *, folder: bool, overwrite: bool = False) -> Iterato
     """
     target = Path(os.path.realpath(target))
     refuse_existing(target, overwrite)
-    if target.exists() and target.is_dir() != folder:
-        found, wanted = ("a folder", "a file") if target.is_dir() else ("a file", "a folder")
-        raise KeyreduceError(f"{target} is {found}, where {wanted} is to be written; give another --output")
-    if target.is_dir() and Path.cwd().is_relative_to(target):
-        raise KeyreduceError(f"{target} holds the current folder and will not be replaced; give another --output")
+    refuse_unwritable(target, folder=folder)
     prefix = f".{target.name}.partial-"
     new_parents = [parent for parent in target.parents if not parent.exists()]
     try:
@@ -89,8 +86,34 @@ def refuse_existing(target: Path | None, overwrite: bool) -> None:
     Raises:
         KeyreduceError: ``target`` exists and may not be replaced.
     """
-    if target is not None and target.exists() and not overwrite:
+    if target is not None and os.path.exists(target) and not overwrite:
         raise KeyreduceError(f"{target} exists; pass --overwrite to replace it, or another --output")
+
+
+def refuse_unwritable(target: Path, *, folder: bool) -> None:
+    """Refuse, before the work, an output that could not be written at its end; nothing is left behind.
+
+    Args:
+        target: the file or folder that is to appear, or to be replaced.
+        folder: which of the two.
+
+    Raises:
+        KeyreduceError: ``target`` is a folder where a file is to appear or the other way round, the current folder is
+            in it, or nothing can be made in the nearest parent that exists.
+    """
+    target = Path(os.path.realpath(target))
+    # os.path, for which a folder that may not be looked into holds nothing; Path raises there.
+    if os.path.exists(target) and target.is_dir() != folder:
+        found, wanted = ("a folder", "a file") if target.is_dir() else ("a file", "a folder")
+        raise KeyreduceError(f"{target} is {found}, where {wanted} is to be written; give another --output")
+    if os.path.isdir(target) and Path.cwd().is_relative_to(target):
+        raise KeyreduceError(f"{target} holds the current folder and will not be replaced; give another --output")
+    parent = next(parent for parent in target.parents if os.path.exists(parent))
+    try:
+        # Made and removed at once: permissions alone do not tell of read-only disks and the like.
+        Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{os.getpid()}-", dir=parent)).rmdir()
+    except OSError as error:
+        raise KeyreduceError(f"cannot write to {parent}: {error.strerror}; give another --output") from None
 
 
 def write_json(target: Path, content: dict, *, overwrite: bool = False) -> None:
@@ -139,7 +162,7 @@ def is_already_made(target: Path, recorded_inputs: dict | None, inputs: dict, ov
     Raises:
         KeyreduceError: ``target`` exists, was made from something else, and may not be replaced.
     """
-    if overwrite or not target.exists():
+    if overwrite or not os.path.exists(target):
         return False
     if recorded_inputs == inputs:
         return True

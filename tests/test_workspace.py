@@ -1,5 +1,6 @@
 """Outputs appear whole or not at all, and nothing else is touched."""
 
+import errno
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 from keyreduce.errors import KeyreduceError
-from keyreduce.workspace import appearing, is_already_made, read_json, refuse_source, write_json
+from keyreduce.workspace import appearing, is_already_made, read_json, refuse_source, refuse_unwritable, write_json
 
 
 def fill(made, folder: bool, content: str = "new") -> None:
@@ -74,6 +75,29 @@ def test_a_folder_is_never_replaced_by_a_file_nor_the_other_way_round(tmp_path):
         ):
             pytest.fail("the block must not run")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_place_that_could_not_be_written_to_is_told_before(tmp_path, folder):
+    (tmp_path / "old").mkdir() if folder else (tmp_path / "old").touch()
+    for name in ("new", "old", "new/below"):
+        refuse_unwritable(tmp_path / name, folder=folder)
+    assert os.listdir(tmp_path) == ["old"]
+    with pytest.raises(KeyreduceError, match="where a .* is to be written; give another --output"):
+        refuse_unwritable(tmp_path / "old", folder=not folder)
+    (tmp_path / "file").touch()
+    for name in ("file/new", "file/new/below"):
+        with pytest.raises(KeyreduceError, match=r"cannot write to .*file: Not a directory; give another --output$"):
+            refuse_unwritable(tmp_path / name, folder=folder)
+
+
+def test_a_folder_without_permissions_is_told_before(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)  # whoever runs the tests may be allowed anything
+    with pytest.raises(KeyreduceError, match="cannot write to .*: Permission denied"):
+        refuse_unwritable(tmp_path / "below" / "new", folder=False)
 
 
 def test_the_current_folder_is_never_replaced(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Tiny random models of both families, and how to save, damage and read them."""
+"""Tiny random models of all families, and how to save, damage and read them."""
 
 import json
 import shutil
@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from keyreduce.models.loading import DEFAULT_MODEL, SHIPPED
+from keyreduce.checkpoint.find import DEFAULT_MODEL, SHIPPED
+from keyreduce.models.delta_net_2 import DeltaNet2Config, DeltaNet2ForCausalLM
 
 VOCABULARY = 264
 # A large scale of the weights, so that what a channel holds shows in the logits.
@@ -27,6 +28,7 @@ COMMON = dict(
 )
 FAMILIES = {
     "delta_net": (DeltaNetForCausalLM, DeltaNetConfig, COMMON),
+    "delta_net_2": (DeltaNet2ForCausalLM, DeltaNet2Config, COMMON | dict(per_head_conv=True)),
     "gated_deltanet": (GatedDeltaNetForCausalLM, GatedDeltaNetConfig, COMMON | dict(head_dim=12, num_v_heads=4)),
 }
 
@@ -34,7 +36,7 @@ logging.disable_progress_bar()
 
 
 def build(model_type: str, *, seed: int = 0, **changes) -> PreTrainedModel:
-    """Return a random model of a family, in evaluation mode; both of them have key heads of an even size."""
+    """Return a random model of a family, in evaluation mode; by default with two key heads of an even size."""
     model_class, config_class, sizes = FAMILIES[model_type]
     torch.manual_seed(seed)
     return model_class(config_class(**sizes | changes)).eval()

@@ -68,7 +68,7 @@ def benchmark_mixers(
             "label": label,
             "folder": str(loaded.folder),
             "layer": layers[label],
-            **loaded.family.sizes(config)._asdict(),
+            **loaded.family.sizes(config, layers[label])._asdict(),
             "tokens_per_second": batch_size * seq_len / timing.median,
             "latency_seconds": _summary(timing.median, timing.interval),
             "peak_memory_bytes": peak_memory(calls[label], device),

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from keyreduce.calibration.statistics import LayerStatistics
+from keyreduce.calibration.projections import projection_name
+from keyreduce.calibration.statistics import LayerStatistics, TaylorSums
+from keyreduce.calibration.taylor import differentiating
 from keyreduce.families import Family
 from keyreduce.models.loading import LoadedModel
 
@@ -20,6 +22,8 @@ def collect(
     loaded: LoadedModel,
     batches: Iterable[torch.Tensor],
     progress: Callable[[int], None] | None = None,
+    *,
+    gradients: bool = False,
 ) -> tuple[dict[int, LayerStatistics], int]:
     """Run batches of tokens through a model and sum what its mixers see.
 
@@ -27,15 +31,30 @@ def collect(
         loaded: the model.
         batches: LongTensors ``[B, T]`` without padding.
         progress: called after each batch with its number of tokens.
+        gradients: also sum what the loss says (:class:`keyreduce.calibration.statistics.TaylorSums`), from the same
+            forward passes, a row at a time.
 
     Returns:
         Layer number -> sums, and the number of tokens.
+
+    Raises:
+        KeyreduceError: with ``gradients``, a row has one token alone, or a loss that is NaN or inf.
     """
     model, tokens = loaded.model, 0
-    with watching(model, loaded.family) as layers:
+
+    def forward(tokens_BT: torch.Tensor) -> None:
+        # The decoder alone: what the head makes of its output is of no interest here.
+        model.base_model(input_ids=tokens_BT, use_cache=False)
+
+    with watching(model, loaded.family) as layers, contextlib.ExitStack() as stack:
+        run = forward
+        if gradients:
+            for layer, sizes in loaded.family.layer_sizes(model.config.to_dict()).items():
+                layers[layer].taylor = TaylorSums.zeros(sizes, model.device)
+            taylor = {layer: statistics.taylor for layer, statistics in layers.items()}
+            run = stack.enter_context(differentiating(model, loaded.family, taylor))
         for tokens_BT in batches:
-            # The decoder alone: what the head makes of its output is of no interest here.
-            model.base_model(input_ids=tokens_BT.to(model.device), use_cache=False)
+            run(tokens_BT.to(model.device))
             tokens += tokens_BT.numel()
             if progress is not None:
                 progress(tokens_BT.numel())
@@ -44,13 +63,17 @@ def collect(
 
 @contextlib.contextmanager
 def watching(model: torch.nn.Module, family: Family) -> Iterator[dict[int, LayerStatistics]]:
-    """While the block runs, every forward pass of ``model`` adds to the sums that are yielded, layer by layer."""
+    """While the block runs, every forward pass of ``model`` adds to the sums that are yielded, layer by layer.
+
+    Passes that build a graph for gradients may be watched too: the sums are no part of it. ``output_energy_W`` is
+    there once the block has ended.
+    """
     config = model.config.to_dict()
-    sizes, device = family.sizes(config), next(model.parameters()).device
+    hidden, device = round(family.hidden.read(config)), next(model.parameters()).device
     layers = {
-        layer: LayerStatistics.zeros(config["hidden_size"], sizes.key_heads, sizes.head_k_dim, device)
-        for layer in family.mixer_layers(config)
+        layer: LayerStatistics.zeros(hidden, sizes, device) for layer, sizes in family.layer_sizes(config).items()
     }
+    output_names = {layer: projection_name(family, layer, "output") for layer in layers}
     running: list[LayerStatistics] = []
 
     def before_mixer(statistics: LayerStatistics):
@@ -60,9 +83,15 @@ def watching(model: torch.nn.Module, family: Family) -> Iterator[dict[int, Layer
 
         return hook
 
+    def before_output(statistics: LayerStatistics):
+        def hook(projection, args):
+            statistics.add_output(args[0])
+
+        return hook
+
     def watched(operator):
         def call(*args, **kwargs):
-            running[0].add_operands(kwargs["q"], kwargs["k"])
+            running[0].add_operands(kwargs["q"], kwargs["k"], kwargs["v"])
             return operator(*args, **kwargs)
 
         return call
@@ -72,6 +101,8 @@ def watching(model: torch.nn.Module, family: Family) -> Iterator[dict[int, Layer
         for layer, statistics in layers.items():
             mixer = model.get_submodule(family.mixer.format(layer=layer))
             undo.callback(mixer.register_forward_pre_hook(before_mixer(statistics), with_kwargs=True).remove)
+            projection = model.get_submodule(output_names[layer].rpartition(".")[0])
+            undo.callback(projection.register_forward_pre_hook(before_output(statistics)).remove)
             modules.add(sys.modules[type(mixer).__module__])
         for module in modules:
             for name in family.operators:
@@ -79,3 +110,5 @@ def watching(model: torch.nn.Module, family: Family) -> Iterator[dict[int, Layer
                 undo.callback(setattr, module, name, original)
                 setattr(module, name, watched(original))
         yield layers
+        for layer, statistics in layers.items():
+            statistics.weigh_output(model.get_parameter(output_names[layer]))

@@ -2,13 +2,13 @@
 
 import json
 import os
-from dataclasses import fields
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from keyreduce.calibration.statistics import LayerStatistics, Statistics
+from keyreduce.calibration.statistics import TAYLOR, LayerStatistics, Statistics
 from keyreduce.checkpoint.shards import read_header
 from keyreduce.errors import KeyreduceError
 from keyreduce.workspace import appearing
@@ -50,26 +50,27 @@ def read_record(path: Path) -> dict:
 
 
 def read_statistics(path: Path) -> Statistics:
-    """Read a calibration file.
+    """Read a calibration file; the sums stay in the file, mapped into memory, until something looks at them.
 
     Raises:
         KeyreduceError: the file is missing, damaged, or not a calibration file.
     """
     record = read_record(path)
-    sums: dict[int, dict] = {}
+    tensors: dict[int, dict[str, torch.Tensor]] = {}
     try:
         with safe_open(str(path), framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118  (no mapping)
-                _, layer, name = key.split(".")
-                sums.setdefault(int(layer), {})[name] = opened.get_tensor(key)
+                _, layer, name = key.split(".", 2)
+                tensors.setdefault(int(layer), {})[name] = opened.get_tensor(key)
     except (SafetensorError, ValueError) as error:
         raise KeyreduceError(f"{path} cannot be read: {error}") from error
-    expected = {field.name for field in fields(LayerStatistics)}
-    for layer, tensors in sums.items():
-        if tensors.keys() != expected:
+    gradients = any(name.startswith(TAYLOR) for names in tensors.values() for name in names)
+    expected = LayerStatistics.names(gradients=gradients)
+    for layer, found in tensors.items():
+        if found.keys() != expected:
             raise KeyreduceError(
                 f"{path} was made by another version of keyreduce (layer {layer} differs in "
-                f"{', '.join(sorted(tensors.keys() ^ expected))}); make it again with keyreduce calibrate --overwrite"
+                f"{', '.join(sorted(found.keys() ^ expected))}); make it again with keyreduce calibrate --overwrite"
             )
-    layers = {layer: LayerStatistics(**sums[layer]) for layer in sorted(sums)}
+    layers = {layer: LayerStatistics.of_tensors(tensors[layer]) for layer in sorted(tensors)}
     return Statistics(record["model"], record["tokens"], layers, record["inputs"])

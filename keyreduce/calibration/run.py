@@ -26,15 +26,17 @@ class Settings(NamedTuple):
     seq_len: int = 512
     seed: int = 0
 
-    def check(self) -> None:
+    def check(self, *, gradients: bool = False) -> None:
         """Refuse settings that no text could meet.
 
         Raises:
-            KeyreduceError: a number is below 1.
+            KeyreduceError: a number is below 1, or with ``gradients`` rows have no token to predict.
         """
         for name in ("num_batches", "batch_size", "seq_len"):
             if getattr(self, name) < 1:
                 raise KeyreduceError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it is at least 1")
+        if gradients and self.seq_len < 2:
+            raise KeyreduceError("--seq-len is 1; --gradients need at least 2, to predict one from the other")
 
     @property
     def tokens(self) -> int:
@@ -42,13 +44,16 @@ class Settings(NamedTuple):
         return self.num_batches * self.batch_size * self.seq_len
 
 
-def describe_inputs(source: Checkpoint, text: TextSource, settings: Settings, dtype: torch.dtype) -> dict:
+def describe_inputs(
+    source: Checkpoint, text: TextSource, settings: Settings, dtype: torch.dtype, *, gradients: bool = False
+) -> dict:
     """Return what a calibration is made from; equal inputs give equal sums, up to rounding."""
     return {
         "model": source.identity,
         "text": {**text.describe(), "identity": text.identity},
         **settings._asdict(),
         "dtype": str(dtype).removeprefix("torch."),
+        "gradients": gradients,
     }
 
 
@@ -59,6 +64,7 @@ def calibrate(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    gradients: bool = False,
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda message: None,
 ) -> Statistics:
@@ -69,22 +75,25 @@ def calibrate(
         text: documents to draw rows from.
         settings: how many, how long.
         device, dtype: where and in what to run the model; sums are float64 either way.
+        gradients: also sum what the loss says of each channel (``TaylorSums``), from a backward pass for each row.
         progress: called after each batch with its number of tokens.
         note: told where the text is shorter than was asked for.
 
     Raises:
-        KeyreduceError: the model does not load, the text is empty, or weights or activations are NaN or inf.
+        KeyreduceError: the model does not load, the text is empty (with gradients, of one token), or weights,
+            activations, losses or gradients are NaN or inf.
     """
-    settings.check()
-    loaded = load_model(source.path, device, dtype)
+    settings.check(gradients=gradients)
+    loaded = load_model(source.path, device, dtype, gradients=gradients)
     rows = token_rows(text.documents(settings.seed), loaded.tokenizer, settings.seq_len)
     first_row = next(rows)
     if len(first_row) < settings.seq_len:
         note(f"the text is shorter than one sequence: {len(first_row)} tokens instead of {settings.seq_len}")
     taken = batches(itertools.chain([first_row], rows), settings.batch_size, settings.num_batches)
-    layers, tokens = collect(loaded, taken, progress)
+    layers, tokens = collect(loaded, taken, progress, gradients=gradients)
     if tokens < settings.tokens and len(first_row) == settings.seq_len:
         note(f"the text ended after {tokens:,} of {settings.tokens:,} tokens")
-    statistics = Statistics(source.identity, tokens, layers, describe_inputs(source, text, settings, dtype))
+    inputs = describe_inputs(source, text, settings, dtype, gradients=gradients)
+    statistics = Statistics(source.identity, tokens, layers, inputs)
     statistics.check_finite()
     return statistics

@@ -10,6 +10,7 @@ from keyreduce.cli.calibrate import calibrate
 from keyreduce.cli.convert_dcp import convert_dcp
 from keyreduce.cli.eval import evaluate
 from keyreduce.cli.prune import prune
+from keyreduce.cli.sweep import sweep
 from keyreduce.errors import KeyreduceError
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app.command()(prune)
 app.command(name="convert-dcp")(convert_dcp)
 app.command()(benchmark)
 app.command(name="eval")(evaluate)
+app.command()(sweep)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ def benchmark(
     from keyreduce.benchmarking.mixer import benchmark_mixers
     from keyreduce.cli.console import Console
     from keyreduce.cli.pair import load_pair
-    from keyreduce.models.loading import pick_device, pick_dtype
+    from keyreduce.devices import pick_device, pick_dtype
     from keyreduce.workspace import Workspace, refuse_existing, write_json
 
     console, workspace = Console(as_json=json), Workspace(work)

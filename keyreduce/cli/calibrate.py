@@ -1,5 +1,6 @@
 """``keyreduce calibrate``: text to statistics."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,10 @@ def calibrate(
     num_batches: options.NumBatches = 16,
     batch_size: options.BatchSize = 4,
     seq_len: options.SeqLen = 512,
+    gradients: Annotated[
+        bool,
+        typer.Option("--gradients", help="Add what prune --method taylor needs; two to three times slower."),
+    ] = False,
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -45,34 +50,47 @@ def calibrate(
         device=device,
         dtype=dtype,
         overwrite=overwrite,
+        gradients=gradients,
     )
     console.result(result)
 
 
-def write_calibration(console, model, text, settings, target, *, device, dtype, overwrite) -> dict:
+def write_calibration(console, model, text, settings, target, *, device, dtype, overwrite, gradients=False) -> dict:
     """Make the calibration file, or say that it is there already; return the command's JSON object."""
     from keyreduce.calibration.file import read_record, write_statistics
     from keyreduce.calibration.run import calibrate, describe_inputs
+    from keyreduce.checkpoint.find import find_model, model_name
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.cli.console import megabytes
+    from keyreduce.devices import pick_device, pick_dtype
     from keyreduce.families import family_of
-    from keyreduce.models.loading import find_model, model_name, pick_device, pick_dtype
-    from keyreduce.workspace import is_already_made
+    from keyreduce.workspace import is_already_made, refuse_unwritable
 
-    settings.check()
+    settings.check(gradients=gradients)
     source = open_folder(find_model(model))
     family_of(source.config)
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
-    inputs = describe_inputs(source, text, settings, dtype)
-    recorded = read_record(target)["inputs"] if target.exists() and not overwrite else None
+    inputs = describe_inputs(source, text, settings, dtype, gradients=gradients)
+    recorded = read_record(target)["inputs"] if os.path.exists(target) and not overwrite else None
+    if recorded and recorded.get("gradients") and not gradients:
+        recorded = {**recorded, "gradients": False}  # it holds all that is asked for, and more
     if is_already_made(target, recorded, inputs, overwrite):
         console.say(f"{target} is there already, from the same inputs")
         return {"calibration": str(target), "made": False}
-    console.note(f"calibrating {Path(model_name(model)).name} on {device} ({inputs['dtype']})")
+    refuse_unwritable(target, folder=False)
+    how = f"{inputs['dtype']}, with gradients" if gradients else inputs["dtype"]
+    console.note(f"calibrating {Path(model_name(model)).name} on {device} ({how})")
     with console.progress("calibrating", settings.tokens, "tokens") as progress:
         statistics = calibrate(
-            source, text, settings, device=device, dtype=dtype, progress=progress, note=console.note
+            source,
+            text,
+            settings,
+            device=device,
+            dtype=dtype,
+            gradients=gradients,
+            progress=progress,
+            note=console.note,
         )
     write_statistics(statistics, target, overwrite=overwrite)
     size = target.stat().st_size
@@ -85,5 +103,6 @@ def write_calibration(console, model, text, settings, target, *, device, dtype, 
         "model": str(source.path),
         "tokens": statistics.tokens,
         "layers": len(statistics.layers),
+        "gradients": gradients,
         "bytes": size,
     }

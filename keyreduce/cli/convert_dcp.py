@@ -52,8 +52,8 @@ def convert_dcp(
 
 def _to_dcp(console, path, target, overwrite) -> None:
     from keyreduce.checkpoint.dcp import hf_to_dcp
+    from keyreduce.checkpoint.find import find_model
     from keyreduce.checkpoint.folder import open_folder
-    from keyreduce.models.loading import find_model
 
     checkpoint = open_folder(find_model(str(path)))
     size = sum(entry.end - entry.begin for _, entry in checkpoint.entries.values())

@@ -39,8 +39,8 @@ def evaluate(
     from keyreduce.cli.console import Console
     from keyreduce.cli.pair import load_pair
     from keyreduce.data.text import text_source
+    from keyreduce.devices import pick_device, pick_dtype
     from keyreduce.evaluation.perplexity import evaluate as measure
-    from keyreduce.models.loading import pick_device, pick_dtype
     from keyreduce.workspace import Workspace, refuse_existing, write_json
 
     console, workspace = Console(as_json=json), Workspace(work)

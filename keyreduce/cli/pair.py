@@ -26,8 +26,9 @@ def load_pair(
     Raises:
         KeyreduceError: one of them does not load, or there is no telling which one is the dense one.
     """
+    from keyreduce.checkpoint.find import find_model
     from keyreduce.errors import KeyreduceError
-    from keyreduce.models.loading import find_model, load_model
+    from keyreduce.models.loading import load_model
     from keyreduce.pruning.prune import read_record
 
     if compressed is None and workspace.pruned.is_dir():

@@ -7,9 +7,15 @@ from typing import Annotated
 import typer
 
 from keyreduce.cli import options
-from keyreduce.pruning.methods import METHODS
+from keyreduce.pruning.methods import METHODS, registered_elsewhere
 
-_METHOD_HELP = "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values())
+_METHOD_HELP = "\n\n".join(
+    [
+        *(f"{method.name}: {method.summary}" for method in METHODS.values()),
+        *(f"{name}: from {point.value.split(':')[0]}" for name, point in registered_elsewhere().items()),
+    ]
+)
+_OF_METHODS = "Options of single methods"
 
 
 def prune(
@@ -18,15 +24,35 @@ def prune(
     method: Annotated[
         str, typer.Option(envvar="PRUNING_STRATEGY", metavar="NAME", help=_METHOD_HELP)
     ] = "wanda",
-    ratio: Annotated[
-        float | None,
+    target: Annotated[
+        str,
         typer.Option(
-            envvar="PRUNING_RATIO", help="Share of each head's channels to remove.", show_default="0.25"
+            metavar="key|value|head",
+            help="What to remove: key channels, value channels, whole key heads, or several, with commas.",
+        ),
+    ] = "key",
+    ratio: Annotated[
+        str | None,
+        typer.Option(
+            envvar="PRUNING_RATIO",
+            metavar="SHARE",
+            help="Share to remove: of each head's channels, of a layer's heads. One for each target, with commas.",
+            show_default="0.25",
         ),
     ] = None,
-    keep: Annotated[int | None, typer.Option(help="Channels of each head to keep, instead of --ratio.")] = None,
-    multiple_of: Annotated[int, typer.Option(help="Round what is kept to the nearest multiple.")] = 1,
-    target: Annotated[str, typer.Option(metavar="key", help="What to remove: key channels.")] = "key",
+    keep: Annotated[
+        str | None,
+        typer.Option("--keep", "--rank", metavar="NUMBER", help="How many to keep, instead of --ratio."),
+    ] = None,
+    multiple_of: Annotated[int, typer.Option(help="Round kept channels to the nearest multiple.")] = 1,
+    allocate: Annotated[
+        str,
+        typer.Option(
+            metavar="uniform|energy",
+            help="Key channels of the layers: all alike, or where q and k have their energy, in all as many "
+            "(delta_net_2 alone can say it).",
+        ),
+    ] = "uniform",
     calibration: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The calibration file.", show_default="in --work"),
@@ -37,6 +63,34 @@ def prune(
             envvar="OUTPUT_DIR", metavar="DIR", help="The pruned checkpoint.", show_default="in --work"
         ),
     ] = None,
+    f: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_OF_METHODS,
+            help="rrqr: swap while one makes the kept block's volume more than f times as large.",
+            show_default="1.5",
+        ),
+    ] = None,
+    permute: Annotated[
+        bool, typer.Option("--permute", rich_help_panel=_OF_METHODS, help="rrqr: shuffle ties, by --seed.")
+    ] = False,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            metavar="first|squared|element",
+            rich_help_panel=_OF_METHODS,
+            help="taylor: gradients summed with their sign, squared (Fisher), or weight by weight.",
+            show_default="first",
+        ),
+    ] = None,
+    include_queries: Annotated[
+        bool,
+        typer.Option("--include-queries", rich_help_panel=_OF_METHODS, help="pca: of q and k, not of k alone."),
+    ] = False,
+    variance: Annotated[
+        float | None,
+        typer.Option(rich_help_panel=_OF_METHODS, help="pca: the rank that keeps this share, instead of --ratio."),
+    ] = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -44,66 +98,77 @@ def prune(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Remove key channels, and write a checkpoint that fla and transformers load unchanged.
+    """Remove channels or heads, and write a checkpoint that fla and transformers load unchanged.
 
     A method that needs calibration sums runs keyreduce calibrate with its defaults first, where they are missing;
     --device and --dtype are for that.
     """
+    from keyreduce.checkpoint.find import find_model, model_name
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.cli.console import Console
-    from keyreduce.errors import KeyreduceError
-    from keyreduce.families import family_of
-    from keyreduce.models.loading import find_model, model_name, pick_device, pick_dtype
-    from keyreduce.pruning import prune as pruning
+    from keyreduce.devices import pick_device, pick_dtype
+    from keyreduce.pruning.budget import Budget
     from keyreduce.pruning.methods import method_named
-    from keyreduce.pruning.plan import channels_to_keep
+    from keyreduce.pruning.planning import check_method, check_options, make_plan
+    from keyreduce.pruning.prune import read_record, write_pruned
     from keyreduce.workspace import Workspace, is_already_made, refuse_source
 
     console, workspace = Console(as_json=json), Workspace(work)
     chosen = method_named(method)
-    if target != "key":
-        raise KeyreduceError(f"there is no target {target!r}; keyreduce prunes key channels: --target key")
     pick_dtype(dtype, pick_device(device))  # a wrong one is told even where nothing is left to calibrate
+    given = {"f": f, "permute": permute or None, "form": form, "include_queries": include_queries or None}
+    choices = check_options(chosen, {name: value for name, value in given.items() if value is not None})
     source = open_folder(find_model(model))
-    family = family_of(source.config)
-    sizes = family.sizes(source.config)
-    if ratio is None and keep is None:
-        ratio = 0.25
-    kept = channels_to_keep(sizes.head_k_dim, ratio=ratio, keep=keep, multiple_of=multiple_of)
+    budget = Budget.parse(
+        target, ratio=ratio, keep=keep, variance=variance, allocate=allocate, multiple_of=multiple_of
+    )
+    budget.check(source.config, chosen)
+    check_method(source, chosen, budget.targets)
     folder = output or workspace.pruned
     refuse_source(folder, Path(model) if model and os.path.isdir(model) else source.path)
 
-    inputs = {"source": source.identity, "method": method, "target": target, "keep": kept, "seed": seed}
-    steps = None if overwrite else pruning.read_record(folder).get("steps")
+    inputs = {"source": source.identity, "method": method, **budget.describe(source.config), "options": choices, "seed": seed}
+    steps = None if overwrite else read_record(folder).get("steps")
     recorded = steps[-1]["inputs"] if steps else None
     statistics = None
-    if chosen.needs_statistics:
+    if chosen.needs_statistics or budget.needs_statistics:
         # What differs already is refused before calibration, which takes time and leaves a file.
         comparable = recorded and {name: value for name, value in recorded.items() if name != "calibration"}
         is_already_made(folder, comparable, inputs, overwrite)
-        statistics = _statistics(console, model, source, calibration, workspace, device, dtype)
+        statistics = _statistics(
+            console, model, source, calibration, workspace, device, dtype, gradients=chosen.needs_gradients
+        )
         inputs["calibration"] = statistics.inputs
     if is_already_made(folder, recorded, inputs, overwrite):
         console.say(f"{folder} is there already, from the same inputs")
         console.result({"pruned": str(folder), "made": False})
         return
 
-    plan = pruning.make_plan(source, chosen, kept, seed=seed, statistics=statistics, inputs=inputs)
+    keeps = budget.numbers(source.config, statistics, choices)
+    with console.progress("selecting", len(next(iter(keeps.values()))), "layers") as progress:
+        plan = make_plan(
+            source,
+            chosen,
+            keeps,
+            seed=seed,
+            statistics=statistics,
+            inputs=inputs,
+            options=choices,
+            progress=progress,
+        )
     total = sum(entry.end - entry.begin for _, entry in source.entries.values())
     with console.progress("writing", total, "B") as progress:
-        pruning.write_pruned(
-            source, plan, folder, dense=model_name(model), overwrite=overwrite, progress=progress
-        )
+        write_pruned(source, plan, folder, dense=model_name(model), overwrite=overwrite, progress=progress)
     _report(console, Path(model_name(model)).name, source, plan, folder)
 
 
-def _statistics(console, model, source, calibration, workspace, device, dtype):
+def _statistics(console, model, source, calibration, workspace, device, dtype, *, gradients):
     from keyreduce.calibration.file import read_record, read_statistics
     from keyreduce.calibration.run import Settings
     from keyreduce.cli.calibrate import write_calibration
     from keyreduce.cli.console import Console
     from keyreduce.data.text import text_source
-    from keyreduce.pruning.prune import check_calibration
+    from keyreduce.pruning.planning import check_calibration
 
     path = calibration or workspace.calibration
     if calibration is None and not path.exists():
@@ -111,33 +176,60 @@ def _statistics(console, model, source, calibration, workspace, device, dtype):
         text = text_source(default="calibration")
         # What it says goes to stderr: this command's own result comes at the end.
         aside = Console(as_json=True)
-        write_calibration(aside, model, text, Settings(), path, device=device, dtype=dtype, overwrite=False)
+        write_calibration(
+            aside, model, text, Settings(), path, device=device, dtype=dtype, overwrite=False, gradients=gradients
+        )
     check_calibration(source, read_record(path)["model"])
     return read_statistics(path)
 
 
 def _report(console, name, source, plan, folder) -> None:
-    from keyreduce.families import family_of
+    from keyreduce.families import MixerSizes
     from keyreduce.pruning.engines import suited_engines
-    from keyreduce.pruning.prune import parameter_counts
+    from keyreduce.pruning.prune import plan_edits
+    from keyreduce.pruning.savings import savings
 
-    family = family_of(source.config)
-    counts = parameter_counts(source, plan)
-    state = [family.state_bytes(family.resized(source.config, sizes)) for sizes in (plan.before, plan.after)]
-    suited, unsuited = suited_engines(plan.after)
-    rows = [
-        ("key channels a head", *(str(sizes.head_k_dim) for sizes in (plan.before, plan.after))),
-        ("state per sequence, float32", *(f"{size / 2**20:,.2f} MiB" for size in state)),
-        ("mixer parameters", *(f"{count:,}" for count in counts["mixer"])),
-        ("model parameters", *(f"{count:,}" for count in counts["model"])),
+    saved = savings(source, plan, plan_edits(source, plan))
+    before, after = plan.before.values(), plan.after.values()
+
+    def sizes(name: str) -> list[str]:
+        """A size, or the smallest and largest where layers differ."""
+        ranges = [sorted({getattr(layer, name) for layer in layers}) for layers in (before, after)]
+        return [f"{values[0]}" if len(values) == 1 else f"{values[0]} to {values[-1]}" for values in ranges]
+
+    def alike(name: str, layers):
+        """A size, or a list of one for each layer where they differ."""
+        values = [getattr(layer, name) for layer in layers]
+        return values[0] if len(set(values)) == 1 else values
+
+    def total(name: str) -> list[int]:
+        return [sum(getattr(layer, name) for layer in layers) for layers in (before, after)]
+
+    rows = []
+    for label, size in (
+        ("key heads", "key_heads"),
+        ("key channels a head", "head_k_dim"),
+        ("value channels a head", "head_v_dim"),
+    ):
+        if plan.before != plan.after and total(size)[0] == total(size)[1]:
+            continue  # what stayed is not news
+        rows.append((label, *sizes(size), *total(size)))
+    rows += [
+        (
+            "state per sequence, float32",
+            *(f"{size / 2**20:,.2f} MiB" for size in saved.state_bytes_per_sequence),
+            *saved.state_bytes_per_sequence,
+        ),
+        ("mixer parameters", *(f"{count:,}" for count in saved.mixer_parameters), *saved.mixer_parameters),
+        ("model parameters", *(f"{count:,}" for count in saved.model_parameters), *saved.model_parameters),
     ]
-    smaller = [
-        f"{100 * (1 - after / before):.1f}%"
-        for before, after in ((plan.before.head_k_dim, plan.after.head_k_dim), state, counts["mixer"], counts["model"])
-    ]
-    title = f"{name}, pruned with {plan.inputs['method']}"
-    rows = [(*row, share) for row, share in zip(rows, smaller, strict=True)]
-    console.table(title, ("", "before", "after", "smaller by"), rows)
+    console.table(
+        f"{name}, pruned with {plan.inputs['method']}",
+        ("", "before", "after", "smaller by"),
+        [(label, was, now, f"{100 * (1 - less / more):.1f}%") for label, was, now, more, less in rows],
+    )
+    console.say(saved.sentence)
+    suited, unsuited = suited_engines(set(after))
     console.say(f"runs in: {'; '.join(suited) or 'no engine that keyreduce knows of'}")
     if unsuited:
         console.say(f"not in: {'; '.join(unsuited)}")
@@ -147,10 +239,9 @@ def _report(console, name, source, plan, folder) -> None:
             "pruned": str(folder),
             "made": True,
             "method": plan.inputs["method"],
-            "head_k_dim": [plan.before.head_k_dim, plan.after.head_k_dim],
-            "state_bytes_per_sequence": state,
-            "mixer_parameters": counts["mixer"],
-            "model_parameters": counts["model"],
+            "target": plan.inputs["target"],
+            **{name: [alike(name, before), alike(name, after)] for name in MixerSizes._fields},
+            **{name: list(values) for name, values in saved._asdict().items()},
             "suited_engines": suited,
         }
     )

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 from keyreduce.errors import KeyreduceError
 from keyreduce.families.delta_net import DELTA_NET
+from keyreduce.families.delta_net_2 import DELTA_NET_2
 from keyreduce.families.gated_deltanet import GATED_DELTANET
 from keyreduce.families.table import Family, MixerSizes, Part
 
-FAMILIES = {family.model_type: family for family in (DELTA_NET, GATED_DELTANET)}
+FAMILIES = {family.model_type: family for family in (DELTA_NET, DELTA_NET_2, GATED_DELTANET)}
 
 __all__ = ["FAMILIES", "Family", "MixerSizes", "Part", "family_of"]
 

@@ -7,7 +7,7 @@ FLA_TENSORS = {
     "k_proj.weight": (Part.KEY, Part.HIDDEN),
     "v_proj.weight": (Part.VALUE, Part.HIDDEN),
     "b_proj.weight": (Part.VALUE_HEAD, Part.HIDDEN),
-    "g_proj.weight": (Part.VALUE, Part.HIDDEN),
+    "g_proj.weight": (Part.GATE, Part.HIDDEN),
     "q_conv1d.weight": (Part.QUERY, Part.OTHER, Part.OTHER),
     "k_conv1d.weight": (Part.KEY, Part.OTHER, Part.OTHER),
     "v_conv1d.weight": (Part.VALUE, Part.OTHER, Part.OTHER),

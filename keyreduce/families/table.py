@@ -18,8 +18,10 @@ class Part(enum.Enum):
     QUERY = "the K query channels of key head 0, then of head 1, ..."
     KEY = "the K key channels of key head 0, then of head 1, ..."
     VALUE = "the V value channels of value head 0, then of head 1, ..."
+    GATE = "the output gate of each value channel, in the same order"
     SHARED_VALUE = "V value channels that all heads share"
     VALUE_HEAD = "one entry for each value head"
+    HEAD_OR_ALL = "one entry for each key head, or a single one for all heads"
     HIDDEN = "the model's hidden channels"
     OTHER = "nothing that pruning touches: convolution taps and the like"
 
@@ -40,47 +42,78 @@ class MixerSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Field:
-    """A size that the config says outright."""
+    """A size that the config says outright, the same for all layers."""
 
     name: str
     default: "float | Field | None" = None
     """What holds when the config does not have the field (or has null): a number, or what another field says."""
 
-    def read(self, config: Mapping) -> float:
+    def read(self, config: Mapping, layer: int = 0) -> float:
+        """Return what ``config`` says of a layer."""
         value = config.get(self.name)
         if value is None and isinstance(self.default, Field):
-            return self.default.read(config)
-        value = self.default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-            raise KeyreduceError(f"config.json: {self.name} is {value!r}, where a positive number belongs")
-        return value
+            return self.default.read(config, layer)
+        return _positive(self.name, self.default if value is None else value)
 
-    def write(self, config: dict, size: int) -> None:
-        config[self.name] = size
+    def write(self, config: dict, size_of: Mapping[int, int], num_layers: int) -> None:
+        """Let ``config`` say a size; ``size_of`` has the same one for every layer."""
+        config[self.name] = next(iter(size_of.values()))
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A size that the config says as a ratio: ``size = config[name] * config[of] / config[over]``."""
+    """A size that the config says as a ratio: ``size = config[name] * config[of] / config[over]``.
+
+    Attributes:
+        name: the field that holds the ratio.
+        default: what holds when the config does not have it.
+        of, over: the fields it rests on.
+        per_layer: whether the field may also be a list with a ratio for each layer of the model.
+    """
 
     name: str
     default: float
     of: Field
     over: Field | None = None
+    per_layer: bool = False
 
-    def read(self, config: Mapping) -> float:
-        return Field(self.name, self.default).read(config) * self._base(config)
+    def read(self, config: Mapping, layer: int = 0) -> float:
+        """Return what ``config`` says of a layer."""
+        return self._ratio(config, layer) * self._base(config)
 
-    def write(self, config: dict, size: int) -> None:
+    def write(self, config: dict, size_of: Mapping[int, int], num_layers: int) -> None:
+        """Let ``config`` say the sizes: as one number where every layer has the same, else as a list."""
         base = self._base(config)
-        ratio = size / base
-        # Models get the size back as int(ratio * base): a ratio rounded down would lose a channel there.
-        if int(ratio * base) < size:
-            ratio = math.nextafter(ratio, math.inf)
-        config[self.name] = ratio
+        ratio_of = {layer: _ratio_for(size, base) for layer, size in size_of.items()}
+        if len(set(ratio_of.values())) == 1:
+            config[self.name] = next(iter(ratio_of.values()))
+            return
+        # In a layer that has no mixer of this kind nobody reads it, but it is checked against the number of heads.
+        any_ratio = next(iter(ratio_of.values()))
+        config[self.name] = [ratio_of.get(layer, any_ratio) for layer in range(num_layers)]
+
+    def _ratio(self, config: Mapping, layer: int) -> float:
+        value = config.get(self.name)
+        if self.per_layer and isinstance(value, list):
+            if layer >= len(value):
+                raise KeyreduceError(f"config.json: {self.name} lists {len(value)} layers, not layer {layer}")
+            value = value[layer]
+        return _positive(self.name, self.default if value is None else value)
 
     def _base(self, config: Mapping) -> float:
         return self.of.read(config) / (self.over.read(config) if self.over else 1)
+
+
+def _positive(name: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        raise KeyreduceError(f"config.json: {name} is {value!r}, where a positive number belongs")
+    return value
+
+
+def _ratio_for(size: int, base: float) -> float:
+    ratio = size / base
+    # Models get the size back as int(ratio * base): a ratio rounded down would lose a channel there.
+    return math.nextafter(ratio, math.inf) if int(ratio * base) < size else ratio
 
 
 @dataclass(frozen=True)
@@ -112,15 +145,15 @@ class Family:
     tensors: Mapping[str, tuple[Part, ...]]
     softmax: str = "attn"
 
-    def sizes(self, config: Mapping) -> MixerSizes:
-        """Read the sizes from a config.
+    def sizes(self, config: Mapping, layer: int = 0) -> MixerSizes:
+        """Read the sizes of one layer's mixer from a config; only where a field is a list do layers differ.
 
         Raises:
             KeyreduceError: a field is missing, or a size is not a positive whole number, or heads do not divide.
         """
         values = {}
         for name in MixerSizes._fields:
-            value = getattr(self, name).read(config)
+            value = getattr(self, name).read(config, layer)
             values[name] = round(value)
             if values[name] < 1 or not math.isclose(value, values[name], rel_tol=1e-5):
                 raise KeyreduceError(f"config.json: its {name} comes to {value:g}, which is no size")
@@ -131,24 +164,46 @@ class Family:
             )
         return sizes
 
-    def resized(self, config: Mapping, sizes: MixerSizes) -> dict:
-        """Return a copy of ``config`` that says ``sizes``; fields that say it already stay as they are."""
+    def layer_sizes(self, config: Mapping) -> dict[int, MixerSizes]:
+        """Return the sizes of every layer that holds a delta-rule state."""
+        return {layer: self.sizes(config, layer) for layer in self.mixer_layers(config)}
+
+    def resized(self, config: Mapping, sizes: Mapping[int, MixerSizes]) -> dict:
+        """Return a copy of ``config`` that says the sizes of these layers; fields that say them already stay.
+
+        Raises:
+            KeyreduceError: a config of this family cannot say them.
+        """
         changed = dict(config)
-        for name, size in sizes._asdict().items():
+        for name in MixerSizes._fields:
             place = getattr(self, name)
-            if round(place.read(changed)) != size or not math.isclose(place.read(changed), size, rel_tol=1e-5):
-                place.write(changed, size)
-        if self.sizes(changed) != sizes:
-            raise KeyreduceError(f"a {self.model_type} config cannot say the sizes {tuple(sizes)}")
+            size_of = {layer: getattr(layer_sizes, name) for layer, layer_sizes in sizes.items()}
+            if len(set(size_of.values())) > 1 and name not in self.per_layer:
+                raise KeyreduceError(f"a {self.model_type} config says one {name} for all layers; cut them alike")
+            if any(
+                round(place.read(changed, layer)) != size
+                or not math.isclose(place.read(changed, layer), size, rel_tol=1e-5)
+                for layer, size in size_of.items()
+            ):
+                place.write(changed, size_of, round(self.num_layers.read(changed)))
+        for layer, layer_sizes in sizes.items():
+            if self.sizes(changed, layer) != layer_sizes:
+                raise KeyreduceError(f"a {self.model_type} config cannot say the sizes {tuple(layer_sizes)}")
         return changed
 
-    def axis_sizes(self, config: Mapping) -> dict[Part, int]:
-        """Return how long an axis is that holds a part; OTHER is not the config's to say."""
-        sizes = self.sizes(config)
+    @property
+    def per_layer(self) -> set[str]:
+        """The names of the sizes that may differ from layer to layer."""
+        return {name for name in MixerSizes._fields if getattr(getattr(self, name), "per_layer", False)}
+
+    def axis_sizes(self, config: Mapping, layer: int = 0) -> dict[Part, int]:
+        """Return how long an axis of a layer's tensor is that holds a part; of others the config does not say it."""
+        sizes = self.sizes(config, layer)
         return {
             Part.QUERY: sizes.key_heads * sizes.head_k_dim,
             Part.KEY: sizes.key_heads * sizes.head_k_dim,
             Part.VALUE: sizes.value_heads * sizes.head_v_dim,
+            Part.GATE: sizes.value_heads * sizes.head_v_dim,
             Part.SHARED_VALUE: sizes.head_v_dim,
             Part.VALUE_HEAD: sizes.value_heads,
             Part.HIDDEN: round(self.hidden.read(config)),
@@ -174,5 +229,5 @@ class Family:
 
     def state_bytes(self, config: Mapping) -> int:
         """Return the bytes of recurrent state that one sequence holds in all layers, in float32."""
-        return 4 * len(self.mixer_layers(config)) * self.sizes(config).state_elements
+        return 4 * sum(sizes.state_elements for sizes in self.layer_sizes(config).values())
 

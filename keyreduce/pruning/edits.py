@@ -1,52 +1,160 @@
-"""The changes that pruning makes to a tensor, and how a plan and a family's table give them for a whole checkpoint."""
+"""The changes that pruning makes to a tensor, and how a cut and a family's table give them for a whole layer.
 
-from collections.abc import Mapping, Sequence
+Shapes: H key heads, W value heads, K key channels, V value channels, R kept, N length of an axis.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from keyreduce.families import Family, MixerSizes, Part
+from keyreduce.checkpoint.rewrite import Edit
+from keyreduce.families import Family, Part
+from keyreduce.pruning.plan import LayerCut
 
 
 @dataclass(frozen=True)
 class Select:
-    """Keep some entries of one axis, in the order given.
-
-    Attributes:
-        axis: which axis.
-        index: the entries that stay.
-    """
+    """Keep some entries of one axis, in the order given."""
 
     axis: int
-    index: torch.Tensor
+    index_R: torch.Tensor
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape after the selection."""
-        return (*shape[: self.axis], len(self.index), *shape[self.axis + 1 :])
+        return (*shape[: self.axis], len(self.index_R), *shape[self.axis + 1 :])
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a new tensor with the selected entries."""
-        return tensor.index_select(self.axis, self.index)
+        return tensor.index_select(self.axis, self.index_R)
 
 
-def key_channel_edits(
-    family: Family, sizes: MixerSizes, kept: Mapping[int, torch.Tensor], names: Sequence[str]
-) -> dict[str, list[Select]]:
-    """Return the edits that leave only the kept key channels of each layer.
+@dataclass(frozen=True)
+class Project:
+    """Replace the K channels of each head along the first axis by R combinations of them.
+
+    Attributes:
+        matrix_HKR: the coefficients; the first axis of the tensor is H x K long.
+    """
+
+    matrix_HKR: torch.Tensor
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape after the projection."""
+        heads, _, rank = self.matrix_HKR.shape
+        return (heads * rank, *shape[1:])
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a new tensor of the same dtype, computed in float32 or better."""
+        heads, channels, _ = self.matrix_HKR.shape
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        rows_HKN = tensor.to(wide).reshape(heads, channels, -1)
+        return (self.matrix_HKR.to(wide).mT @ rows_HKN).reshape(self.shape(tuple(tensor.shape))).to(tensor.dtype)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Multiply the entries along one axis."""
+
+    axis: int
+    factor_N: torch.Tensor
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape, which stays."""
+        return shape
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a new tensor of the same dtype, computed in float32 or better."""
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        factor = self.factor_N.to(wide).view(-1, *[1] * (tensor.ndim - self.axis - 1))
+        return (tensor.to(wide) * factor).to(tensor.dtype)
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Let all entries be one number, and the only axis have a new length."""
+
+    value: float
+    length: int
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the new shape."""
+        return (self.length,)
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a new tensor of the same dtype."""
+        return torch.full((self.length,), self.value, dtype=tensor.dtype)
+
+
+def layer_edits(
+    family: Family,
+    layer: int,
+    cut: LayerCut,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], torch.Tensor],
+) -> dict[str, list[Edit]]:
+    """Return the edits that leave of one layer's mixer what a cut says; what stays whole gets none.
+
+    Where value channels go, the output norm needs care: all heads share its weight, and it divides by the root mean
+    square over the channels that are left. So the weight is folded into the columns of the output projection, where
+    each head can keep channels of its own, and with it ``sqrt(V / R)``, since the mean is now over R channels instead
+    of V, of which the others were zero; the norm's weight becomes one. That is exact, up to the norm's eps and the
+    rounding of the projection to its dtype, also with an output gate.
 
     Args:
-        family: its table says which axis of which tensor holds query and key channels.
-        sizes: the sizes before the cut.
-        kept: layer -> kept channels of each key head, LongTensor ``[H, R]``.
-        names: the tensors of the checkpoint; a model does not have all that its table lists.
+        family: its table says what each axis of each tensor holds.
+        layer: the layer's number.
+        cut: what stays of it.
+        shapes: tensor name -> shape, of the whole checkpoint; a model does not have all that its table lists.
+        read: gives a tensor by its name; asked only for the norm's weight.
     """
-    present, edits = set(names), {}
-    for layer, kept_HR in kept.items():
-        first_H1 = torch.arange(sizes.key_heads)[:, None] * sizes.head_k_dim
-        index = (first_H1 + kept_HR).flatten()
-        for short_name, parts in family.tensors.items():
-            name = family.tensor_name(layer, short_name)
-            selects = [Select(axis, index) for axis, part in enumerate(parts) if part in (Part.QUERY, Part.KEY)]
-            if selects and name in present:
-                edits[name] = selects
+    index = _kept_entries(cut)
+    all_values = _is_whole(cut.value_WR, cut.before.head_v_dim)
+    norm = None if all_values else _norm_weight(family, layer, shapes)
+    edits: dict[str, list[Edit]] = {}
+    for short_name, parts in family.tensors.items():
+        name = family.tensor_name(layer, short_name)
+        if name not in shapes:
+            continue
+        changes: list[Edit] = []
+        for axis, part in enumerate(parts):
+            if part is Part.VALUE and axis > 0 and norm is not None:
+                weight_V = read(norm).double() * (cut.before.head_v_dim / cut.after.head_v_dim) ** 0.5
+                changes.append(Scale(axis, weight_V.repeat(cut.before.value_heads)))
+            if part is Part.SHARED_VALUE and norm is not None:
+                changes.append(Fill(1.0, cut.after.head_v_dim))
+            stands_for_all = part is Part.HEAD_OR_ALL and shapes[name][axis] == 1
+            if part in index and not stands_for_all and not _is_whole(index[part], shapes[name][axis]):
+                changes.append(Select(axis, index[part]))
+            if part in (Part.QUERY, Part.KEY) and cut.projection_HKR is not None:
+                # A kernel is no vector of channels: of two mixed channels it is the weighted mean.
+                is_kernel = Part.OTHER in parts
+                changes.append(Project(cut.projection_HKR.square() if is_kernel else cut.projection_HKR))
+        if changes:
+            edits[name] = changes
     return edits
+
+
+def _kept_entries(cut: LayerCut) -> dict[Part, torch.Tensor]:
+    """What stays of an axis that holds a part, in order."""
+    value_heads_W, channels = cut.value_heads_W, torch.arange(cut.before.head_k_dim)
+    key_HR = channels.expand(len(cut.heads_H), -1) if cut.key_HR is None else cut.key_HR
+    key = (cut.heads_H[:, None] * cut.before.head_k_dim + key_HR).flatten()
+    value = (value_heads_W[:, None] * cut.before.head_v_dim + cut.value_WR).flatten()
+    return {
+        Part.QUERY: key,
+        Part.KEY: key,
+        Part.VALUE: value,
+        Part.GATE: value,
+        Part.VALUE_HEAD: value_heads_W,
+        Part.HEAD_OR_ALL: cut.heads_H,
+    }
+
+
+def _is_whole(index_R: torch.Tensor, length: int) -> bool:
+    return index_R.shape[-1] == length and bool((index_R == torch.arange(length)).all())
+
+
+def _norm_weight(family: Family, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    names = [family.tensor_name(layer, name) for name, parts in family.tensors.items() if Part.SHARED_VALUE in parts]
+    return next((name for name in names if name in shapes), None)

@@ -1,6 +1,6 @@
 """Which serving engines a pruned size suits. The facts are of late 2026; engines change."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from keyreduce.families import MixerSizes
@@ -25,12 +25,19 @@ ENGINES = (
         "head_k_dim of 16, 32, 64 or 128, equal to head_v_dim",
         lambda s: s.head_k_dim in (16, 32, 64, 128) and s.head_k_dim == s.head_v_dim,
     ),
-    Engine("FlashInfer, FlashQLA, CuteDSL", "head_k_dim 128", lambda s: s.head_k_dim == 128),
+    Engine(
+        "FlashInfer, FlashQLA, CuteDSL",
+        "head_k_dim and head_v_dim 128",
+        lambda s: s.head_k_dim == s.head_v_dim == 128,
+    ),
 )
 
 
-def suited_engines(sizes: MixerSizes) -> tuple[list[str], list[str]]:
-    """Return the names of the engines that run these sizes, and of those that do not, with what they demand."""
-    suited = [engine.name for engine in ENGINES if engine.is_met(sizes)]
-    unsuited = [f"{engine.name} ({engine.demand})" for engine in ENGINES if not engine.is_met(sizes)]
-    return suited, unsuited
+def suited_engines(layers: Iterable[MixerSizes]) -> tuple[list[str], list[str]]:
+    """Return the names of the engines that run layers of these sizes, and of those that do not, with their demand."""
+    layers = list(layers)
+    suited = {engine: all(engine.is_met(sizes) for sizes in layers) for engine in ENGINES}
+    return (
+        [engine.name for engine, is_met in suited.items() if is_met],
+        [f"{engine.name} ({engine.demand})" for engine, is_met in suited.items() if not is_met],
+    )

@@ -1,12 +1,64 @@
-"""The plan of a cut: what stays, and where the decision came from. It is data, written beside the checkpoint."""
+"""The plan of a cut: what stays, and where the decision came from. It is data, written beside the checkpoint.
 
-from dataclasses import asdict, dataclass
-from fractions import Fraction
+Shapes: H key heads and W value heads that stay, K key channels and V value channels of a head, R kept.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
-from keyreduce.errors import KeyreduceError
 from keyreduce.families import MixerSizes
+
+
+@dataclass(frozen=True)
+class LayerCut:
+    """What stays of one layer's mixer.
+
+    Attributes:
+        before, after: its sizes.
+        heads_H: the key heads that stay, each with all the value heads that it serves.
+        key_HR: their key channels that stay; None where they are projected instead.
+        value_WR: the value channels that stay, of each value head that does.
+        projection_HKR: the projection of queries and keys, float64.
+        report: target -> figures of the method, for the record.
+    """
+
+    before: MixerSizes
+    after: MixerSizes
+    heads_H: torch.Tensor
+    key_HR: torch.Tensor | None
+    value_WR: torch.Tensor
+    projection_HKR: torch.Tensor | None = None
+    report: Mapping[str, Mapping[str, list]] = field(default_factory=dict)
+
+    @classmethod
+    def of_nothing(cls, sizes: MixerSizes) -> "LayerCut":
+        """Return the cut that leaves a layer as it is."""
+        return cls(
+            sizes,
+            sizes,
+            torch.arange(sizes.key_heads),
+            torch.arange(sizes.head_k_dim).expand(sizes.key_heads, -1),
+            torch.arange(sizes.head_v_dim).expand(sizes.value_heads, -1),
+        )
+
+    @property
+    def value_heads_W(self) -> torch.Tensor:
+        """The value heads that stay."""
+        group = self.before.value_heads // self.before.key_heads
+        return (self.heads_H[:, None] * group + torch.arange(group)).flatten()
+
+    def to_json(self) -> dict:
+        """Return the cut as a JSON object; a projection is too large for one, and stands in a file of its own."""
+        return {
+            "before": self.before._asdict(),
+            "after": self.after._asdict(),
+            "heads": self.heads_H.tolist(),
+            "key": None if self.key_HR is None else self.key_HR.tolist(),
+            "value": self.value_WR.tolist(),
+            "report": self.report,
+        }
 
 
 @dataclass(frozen=True)
@@ -14,44 +66,24 @@ class Plan:
     """One pruning step.
 
     Attributes:
-        inputs: what decided it: source identity, calibration, method, ratio, seed. Equal inputs give an equal result.
-        before, after: the mixer's sizes.
-        kept: layer -> kept key channels of each key head, LongTensor ``[H, R]`` with ascending rows.
+        inputs: what decided it: source identity, calibration, method, targets, ratio, seed. Equal inputs give an
+            equal result.
+        layers: layer -> its cut.
     """
 
-    inputs: dict
-    before: MixerSizes
-    after: MixerSizes
-    kept: dict[int, torch.Tensor]
+    inputs: Mapping
+    layers: Mapping[int, LayerCut]
+
+    @property
+    def before(self) -> dict[int, MixerSizes]:
+        """The sizes before the cut."""
+        return {layer: cut.before for layer, cut in self.layers.items()}
+
+    @property
+    def after(self) -> dict[int, MixerSizes]:
+        """The sizes after it."""
+        return {layer: cut.after for layer, cut in self.layers.items()}
 
     def to_json(self) -> dict:
         """Return the plan as a JSON object."""
-        kept = {str(layer): kept_HR.tolist() for layer, kept_HR in self.kept.items()}
-        return asdict(self) | {"before": self.before._asdict(), "after": self.after._asdict(), "kept": kept}
-
-
-def channels_to_keep(head_k_dim: int, *, ratio: float | None, keep: int | None, multiple_of: int = 1) -> int:
-    """Return how many key channels of a head stay.
-
-    Args:
-        head_k_dim: how many there are.
-        ratio: the share to remove; ``floor(head_k_dim * (1 - ratio))`` stay, at least 1.
-        keep: the number to keep, instead of a ratio.
-        multiple_of: round that to the nearest multiple (up when two are equally near), at least one multiple.
-
-    Raises:
-        KeyreduceError: the ratio is outside [0, 1), the number is impossible, both or neither are given.
-    """
-    if (ratio is None) == (keep is None):
-        raise KeyreduceError("say how much to prune with either --ratio (or PRUNING_RATIO) or --keep, not both")
-    if ratio is not None:
-        if not 0 <= ratio < 1:
-            raise KeyreduceError(f"--ratio is {ratio:g}; it is the share to remove, at least 0 and below 1")
-        # Exactly as the user wrote it: in binary, 10 * (1 - 0.9) is a little less than 1.
-        keep = max(1, int(head_k_dim * (1 - Fraction(str(ratio)))))
-    if not 1 <= keep <= head_k_dim:
-        raise KeyreduceError(f"--keep is {keep}; a key head of this model has 1 to {head_k_dim} channels to keep")
-    if not 1 <= multiple_of <= head_k_dim:
-        raise KeyreduceError(f"--multiple-of is {multiple_of}; it is at least 1, and at most head_k_dim, {head_k_dim}")
-    multiples = max(1, int(Fraction(keep, multiple_of) + Fraction(1, 2)))
-    return min(multiples, head_k_dim // multiple_of) * multiple_of
+        return {"inputs": self.inputs, "layers": {str(layer): cut.to_json() for layer, cut in self.layers.items()}}

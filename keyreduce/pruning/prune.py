@@ -1,75 +1,32 @@
-"""Statistics and a checkpoint to a smaller checkpoint. No model is built: memory stays at one layer's projections."""
+"""A plan and a checkpoint to a smaller checkpoint. No model is built: memory stays at about one tensor."""
 
 import platform
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from keyreduce import __version__
-from keyreduce.calibration.statistics import Statistics
 from keyreduce.checkpoint.folder import Checkpoint
-from keyreduce.checkpoint.rewrite import rewrite
+from keyreduce.checkpoint.rewrite import Edit, rewrite
 from keyreduce.errors import KeyreduceError
-from keyreduce.families import Family, MixerSizes, Part, family_of
-from keyreduce.pruning.edits import key_channel_edits
-from keyreduce.pruning.methods import LayerView, Method
+from keyreduce.families import family_of
+from keyreduce.pruning.edits import layer_edits
 from keyreduce.pruning.plan import Plan
+from keyreduce.pruning.savings import savings
 from keyreduce.workspace import RECORD_NAME, appearing, read_json, write_json
 
+PROJECTIONS_NAME = "keyreduce.npz"
 
-def make_plan(
-    source: Checkpoint, method: Method, keep: int, *, seed: int, statistics: Statistics | None, inputs: dict
-) -> Plan:
-    """Choose the key channels that stay.
-
-    Args:
-        source: the checkpoint to prune.
-        method: how to choose.
-        keep: how many channels of each key head stay.
-        seed: for methods that draw; each layer draws from its own stream.
-        statistics: the calibration sums, if the method needs them.
-        inputs: what the plan is recorded to be made from.
-
-    Raises:
-        KeyreduceError: the statistics are of another model, the weights are not of the shapes that the config says,
-            or a weight that the method reads is NaN or inf.
-    """
+def plan_edits(source: Checkpoint, plan: Plan) -> dict[str, list[Edit]]:
+    """Return tensor name -> its edits, for a whole checkpoint."""
     family = family_of(source.config)
-    sizes = family.sizes(source.config)
-    layers = family.mixer_layers(source.config)
-    _check_shapes(source, family, layers)
-    if statistics is not None:
-        check_calibration(source, statistics.model)
-        if sorted(statistics.layers) != layers:
-            raise KeyreduceError("the calibration file lacks layers of this model; calibrate again with --overwrite")
-    kept = {}
-    for layer in layers:
-        view = LayerView(
-            _rows(source, family, sizes, layer, Part.QUERY),
-            _rows(source, family, sizes, layer, Part.KEY),
-            None if statistics is None else statistics.layers[layer],
-        )
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
-        kept[layer] = method.select(view, keep, generator)
-    return Plan(inputs, before=sizes, after=sizes._replace(head_k_dim=keep), kept=kept)
-
-
-def check_calibration(source: Checkpoint, calibrated: str) -> None:
-    """Refuse sums that belong to another model.
-
-    Args:
-        source: the checkpoint that is to be pruned.
-        calibrated: the identity of the checkpoint that was calibrated.
-
-    Raises:
-        KeyreduceError: they differ.
-    """
-    if calibrated != source.identity:
-        raise KeyreduceError(
-            f"the calibration file was made from another model ({calibrated[:12]}) than {source.path} "
-            f"({source.identity[:12]}); run keyreduce calibrate for this one, or give another --calibration or --work"
-        )
+    shapes = {name: entry.shape for name, (_, entry) in source.entries.items()}
+    edits: dict[str, list[Edit]] = {}
+    for layer, cut in plan.layers.items():
+        edits |= layer_edits(family, layer, cut, shapes, source.read)
+    return edits
 
 
 def write_pruned(
@@ -94,12 +51,15 @@ def write_pruned(
 
     Returns:
         The record that was written as ``keyreduce.json``: versions, and every pruning step since the dense model.
+        Projections, if any, are in ``keyreduce.npz`` beside it, by step and layer.
 
     Raises:
         KeyreduceError: see :func:`keyreduce.checkpoint.rewrite.rewrite`; or the target exists.
     """
     family = family_of(source.config)
     earlier = read_record(source.path)
+    steps = earlier.get("steps", [])
+    edits = plan_edits(source, plan)
     record = {
         "dense": earlier.get("dense", dense),
         "versions": {
@@ -107,17 +67,18 @@ def write_pruned(
             "python": platform.python_version(),
             "torch": torch.__version__,
         },
-        "steps": [*earlier.get("steps", []), plan.to_json()],
+        "steps": [*steps, plan.to_json() | {"smaller": savings(source, plan, edits).sentence}],
     }
     with appearing(target, folder=True, overwrite=overwrite) as temporary:
         rewrite(
             source,
             temporary,
             config=family.resized(source.config, plan.after),
-            edits=key_channel_edits(family, plan.before, plan.kept, list(source.entries)),
+            edits=edits,
             progress=progress,
         )
         write_json(temporary / RECORD_NAME, record)
+        _write_projections(source.path, temporary, len(steps), plan)
     return record
 
 
@@ -136,44 +97,12 @@ def read_record(folder: Path) -> dict:
     return record
 
 
-def parameter_counts(source: Checkpoint, plan: Plan) -> dict[str, tuple[int, int]]:
-    """Return the numbers of the mixers and of the whole model, before and after the cut, from headers alone."""
-    family = family_of(source.config)
-    edits = key_channel_edits(family, plan.before, plan.kept, list(source.entries))
-    prefixes = tuple(family.tensor_name(layer, "") for layer in plan.kept)
-    counts = {"mixer": [0, 0], "model": [0, 0]}
-    for name, (_, entry) in source.entries.items():
-        shape = entry.shape
-        for edit in edits.get(name, ()):
-            shape = edit.shape(shape)
-        for group in ("model", "mixer") if name.startswith(prefixes) else ("model",):
-            counts[group][0] += torch.Size(entry.shape).numel()
-            counts[group][1] += torch.Size(shape).numel()
-    return {group: (before, after) for group, (before, after) in counts.items()}
-
-
-def _check_shapes(source: Checkpoint, family: Family, layers: list[int]) -> None:
-    """Refuse a checkpoint whose mixers have not the shapes that its config says."""
-    sizes = family.axis_sizes(source.config)
-    for layer in layers:
-        for short_name, parts in family.tensors.items():
-            name = family.tensor_name(layer, short_name)
-            if name not in source.entries:
-                continue
-            shape = source.entries[name][1].shape
-            expected = tuple(sizes.get(part, size) for part, size in zip(parts, shape, strict=False))
-            if len(shape) != len(parts) or shape != expected:
-                raise KeyreduceError(
-                    f"tensor {name!r} of {source.path} is {list(shape)}, which is not what config.json says: "
-                    "they belong to different models"
-                )
-
-
-def _rows(source: Checkpoint, family: Family, sizes: MixerSizes, layer: int, part: Part) -> torch.Tensor:
-    """The rows of a layer's query or key projection, float32 ``[H, K, D]``."""
-    (short_name,) = [name for name, parts in family.tensors.items() if parts == (part, Part.HIDDEN)]
-    name = family.tensor_name(layer, short_name)
-    weight = source.read(name).float()
-    if not torch.isfinite(weight).all():
-        raise KeyreduceError(f"tensor {name!r} of {source.path} holds NaN or inf: the checkpoint is damaged")
-    return weight.view(sizes.key_heads, sizes.head_k_dim, -1)
+def _write_projections(source: Path, target: Path, step: int, plan: Plan) -> None:
+    """Write the projections of this step, with those of the steps before it."""
+    earlier = source / PROJECTIONS_NAME
+    arrays = dict(np.load(earlier, allow_pickle=False)) if earlier.is_file() else {}
+    for layer, cut in plan.layers.items():
+        if cut.projection_HKR is not None:
+            arrays[f"steps.{step}.layers.{layer}.projection_HKR"] = cut.projection_HKR.float().numpy()
+    if arrays:
+        np.savez_compressed(target / PROJECTIONS_NAME, **arrays)

@@ -8,21 +8,28 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from keyreduce.calibration.file import read_record, read_statistics, write_statistics
-from keyreduce.calibration.statistics import LayerStatistics, Statistics
+from keyreduce.calibration.statistics import LayerStatistics, Statistics, TaylorSums
 from keyreduce.errors import KeyreduceError
+from keyreduce.families import MixerSizes
 
+CPU = torch.device("cpu")
 INPUTS = {"text": {"kind": "files", "paths": ["a"]}, "seed": 0, "dtype": "float32"}
 
 
-def random_layer(seed: int) -> LayerStatistics:
-    zeros = LayerStatistics.zeros(4, 2, 3, torch.device("cpu")).tensors()
+def random_layer(seed: int, *, gradients: bool) -> LayerStatistics:
+    sizes = MixerSizes(key_heads=2, value_heads=4, head_k_dim=3, head_v_dim=5)
+    statistics = LayerStatistics.zeros(4, sizes, CPU)
+    statistics.taylor = TaylorSums.zeros(sizes, CPU) if gradients else None
     generator = torch.Generator().manual_seed(seed)
-    return LayerStatistics(**{name: torch.randn(t.shape, generator=generator).double() for name, t in zeros.items()})
+    for tensor in statistics.tensors().values():
+        tensor.normal_(generator=generator)
+    return statistics
 
 
-@pytest.fixture
-def statistics() -> Statistics:
-    return Statistics("an identity", 12, {0: random_layer(0), 11: random_layer(1)}, INPUTS)
+@pytest.fixture(params=[False, True], ids=["without gradients", "with gradients"])
+def statistics(request) -> Statistics:
+    layers = {layer: random_layer(layer, gradients=request.param) for layer in (0, 11)}
+    return Statistics("an identity", 12, layers, INPUTS)
 
 
 @pytest.fixture
@@ -47,7 +54,10 @@ def test_what_is_written_is_read(statistics, written):
     assert (found.model, found.tokens, found.inputs) == ("an identity", 12, INPUTS)
     assert list(found.layers) == [0, 11]
     for layer, sums in statistics.layers.items():
+        assert found.layers[layer].tensors().keys() == sums.tensors().keys()
+        assert (found.layers[layer].taylor is None) == (sums.taylor is None)
         for name, tensor in sums.tensors().items():
+            assert tensor.any()
             assert torch.equal(found.layers[layer].tensors()[name], tensor)
             assert found.layers[layer].tensors()[name].dtype == torch.float64
     assert read_record(written) == {"model": "an identity", "tokens": 12, "inputs": INPUTS}
@@ -97,10 +107,37 @@ def test_other_safetensors_files_are_refused(tmp_path):
         read_statistics(tmp_path / "other")
 
 
-def test_sums_of_another_version_are_refused(written):
-    rewritten(written, lambda tensors: tensors.pop("layers.11.key_sum_HK"))
-    with pytest.raises(KeyreduceError, match="another version of keyreduce .layer 11 differs in key_sum_HK"):
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        (["layers.11.key_sum_HK"], "layer 11 differs in key_sum_HK"),
+        (
+            [f"layers.{n}.{s}" for n in (0, 11) for s in ("value_gram_WVV", "output_gram_WVV", "output_energy_W")],
+            "layer 0 differs in output_energy_W, output_gram_WVV, value_gram_WVV",
+        ),
+    ],
+)
+def test_sums_of_another_version_are_refused(written, missing, told):
+    rewritten(written, lambda tensors: [tensors.pop(name) for name in missing])
+    told = f"another version of keyreduce .{told}.; make it again with keyreduce calibrate --overwrite"
+    with pytest.raises(KeyreduceError, match=told):
         read_statistics(written)
+
+
+@pytest.mark.parametrize("statistics", [True], indirect=True)
+@pytest.mark.parametrize("change", [dict.pop, lambda tensors, name: tensors.update({name + "X": torch.ones(1)})])
+def test_gradients_of_another_version_are_refused(written, change):
+    rewritten(written, lambda tensors: change(tensors, "layers.11.taylor.squared_key_HK"))
+    with pytest.raises(KeyreduceError, match="another version of keyreduce .layer 11 differs in taylor.squared_key_HK"):
+        read_statistics(written)
+
+
+@pytest.mark.parametrize("statistics", [True], indirect=True)
+def test_taylor_sums_by_form_and_part(statistics):
+    taylor = statistics.layers[0].taylor
+    for form in ("signed", "squared", "element"):
+        for part, shape in (("query", "HK"), ("key", "HK"), ("value", "WV"), ("output", "WV")):
+            assert taylor.of(form, part) is getattr(taylor, f"{form}_{part}_{shape}")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -108,4 +145,8 @@ def test_sums_that_are_not_finite_name_their_layer(statistics, value):
     statistics.check_finite()
     statistics.layers[11].unit_key_gram_HKK[1, 2, 0] = value
     with pytest.raises(KeyreduceError, match="activations of layer 11 hold NaN or inf .unit_key_gram"):
+        statistics.check_finite()
+    statistics.layers[0] = random_layer(0, gradients=True)
+    statistics.layers[0].taylor.signed_value_WV[3, 4] = value
+    with pytest.raises(KeyreduceError, match="gradients of layer 0 hold NaN or inf .taylor.signed_value"):
         statistics.check_finite()

@@ -1,14 +1,16 @@
 """From text and a checkpoint to sums: what is taken, what is told, and what is refused."""
 
+import fla_torch
 import pytest
 import torch
-from tiny_models import edit_tensors
+from tiny_models import FAMILIES, edit_tensors
 
 from keyreduce.calibration.run import Settings, calibrate, describe_inputs
 from keyreduce.calibration.statistics import Statistics
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.data.text import FileText
 from keyreduce.errors import KeyreduceError
+from keyreduce.models.loading import prepare_backend
 
 CPU = torch.device("cpu")
 QUERY = "model.layers.1.attn.q_proj.weight"
@@ -28,11 +30,11 @@ def text(tmp_path):
     return write
 
 
-def run(folder, text, settings, dtype=torch.float32) -> tuple[Statistics, list[str], list[int]]:
+def run(folder, text, settings, dtype=torch.float32, **options) -> tuple[Statistics, list[str], list[int]]:
     notes, seen = [], []
     source = open_folder(folder)
     statistics = calibrate(
-        source, text, settings, device=CPU, dtype=dtype, progress=seen.append, note=notes.append
+        source, text, settings, device=CPU, dtype=dtype, progress=seen.append, note=notes.append, **options
     )
     return statistics, notes, seen
 
@@ -101,6 +103,45 @@ def test_half_precision_sums_are_near_those_of_float32(tiny_folder, text):
     assert (found - expected).norm() / expected.norm() < 0.05
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_gradients_are_added_where_they_are_asked_for(tiny_folder, text, model_type):
+    documents, settings = text("the state is low-rank " * 20), Settings(2, 2, 32)
+    plain, with_gradients = (
+        run(tiny_folder(model_type), documents, settings, gradients=gradients) for gradients in (False, True)
+    )
+    assert with_gradients[1:] == plain[1:]
+    assert (plain[0].inputs["gradients"], with_gradients[0].inputs["gradients"]) == (False, True)
+    for layer, statistics in with_gradients[0].layers.items():
+        assert plain[0].layers[layer].taylor is None
+        assert all(sums.any() for sums in vars(statistics.taylor).values())
+        for name, sums in plain[0].layers[layer].tensors().items():
+            torch.testing.assert_close(statistics.tensors()[name], sums, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("device", "gradients", "choices"),
+    [("cpu", False, [{}]), ("cpu", True, [{}]), ("cuda", False, []), ("cuda", True, [{"cuda": True}])],
+)
+def test_gradients_on_a_gpu_take_our_backend(monkeypatch, device, gradients, choices):
+    seen = []
+    monkeypatch.setattr(fla_torch, "enable", lambda **options: seen.append(options))
+    prepare_backend(torch.device(device), gradients=gradients)
+    assert seen == choices
+
+
+def test_gradients_take_two_tokens(tiny_folder, text):
+    with pytest.raises(KeyreduceError, match="--seq-len is 1; --gradients need at least 2"):
+        run(tiny_folder("delta_net"), text("abc"), Settings(1, 1, 1), gradients=True)
+
+
+def test_gradients_that_overflow_name_their_layer(tiny_copy, text):
+    folder = tiny_copy()
+    # The logits are near the largest number that there is, and the loss is finite; its slope is not.
+    edit_tensors(folder, lambda tensors: tensors["lm_head.weight"].mul_(1e37))
+    with pytest.raises(KeyreduceError, match="gradients of layer 0 hold NaN or inf .taylor."):
+        run(folder, text("abc"), Settings(1, 1, 16), gradients=True)
+
+
 @pytest.mark.parametrize("name", ["num_batches", "batch_size", "seq_len"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_impossible_settings_are_refused(tiny_folder, text, name, value):
@@ -118,6 +159,7 @@ def test_inputs_tell_apart_all_that_changes_the_sums(tiny_folder, text, tmp_path
         describe_inputs(other, documents, settings, torch.float32),
         describe_inputs(source, FileText(documents.paths), settings, torch.float32),
         describe_inputs(source, documents, settings, torch.bfloat16),
+        describe_inputs(source, documents, settings, torch.float32, gradients=True),
         *(describe_inputs(source, documents, settings._replace(**{f: 9}), torch.float32) for f in Settings._fields),
     ]
     assert all(inputs != same for inputs in changed)

@@ -1,6 +1,6 @@
 """The sums of a calibration against the same sums from the model's weights, in float64 and without its operators.
 
-Shapes: B rows, T tokens, N = B * T, D hidden, H key heads, K key channels.
+Shapes: B rows, T tokens, N = B * T, D hidden, H key heads, K key channels, W value heads, V value channels.
 """
 
 import os
@@ -14,7 +14,7 @@ from tiny_models import build, draw_tokens
 
 from keyreduce.calibration.capture import collect, watching
 from keyreduce.calibration.statistics import LayerStatistics
-from keyreduce.families import FAMILIES
+from keyreduce.families import FAMILIES, MixerSizes
 from keyreduce.models.loading import LoadedModel
 
 VARIANTS = {
@@ -23,6 +23,7 @@ VARIANTS = {
     "delta_net relu": ("delta_net", {"qk_activation": "relu"}),
     "delta_net narrow keys": ("delta_net", {"expand_k": 0.5, "use_gate": True}),
     "gated_deltanet": ("gated_deltanet", {}),
+    "gated_deltanet without gate": ("gated_deltanet", {"use_gate": False}),
     "gated_deltanet without convolution": ("gated_deltanet", {"use_short_conv": False}),
 }
 
@@ -33,21 +34,27 @@ def loaded(model: torch.nn.Module) -> LoadedModel:
     return LoadedModel(model, None, FAMILIES[model.config.model_type], Path("tiny"))
 
 
-def operands(mixer: torch.nn.Module, which: str, input_BTD: torch.Tensor, head_k_dim: int) -> torch.Tensor:
-    """q or k from the weights: projection, causal depthwise convolution, activation; ``[B, T, H, K]``."""
+def operands(mixer: torch.nn.Module, which: str, input_BTD: torch.Tensor, channels: int) -> torch.Tensor:
+    """q, k or v from the weights: projection, causal depthwise convolution, activation; ``[B, T, H, K]``."""
     channels_BTC = input_BTD @ getattr(mixer, f"{which}_proj").weight.double().T
     if mixer.use_short_conv:
         weight_C1W = getattr(mixer, f"{which}_conv1d").weight.double()
         padded = F.pad(channels_BTC.transpose(1, 2), (weight_C1W.shape[-1] - 1, 0))
         channels_BTC = F.conv1d(padded, weight_C1W, groups=len(weight_C1W)).transpose(1, 2)
-    activation = torch.relu if getattr(mixer, "qk_activation", "silu") == "relu" else F.silu
-    return activation(channels_BTC).unflatten(-1, (-1, head_k_dim))
+    is_relu = which != "v" and getattr(mixer, "qk_activation", "silu") == "relu"
+    return (torch.relu if is_relu else F.silu)(channels_BTC).unflatten(-1, (-1, channels))
+
+
+def outer_products(vectors_NHK: torch.Tensor) -> torch.Tensor:
+    return sum(torch.stack([torch.outer(vector_K, vector_K) for vector_K in row_HK]) for row_HK in vectors_NHK)
 
 
 def expected_sums(model: torch.nn.Module, tokens_BT: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
     """The sums, token by token, from the hidden states that transformers gives out."""
-    block = model.model.layers[layer]
+    block, before_output = model.model.layers[layer], []
+    hook = block.attn.o_proj.register_forward_hook(lambda module, args, result: before_output.append(args[0]))
     hidden_BTD = model.model(tokens_BT, output_hidden_states=True, use_cache=False).hidden_states[layer]
+    hook.remove()
     scale = torch.rsqrt(hidden_BTD.square().mean(-1, keepdim=True) + model.config.norm_eps)
     input_BTD = hidden_BTD * scale * block.attn_norm.weight.double()
     head_k_dim = block.attn.head_k_dim
@@ -57,8 +64,17 @@ def expected_sums(model: torch.nn.Module, tokens_BT: torch.Tensor, layer: int) -
         unit_NHK = torch.stack([row_HK / (row_HK.square().sum(-1, keepdim=True) + 1e-6).sqrt() for row_HK in rows_NHK])
         for prefix, vectors_NHK in ((kind, rows_NHK), (f"unit_{kind}", unit_NHK)):
             sums[f"{prefix}_sum_HK"] = sum(vectors_NHK)
-            outer = [[torch.outer(vector_K, vector_K) for vector_K in row_HK] for row_HK in vectors_NHK]
-            sums[f"{prefix}_gram_HKK"] = sum(torch.stack(heads) for heads in outer)
+            sums[f"{prefix}_gram_HKK"] = outer_products(vectors_NHK)
+    head_v_dim = block.attn.head_v_dim
+    sums["value_gram_WVV"] = outer_products(operands(block.attn, "v", input_BTD, head_v_dim).flatten(0, 1))
+    output_NWV = before_output[0].flatten(0, 1).unflatten(-1, (-1, head_v_dim))
+    sums["output_gram_WVV"] = outer_products(output_NWV)
+    energies = []
+    for head in range(output_NWV.shape[1]):
+        alone_NWV = torch.zeros_like(output_NWV)
+        alone_NWV[:, head] = output_NWV[:, head]
+        energies.append(block.attn.o_proj(alone_NWV.flatten(1)).square().sum())
+    sums["output_energy_W"] = torch.stack(energies)
     return sums
 
 
@@ -75,6 +91,7 @@ def test_sums_are_those_of_a_plain_float64_computation(variant, seq_len):
     assert sorted(layers) == [0, 1]
     for layer, statistics in layers.items():
         per_batch = [expected_sums(model, batch, layer) for batch in batches]
+        assert per_batch[0].keys() == statistics.tensors().keys()
         for name, tensor in statistics.tensors().items():
             assert tensor.dtype == torch.float64
             expected = sum(sums[name] for sums in per_batch)
@@ -116,13 +133,26 @@ def test_hybrid_models_are_watched_where_they_have_a_state():
     layers, _ = collect(loaded(model), [draw_tokens(1, 8)])
     assert sorted(layers) == [0, 2]
     assert all(statistics.input_square_D.all() for statistics in layers.values())
+    assert all(statistics.output_energy_W.all() for statistics in layers.values())
+
+
+@torch.no_grad()
+def test_layers_of_different_key_sizes_have_sums_of_their_own():
+    model = build("delta_net_2", expand_k=[1.0, 0.25], share_kv_conv=True).double()
+    layers, tokens = collect(loaded(model), [draw_tokens(2, 70)])
+    assert [list(layers[layer].key_gram_HKK.shape) for layer in (0, 1)] == [[2, 16, 16], [2, 4, 4]]
+    for statistics in layers.values():
+        unit = statistics.unit_key_gram_HKK.diagonal(dim1=1, dim2=2).sum(-1)
+        torch.testing.assert_close(unit, torch.full((2,), float(tokens)).double(), rtol=1e-3, atol=0)
+        assert statistics.output_gram_WVV.shape == (2, 16, 16)
 
 
 def patched_state(model: torch.nn.Module) -> list:
     family = FAMILIES[model.config.model_type]
-    mixers = [layer.attn for layer in model.model.layers]
-    module = sys.modules[type(mixers[0]).__module__]
-    return [getattr(module, name) for name in family.operators] + [len(mixer._forward_pre_hooks) for mixer in mixers]
+    module = sys.modules[type(model.model.layers[0].attn).__module__]
+    return [getattr(module, name) for name in family.operators] + [
+        (len(part._forward_pre_hooks), len(part._forward_hooks)) for part in model.modules()
+    ]
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -163,8 +193,8 @@ def test_memory_does_not_grow_with_the_number_of_batches():
 
 
 def test_no_tokens_are_zero_sums_of_the_shapes_in_their_names():
-    statistics = LayerStatistics.zeros(6, 2, 3, torch.device("cpu"))
-    sizes = {"D": 6, "H": 2, "K": 3}
+    statistics = LayerStatistics.zeros(6, MixerSizes(2, 4, 3, 5), torch.device("cpu"))
+    sizes = {"D": 6, "H": 2, "W": 4, "K": 3, "V": 5}
     for name, tensor in statistics.tensors().items():
         assert list(tensor.shape) == [sizes[axis] for axis in name.rsplit("_", 1)[1]]
         assert tensor.dtype == torch.float64

@@ -13,7 +13,7 @@ PRUNE = ("prune", "--method", "l1")
 BENCHMARK = ("benchmark", "--rounds", "1", "--seq-len", "8")
 EVAL = ("eval", "--num-batches", "1", "--seq-len", "32")
 QUERY = "model.layers.1.attn.q_proj.weight"
-KNOWN = "delta_net, gated_deltanet"
+KNOWN = "delta_net, delta_net_2, gated_deltanet"
 
 
 @pytest.fixture
@@ -54,16 +54,38 @@ def refused(keyreduce, snapshot):
         (("--ratio", "-0.1"), "--ratio is -0.1; it is the share to remove, at least 0 and below 1"),
         (("--ratio", "1"), "--ratio is 1; it is the share to remove, at least 0 and below 1"),
         (("--ratio", "1.5"), "--ratio is 1.5"),
-        (("--ratio", "nan"), "--ratio is nan"),
-        (("--ratio", "abc"), "Invalid value for '--ratio'"),
+        (("--ratio", "nan"), "--ratio is 'nan'; give a number"),
+        (("--ratio", "abc"), "--ratio is 'abc'; give a number, or one for each target with commas"),
+        (("--ratio", "0.1,0.2"), "--ratio 0.1,0.2 gives 2 numbers for 1 targets (key)"),
         (("--keep", "0"), "--keep is 0; a key head of this model has 1 to 16 channels to keep"),
         (("--keep", "1000"), "--keep is 1000; a key head of this model has 1 to 16 channels to keep"),
-        (("--keep", "x"), "Invalid value for '--keep'"),
+        (("--keep", "x"), "--keep is 'x'; give a number"),
+        (("--keep", "2.5"), "--keep is 2.5; a key head of this model has 1 to 16 channels to keep"),
+        (("--keep", "17", "--target", "value"), "a value head of this model has 1 to 16 channels to keep"),
+        (("--keep", "3", "--target", "head"), "--keep is 3; a layer of this model has 1 to 2 key heads to keep"),
         (("--keep", "4", "--ratio", "0.5"), "either --ratio (or PRUNING_RATIO) or --keep, not both"),
         (("--multiple-of", "0"), "--multiple-of is 0"),
         (("--method", "wandaa"), "there is no method 'wandaa'; did you mean wanda?"),
-        (("--method", "zzz"), "take one of wanda, l1, l2, magnitude, random"),
-        (("--target", "value"), "there is no target 'value'"),
+        (("--method", "zzz"), "take one of rrqr, wanda, taylor, pca, l1, l2, magnitude, energy, random"),
+        (("--target", "query"), "there is no target 'query'; take key, value, head, or several with commas"),
+        (("--target", "key,key"), "--target key,key names a target twice"),
+        (("--target", ""), "there is no target ''"),
+        (("--method", "pca", "--target", "value"), "--method pca is for --target key alone; for value take another"),
+        (("--method", "rrqr", "--target", "key,head"), "--method rrqr is for --target key and --target value alone; for head take another"),
+        (("--f", "1.2"), "--method l1 takes no --f"),
+        (("--permute",), "--method l1 takes no --permute"),
+        (("--include-queries",), "--method l1 takes no --include-queries"),
+        (("--form", "first"), "--method l1 takes no --form"),
+        (("--method", "rrqr", "--f", "0.9"), "--f is 0.9; it is at least 1"),
+        (("--method", "rrqr", "--f", "nan"), "--f is nan; it is at least 1"),
+        (("--method", "taylor", "--form", "third"), "--form is 'third'; take one of first, squared, element"),
+        (("--variance", "0.9"), "--variance goes with --method pca --target key"),
+        (("--method", "pca", "--variance", "0.9", "--rank", "3"), "leave --ratio (or PRUNING_RATIO) and --keep out"),
+        (("--method", "pca", "--variance", "0"), "--variance is 0; it is the share to keep"),
+        (("--method", "pca", "--variance", "1.5"), "--variance is 1.5; it is the share to keep"),
+        (("--allocate", "evenly"), "--allocate is 'evenly'; take uniform or energy"),
+        (("--allocate", "energy"), "a delta_net config says one head_k_dim for all layers"),
+        (("--allocate", "energy", "--target", "head"), "--allocate energy shares out key channels"),
         (("--seed", "-1"), "Invalid value for '--seed'"),
         (("--seed", "9" * 30), "Invalid value for '--seed'"),
         (("--dtype", "float13"), "dtype 'float13' is unknown; take one of float32, bfloat16, float16"),

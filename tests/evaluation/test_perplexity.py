@@ -6,12 +6,13 @@ import torch
 from fla.models import DeltaNetConfig, DeltaNetForCausalLM, GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 from transformers import AutoTokenizer
 
+from keyreduce.checkpoint.find import DEFAULT_MODEL, SHIPPED
 from keyreduce.data.batches import bytes_per_token
 from keyreduce.data.text import FileText
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.perplexity import Perplexity, evaluate, measure_rows
 from keyreduce.families import FAMILIES
-from keyreduce.models.loading import DEFAULT_MODEL, SHIPPED, LoadedModel
+from keyreduce.models.loading import LoadedModel
 
 SEPARATOR, VOCABULARY, SEQ_LEN = 256, 264, 72
 DOCUMENTS = ["the state is low-rank, é 四 😀\n" * 9, "x", "def f(x):\n    return x\n" * 12]

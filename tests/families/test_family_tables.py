@@ -1,4 +1,4 @@
-"""Each tensor of fla's mixers is in its family's table, with axes of the sizes that the table says."""
+"""Each tensor of the mixers is in its family's table, with axes of the sizes that the table says."""
 
 import sys
 
@@ -8,16 +8,30 @@ from fla.layers import DeltaNet, GatedDeltaNet
 from tiny_models import build
 
 from keyreduce.families import FAMILIES, MixerSizes, Part
+from keyreduce.models.delta_net_2 import DeltaNet2
 
 # Sizes that all differ, so that no axis can be taken for another one.
 DELTA_NET = dict(hidden_size=40, num_heads=2, expand_k=0.6, expand_v=1.4)
 GATED = dict(hidden_size=40, num_heads=2, num_v_heads=6, head_dim=10, expand_v=1.5)
 MIXERS = {
     "delta_net": (DeltaNet, DELTA_NET, MixerSizes(2, 2, 12, 28)),
+    "delta_net_2": (DeltaNet2, DELTA_NET, MixerSizes(2, 2, 12, 28)),
     "gated_deltanet": (GatedDeltaNet, GATED, MixerSizes(2, 6, 10, 15)),
 }
 VARIANTS = {
     "delta_net": [{}, {"use_gate": True}, {"use_beta": False}, {"use_short_conv": False}, {"conv_bias": True}],
+    "delta_net_2": [
+        {},
+        {"per_head_conv": True},
+        {"per_head_conv": True, "share_kv_conv": True},
+        {"shift_only_conv": True},
+        {"shift_only_conv": True, "conv_scaled_shift": True},
+        {"shift_only_conv": True, "conv_scaled_shift": True, "per_head_conv": True},
+        {"shift_only_conv": True, "conv_scaled_shift": True, "per_head_conv": True, "share_kv_conv": True},
+        {"use_gate": True},
+        {"use_beta": False},
+        {"use_short_conv": False},
+    ],
     "gated_deltanet": [{}, {"use_gate": False}, {"use_short_conv": False}, {"conv_bias": True}],
 }
 CASES = [(model_type, options) for model_type, variants in VARIANTS.items() for options in variants]
@@ -38,16 +52,18 @@ def test_axes_are_what_the_table_says(model_type, options):
         Part.QUERY: key_heads * head_k_dim,
         Part.KEY: key_heads * head_k_dim,
         Part.VALUE: value_heads * head_v_dim,
+        Part.GATE: value_heads * head_v_dim,
         Part.SHARED_VALUE: head_v_dim,
         Part.VALUE_HEAD: value_heads,
         Part.HIDDEN: 40,
     }
+    assert FAMILIES[model_type].axis_sizes(MIXERS[model_type][1]) == sizes
+    sizes[Part.HEAD_OR_ALL] = key_heads if options.get("per_head_conv") else 1
     table = FAMILIES[model_type].tensors
     for name, shape in shapes_of(model_type, options).items():
         assert name in table
         assert len(table[name]) == len(shape)
         assert shape == tuple(sizes.get(part, size) for part, size in zip(table[name], shape, strict=True)), name
-    assert FAMILIES[model_type].axis_sizes(MIXERS[model_type][1]) == sizes
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -65,3 +81,17 @@ def test_the_mixer_is_where_the_family_says_and_calls_its_operators(model_type):
     for name in family.operators:
         assert callable(getattr(sys.modules[type(mixer).__module__], name))
     assert family.tensor_name(1, "q_proj.weight") in model.state_dict()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_gate_is_no_projection_of_values(model_type):
+    """What methods read are the rows of q, k and v and the columns of o, each found by its axes alone."""
+    tensors = FAMILIES[model_type].tensors
+    assert tensors["g_proj.weight"] == (Part.GATE, Part.HIDDEN)
+    for name, axes in (
+        ("q_proj", (Part.QUERY, Part.HIDDEN)),
+        ("k_proj", (Part.KEY, Part.HIDDEN)),
+        ("v_proj", (Part.VALUE, Part.HIDDEN)),
+        ("o_proj", (Part.HIDDEN, Part.VALUE)),
+    ):
+        assert [found for found, parts in tensors.items() if parts == axes] == [f"{name}.weight"]

@@ -9,18 +9,11 @@ import torch
 from tiny_models import FAMILIES, draw_tokens, edit_config, edit_tensors, tensors_of
 
 from keyreduce.checkpoint.dcp import hf_to_dcp
+from keyreduce.checkpoint.find import DEFAULT_MODEL, SHIPPED, find_model, model_name, shipped_models
 from keyreduce.checkpoint.folder import open_folder
+from keyreduce.devices import pick_device, pick_dtype
 from keyreduce.errors import KeyreduceError
-from keyreduce.models.loading import (
-    DEFAULT_MODEL,
-    SHIPPED,
-    find_model,
-    load_model,
-    model_name,
-    pick_device,
-    pick_dtype,
-    shipped_models,
-)
+from keyreduce.models.loading import load_model
 
 CPU = torch.device("cpu")
 
@@ -104,7 +97,7 @@ def test_devices_and_dtypes():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"model_type": "llama"}, "keyreduce knows delta_net, gated_deltanet"),
+        ({"model_type": "llama"}, "keyreduce knows delta_net, delta_net_2, gated_deltanet"),
         ({"num_heads": None, "hidden_size": 40}, "head_k_dim comes to 2.5"),
         ({"num_heads": 4}, "they belong to different models"),
         ({"vocab_size": 99}, r"is \[264, 32\], where config.json makes it \[99, 32\]"),

@@ -17,12 +17,19 @@ SUITED = {
 
 @pytest.mark.parametrize("head_k_dim", SUITED)
 def test_engines_of_a_size(head_k_dim):
-    suited, unsuited = suited_engines(MixerSizes(2, 2, head_k_dim, 128))
+    suited, unsuited = suited_engines([MixerSizes(2, 2, head_k_dim, 128)])
     assert set(suited) == SUITED[head_k_dim]
     assert len(suited) + len(unsuited) == len(ENGINES)
     assert all("(" in told for told in unsuited)
 
 
+def test_an_engine_must_run_every_layer():
+    layers = (MixerSizes(2, 2, size, 128) for size in (128, 96))
+    suited, unsuited = suited_engines(layers)
+    assert set(suited) == SUITED[128] & SUITED[96]
+    assert len(suited) + len(unsuited) == len(ENGINES)
+
+
 def test_llama_cpp_wants_square_states():
-    assert "llama.cpp" in suited_engines(MixerSizes(2, 2, 64, 64))[0]
-    assert "llama.cpp" not in suited_engines(MixerSizes(2, 2, 64, 128))[0]
+    assert "llama.cpp" in suited_engines([MixerSizes(2, 2, 64, 64)])[0]
+    assert "llama.cpp" not in suited_engines([MixerSizes(2, 2, 64, 128)])[0]

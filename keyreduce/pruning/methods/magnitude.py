@@ -1,21 +1,22 @@
-"""Activation norm: how large q and k are, as the operator receives them.
+"""Norms of activations.
 
-``score_hc = ||q_hc|| + ||k_hc||``, L2 norms over the calibration tokens, which are the roots of the Gram matrices'
-diagonals. Hu et al., "Network Trimming", arXiv:1607.03250, is the first to prune by the size of activations.
+``score_hc = ||q_hc|| + ||k_hc||`` with q and k as the operator receives them, L2 norms over the calibration tokens,
+which are the roots of the Gram matrices' diagonals. A value channel: ``||v_wc||``, likewise. A head: the norm of what
+it adds to the mixer's output. Hu et al., "Network Trimming", arXiv:1607.03250, is the first to prune by the size of
+activations.
 """
 
-from keyreduce.pruning.methods.method import LayerView, Method, highest
-
-
-def _select(layer: LayerView, keep: int, generator):
-    grams = (layer.statistics.query_gram_HKK, layer.statistics.key_gram_HKK)
-    return highest(sum(gram_HKK.diagonal(dim1=-2, dim2=-1).sqrt() for gram_HKK in grams), keep)
-
+from keyreduce.pruning.methods.energy import head_energy, key_energies, value_energy
+from keyreduce.pruning.methods.method import Method, ranked
 
 MAGNITUDE = Method(
     name="magnitude",
-    summary="norm of the q and k activations",
+    summary="norms of the activations",
     citation="Hu et al., arXiv:1607.03250",
+    select={
+        "key": ranked(lambda layer: sum(energy_HK.sqrt() for energy_HK in key_energies(layer))),
+        "value": ranked(lambda layer: value_energy(layer).sqrt()),
+        "head": ranked(lambda layer: head_energy(layer).sqrt()),
+    },
     needs_statistics=True,
-    select=_select,
 )

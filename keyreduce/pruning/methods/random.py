@@ -3,16 +3,22 @@
 from keyreduce.pruning.methods.method import LayerView, Method, highest
 
 
-def _select(layer: LayerView, keep: int, generator):
-    import torch
+def _select(groups_of):
+    def select(layer: LayerView, keep: int, generator):
+        import torch
 
-    return highest(torch.rand(layer.query_weight_HKD.shape[:2], generator=generator), keep)
+        return highest(torch.rand(groups_of(layer.sizes), generator=generator), keep)
+
+    return select
 
 
 RANDOM = Method(
     name="random",
     summary="chance, from --seed",
     citation="baseline",
-    needs_statistics=False,
-    select=_select,
+    select={
+        "key": _select(lambda sizes: (sizes.key_heads, sizes.head_k_dim)),
+        "value": _select(lambda sizes: (sizes.value_heads, sizes.head_v_dim)),
+        "head": _select(lambda sizes: (1, sizes.key_heads)),
+    },
 )

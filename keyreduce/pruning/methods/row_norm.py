@@ -1,26 +1,25 @@
-"""Row norms of the projections, without data.
+"""Norms of the weights, without data.
 
-``l1``: ``score_hc = sum_d |Wq_hcd| + sum_d |Wk_hcd|``; ``l2``: ``score_hc = ||Wq_hc|| + ||Wk_hc||``.
-Li et al., "Pruning Filters for Efficient ConvNets", arXiv:1608.08710, there with the L1 norm of filters.
+``l1``: ``score_hc = sum_d |Wq_hcd| + sum_d |Wk_hcd|``; ``l2``: ``score_hc = ||Wq_hc|| + ||Wk_hc||``. A value channel
+has the norm of its row of Wv, a head the sum over its channels of all three. Li et al., "Pruning Filters for Efficient
+ConvNets", arXiv:1608.08710, there with the L1 norm of filters.
 """
 
-from keyreduce.pruning.methods.method import LayerView, Method, highest
-
-
-def _select_by(order: int):
-    def select(layer: LayerView, keep: int, generator):
-        return highest(layer.query_weight_HKD.norm(order, -1) + layer.key_weight_HKD.norm(order, -1), keep)
-
-    return select
+from keyreduce.pruning.methods.method import LayerView, Method, all_targets
 
 
 def _method(order: int) -> Method:
+    def key(layer: LayerView):
+        return layer.query_weight_HKD.norm(order, -1) + layer.key_weight_HKD.norm(order, -1)
+
+    def value(layer: LayerView):
+        return layer.value_weight_WVD.norm(order, -1)
+
     return Method(
         name=f"l{order}",
-        summary=f"L{order} norm of the projection rows, no data",
+        summary=f"L{order} norm of the projections' rows, no data",
         citation="Li et al., arXiv:1608.08710",
-        needs_statistics=False,
-        select=_select_by(order),
+        select=all_targets(key, value),
     )
 
 

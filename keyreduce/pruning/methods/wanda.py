@@ -1,23 +1,33 @@
 """Wanda: weights times the norm of what they multiply.
 
-``score_hc = sum_d (|Wq_hcd| + |Wk_hcd|) ||x_d||`` with ``||x_d||`` the L2 norm of hidden channel d over the
-calibration tokens. The paper scores single weights; a channel is a row of weights, so its scores are summed, of
-query and key together, since both lose the channel. Sun et al., arXiv:2306.11695, equation 1.
+A weight's score is ``|W_ij| ||x_j||`` with ``||x_j||`` the L2 norm of its input over the calibration tokens (Sun et
+al., arXiv:2306.11695, equation 1); a channel's is the sum over the weights that go with it. For a key channel those
+are its rows of Wq and Wk, and x is the mixer's input; for a value channel its column of Wo, and x is what that
+projection receives; for a head all the columns of Wo that it feeds.
 """
 
-from keyreduce.pruning.methods.method import LayerView, Method, highest
+from keyreduce.pruning.methods.method import LayerView, Method, ranked
 
 
-def _select(layer: LayerView, keep: int, generator):
+def _key(layer: LayerView):
     input_norm_D = layer.statistics.input_square_D.sqrt()
     weight_HKD = layer.query_weight_HKD.abs() + layer.key_weight_HKD.abs()
-    return highest(weight_HKD.double() @ input_norm_D, keep)
+    return weight_HKD @ input_norm_D.float()
+
+
+def _value(layer: LayerView):
+    output_norm_WV = layer.statistics.output_gram_WVV.diagonal(dim1=-2, dim2=-1).sqrt()
+    return layer.output_weight_WVD.norm(1, -1) * output_norm_WV
+
+
+def _head(layer: LayerView):
+    return layer.in_groups(_value(layer).sum(-1))[None]
 
 
 WANDA = Method(
     name="wanda",
     summary="weights times the norm of their input",
     citation="Sun et al., arXiv:2306.11695",
+    select={"key": ranked(_key), "value": ranked(_value), "head": ranked(_head)},
     needs_statistics=True,
-    select=_select,
 )

@@ -1,0 +1,194 @@
+"""How long the selection of channels takes, and how good it is, on a seeded synthetic model of 24 x 16 heads.
+
+    python benchmarks/selection.py [--output figures.json]
+
+One function a section; each prints its table and returns its figures for ``--output``. Times are medians over rounds,
+and what is compared is timed in turns, in the same process, with the same BLAS threads.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from scipy.linalg import qr, solve_triangular
+
+from keyreduce.pruning.strong_rrqr import strong_rrqr
+
+# Channels of a graded head come in groups of this many.
+GROUP = 16
+
+
+def smooth_head(generator: np.random.Generator, channels: int) -> np.ndarray:
+    """Return ``[K, K]``, the factor of a head whose spectrum decays evenly in a random basis: pivoting does well."""
+    basis_KK = np.linalg.qr(generator.standard_normal((channels, channels)))[0]
+    return 0.95 ** np.arange(channels)[:, None] * basis_KK
+
+
+def graded_head(generator: np.random.Generator, channels: int) -> np.ndarray:
+    """Return ``[K, K]``, the factor of a head of groups of correlated channels: pivoting misses volume.
+
+    Each group is a Kahan matrix, in which every next column leans on all before it (Kahan, "Numerical linear algebra",
+    Canadian Math. Bulletin 9, 1966), at a scale of its own; the channels are then shuffled and a smooth head is added.
+    """
+    factor_KK = np.zeros((channels, channels))
+    for start in range(0, channels, GROUP):
+        size = min(GROUP, channels - start)
+        cosine = generator.uniform(0.3, 0.6)
+        graded = (1 - cosine**2) ** (np.arange(size) / 2)
+        kahan = graded[:, None] * (np.eye(size) - cosine * np.triu(np.ones((size, size)), 1))
+        # Slightly shorter towards the end, so that pivoting takes them in their order, which is the trap.
+        kahan *= generator.lognormal(0, 0.3) * 0.999 ** np.arange(size)
+        factor_KK[start : start + size, start : start + size] = kahan
+    return factor_KK[:, generator.permutation(channels)] + 0.02 * smooth_head(generator, channels)
+
+
+@cache
+def white_samples(seed: int, samples: int, channels: int) -> np.ndarray:
+    """Return ``[samples, K]``, whose sample covariance is exactly the identity: what makes a head hard stays so."""
+    drawn_NK = np.random.default_rng(seed).standard_normal((samples, channels))
+    return np.linalg.qr(drawn_NK)[0] * samples**0.5
+
+
+def sampled_head(seed: int, head: int, samples: int, channels: int) -> np.ndarray:
+    """Return the activations of one head, ``[samples, K]``: even ones smooth, odd ones graded."""
+    factor_KK = (smooth_head, graded_head)[head % 2](np.random.default_rng([seed, head]), channels)
+    return white_samples(seed, samples, channels) @ factor_KK
+
+
+def textbook_strong_rrqr(data_NK: np.ndarray, keep: int, f: float) -> tuple[np.ndarray, int]:
+    """Return the kept channels and the number of swaps of Gu and Eisenstat's algorithm 4, as one would write it down:
+    QR with column pivoting, then a swap and a new QR of the permuted matrix for as long as the largest rho is above f.
+    """
+    triangle_KK, order_K = qr(data_NK, mode="r", pivoting=True)
+    swaps = 0
+    while True:
+        r11, r12, r22 = triangle_KK[:keep, :keep], triangle_KK[:keep, keep:], triangle_KK[keep:, keep:]
+        inverse_r11 = solve_triangular(r11, np.eye(keep))
+        lengths = np.outer(np.linalg.norm(inverse_r11, axis=1), np.linalg.norm(r22, axis=0))
+        rho = np.hypot(inverse_r11 @ r12, lengths)
+        if not rho.max(initial=0) > f:
+            return np.sort(order_K[:keep]), swaps
+        out, into = np.unravel_index(rho.argmax(), rho.shape)
+        order_K[[out, keep + into]] = order_K[[keep + into, out]]
+        triangle_KK = qr(data_NK[:, order_K], mode="r")[0]
+        swaps += 1
+
+
+def log_volume(data_NK: np.ndarray, kept_R: np.ndarray) -> float:
+    """Return log |det R11| of the kept columns, from a QR of the data itself."""
+    return float(np.log(np.abs(qr(data_NK[:, kept_R], mode="economic")[1].diagonal())).sum())
+
+
+def timed(call: Callable):
+    """Return the result and the seconds it took."""
+    start = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - start
+
+
+def strong_rrqr_section(options: argparse.Namespace) -> dict:
+    """Strong RRQR from the Gram matrix, against the textbook way on the same heads."""
+    print(f"Strong RRQR: keep {options.keep} of {options.channels} channels, f = {options.f}")
+    print("From the Gram matrix, which calibration has summed already: its time is shown, and counted in 'with Gram'.")
+    print("In each round every head goes through one way, then every head through the next.")
+    heads = range(options.textbook_heads)
+    data_HNK = [sampled_head(options.seed, head, options.samples, options.channels) for head in heads]
+    seconds = {"gram": [[] for _ in heads], "ours": [[] for _ in heads], "textbook": [[] for _ in heads]}
+    gram_HKK, ours_H, textbook_H = ([None] * len(heads) for _ in range(3))
+    for _ in range(options.rounds):
+        for head in heads:
+            gram_HKK[head], took = timed(lambda: data_HNK[head].T @ data_HNK[head])
+            seconds["gram"][head].append(took)
+        for head in heads:
+            ours_H[head], took = timed(lambda: strong_rrqr(gram_HKK[head], options.keep, f=options.f))
+            seconds["ours"][head].append(took)
+        for head in heads:
+            textbook_H[head], took = timed(lambda: textbook_strong_rrqr(data_HNK[head], options.keep, options.f))
+            seconds["textbook"][head].append(took)
+
+    rows = []
+    for head, (textbook_R, textbook_swaps) in enumerate(textbook_H):
+        row = {"head": head, "kind": ("smooth", "graded")[head % 2]}
+        row |= {f"{way}_ms": 1000 * median(times_H[head]) for way, times_H in seconds.items()}
+        row["ratio"] = row["textbook_ms"] / row["ours_ms"]
+        row["ratio_with_gram"] = row["textbook_ms"] / (row["ours_ms"] + row["gram_ms"])
+        row |= {"our_swaps": ours_H[head].swaps, "textbook_swaps": textbook_swaps, "rho": ours_H[head].rho}
+        row["log_volume"] = log_volume(data_HNK[head], ours_H[head].kept_R)
+        row["textbook_log_volume"] = log_volume(data_HNK[head], textbook_R)
+        rows.append(row)
+
+    print(f"{'head':>6} {'kind':>7} {'Gram ms':>8} {'ours ms':>8} {'textbook ms':>12} {'ratio':>7} {'with Gram':>10}"
+          f" {'swaps':>6} {'textbook':>9} {'log volume':>11} {'textbook':>11}")
+    for row in rows:
+        print(f"{row['head']:>6} {row['kind']:>7} {row['gram_ms']:>8.2f} {row['ours_ms']:>8.2f}"
+              f" {row['textbook_ms']:>12.1f} {row['ratio']:>7.1f} {row['ratio_with_gram']:>10.1f}"
+              f" {row['our_swaps']:>6} {row['textbook_swaps']:>9} {row['log_volume']:>11.5f}"
+              f" {row['textbook_log_volume']:>11.5f}")
+
+    figures = {
+        f"{name}_median_{kind}": median(row[name] for row in rows if row["kind"] == kind)
+        for name in ("ratio", "ratio_with_gram")
+        for kind in dict.fromkeys(row["kind"] for row in rows)
+    }
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        print(f"{kind} heads: ours is {figures[f'ratio_median_{kind}']:.1f} times as fast (median),"
+              f" {figures[f'ratio_with_gram_median_{kind}']:.1f} times if it first builds the Gram matrix")
+    figures |= {
+        "ratio_of_totals": sum(row["textbook_ms"] for row in rows) / sum(row["ours_ms"] for row in rows),
+        "worst_log_volume_difference": min(row["log_volume"] - row["textbook_log_volume"] for row in rows),
+    }
+    count = options.layers * options.heads
+    gram_HKK = []
+    for head in range(count):
+        data_NK = sampled_head(options.seed, head, options.samples, options.channels)
+        gram_HKK.append(data_NK.T @ data_NK)
+    times = []
+    for _ in range(options.rounds):
+        all_ours, took = timed(lambda: [strong_rrqr(gram_KK, options.keep, f=options.f) for gram_KK in gram_HKK])
+        times.append(took)
+    figures |= {
+        "all_heads": count,
+        "all_heads_seconds": median(times),
+        "all_heads_swaps": sum(ours.swaps for ours in all_ours),
+        "all_heads_worst_rho": max(ours.rho for ours in all_ours),
+    }
+    print(f"all of these heads: {figures['ratio_of_totals']:.1f} times as fast;"
+          f" worst log-volume difference, ours - textbook: {figures['worst_log_volume_difference']:+.2e}")
+    print(f"all {count} heads, ours: {figures['all_heads_seconds']:.2f} s, {figures['all_heads_swaps']} swaps,"
+          f" worst rho {figures['all_heads_worst_rho']:.4f}")
+    return figures | {"heads": rows}
+
+
+SECTIONS = {"strong_rrqr": strong_rrqr_section}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--heads", type=int, default=16, help="per layer")
+    parser.add_argument("--channels", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=5000, help="tokens of which a head's activations are drawn")
+    parser.add_argument("--keep", type=int, default=64)
+    parser.add_argument("--f", type=float, default=1.5, help="at least 1")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--textbook-heads", type=int, default=8, help="how many heads the textbook way gets")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    options = parser.parse_args()
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
+    settings["cpus"] = os.cpu_count()
+    settings["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS")
+    print(", ".join(f"{name} {value}" for name, value in settings.items()), end="\n\n")
+    figures = {"settings": settings} | {name: section(options) for name, section in SECTIONS.items()}
+    if options.output:
+        options.output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

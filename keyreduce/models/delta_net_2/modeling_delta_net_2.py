@@ -1,0 +1,94 @@
+"""DeltaNet2 as a model of transformers: fla's DeltaNet model with the mixer of ``mixer_delta_net_2.py`` in it."""
+
+from copy import copy
+
+from fla.layers.delta_net import DeltaNet
+from fla.models.delta_net.modeling_delta_net import DeltaNetBlock
+from fla.models.generation_utils import FLAUnsupportedCacheGenerationMixin
+from fla.models.modeling_utils import FLAForCausalLM, FLAModel, FLAPreTrainedModel
+from fla.modules import RMSNorm
+from torch import nn
+
+from .configuration_delta_net_2 import DeltaNet2Config
+from .mixer_delta_net_2 import DeltaNet2
+
+
+class DeltaNet2Block(DeltaNetBlock):
+    """fla's block of mixer and MLP; where it would hold a DeltaNet it holds a DeltaNet2 of the layer's own size."""
+
+    def __init__(self, config: DeltaNet2Config, layer_idx: int) -> None:
+        # fla's constructor reads one number for all layers.
+        config_of_layer = copy(config)
+        config_of_layer.expand_k = config.expand_k_of(layer_idx)
+        super().__init__(config_of_layer, layer_idx)
+        self.config = config
+        if isinstance(self.attn, DeltaNet):
+            self.attn = DeltaNet2(
+                mode=config.attn_mode,
+                hidden_size=config.hidden_size,
+                expand_k=config_of_layer.expand_k,
+                expand_v=config.expand_v,
+                num_heads=config.num_heads,
+                use_gate=config.use_gate,
+                use_beta=config.use_beta,
+                use_short_conv=config.use_short_conv,
+                allow_neg_eigval=config.allow_neg_eigval,
+                conv_size=config.conv_size,
+                per_head_conv=config.per_head_conv,
+                share_kv_conv=config.share_kv_conv,
+                shift_only_conv=config.shift_only_conv,
+                conv_scaled_shift=config.conv_scaled_shift,
+                qk_norm=config.qk_norm,
+                qk_activation=config.qk_activation,
+                norm_eps=config.norm_eps,
+                layer_idx=layer_idx,
+            )
+
+
+class DeltaNet2PreTrainedModel(FLAPreTrainedModel):
+    """What transformers wants to know of the classes below."""
+
+    config_class = DeltaNet2Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeltaNet2Block"]
+    _supports_cache_class = True
+
+
+class DeltaNet2Model(DeltaNet2PreTrainedModel, FLAModel):
+    """Embeddings, blocks and the last norm.
+
+    Raises:
+        ValueError: the config asks for what cannot be, see :class:`DeltaNet2Config`.
+    """
+
+    def __init__(self, config: DeltaNet2Config) -> None:
+        super().__init__(config)
+        config.check()
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(DeltaNet2Block(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        norm = RMSNorm if config.fuse_norm else nn.RMSNorm
+        self.norm = norm(config.hidden_size, eps=config.norm_eps)
+        self.use_attnres = config.attnres_block_size is not None
+        if self.use_attnres:
+            self.res_proj = nn.Linear(config.hidden_size, 1, bias=False)
+            self.res_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+            self.res_proj._is_attnres_proj = True
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class DeltaNet2ForCausalLM(DeltaNet2PreTrainedModel, FLAForCausalLM, FLAUnsupportedCacheGenerationMixin):
+    """:class:`DeltaNet2Model` and the projection to logits, tied to the embeddings where the config says so."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
+
+    def __init__(self, config: DeltaNet2Config) -> None:
+        super().__init__(config)
+        self.model = DeltaNet2Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.criterion = None
+        self.post_init()

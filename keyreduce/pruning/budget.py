@@ -1,0 +1,227 @@
+"""How much stays: from what the command line says to a number for each target and layer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from keyreduce.calibration.statistics import Statistics
+from keyreduce.errors import KeyreduceError
+from keyreduce.families import MixerSizes, family_of
+from keyreduce.pruning.allocation import by_energy, by_variance
+from keyreduce.pruning.methods import TARGETS, Method
+
+SIZE_OF = {"key": "head_k_dim", "value": "head_v_dim", "head": "key_heads"}
+"""Target -> the size that it shrinks."""
+
+_HOLDER = {"key": "a key head", "value": "a value head", "head": "a layer"}
+_THINGS = {"key": "channels", "value": "channels", "head": "key heads"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is to stay of what.
+
+    Attributes:
+        ratio, keep: target -> what ``--ratio`` and ``--keep`` say of it, exactly one of them, unless ``variance`` does.
+        variance: for PCA, the share of the variance to keep.
+        allocate: ``uniform`` or ``energy``.
+        multiple_of: kept channels are rounded to a multiple.
+    """
+
+    ratio: Mapping[str, Fraction | None]
+    keep: Mapping[str, Fraction | None]
+    variance: float | None
+    allocate: str
+    multiple_of: int
+
+    @classmethod
+    def parse(
+        cls,
+        target: str,
+        *,
+        ratio: str | None = None,
+        keep: str | None = None,
+        variance: float | None = None,
+        allocate: str = "uniform",
+        multiple_of: int = 1,
+    ) -> "Budget":
+        """Read what the options say; without an amount a quarter goes.
+
+        Raises:
+            KeyreduceError: they say something impossible, or two different things.
+        """
+        targets = parse_targets(target)
+        if variance is not None and (ratio is not None or keep is not None):
+            raise KeyreduceError("--variance says how much to keep; leave --ratio (or PRUNING_RATIO) and --keep out")
+        if variance is not None and not 0 < variance <= 1:
+            raise KeyreduceError(f"--variance is {variance:g}; it is the share to keep, above 0 and at most 1")
+        if variance is None and ratio is None and keep is None:
+            ratio = "0.25"
+        if ratio is not None and keep is not None:
+            raise KeyreduceError("say how much to prune with either --ratio (or PRUNING_RATIO) or --keep, not both")
+        if allocate not in ("uniform", "energy"):
+            raise KeyreduceError(f"--allocate is {allocate!r}; take uniform or energy")
+        if allocate == "energy" and ("key" not in targets or variance is not None):
+            raise KeyreduceError("--allocate energy shares out key channels: take --target key and --ratio or --keep")
+        amounts = (parse_amounts("--ratio", ratio, targets), parse_amounts("--keep", keep, targets))
+        return cls(*amounts, variance, allocate, multiple_of)
+
+    @property
+    def targets(self) -> list[str]:
+        """The targets, in the order in which they were named."""
+        return list(self.ratio)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the numbers depend on the calibration."""
+        return self.variance is not None or self.allocate == "energy"
+
+    def describe(self, config: Mapping) -> dict:
+        """Return what decides the numbers, for the record: the numbers themselves, where the calibration has no say."""
+        if self.variance is not None:
+            keep: dict = {"variance": self.variance, "multiple_of": self.multiple_of}
+        else:
+            numbers = {target: list(number_of.values()) for target, number_of in self._uniform(config).items()}
+            keep = {target: each if len(set(each)) > 1 else each[0] for target, each in numbers.items() if each}
+            if self.allocate == "energy":
+                keep |= {"allocate": "energy", "multiple_of": self.multiple_of}
+        return {"target": ",".join(self.targets), "keep": keep}
+
+    def check(self, config: Mapping, method: Method) -> None:
+        """Refuse, before any work, what a model or a method cannot have.
+
+        Raises:
+            KeyreduceError: see :func:`keep_count`; or its config cannot say sizes layer by layer, or the method is no
+                projection.
+        """
+        if self.variance is not None and (method.name != "pca" or self.targets != ["key"]):
+            raise KeyreduceError("--variance goes with --method pca --target key; give --ratio or --keep")
+        family = family_of(config)
+        if self.allocate == "energy" and "head_k_dim" not in family.per_layer:
+            raise KeyreduceError(
+                f"a {family.model_type} config says one head_k_dim for all layers, so a model pruned with "
+                "--allocate energy could not be loaded; of the known architectures delta_net_2 alone has one for each"
+            )
+        if self.variance is None:
+            self._uniform(config)
+            return
+        for sizes in family.layer_sizes(config).values():
+            keep_count("key", sizes.head_k_dim, ratio=Fraction(0), keep=None, multiple_of=self.multiple_of)
+
+    def numbers(
+        self, config: Mapping, statistics: Statistics | None, options: Mapping[str, object]
+    ) -> dict[str, dict[int, int]]:
+        """Return target -> layer -> how many stay.
+
+        Args:
+            config: of the model.
+            statistics: the calibration sums, where :attr:`needs_statistics`.
+            options: of the method.
+
+        Raises:
+            KeyreduceError: see :func:`keep_count`.
+        """
+        if self.variance is not None:
+            ranks = by_variance(
+                family_of(config),
+                statistics.layers,
+                self.variance,
+                include_queries=bool(options.get("include_queries")),
+                multiple_of=self.multiple_of,
+            )
+            return {"key": ranks}
+        numbers = self._uniform(config)
+        if self.allocate == "energy":
+            numbers["key"] = by_energy(statistics.layers, numbers["key"], self.multiple_of)
+        return numbers
+
+    def _uniform(self, config: Mapping) -> dict[str, dict[int, int]]:
+        layers = family_of(config).layer_sizes(config)
+        return {
+            target: {
+                layer: keep_count(
+                    target,
+                    getattr(sizes, SIZE_OF[target]),
+                    ratio=self.ratio[target],
+                    keep=self.keep[target],
+                    multiple_of=self.multiple_of,
+                )
+                for layer, sizes in layers.items()
+            }
+            for target in self.targets
+        }
+
+
+def parse_targets(text: str) -> list[str]:
+    """Return the targets of ``--target``, such as ``key,value``, in that order.
+
+    Raises:
+        KeyreduceError: one is unknown or named twice.
+    """
+    targets = [part.strip() for part in text.split(",")]
+    for target in targets:
+        if target not in TARGETS:
+            raise KeyreduceError(f"there is no target {target!r}; take {', '.join(TARGETS)}, or several with commas")
+    if len(set(targets)) < len(targets):
+        raise KeyreduceError(f"--target {text} names a target twice")
+    return targets
+
+
+def parse_amounts(option: str, text: str | None, targets: Sequence[str]) -> dict[str, Fraction | None]:
+    """Return what ``--ratio`` or ``--keep`` says for each target: one number for all, or one for each with commas.
+
+    Numbers are taken as they are written: in binary, 10 * (1 - 0.9) is a little less than 1.
+
+    Raises:
+        KeyreduceError: it holds something else.
+    """
+    if text is None:
+        return dict.fromkeys(targets)
+    try:
+        amounts = [Fraction(part.strip()) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError):
+        raise KeyreduceError(f"{option} is {text!r}; give a number, or one for each target with commas") from None
+    if len(amounts) not in (1, len(targets)):
+        raise KeyreduceError(
+            f"{option} {text} gives {len(amounts)} numbers for {len(targets)} targets ({','.join(targets)})"
+        )
+    return dict(zip(targets, amounts * (len(targets) // len(amounts)), strict=True))
+
+
+def keep_count(
+    target: str, available: int, *, ratio: Fraction | None, keep: Fraction | None, multiple_of: int = 1
+) -> int:
+    """Return how many of a group stay.
+
+    Args:
+        target: of what.
+        available: how many there are.
+        ratio: the share to remove; ``floor(available * (1 - ratio))`` stay, at least 1.
+        keep: the number to keep, instead of a ratio.
+        multiple_of: round channels to the nearest multiple (up when two are equally near), at least one multiple.
+
+    Raises:
+        KeyreduceError: the ratio is outside [0, 1), or the number is impossible.
+    """
+    if ratio is not None:
+        if not 0 <= ratio < 1:
+            raise KeyreduceError(f"--ratio is {float(ratio):g}; it is the share to remove, at least 0 and below 1")
+        keep = max(1, int(available * (1 - ratio)))
+    if not 1 <= keep <= available or int(keep) != keep:
+        raise KeyreduceError(
+            f"--keep is {float(keep):g}; {_HOLDER[target]} of this model has 1 to {available} {_THINGS[target]} to keep"
+        )
+    if target == "head":
+        return int(keep)
+    if not 1 <= multiple_of <= available:
+        raise KeyreduceError(
+            f"--multiple-of is {multiple_of}; it is at least 1, and at most {SIZE_OF[target]}, {available}"
+        )
+    multiples = max(1, int(Fraction(keep, multiple_of) + Fraction(1, 2)))
+    return min(multiples, available // multiple_of) * multiple_of
+
+
+def sizes_after(sizes: MixerSizes, keep: Mapping[str, int]) -> MixerSizes:
+    """Return the sizes of a layer of which so much stays, target by target."""
+    after = sizes._replace(**{SIZE_OF[target]: number for target, number in keep.items()})
+    return after._replace(value_heads=sizes.value_heads // sizes.key_heads * after.key_heads)

@@ -1,0 +1,37 @@
+"""Energies of activations: sums of squares over the calibration tokens.
+
+``score_hc = sum_t q_thc^2 + k_thc^2`` with q and k as the operator receives them, before they are normalised: of the
+stacked queries and keys, the channels that keep most of the squared Frobenius norm. A value channel: the same of v. A
+head: of what it adds to the mixer's output.
+"""
+
+from keyreduce.pruning.methods.method import LayerView, Method, ranked
+
+
+def key_energies(layer: LayerView):
+    """Return the energies of q and of k, each ``[H, K]``."""
+    grams = (layer.statistics.query_gram_HKK, layer.statistics.key_gram_HKK)
+    return [gram_HKK.diagonal(dim1=-2, dim2=-1) for gram_HKK in grams]
+
+
+def value_energy(layer: LayerView):
+    """Return the energy of v, ``[W, V]``."""
+    return layer.statistics.value_gram_WVV.diagonal(dim1=-2, dim2=-1)
+
+
+def head_energy(layer: LayerView):
+    """Return the energy of what each key head with its value heads adds to the mixer's output, ``[1, H]``."""
+    return layer.in_groups(layer.statistics.output_energy_W)[None]
+
+
+ENERGY = Method(
+    name="energy",
+    summary="sums of squared activations",
+    citation="baseline",
+    select={
+        "key": ranked(lambda layer: sum(key_energies(layer))),
+        "value": ranked(value_energy),
+        "head": ranked(head_energy),
+    },
+    needs_statistics=True,
+)

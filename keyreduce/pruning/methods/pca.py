@@ -1,0 +1,56 @@
+"""PCA: a projection of each head's queries and keys onto the directions that hold most of the keys.
+
+``P_h`` is the eigenvectors of the R largest eigenvalues of ``M_h = sum_t k_th k_th^T``, with k normalised as the
+operator normalises it (``--include-queries`` adds the same sum over q). M is not centred: a projection of weights has
+no place for a mean, so the directions that matter are those of k itself. Queries and keys become ``P^T q`` and ``P^T
+k``.
+
+The operator sees inner products of q and k alone, so a rotation (R = K) changes nothing where it commutes with what
+lies between projection and operator: exact with ``qk_activation: identity`` and kernels that a head's channels share
+(delta_net_2). An activation, and a convolution with a kernel for each channel, do not commute with it: there PCA is an
+approximation, in which the kernel of a new channel is the mean of the old ones, weighted by its squared coefficients.
+Nazari and Rusch, arXiv:2602.04852.
+"""
+
+from collections.abc import Mapping
+
+from keyreduce.pruning.methods.method import LayerView, Method, Selection
+
+
+def moments(statistics, include_queries: bool):
+    """Return M, ``[H, K, K]``, float64."""
+    moment_HKK = statistics.unit_key_gram_HKK
+    return moment_HKK + statistics.unit_query_gram_HKK if include_queries else moment_HKK
+
+
+def _select(layer: LayerView, keep: int, generator, *, include_queries: bool) -> Selection:
+    import torch
+
+    value_HK, vector_HKK = torch.linalg.eigh(moments(layer.statistics, include_queries))
+    projection_HKR = vector_HKK.flip(-1)[..., :keep]
+    # Eigenvectors come with any sign; the largest coefficient of ours is positive.
+    largest_H1R = projection_HKR.abs().argmax(dim=1, keepdim=True)
+    projection_HKR = projection_HKR * projection_HKR.gather(1, largest_H1R).sign()
+    value_HK = value_HK.flip(-1).clamp(min=0)
+    kept_H = value_HK[:, :keep].sum(-1) / value_HK.sum(-1).clamp(min=torch.finfo(torch.float64).tiny)
+    return Selection(None, projection_HKR, {"variance_kept": kept_H.tolist()})
+
+
+def _unfit(config: Mapping) -> str | None:
+    if config.get("qk_norm", "l2") != "l2":
+        return (
+            f"pca rotates queries and keys, and qk_norm {config['qk_norm']!r} is not that of the rotated ones; "
+            "take a method that selects channels, such as rrqr"
+        )
+    return None
+
+
+PCA = Method(
+    name="pca",
+    summary="projection onto the principal directions of the keys",
+    citation="Nazari and Rusch, arXiv:2602.04852",
+    select={"key": _select},
+    needs_statistics=True,
+    options={"include_queries": False},
+    unfit=_unfit,
+)

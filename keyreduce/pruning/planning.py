@@ -1,0 +1,180 @@
+"""Statistics and weights to a plan: a method, asked layer by layer. Memory stays at one layer's projections."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from keyreduce.calibration.projections import projection_name
+from keyreduce.calibration.statistics import LayerStatistics, Statistics
+from keyreduce.checkpoint.folder import Checkpoint
+from keyreduce.errors import KeyreduceError
+from keyreduce.families import Family, MixerSizes, Part, family_of
+from keyreduce.pruning.budget import SIZE_OF, sizes_after
+from keyreduce.pruning.methods import LayerView, Method
+from keyreduce.pruning.plan import LayerCut, Plan
+
+
+def check_method(source: Checkpoint, method: Method, targets: list[str]) -> None:
+    """Refuse what a method cannot do, before any work.
+
+    Raises:
+        KeyreduceError: it does not choose one of the targets, or cannot prune this model, or nothing can.
+    """
+    if not family_of(source.config).mixer_layers(source.config):
+        raise KeyreduceError(f"{source.path} has no layer with a recurrent state, so there is nothing to prune")
+    for target in targets:
+        if target not in method.select:
+            known = " and ".join(f"--target {name}" for name in method.select)
+            raise KeyreduceError(f"--method {method.name} is for {known} alone; for {target} take another method")
+    unfit = method.unfit(source.config)
+    if unfit is not None:
+        raise KeyreduceError(unfit)
+
+
+def check_options(method: Method, given: Mapping[str, object]) -> dict[str, object]:
+    """Return all options of a method, the given ones and the defaults of the others.
+
+    Raises:
+        KeyreduceError: it takes no such option, or not this value.
+    """
+    for name in given:
+        if name not in method.options:
+            flag = "--" + name.replace("_", "-")
+            raise KeyreduceError(f"--method {method.name} takes no {flag}; leave it out, or take another method")
+    chosen = {**method.options, **given}
+    method.check(chosen)
+    return chosen
+
+
+def make_plan(
+    source: Checkpoint,
+    method: Method,
+    keep: Mapping[str, Mapping[int, int]],
+    *,
+    seed: int,
+    statistics: Statistics | None,
+    inputs: Mapping,
+    options: Mapping[str, object] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Plan:
+    """Choose what stays.
+
+    Args:
+        source: the checkpoint to prune.
+        method: how to choose.
+        keep: target -> layer -> how many of each group stay. Where all do, there is nothing to choose.
+        seed: for methods that draw; each layer and target draws from its own stream.
+        statistics: the calibration sums, if the method needs them.
+        inputs: what the plan is recorded to be made from.
+        options: of the method, where they are not its defaults.
+        progress: called with 1 after each layer.
+
+    Raises:
+        KeyreduceError: the method cannot do that, the statistics are of another model or lack what it needs, the
+            weights are not of the shapes that the config says, or a weight that the method reads is NaN or inf.
+    """
+    check_method(source, method, list(keep))
+    family = family_of(source.config)
+    layers = family.layer_sizes(source.config)
+    _check_shapes(source, family, list(layers))
+    if statistics is not None:
+        _check_statistics(source, method, statistics, list(layers))
+    options = {**method.options, **(options or {})}
+    cuts = {}
+    for layer, sizes in layers.items():
+        sums = None if statistics is None else statistics.layers[layer]
+        view = _view(source, family, layer, sizes, sums)
+        numbers = {target: number_of[layer] for target, number_of in keep.items()}
+        chosen = {}
+        for target, number in numbers.items():
+            if number < getattr(sizes, SIZE_OF[target]):
+                generator = torch.Generator().manual_seed(_stream(seed, layer, target))
+                chosen[target] = method.select[target](view, number, generator, **options)
+        cuts[layer] = _cut(sizes, sizes_after(sizes, numbers), chosen)
+        if progress is not None:
+            progress(1)
+    return Plan(inputs, cuts)
+
+
+def check_calibration(source: Checkpoint, calibrated: str) -> None:
+    """Refuse sums that belong to another model.
+
+    Args:
+        source: the checkpoint that is to be pruned.
+        calibrated: the identity of the checkpoint that was calibrated.
+
+    Raises:
+        KeyreduceError: they differ.
+    """
+    if calibrated != source.identity:
+        raise KeyreduceError(
+            f"the calibration file was made from another model ({calibrated[:12]}) than {source.path} "
+            f"({source.identity[:12]}); run keyreduce calibrate for this one, or give another --calibration or --work"
+        )
+
+
+def _stream(seed: int, layer: int, target: str) -> int:
+    return seed * 3_000_017 + layer * 3 + list(SIZE_OF).index(target)
+
+
+def _cut(before: MixerSizes, after: MixerSizes, chosen: Mapping) -> LayerCut:
+    """What stays of a layer, from a method's choices; channels were chosen in every head, also in those that go."""
+    whole = LayerCut.of_nothing(before)
+    heads_H = chosen["head"].kept_GR[0] if "head" in chosen else whole.heads_H
+    value_heads_W = LayerCut(before, after, heads_H, None, whole.value_WR).value_heads_W
+    key = chosen.get("key")
+    key_HR = whole.key_HR if key is None else key.kept_GR
+    value_WR = chosen["value"].kept_GR if "value" in chosen else whole.value_WR
+    return LayerCut(
+        before,
+        after,
+        heads_H,
+        None if key_HR is None else key_HR[heads_H],
+        value_WR[value_heads_W],
+        None if key is None or key.projection_HKR is None else key.projection_HKR[heads_H],
+        {target: selection.report for target, selection in chosen.items() if selection.report},
+    )
+
+
+def _view(
+    source: Checkpoint, family: Family, layer: int, sizes: MixerSizes, sums: LayerStatistics | None
+) -> LayerView:
+    def projection(word: str) -> torch.Tensor:
+        name = projection_name(family, layer, word)
+        weight = source.read(name).float()
+        if not torch.isfinite(weight).all():
+            raise KeyreduceError(f"tensor {name!r} of {source.path} holds NaN or inf: the checkpoint is damaged")
+        return weight.T.contiguous() if word == "output" else weight
+
+    return LayerView(sizes, sums, projection)
+
+
+def _check_statistics(source: Checkpoint, method: Method, statistics: Statistics, layers: list[int]) -> None:
+    check_calibration(source, statistics.model)
+    if sorted(statistics.layers) != layers:
+        raise KeyreduceError("the calibration file lacks layers of this model; calibrate again with --overwrite")
+    if method.needs_gradients and any(sums.taylor is None for sums in statistics.layers.values()):
+        raise KeyreduceError(
+            f"{method.name} needs gradients, which the calibration file does not hold: "
+            "run keyreduce calibrate --gradients --overwrite"
+        )
+
+
+def _check_shapes(source: Checkpoint, family: Family, layers: list[int]) -> None:
+    """Refuse a checkpoint whose mixers have not the shapes that its config says."""
+    for layer in layers:
+        sizes = family.axis_sizes(source.config, layer)
+        if_not_one = sizes | {Part.HEAD_OR_ALL: family.sizes(source.config, layer).key_heads}
+        for short_name, parts in family.tensors.items():
+            name = family.tensor_name(layer, short_name)
+            if name not in source.entries:
+                continue
+            shape = source.entries[name][1].shape
+            expected = tuple(
+                (sizes if size == 1 else if_not_one).get(part, size) for part, size in zip(parts, shape, strict=False)
+            )
+            if len(shape) != len(parts) or shape != expected:
+                raise KeyreduceError(
+                    f"tensor {name!r} of {source.path} is {list(shape)}, which is not what config.json says: "
+                    "they belong to different models"
+                )
