@@ -9,6 +9,7 @@ and what is compared is timed in turns, in the same process, with the same BLAS 
 import argparse
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from functools import cache
@@ -16,9 +17,20 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import torch
+from safetensors.torch import save_file
 from scipy.linalg import qr, solve_triangular
 
+from keyreduce.calibration.file import read_statistics, write_statistics
+from keyreduce.calibration.statistics import LayerStatistics, Statistics, TaylorSums
+from keyreduce.checkpoint.folder import open_folder
+from keyreduce.families.delta_net import DELTA_NET
+from keyreduce.pruning.budget import Budget
+from keyreduce.pruning.methods import METHODS, Method
+from keyreduce.pruning.planning import make_plan
 from keyreduce.pruning.strong_rrqr import strong_rrqr
+
+PROJECTIONS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
 
 # Channels of a graded head come in groups of this many.
 GROUP = 16
@@ -165,7 +177,77 @@ def strong_rrqr_section(options: argparse.Namespace) -> dict:
     return figures | {"heads": rows}
 
 
-SECTIONS = {"strong_rrqr": strong_rrqr_section}
+def write_model(folder: Path, options: argparse.Namespace) -> None:
+    """Write a DeltaNet of the given shape, its mixers alone, in bfloat16."""
+    hidden = options.heads * options.channels
+    config = {
+        "model_type": "delta_net",
+        "hidden_size": hidden,
+        "num_heads": options.heads,
+        "num_hidden_layers": options.layers,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(options.seed)
+    weight_DD = torch.randn(hidden, hidden, generator=generator).mul_(hidden**-0.5).bfloat16()
+    names = [f"{DELTA_NET.tensor_name(layer, name)}" for layer in range(options.layers) for name in PROJECTIONS]
+    # Rolled, so that no two are alike; drawing each would take longer than all the rest.
+    tensors = {name: weight_DD.roll(31 * shift, dims=0) for shift, name in enumerate(names)}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def write_sums(folder: Path, options: argparse.Namespace) -> None:
+    """Write a calibration file of that model, with the Gram matrices of the heads above, and gradients."""
+    source = open_folder(folder)
+    grams = [
+        data_NK.T @ data_NK
+        for head in range(options.layers * options.heads)
+        for data_NK in [sampled_head(options.seed, head, options.samples, options.channels)]
+    ]
+    gram_LHKK = torch.from_numpy(np.stack(grams)).unflatten(0, (options.layers, options.heads))
+    generator = torch.Generator().manual_seed(options.seed)
+    layers = {}
+    for layer, sizes in DELTA_NET.layer_sizes(source.config).items():
+        sums = LayerStatistics.zeros(source.config["hidden_size"], sizes, torch.device("cpu"))
+        sums.taylor = TaylorSums.zeros(sizes, torch.device("cpu"))
+        for name, tensor in sums.tensors().items():
+            if "gram" in name:
+                tensor.copy_(gram_LHKK[layer] / 2)
+            else:
+                tensor.copy_(torch.rand(tensor.shape, generator=generator))
+        layers[layer] = sums
+    statistics = Statistics(source.identity, options.samples, layers, {})
+    write_statistics(statistics, folder / "calibration.safetensors")
+
+
+def methods_section(options: argparse.Namespace) -> dict:
+    """Every method on every target it chooses, for the whole model: from the files on disk to the plan."""
+    size = f"{options.layers} layers x {options.heads} heads x {options.channels} channels"
+    print(f"\nSelection for {size}, half of them kept")
+    print("From opening the checkpoint and the calibration file to the plan; seconds, median, least and most.")
+    with tempfile.TemporaryDirectory(prefix="keyreduce-") as name:
+        folder = Path(name)
+        write_model(folder, options)
+        write_sums(folder, options)
+
+        def select(method: Method, target: str) -> None:
+            source = open_folder(folder)
+            statistics = read_statistics(folder / "calibration.safetensors") if method.needs_statistics else None
+            keep = Budget.parse(target, ratio="0.5").numbers(source.config, statistics, {})
+            make_plan(source, method, keep, seed=options.seed, statistics=statistics, inputs={})
+
+        cells = [(method, target) for method in METHODS.values() for target in method.select]
+        seconds = {(method.name, target): [] for method, target in cells}
+        for _ in range(options.rounds):
+            for method, target in cells:
+                seconds[method.name, target].append(timed(lambda: select(method, target))[1])
+    for (method, target), times in seconds.items():
+        print(f"{method:>10} {target:>6} {median(times):>7.2f} ({min(times):.2f} to {max(times):.2f})")
+    slowest = max(seconds, key=lambda cell: median(seconds[cell]))
+    print(f"slowest: {' '.join(slowest)}, {median(seconds[slowest]):.2f} s")
+    return {f"{method} {target}": median(times) for (method, target), times in seconds.items()}
+
+
+SECTIONS = {"strong_rrqr": strong_rrqr_section, "methods": methods_section}
 
 
 def main() -> None:

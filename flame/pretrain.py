@@ -12,6 +12,7 @@ Shapes: T tokens in a row, N tokens of text, V token ids.
 
 import argparse
 import math
+import os
 import platform
 import sys
 import time
@@ -253,7 +254,12 @@ def main(args: argparse.Namespace) -> None:
         save(trainer, tokenizer, model_folder, record)
         print(f"{model_folder}: {heldout_bits_per_byte:.3f} bits per byte, held-out")
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        torch.distributed.barrier()
+        # Not by way of destructors: that of gloo's process group waits for its threads while it holds the GIL, for
+        # which one of those threads may be waiting to let go of a tensor (seen with torch 2.13).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,11 @@ def benchmark(
     from keyreduce.cli.console import Console
     from keyreduce.cli.pair import load_pair
     from keyreduce.devices import pick_device, pick_dtype
-    from keyreduce.workspace import Workspace, refuse_existing, write_json
+    from keyreduce.workspace import Workspace, refuse_existing, refuse_unwritable, write_json
 
     console, workspace = Console(as_json=json), Workspace(work)
     refuse_existing(output, overwrite)
+    refuse_unwritable(output or workspace.benchmark, folder=False)
     device = pick_device(device)
     models = load_pair(console, model, compressed, workspace, device, pick_dtype(dtype, device))
     with console.progress("timing", rounds, "rounds") as progress:

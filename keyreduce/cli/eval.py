@@ -41,10 +41,11 @@ def evaluate(
     from keyreduce.data.text import text_source
     from keyreduce.devices import pick_device, pick_dtype
     from keyreduce.evaluation.perplexity import evaluate as measure
-    from keyreduce.workspace import Workspace, refuse_existing, write_json
+    from keyreduce.workspace import Workspace, refuse_existing, refuse_unwritable, write_json
 
     console, workspace = Console(as_json=json), Workspace(work)
     refuse_existing(output, overwrite)
+    refuse_unwritable(output or workspace.evaluation, folder=False)
     source = text_source(text or (), dataset, dataset_config, split, default="heldout")
     device = pick_device(device)
     models = load_pair(console, model, compressed, workspace, device, pick_dtype(dtype, device))

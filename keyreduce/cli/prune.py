@@ -111,7 +111,7 @@ def prune(
     from keyreduce.pruning.methods import method_named
     from keyreduce.pruning.planning import check_method, check_options, make_plan
     from keyreduce.pruning.prune import read_record, write_pruned
-    from keyreduce.workspace import Workspace, is_already_made, refuse_source
+    from keyreduce.workspace import Workspace, is_already_made, refuse_source, refuse_unwritable
 
     console, workspace = Console(as_json=json), Workspace(work)
     chosen = method_named(method)
@@ -127,18 +127,27 @@ def prune(
     folder = output or workspace.pruned
     refuse_source(folder, Path(model) if model and os.path.isdir(model) else source.path)
 
-    inputs = {"source": source.identity, "method": method, **budget.describe(source.config), "options": choices, "seed": seed}
+    inputs = {
+        "source": source.identity,
+        "method": method,
+        "options": choices,
+        **budget.describe(source.config),
+        "seed": seed,
+    }
     steps = None if overwrite else read_record(folder).get("steps")
     recorded = steps[-1]["inputs"] if steps else None
+    # What differs already is refused before calibration, which takes time and leaves a file.
+    comparable = recorded and {name: value for name, value in recorded.items() if name != "calibration"}
+    if not is_already_made(folder, comparable, inputs, overwrite):
+        refuse_unwritable(folder, folder=True)
     statistics = None
     if chosen.needs_statistics or budget.needs_statistics:
-        # What differs already is refused before calibration, which takes time and leaves a file.
-        comparable = recorded and {name: value for name, value in recorded.items() if name != "calibration"}
-        is_already_made(folder, comparable, inputs, overwrite)
         statistics = _statistics(
             console, model, source, calibration, workspace, device, dtype, gradients=chosen.needs_gradients
         )
-        inputs["calibration"] = statistics.inputs
+        # Gradients leave the other sums as they are.
+        without = () if chosen.needs_gradients else ("gradients",)
+        inputs["calibration"] = {name: value for name, value in statistics.inputs.items() if name not in without}
     if is_already_made(folder, recorded, inputs, overwrite):
         console.say(f"{folder} is there already, from the same inputs")
         console.result({"pruned": str(folder), "made": False})
@@ -168,6 +177,7 @@ def _statistics(console, model, source, calibration, workspace, device, dtype, *
     from keyreduce.cli.calibrate import write_calibration
     from keyreduce.cli.console import Console
     from keyreduce.data.text import text_source
+    from keyreduce.errors import KeyreduceError
     from keyreduce.pruning.planning import check_calibration
 
     path = calibration or workspace.calibration
@@ -180,7 +190,14 @@ def _statistics(console, model, source, calibration, workspace, device, dtype, *
             aside, model, text, Settings(), path, device=device, dtype=dtype, overwrite=False, gradients=gradients
         )
     check_calibration(source, read_record(path)["model"])
-    return read_statistics(path)
+    statistics = read_statistics(path)
+    try:
+        statistics.check_finite()
+    except KeyreduceError:
+        raise KeyreduceError(
+            f"{path} holds NaN or inf: it is damaged; make it again with keyreduce calibrate --overwrite"
+        ) from None
+    return statistics
 
 
 def _report(console, name, source, plan, folder) -> None:

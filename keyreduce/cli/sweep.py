@@ -49,10 +49,11 @@ def sweep(
     from keyreduce.devices import pick_device, pick_dtype
     from keyreduce.sweep.recipe import read_recipe
     from keyreduce.sweep.run import run_sweep
-    from keyreduce.workspace import Workspace, refuse_existing, write_json
+    from keyreduce.workspace import Workspace, refuse_existing, refuse_unwritable, write_json
 
     console, workspace = Console(as_json=json), Workspace(work)
     refuse_existing(output, overwrite)
+    refuse_unwritable(output or workspace.sweep, folder=False)
     chosen = read_recipe(recipe)
     if model:
         chosen = replace(chosen, models=model)

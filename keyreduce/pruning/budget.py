@@ -1,5 +1,6 @@
 """How much stays: from what the command line says to a number for each target and layer."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,6 +14,8 @@ from keyreduce.pruning.methods import TARGETS, Method
 SIZE_OF = {"key": "head_k_dim", "value": "head_v_dim", "head": "key_heads"}
 """Target -> the size that it shrinks."""
 
+# What Fraction reads, but no number that takes it long to write out.
+_AMOUNT = re.compile(r"[+-]?[\d.]{1,30}(/\d{1,30}|e\+?\d{1,2}|e-\d{1,3})?", re.IGNORECASE)
 _HOLDER = {"key": "a key head", "value": "a value head", "head": "a layer"}
 _THINGS = {"key": "channels", "value": "channels", "head": "key heads"}
 
@@ -177,8 +180,11 @@ def parse_amounts(option: str, text: str | None, targets: Sequence[str]) -> dict
     """
     if text is None:
         return dict.fromkeys(targets)
+    parts = [part.strip() for part in text.split(",")]
     try:
-        amounts = [Fraction(part.strip()) for part in text.split(",")]
+        if not all(_AMOUNT.fullmatch(part) for part in parts):
+            raise ValueError
+        amounts = [Fraction(part) for part in parts]
     except (ValueError, ZeroDivisionError):
         raise KeyreduceError(f"{option} is {text!r}; give a number, or one for each target with commas") from None
     if len(amounts) not in (1, len(targets)):

@@ -19,7 +19,7 @@
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +29,9 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.pruning.budget import Budget
 from keyreduce.pruning.methods import method_named
 from keyreduce.pruning.planning import check_options
+
+
+_WORD = {list: "a list", dict: "a table", int: "a whole number", str: "a string", float: "a number", bool: "true or false"}
 
 
 class Cell(NamedTuple):
@@ -80,53 +83,87 @@ def read_recipe(path: Path) -> Recipe:
         KeyreduceError: the file is missing or no TOML, or it says something that the commands do not know.
     """
     try:
-        content = tomllib.loads(Path(path).read_text())
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise KeyreduceError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise KeyreduceError(f"{path} is not valid TOML: {error}") from None
     _check(path, "", content, {"models": list, "calibration": dict, "heldout": dict, "prune": list})
-    cells = [cell for table in content["prune"] for cell in _cells(path, table)]
-    if not content["models"] or not all(isinstance(model, str) for model in content["models"]):
+    _check_filled(path, "", content, ("models", "prune"))
+    if not all(isinstance(model, str) for model in content["models"]):
         raise KeyreduceError(f"{path}: models is no list of names")
+    heldout = _settings(path, "heldout", content["heldout"])
+    if heldout.seq_len < 2:
+        raise KeyreduceError(f"{path}: heldout.seq_len is {heldout.seq_len}; it is at least 2, to predict one token")
     return Recipe(
         content["models"],
         _settings(path, "calibration", content["calibration"]),
-        _settings(path, "heldout", content["heldout"]),
-        cells,
+        heldout,
+        [cell for table in content["prune"] for cell in _cells(path, table)],
     )
 
 
 def _settings(path: Path, name: str, table: Mapping) -> Settings:
     _check(path, f"{name}.", table, dict.fromkeys(("num_batches", "batch_size", "seq_len"), int))
     settings = Settings(**table)
-    settings.check()
+    try:
+        settings.check()
+    except KeyreduceError as error:
+        raise KeyreduceError(f"{path}: {name}: {error}") from None
     return settings
 
 
 def _cells(path: Path, table: Mapping) -> list[Cell]:
     _check(path, "prune.", table, {"target": str, "ratios": list, "methods": list})
+    _check_filled(path, "prune.", table, ("ratios", "methods"))
+    for ratio in table["ratios"]:
+        if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 <= ratio < 1:
+            raise KeyreduceError(f"{path}: a ratio is {ratio!r}; it is the share to remove, from 0 to below 1")
     cells = []
     for given in table["methods"]:
-        options = {"method": given} if isinstance(given, str) else dict(given)
-        name = options.pop("method", None)
-        method = method_named(name)
+        name, options = _method(path, given)
         for ratio in table["ratios"]:
-            if not isinstance(ratio, int | float) or not 0 <= ratio < 1:
-                raise KeyreduceError(f"{path}: a ratio is {ratio!r}; it is the share to remove, from 0 to below 1")
-            cell = Cell(table["target"], name, check_options(method, options), ratio)
+            cell = Cell(table["target"], name, options, ratio)
             for target in cell.budget.targets:
-                if target not in method.select:
+                if target not in method_named(name).select:
                     raise KeyreduceError(f"{path}: {name} does not choose {target}s")
             cells.append(cell)
     return cells
 
 
+def _method(path: Path, given: object) -> tuple[str, dict[str, object]]:
+    """Return a method's name and all its options, from its name or a table with some of them."""
+    options = {"method": given} if isinstance(given, str) else given
+    if not isinstance(options, dict) or not isinstance(options.get("method"), str):
+        raise KeyreduceError(f'{path}: a method is {given!r}, where a name or {{ method = "name", ... }} belongs')
+    name, options = options["method"], {key: value for key, value in options.items() if key != "method"}
+    method = method_named(name)
+    for option, value in options.items():
+        kind = type(method.options.get(option))
+        if kind in _WORD:
+            _check_kind(path, f"{option} of {name}", value, kind)
+    return name, check_options(method, options)
+
+
 def _check(path: Path, where: str, table: object, fields: Mapping[str, type]) -> None:
     if not isinstance(table, dict):
         raise KeyreduceError(f"{path}: {where.rstrip('.')} is no table")
-    for name in table.keys() - fields.keys():
+    for name in sorted(table.keys() - fields.keys()):
         raise KeyreduceError(f"{path}: {where}{name} is unknown; known are {', '.join(fields)}")
     for name, kind in fields.items():
-        if not isinstance(table.get(name), kind) or isinstance(table[name], bool):
-            raise KeyreduceError(f"{path}: {where}{name} is {table.get(name)!r}, where a {kind.__name__} belongs")
+        if name not in table:
+            raise KeyreduceError(f"{path}: {where}{name} is missing; it is {_WORD[kind]}")
+        _check_kind(path, where + name, table[name], kind)
+
+
+def _check_kind(path: Path, name: str, value: object, kind: type) -> None:
+    # A whole number is a number; true and false are none, though Python has them so.
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+        raise KeyreduceError(f"{path}: {name} is {value!r}, where {_WORD[kind]} belongs")
+
+
+def _check_filled(path: Path, where: str, table: Mapping, names: Sequence[str]) -> None:
+    for name in names:
+        if not table[name]:
+            raise KeyreduceError(f"{path}: {where}{name} is empty, so there is nothing to measure")

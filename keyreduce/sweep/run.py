@@ -16,7 +16,7 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.perplexity import Perplexity, evaluate
 from keyreduce.models.loading import load_model
 from keyreduce.pruning.methods import method_named
-from keyreduce.pruning.planning import make_plan
+from keyreduce.pruning.planning import check_method, make_plan
 from keyreduce.pruning.prune import write_pruned
 from keyreduce.sweep.recipe import Cell, Recipe
 
@@ -65,9 +65,14 @@ def run_sweep(
         if progress is not None:
             progress(1)
 
+    sources = [open_folder(find_model(name)) for name in recipe.models]
+    for source in sources:
+        for cell in recipe.cells:
+            method, budget = method_named(cell.method), cell.budget
+            check_method(source, method, budget.targets)
+            budget.check(source.config, method)
     models = []
-    for name in recipe.models:
-        source = open_folder(find_model(name))
+    for name, source in zip(recipe.models, sources, strict=True):
         statistics = calibrate(
             source,
             calibration,
@@ -94,9 +99,8 @@ def run_sweep(
 def _run_cell(
     source: Checkpoint, statistics: Statistics, cell: Cell, seed: int, measure: Callable[[Path], Perplexity]
 ) -> dict:
-    method, budget = method_named(cell.method), cell.budget
-    budget.check(source.config, method)
-    numbers = budget.numbers(source.config, statistics, cell.options)
+    method = method_named(cell.method)
+    numbers = cell.budget.numbers(source.config, statistics, cell.options)
     start = time.perf_counter()
     plan = make_plan(
         source, method, numbers, seed=seed, statistics=statistics, inputs={}, options=cell.options
