@@ -12,6 +12,7 @@ from pathlib import Path
 from keyreduce.errors import KeyreduceError
 
 RECORD_NAME = "keyreduce.json"
+PROJECTIONS_NAME = "keyreduce.npz"
 
 
 class Workspace:

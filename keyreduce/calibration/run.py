@@ -15,6 +15,9 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.models.loading import load_model
 
 
+_MOST = 10**9  # beyond any text, and far below where counting itself fails
+
+
 class Settings(NamedTuple):
     """How much text is taken, and in what shape: ``num_batches`` batches of ``batch_size`` rows of ``seq_len`` tokens.
 
@@ -30,11 +33,13 @@ class Settings(NamedTuple):
         """Refuse settings that no text could meet.
 
         Raises:
-            KeyreduceError: a number is below 1, or with ``gradients`` rows have no token to predict.
+            KeyreduceError: a number is below 1 or beyond any text, or with ``gradients`` rows have no token to predict.
         """
         for name in ("num_batches", "batch_size", "seq_len"):
             if getattr(self, name) < 1:
                 raise KeyreduceError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it is at least 1")
+            if getattr(self, name) > _MOST:
+                raise KeyreduceError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it is at most {_MOST:,}")
         if gradients and self.seq_len < 2:
             raise KeyreduceError("--seq-len is 1; --gradients need at least 2, to predict one from the other")
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from keyreduce.checkpoint.shards import ByteRange, Header, ShardWriter, TensorEntry, TensorSpec, read_header
 from keyreduce.errors import KeyreduceError
-from keyreduce.workspace import read_json, write_json
+from keyreduce.workspace import PROJECTIONS_NAME, read_json, write_json
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
@@ -30,6 +30,7 @@ _SIDECARS = (
     "added_tokens.json",
     "chat_template.json",
     "generation_config.json",
+    PROJECTIONS_NAME,
     "LICENSE*",
     "merges.txt",
     "NOTICE*",

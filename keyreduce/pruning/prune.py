@@ -1,6 +1,7 @@
 """A plan and a checkpoint to a smaller checkpoint. No model is built: memory stays at about one tensor."""
 
 import platform
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +16,7 @@ from keyreduce.families import family_of
 from keyreduce.pruning.edits import layer_edits
 from keyreduce.pruning.plan import Plan
 from keyreduce.pruning.savings import savings
-from keyreduce.workspace import RECORD_NAME, appearing, read_json, write_json
-
-PROJECTIONS_NAME = "keyreduce.npz"
+from keyreduce.workspace import PROJECTIONS_NAME, RECORD_NAME, appearing, read_json, write_json
 
 def plan_edits(source: Checkpoint, plan: Plan) -> dict[str, list[Edit]]:
     """Return tensor name -> its edits, for a whole checkpoint."""
@@ -78,7 +77,7 @@ def write_pruned(
             progress=progress,
         )
         write_json(temporary / RECORD_NAME, record)
-        _write_projections(source.path, temporary, len(steps), plan)
+        _add_projections(temporary, len(steps), plan)
     return record
 
 
@@ -97,12 +96,17 @@ def read_record(folder: Path) -> dict:
     return record
 
 
-def _write_projections(source: Path, target: Path, step: int, plan: Plan) -> None:
-    """Write the projections of this step, with those of the steps before it."""
-    earlier = source / PROJECTIONS_NAME
-    arrays = dict(np.load(earlier, allow_pickle=False)) if earlier.is_file() else {}
-    for layer, cut in plan.layers.items():
-        if cut.projection_HKR is not None:
-            arrays[f"steps.{step}.layers.{layer}.projection_HKR"] = cut.projection_HKR.float().numpy()
-    if arrays:
-        np.savez_compressed(target / PROJECTIONS_NAME, **arrays)
+def _add_projections(folder: Path, step: int, plan: Plan) -> None:
+    """Write the projections of this step, beside those of the steps before it, which came along with the source."""
+    added = {
+        f"steps.{step}.layers.{layer}.projection_HKR": cut.projection_HKR.float().numpy()
+        for layer, cut in plan.layers.items()
+        if cut.projection_HKR is not None
+    }
+    if added:
+        path = folder / PROJECTIONS_NAME
+        try:
+            earlier = dict(np.load(path, allow_pickle=False)) if path.is_file() else {}
+        except (OSError, ValueError, zipfile.BadZipFile):
+            raise KeyreduceError(f"the source's {PROJECTIONS_NAME} is damaged; remove it, or prune it again") from None
+        np.savez_compressed(path, **earlier, **added)

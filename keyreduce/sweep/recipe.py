@@ -31,7 +31,14 @@ from keyreduce.pruning.methods import method_named
 from keyreduce.pruning.planning import check_options
 
 
-_WORD = {list: "a list", dict: "a table", int: "a whole number", str: "a string", float: "a number", bool: "true or false"}
+_WORD = {
+    list: "a list",
+    dict: "a table",
+    int: "a whole number",
+    str: "a string",
+    float: "a number",
+    bool: "true or false",
+}
 
 
 class Cell(NamedTuple):

@@ -6,12 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_models import edit_config, edit_tensors
 
 CALIBRATE = ("calibrate", "--num-batches", "1", "--seq-len", "32")
 PRUNE = ("prune", "--method", "l1")
 BENCHMARK = ("benchmark", "--rounds", "1", "--seq-len", "8")
 EVAL = ("eval", "--num-batches", "1", "--seq-len", "32")
+RECIPE = """
+models = ["nonsense"]
+calibration = { num_batches = 1, batch_size = 1, seq_len = 32 }
+heldout = { num_batches = 1, batch_size = 1, seq_len = 32 }
+prune = [{ target = "key", ratios = [0.5], methods = ["l1"] }]
+"""
 QUERY = "model.layers.1.attn.q_proj.weight"
 KNOWN = "delta_net, delta_net_2, gated_deltanet"
 
@@ -60,6 +68,16 @@ def refused(keyreduce, snapshot):
         (("--keep", "0"), "--keep is 0; a key head of this model has 1 to 16 channels to keep"),
         (("--keep", "1000"), "--keep is 1000; a key head of this model has 1 to 16 channels to keep"),
         (("--keep", "x"), "--keep is 'x'; give a number"),
+        (("--keep", "1e3"), "--keep is 1000; a key head of this model has 1 to 16 channels to keep"),
+        (("--keep", "1e400"), "--keep is '1e400'; give a number"),
+        (("--keep", "1e-400"), "channels to keep"),
+        (("--keep", "9" * 400), "; give a number"),
+        (("--ratio", "1e999999999"), "--ratio is '1e999999999'; give a number"),
+        (("--ratio", "1e-999999999"), "--ratio is '1e-999999999'; give a number"),
+        (("--ratio", "4/3"), "--ratio is 1.33333; it is the share to remove"),
+        (("--ratio", "1/0"), "--ratio is '1/0'; give a number"),
+        (("--ratio", ","), "--ratio is ','; give a number"),
+        (("--ratio", ""), "--ratio is ''; give a number"),
         (("--keep", "2.5"), "--keep is 2.5; a key head of this model has 1 to 16 channels to keep"),
         (("--keep", "17", "--target", "value"), "a value head of this model has 1 to 16 channels to keep"),
         (("--keep", "3", "--target", "head"), "--keep is 3; a layer of this model has 1 to 2 key heads to keep"),
@@ -96,6 +114,10 @@ def refused(keyreduce, snapshot):
 )
 def test_prune_options(refused, tiny_folder, arguments, told):
     assert told in refused("prune", "--method", "l1", "--model", tiny_folder("delta_net"), *arguments)
+
+
+def test_more_text_than_there_can_be(refused):
+    assert "--num-batches is 1000000000000; it is at most" in refused("calibrate", "--num-batches", 10**12)
 
 
 @pytest.mark.parametrize("command", [CALIBRATE, BENCHMARK, EVAL])
@@ -227,6 +249,68 @@ def test_calibration_files(refused, keyreduce, tiny_folder, tmp_path):
     line = refused("prune", "--model", tiny_folder("gated_deltanet"), "--calibration", good)
     assert "the calibration file was made from another model" in line
     assert "run keyreduce calibrate for this one" in line
+
+
+@pytest.mark.parametrize("method", ["rrqr", "pca", "energy", "wanda"])
+def test_sums_that_hold_nan(refused, keyreduce, tiny_folder, tmp_path, method):
+    model = ("--model", tiny_folder("delta_net"))
+    assert keyreduce(*CALIBRATE, *model, "--output", tmp_path / "sums").code == 0
+    with safe_open(tmp_path / "sums", framework="pt") as opened:
+        tensors, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+    tensors["layers.1.query_gram_HKK"][0, 0, 1] = float("nan")
+    save_file(tensors, tmp_path / "sums", metadata=metadata)
+    line = refused("prune", *model, "--method", method, "--calibration", tmp_path / "sums")
+    assert f"{tmp_path / 'sums'} holds NaN or inf: it is damaged; make it again with keyreduce calibrate" in line
+
+
+def test_sums_without_gradients(refused, keyreduce, tiny_folder):
+    model = ("--model", tiny_folder("delta_net"))
+    assert keyreduce(*CALIBRATE, *model).code == 0
+    line = refused("prune", *model, "--method", "taylor")
+    assert "taylor needs gradients, which the calibration file does not hold" in line
+    assert "run keyreduce calibrate --gradients --overwrite" in line
+
+
+def test_a_ratio_of_the_environment_beside_another_amount(refused, tiny_folder, monkeypatch):
+    monkeypatch.setenv("PRUNING_RATIO", "0.5")
+    model = ("--model", tiny_folder("delta_net"))
+    assert "either --ratio (or PRUNING_RATIO) or --keep, not both" in refused(*PRUNE, *model, "--keep", 4)
+    line = refused("prune", *model, "--method", "pca", "--variance", 0.9)
+    assert "leave --ratio (or PRUNING_RATIO) and --keep out" in line
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(refused, tiny_folder, tmp_path, monkeypatch):
+    # The last one last: whoever imports from it first would keep what stands in for it.
+    for module in ("sweep.run", "calibration.run", "models.loading"):
+        monkeypatch.setattr(f"keyreduce.{module}.load_model", lambda *args, **options: pytest.fail("work was done"))
+    (tmp_path / "file").touch()
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    model = ("--model", tiny_folder("delta_net"))
+    for command in (("prune", *model), (*EVAL, *model), (*BENCHMARK, *model), ("sweep", tmp_path / "recipe.toml")):
+        assert "cannot write to" in refused(*command, "--output", tmp_path / "file" / "below")
+        assert "cannot write to" in refused(*command, "--work", tmp_path / "file")
+
+
+def test_sweeps(refused, keyreduce, tiny_folder, tiny_copy, tmp_path):
+    recipe, other = tmp_path / "recipe.toml", tiny_copy()
+    recipe.write_text(RECIPE)
+    (tmp_path / "text.txt").write_text("some words")
+    models = ("--model", tiny_folder("delta_net"), "--model", other)
+    assert "there is no model 'nonsense'" in refused("sweep", recipe)
+    assert "cannot be read" in refused("sweep", tmp_path / "missing.toml")
+    same = ("--calibration", tmp_path / "text.txt", "--heldout", tmp_path / "text.txt")
+    assert "calibration and held-out text are the same" in refused("sweep", recipe, *models, *same)
+    assert "there is no text file or folder" in refused("sweep", recipe, *models, "--heldout", tmp_path / "missing")
+    (tmp_path / "figures.json").touch()
+    told = "figures.json exists; pass --overwrite"
+    assert told in refused("sweep", recipe, *models, "--output", tmp_path / "figures.json")
+    edit_config(other, qk_norm="sum")
+    recipe.write_text(RECIPE.replace("l1", "pca"))
+    assert "qk_norm 'sum'" in refused("sweep", recipe, *models)
+    # What comes to light with the second model leaves nothing of the first.
+    recipe.write_text(RECIPE)
+    edit_tensors(other, lambda tensors: tensors[QUERY].fill_(float("nan")))
+    assert "holds NaN or inf" in refused("sweep", recipe, *models)
 
 
 def test_outputs_that_exist(refused, keyreduce, tiny_folder, tmp_path):
