@@ -27,7 +27,7 @@ def prune(
     target: Annotated[
         str,
         typer.Option(
-            metavar="key|value|head",
+            metavar="key,value,head",
             help="What to remove: key channels, value channels, whole key heads, or several, with commas.",
         ),
     ] = "key",
@@ -87,6 +87,15 @@ def prune(
         bool,
         typer.Option("--include-queries", rich_help_panel=_OF_METHODS, help="pca: of q and k, not of k alone."),
     ] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            rich_help_panel=_OF_METHODS,
+            help="Any option of a method, also of one from another package; may be repeated.",
+        ),
+    ] = None,
     variance: Annotated[
         float | None,
         typer.Option(rich_help_panel=_OF_METHODS, help="pca: the rank that keeps this share, instead of --ratio."),
@@ -109,7 +118,7 @@ def prune(
     from keyreduce.devices import pick_device, pick_dtype
     from keyreduce.pruning.budget import Budget
     from keyreduce.pruning.methods import method_named
-    from keyreduce.pruning.planning import check_method, check_options, make_plan
+    from keyreduce.pruning.planning import check_method, check_options, make_plan, read_options
     from keyreduce.pruning.prune import read_record, write_pruned
     from keyreduce.workspace import Workspace, is_already_made, refuse_source, refuse_unwritable
 
@@ -117,7 +126,8 @@ def prune(
     chosen = method_named(method)
     pick_dtype(dtype, pick_device(device))  # a wrong one is told even where nothing is left to calibrate
     given = {"f": f, "permute": permute or None, "form": form, "include_queries": include_queries or None}
-    choices = check_options(chosen, {name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    choices = check_options(chosen, given | read_options(chosen, set_ or ()))
     source = open_folder(find_model(model))
     budget = Budget.parse(
         target, ratio=ratio, keep=keep, variance=variance, allocate=allocate, multiple_of=multiple_of
@@ -153,7 +163,7 @@ def prune(
         console.result({"pruned": str(folder), "made": False})
         return
 
-    keeps = budget.numbers(source.config, statistics, choices)
+    keeps = budget.numbers(source.config, statistics, chosen, choices)
     with console.progress("selecting", len(next(iter(keeps.values()))), "layers") as progress:
         plan = make_plan(
             source,
@@ -167,8 +177,8 @@ def prune(
         )
     total = sum(entry.end - entry.begin for _, entry in source.entries.values())
     with console.progress("writing", total, "B") as progress:
-        write_pruned(source, plan, folder, dense=model_name(model), overwrite=overwrite, progress=progress)
-    _report(console, Path(model_name(model)).name, source, plan, folder)
+        saved = write_pruned(source, plan, folder, dense=model_name(model), overwrite=overwrite, progress=progress)
+    _report(console, Path(model_name(model)).name, source, plan, saved, folder)
 
 
 def _statistics(console, model, source, calibration, workspace, device, dtype, *, gradients):
@@ -200,13 +210,10 @@ def _statistics(console, model, source, calibration, workspace, device, dtype, *
     return statistics
 
 
-def _report(console, name, source, plan, folder) -> None:
-    from keyreduce.families import MixerSizes
+def _report(console, name, source, plan, saved, folder) -> None:
+    from keyreduce.families import MixerSizes, family_of
     from keyreduce.pruning.engines import suited_engines
-    from keyreduce.pruning.prune import plan_edits
-    from keyreduce.pruning.savings import savings
 
-    saved = savings(source, plan, plan_edits(source, plan))
     before, after = plan.before.values(), plan.after.values()
 
     def sizes(name: str) -> list[str]:
@@ -246,10 +253,11 @@ def _report(console, name, source, plan, folder) -> None:
         [(label, was, now, f"{100 * (1 - less / more):.1f}%") for label, was, now, more, less in rows],
     )
     console.say(saved.sentence)
-    suited, unsuited = suited_engines(set(after))
-    console.say(f"runs in: {'; '.join(suited) or 'no engine that keyreduce knows of'}")
+    suited, unsuited = suited_engines(family_of(source.config), set(after))
+    if suited:
+        console.say(f"its sizes suit: {'; '.join(suited)}")
     if unsuited:
-        console.say(f"not in: {'; '.join(unsuited)}")
+        console.say(f"not: {'; '.join(unsuited)}")
     console.say(f"wrote {folder}")
     console.result(
         {
@@ -259,6 +267,7 @@ def _report(console, name, source, plan, folder) -> None:
             "target": plan.inputs["target"],
             **{name: [alike(name, before), alike(name, after)] for name in MixerSizes._fields},
             **{name: list(values) for name, values in saved._asdict().items()},
+            "smaller": saved.sentence,
             "suited_engines": suited,
         }
     )

@@ -123,13 +123,14 @@ class Family:
     Attributes:
         model_type: the ``model_type`` of its config.json.
         mixer: the path of a layer's mixer in the model, with ``{layer}``.
-        operators: the delta-rule functions that the mixer's module calls by these names, with keywords ``q`` and ``k``
-            (shape ``[B, T, H, K]``).
+        operators: the delta-rule functions that the mixer's module calls by these names, with keywords ``q``, ``k``
+            (shape ``[B, T, H, K]``) and ``v`` (``[B, T, W, V]``).
         key_heads, value_heads, head_k_dim, head_v_dim: where the config says the sizes; a ratio may rest on a size
             before it, so they are written in this order.
         hidden, num_layers: where the config says the model's width and how many layers it has.
         softmax: the config field that says which layers have softmax attention for a mixer: an object with a list
             ``layers``, or a list of such objects.
+        library: what has the model's class; serving engines know those of fla.
         tensors: name below the mixer -> what each axis holds. A model need not have all of them.
     """
 
@@ -144,6 +145,7 @@ class Family:
     num_layers: Field
     tensors: Mapping[str, tuple[Part, ...]]
     softmax: str = "attn"
+    library: str = "fla"
 
     def sizes(self, config: Mapping, layer: int = 0) -> MixerSizes:
         """Read the sizes of one layer's mixer from a config; only where a field is a list do layers differ.
@@ -180,11 +182,7 @@ class Family:
             size_of = {layer: getattr(layer_sizes, name) for layer, layer_sizes in sizes.items()}
             if len(set(size_of.values())) > 1 and name not in self.per_layer:
                 raise KeyreduceError(f"a {self.model_type} config says one {name} for all layers; cut them alike")
-            if any(
-                round(place.read(changed, layer)) != size
-                or not math.isclose(place.read(changed, layer), size, rel_tol=1e-5)
-                for layer, size in size_of.items()
-            ):
+            if any(not math.isclose(place.read(changed, layer), size, rel_tol=1e-5) for layer, size in size_of.items()):
                 place.write(changed, size_of, round(self.num_layers.read(changed)))
         for layer, layer_sizes in sizes.items():
             if self.sizes(changed, layer) != layer_sizes:
@@ -206,6 +204,7 @@ class Family:
             Part.GATE: sizes.value_heads * sizes.head_v_dim,
             Part.SHARED_VALUE: sizes.head_v_dim,
             Part.VALUE_HEAD: sizes.value_heads,
+            Part.HEAD_OR_ALL: sizes.key_heads,
             Part.HIDDEN: round(self.hidden.read(config)),
         }
 

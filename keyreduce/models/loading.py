@@ -68,7 +68,7 @@ def load_model(
     """
     config = open_folder(folder).config
     family = family_of(config)
-    family.sizes(config)
+    family.layer_sizes(config)
     prepare_backend(device, gradients=gradients)
     their_logging.disable_progress_bar()  # the commands show progress themselves
     verbosity = their_logging.get_verbosity()

@@ -9,20 +9,20 @@ import torch
 
 from keyreduce.calibration.statistics import LayerStatistics
 from keyreduce.families import Family
-from keyreduce.pruning.methods.pca import moments
+from keyreduce.pruning.methods import Method
 
 
 def by_energy(
     statistics: Mapping[int, LayerStatistics], keep: Mapping[int, int], multiple_of: int = 1
 ) -> dict[int, int]:
-    """Share out the key channels of all layers by energy; as many stay in all as with ``keep``, or fewer by a multiple.
+    """Share out the key channels of all layers by energy; as many stay in all as with ``keep``.
 
     A layer's next channel is worth the share of a head's energy of q and k that it adds, averaged over the layer's
     heads; channels go where that is largest, each layer having ``multiple_of`` at least.
 
     Args:
         statistics: layer -> sums.
-        keep: layer -> how many channels a head would keep, from which the total is taken.
+        keep: layer -> how many channels a head would keep, multiples of ``multiple_of``.
         multiple_of: the step in which channels are given out.
     """
     worth = {}
@@ -45,22 +45,24 @@ def by_variance(
     family: Family,
     statistics: Mapping[int, LayerStatistics],
     variance: float,
+    method: Method,
+    options: Mapping[str, object],
     *,
-    include_queries: bool,
     multiple_of: int = 1,
 ) -> dict[int, int]:
-    """Return the smallest rank of PCA that keeps a share of the variance, on average over the heads.
+    """Return the smallest rank of a projection that keeps a share of the variance, on average over the heads.
 
     Args:
         family: where its config can say a size for each layer, each has its own rank; else all have one.
         statistics: layer -> sums.
         variance: the share, above 0 and at most 1.
-        include_queries: whether the variance is that of queries and keys, or of keys alone.
+        method: what projects; it says what the variance is of.
+        options: of the method.
         multiple_of: round up to a multiple, or down to the largest that a head has.
     """
     kept = {}
     for layer, sums in statistics.items():
-        value_HK = torch.linalg.eigvalsh(moments(sums, include_queries)).flip(-1).clamp(min=0)
+        value_HK = torch.linalg.eigvalsh(method.moments(sums, **options)).flip(-1).clamp(min=0)
         # Where a head or a layer has no variance, 0 / 0, any rank keeps it.
         kept[layer] = (value_HK.cumsum(-1) / value_HK.sum(-1, keepdim=True)).nanmean(0)
     if "head_k_dim" not in family.per_layer:

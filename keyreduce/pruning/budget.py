@@ -26,7 +26,7 @@ class Budget:
 
     Attributes:
         ratio, keep: target -> what ``--ratio`` and ``--keep`` say of it, exactly one of them, unless ``variance`` does.
-        variance: for PCA, the share of the variance to keep.
+        variance: for a projection, the share of the variance to keep.
         allocate: ``uniform`` or ``energy``.
         multiple_of: kept channels are rounded to a multiple.
     """
@@ -97,7 +97,7 @@ class Budget:
             KeyreduceError: see :func:`keep_count`; or its config cannot say sizes layer by layer, or the method is no
                 projection.
         """
-        if self.variance is not None and (method.name != "pca" or self.targets != ["key"]):
+        if self.variance is not None and (method.moments is None or self.targets != ["key"]):
             raise KeyreduceError("--variance goes with --method pca --target key; give --ratio or --keep")
         family = family_of(config)
         if self.allocate == "energy" and "head_k_dim" not in family.per_layer:
@@ -112,13 +112,14 @@ class Budget:
             keep_count("key", sizes.head_k_dim, ratio=Fraction(0), keep=None, multiple_of=self.multiple_of)
 
     def numbers(
-        self, config: Mapping, statistics: Statistics | None, options: Mapping[str, object]
+        self, config: Mapping, statistics: Statistics | None, method: Method, options: Mapping[str, object]
     ) -> dict[str, dict[int, int]]:
         """Return target -> layer -> how many stay.
 
         Args:
             config: of the model.
             statistics: the calibration sums, where :attr:`needs_statistics`.
+            method: what will choose.
             options: of the method.
 
         Raises:
@@ -129,7 +130,8 @@ class Budget:
                 family_of(config),
                 statistics.layers,
                 self.variance,
-                include_queries=bool(options.get("include_queries")),
+                method,
+                options,
                 multiple_of=self.multiple_of,
             )
             return {"key": ranks}

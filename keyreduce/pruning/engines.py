@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from keyreduce.families import MixerSizes
+from keyreduce.families import Family, MixerSizes
 
 
 class Engine(NamedTuple):
@@ -18,7 +18,11 @@ ENGINES = (
     Engine("fla", "head_k_dim at most 256", lambda s: s.head_k_dim <= 256),
     Engine("fla, 16-bit training", "an even head_k_dim", lambda s: s.head_k_dim <= 256 and s.head_k_dim % 2 == 0),
     Engine("vLLM (Triton)", "head_k_dim at most 256", lambda s: s.head_k_dim <= 256),
-    Engine("SGLang", "head_k_dim a power of two", lambda s: s.head_k_dim.bit_count() == 1),
+    Engine(
+        "SGLang",
+        "head_k_dim and the value channels of a key head powers of two",
+        lambda s: s.head_k_dim.bit_count() == (s.value_heads // s.key_heads * s.head_v_dim).bit_count() == 1,
+    ),
     Engine("MLX (Metal)", "head_k_dim a multiple of 32", lambda s: s.head_k_dim % 32 == 0),
     Engine(
         "llama.cpp",
@@ -33,8 +37,13 @@ ENGINES = (
 )
 
 
-def suited_engines(layers: Iterable[MixerSizes]) -> tuple[list[str], list[str]]:
-    """Return the names of the engines that run layers of these sizes, and of those that do not, with their demand."""
+def suited_engines(family: Family, layers: Iterable[MixerSizes]) -> tuple[list[str], list[str]]:
+    """Return the names of the engines that layers of these sizes suit, and of those they do not, with their demand.
+
+    An engine must also know the architecture; those that fla does not ship, none of them does.
+    """
+    if family.library != "fla":
+        return [], [f"serving engines (none knows {family.model_type})"]
     layers = list(layers)
     suited = {engine: all(engine.is_met(sizes) for sizes in layers) for engine in ENGINES}
     return (

@@ -11,6 +11,12 @@ import torch
 from keyreduce.families import MixerSizes
 
 
+def value_heads_of(sizes: MixerSizes, heads_H: torch.Tensor) -> torch.Tensor:
+    """Return the value heads ``[W]`` that some key heads serve, in order."""
+    group = sizes.value_heads // sizes.key_heads
+    return (heads_H[:, None] * group + torch.arange(group)).flatten()
+
+
 @dataclass(frozen=True)
 class LayerCut:
     """What stays of one layer's mixer.
@@ -46,8 +52,7 @@ class LayerCut:
     @property
     def value_heads_W(self) -> torch.Tensor:
         """The value heads that stay."""
-        group = self.before.value_heads // self.before.key_heads
-        return (self.heads_H[:, None] * group + torch.arange(group)).flatten()
+        return value_heads_of(self.before, self.heads_H)
 
     def to_json(self) -> dict:
         """Return the cut as a JSON object; a projection is too large for one, and stands in a file of its own."""

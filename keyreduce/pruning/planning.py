@@ -1,6 +1,6 @@
 """Statistics and weights to a plan: a method, asked layer by layer. Memory stays at one layer's projections."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -10,8 +10,8 @@ from keyreduce.checkpoint.folder import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import Family, MixerSizes, Part, family_of
 from keyreduce.pruning.budget import SIZE_OF, sizes_after
-from keyreduce.pruning.methods import LayerView, Method
-from keyreduce.pruning.plan import LayerCut, Plan
+from keyreduce.pruning.methods import LayerView, Method, Selection
+from keyreduce.pruning.plan import LayerCut, Plan, value_heads_of
 
 
 def check_method(source: Checkpoint, method: Method, targets: list[str]) -> None:
@@ -46,6 +46,27 @@ def check_options(method: Method, given: Mapping[str, object]) -> dict[str, obje
     return chosen
 
 
+def read_options(method: Method, settings: Sequence[str]) -> dict[str, object]:
+    """Return the options that ``NAME=VALUE`` texts give, each of the type of its default.
+
+    Raises:
+        KeyreduceError: one is no such text, the method has no such option, or the value is of another type.
+    """
+    options = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        name = name.replace("-", "_")
+        if not equals or name not in method.options:
+            known = ", ".join(f"{name}={default}" for name, default in method.options.items()) or "none"
+            raise KeyreduceError(f"--set {setting}: give NAME=VALUE; options of {method.name}: {known}")
+        kind = type(method.options[name])
+        try:
+            options[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            raise KeyreduceError(f"--set {setting}: the value is to be a {kind.__name__}") from None
+    return options
+
+
 def make_plan(
     source: Checkpoint,
     method: Method,
@@ -71,7 +92,8 @@ def make_plan(
 
     Raises:
         KeyreduceError: the method cannot do that, the statistics are of another model or lack what it needs, the
-            weights are not of the shapes that the config says, or a weight that the method reads is NaN or inf.
+            weights are not of the shapes that the config says, a weight that the method reads is NaN or inf, or what
+            it returns is no choice of that many.
     """
     check_method(source, method, list(keep))
     family = family_of(source.config)
@@ -89,7 +111,9 @@ def make_plan(
         for target, number in numbers.items():
             if number < getattr(sizes, SIZE_OF[target]):
                 generator = torch.Generator().manual_seed(_stream(seed, layer, target))
-                chosen[target] = method.select[target](view, number, generator, **options)
+                selection = method.select[target](view, number, generator, **options)
+                _check_selection(method, target, selection, sizes, number)
+                chosen[target] = selection
         cuts[layer] = _cut(sizes, sizes_after(sizes, numbers), chosen)
         if progress is not None:
             progress(1)
@@ -113,7 +137,36 @@ def check_calibration(source: Checkpoint, calibrated: str) -> None:
         )
 
 
+def _check_selection(method: Method, target: str, selection: Selection, sizes: MixerSizes, keep: int) -> None:
+    """Refuse what would make a checkpoint that its config does not describe; methods come from anywhere."""
+    groups = {"key": sizes.key_heads, "value": sizes.value_heads, "head": 1}[target]
+    channels = getattr(sizes, SIZE_OF[target])
+    kept_GR, projection_HKR = selection.kept_GR, selection.projection_HKR
+    if kept_GR is None:
+        fits = (
+            target == "key"
+            and projection_HKR is not None
+            and projection_HKR.shape == (groups, channels, keep)
+            and bool(projection_HKR.isfinite().all())
+        )
+    else:
+        fits = (
+            projection_HKR is None
+            and kept_GR.dtype == torch.int64
+            and kept_GR.shape == (groups, keep)
+            and bool((kept_GR.diff(dim=1) > 0).all())
+            and 0 <= int(kept_GR.min())
+            and int(kept_GR.max()) < channels
+        )
+    if not fits:
+        raise KeyreduceError(
+            f"method {method.name} is wrong: for {target} it must return {groups} ascending rows of {keep} of "
+            f"{channels} channels, or for key a projection [{groups}, {channels}, {keep}]"
+        )
+
+
 def _stream(seed: int, layer: int, target: str) -> int:
+    """A seed for each layer and target; the factor is above three times any number of layers."""
     return seed * 3_000_017 + layer * 3 + list(SIZE_OF).index(target)
 
 
@@ -121,7 +174,7 @@ def _cut(before: MixerSizes, after: MixerSizes, chosen: Mapping) -> LayerCut:
     """What stays of a layer, from a method's choices; channels were chosen in every head, also in those that go."""
     whole = LayerCut.of_nothing(before)
     heads_H = chosen["head"].kept_GR[0] if "head" in chosen else whole.heads_H
-    value_heads_W = LayerCut(before, after, heads_H, None, whole.value_WR).value_heads_W
+    value_heads_W = value_heads_of(before, heads_H)
     key = chosen.get("key")
     key_HR = whole.key_HR if key is None else key.kept_GR
     value_WR = chosen["value"].kept_GR if "value" in chosen else whole.value_WR
@@ -164,14 +217,14 @@ def _check_shapes(source: Checkpoint, family: Family, layers: list[int]) -> None
     """Refuse a checkpoint whose mixers have not the shapes that its config says."""
     for layer in layers:
         sizes = family.axis_sizes(source.config, layer)
-        if_not_one = sizes | {Part.HEAD_OR_ALL: family.sizes(source.config, layer).key_heads}
         for short_name, parts in family.tensors.items():
             name = family.tensor_name(layer, short_name)
             if name not in source.entries:
                 continue
             shape = source.entries[name][1].shape
             expected = tuple(
-                (sizes if size == 1 else if_not_one).get(part, size) for part, size in zip(parts, shape, strict=False)
+                1 if part is Part.HEAD_OR_ALL and size == 1 else sizes.get(part, size)
+                for part, size in zip(parts, shape, strict=False)
             )
             if len(shape) != len(parts) or shape != expected:
                 raise KeyreduceError(

@@ -15,8 +15,9 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
 from keyreduce.pruning.edits import layer_edits
 from keyreduce.pruning.plan import Plan
-from keyreduce.pruning.savings import savings
+from keyreduce.pruning.savings import Savings, savings
 from keyreduce.workspace import PROJECTIONS_NAME, RECORD_NAME, appearing, read_json, write_json
+
 
 def plan_edits(source: Checkpoint, plan: Plan) -> dict[str, list[Edit]]:
     """Return tensor name -> its edits, for a whole checkpoint."""
@@ -36,7 +37,7 @@ def write_pruned(
     dense: str,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
-) -> dict:
+) -> Savings:
     """Write the checkpoint that a plan leaves of ``source``; it appears whole or not at all.
 
     Args:
@@ -48,9 +49,11 @@ def write_pruned(
         overwrite: whether an existing one is replaced.
         progress: called with bytes written.
 
+    The record is written beside it as ``keyreduce.json``: versions, and every pruning step since the dense model.
+    Projections, if any, are in ``keyreduce.npz``, by step and layer.
+
     Returns:
-        The record that was written as ``keyreduce.json``: versions, and every pruning step since the dense model.
-        Projections, if any, are in ``keyreduce.npz`` beside it, by step and layer.
+        What the cut saves.
 
     Raises:
         KeyreduceError: see :func:`keyreduce.checkpoint.rewrite.rewrite`; or the target exists.
@@ -59,6 +62,7 @@ def write_pruned(
     earlier = read_record(source.path)
     steps = earlier.get("steps", [])
     edits = plan_edits(source, plan)
+    saved = savings(source, plan, edits)
     record = {
         "dense": earlier.get("dense", dense),
         "versions": {
@@ -66,7 +70,7 @@ def write_pruned(
             "python": platform.python_version(),
             "torch": torch.__version__,
         },
-        "steps": [*steps, plan.to_json() | {"smaller": savings(source, plan, edits).sentence}],
+        "steps": [*steps, plan.to_json() | {"smaller": saved.sentence}],
     }
     with appearing(target, folder=True, overwrite=overwrite) as temporary:
         rewrite(
@@ -78,7 +82,7 @@ def write_pruned(
         )
         write_json(temporary / RECORD_NAME, record)
         _add_projections(temporary, len(steps), plan)
-    return record
+    return saved
 
 
 def read_record(folder: Path) -> dict:

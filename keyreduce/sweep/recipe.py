@@ -30,7 +30,6 @@ from keyreduce.pruning.budget import Budget
 from keyreduce.pruning.methods import method_named
 from keyreduce.pruning.planning import check_options
 
-
 _WORD = {
     list: "a list",
     dict: "a table",

@@ -1,5 +1,6 @@
 """A sweep run: each model calibrated once, then pruned and measured in every way of a recipe."""
 
+import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from keyreduce import __version__
 from keyreduce.calibration.run import calibrate
 from keyreduce.calibration.statistics import Statistics
 from keyreduce.checkpoint.find import find_model, model_name
@@ -81,13 +83,15 @@ def run_sweep(
             dtype=dtype,
             gradients=recipe.needs_gradients,
         )
-        entry = {"model": model_name(name), **_cost(measure(source.path)), "cells": []}
+        entry = {"model": model_name(name), "identity": source.identity, **_cost(measure(source.path)), "cells": []}
         tell()
         for cell in recipe.cells:
             entry["cells"].append(_run_cell(source, statistics, cell, seed, measure))
             tell()
         models.append(entry)
     settings = {
+        "versions": {"keyreduce": __version__, "python": platform.python_version(), "torch": torch.__version__},
+        "seed": seed,
         "calibration": {"text": calibration.describe(), **recipe.calibration._replace(seed=seed)._asdict()},
         "heldout": {"text": heldout.describe(), **recipe.heldout._asdict()},
         "device": str(device),
@@ -100,7 +104,7 @@ def _run_cell(
     source: Checkpoint, statistics: Statistics, cell: Cell, seed: int, measure: Callable[[Path], Perplexity]
 ) -> dict:
     method = method_named(cell.method)
-    numbers = cell.budget.numbers(source.config, statistics, cell.options)
+    numbers = cell.budget.numbers(source.config, statistics, method, cell.options)
     start = time.perf_counter()
     plan = make_plan(
         source, method, numbers, seed=seed, statistics=statistics, inputs={}, options=cell.options

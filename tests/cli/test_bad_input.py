@@ -91,6 +91,8 @@ def refused(keyreduce, snapshot):
         (("--method", "pca", "--target", "value"), "--method pca is for --target key alone; for value take another"),
         (("--method", "rrqr", "--target", "key,head"), "--method rrqr is for --target key and --target value alone; for head take another"),
         (("--f", "1.2"), "--method l1 takes no --f"),
+        (("--set", "f=1.2"), "--set f=1.2: give NAME=VALUE; options of l1: none"),
+        (("--method", "rrqr", "--set", "f=0.5"), "--f is 0.5; it is at least 1"),
         (("--permute",), "--method l1 takes no --permute"),
         (("--include-queries",), "--method l1 takes no --include-queries"),
         (("--form", "first"), "--method l1 takes no --form"),

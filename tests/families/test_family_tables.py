@@ -55,6 +55,7 @@ def test_axes_are_what_the_table_says(model_type, options):
         Part.GATE: value_heads * head_v_dim,
         Part.SHARED_VALUE: head_v_dim,
         Part.VALUE_HEAD: value_heads,
+        Part.HEAD_OR_ALL: key_heads,
         Part.HIDDEN: 40,
     }
     assert FAMILIES[model_type].axis_sizes(MIXERS[model_type][1]) == sizes

@@ -9,6 +9,9 @@ from cuts import layer_statistics
 
 from keyreduce.families import FAMILIES, MixerSizes
 from keyreduce.pruning.allocation import by_energy, by_variance
+from keyreduce.pruning.methods import METHODS
+
+PCA = METHODS["pca"]
 
 
 def sums_of(*ranks: int, heads: int = 2, seed: int = 0):
@@ -92,12 +95,12 @@ def share_kept(sums, rank: int, include_queries: bool) -> float:
 @pytest.mark.parametrize("variance", [0.01, 0.5, 0.9, 0.99, 1.0])
 def test_the_smallest_rank_that_keeps_the_variance(variance, include_queries):
     layers = sums_of(9, 7)
-    ranks = by_variance(FAMILIES["delta_net_2"], layers, variance, include_queries=include_queries)
+    ranks = by_variance(FAMILIES["delta_net_2"], layers, variance, PCA, {"include_queries": include_queries})
     for layer, rank in ranks.items():
         assert share_kept(layers[layer], rank, include_queries) >= variance - 1e-9
         assert rank == 1 or share_kept(layers[layer], rank - 1, include_queries) < variance
     both = sums_of(9, 9)
-    ranks = by_variance(FAMILIES["gated_deltanet"], both, variance, include_queries=include_queries)
+    ranks = by_variance(FAMILIES["gated_deltanet"], both, variance, PCA, {"include_queries": include_queries})
     (rank,) = set(ranks.values())
 
     def mean_share(rank: int) -> float:
@@ -113,9 +116,7 @@ def test_variance_is_of_the_ranks_that_there_are():
     layers[0].unit_key_gram_HKK.copy_(basis @ torch.diag(torch.tensor([4.0, 3, 2, 1, 0, 0, 0, 0]).double()) @ basis.T)
 
     def ranks(variance: float, multiple_of: int = 1) -> dict:
-        return by_variance(
-            FAMILIES["delta_net"], layers, variance, include_queries=False, multiple_of=multiple_of
-        )
+        return by_variance(FAMILIES["delta_net"], layers, variance, PCA, {"include_queries": False}, multiple_of=multiple_of)
 
     assert [ranks(variance)[0] for variance in (0.1, 0.4, 0.41, 0.7, 0.71, 0.9, 0.95, 1.0)] == [1, 1, 2, 2, 3, 3, 4, 4]
     # Rounded up, but to no more than there is.
@@ -126,11 +127,11 @@ def test_variance_is_of_the_ranks_that_there_are():
 def test_dead_heads_have_no_variance_to_keep(model_type):
     layers = sums_of(8, 8, heads=3)
     alive = {layer: with_heads(sums, [0, 2]) for layer, sums in layers.items()}
-    expected = by_variance(FAMILIES[model_type], alive, 0.9, include_queries=False)
+    expected = by_variance(FAMILIES[model_type], alive, 0.9, PCA, {"include_queries": False})
     for sums in layers.values():
         sums.unit_key_gram_HKK[1] = 0
-    assert by_variance(FAMILIES[model_type], layers, 0.9, include_queries=False) == expected
+    assert by_variance(FAMILIES[model_type], layers, 0.9, PCA, {"include_queries": False}) == expected
     layers[0].unit_key_gram_HKK.zero_()
-    ranks = by_variance(FAMILIES[model_type], layers, 0.9, include_queries=False)
-    assert ranks[1] == by_variance(FAMILIES["delta_net_2"], {1: layers[1]}, 0.9, include_queries=False)[1]
+    ranks = by_variance(FAMILIES[model_type], layers, 0.9, PCA, {"include_queries": False})
+    assert ranks[1] == by_variance(FAMILIES["delta_net_2"], {1: layers[1]}, 0.9, PCA, {"include_queries": False})[1]
     assert ranks[0] == (1 if model_type == "delta_net_2" else ranks[1])

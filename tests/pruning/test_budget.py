@@ -142,19 +142,19 @@ def test_what_it_can_have_is_not(options):
 
 
 def test_numbers_are_of_each_layer():
-    numbers = Budget.parse("key,head,value", ratio="0.3,0.5,0.25").numbers(CONFIG, None, {})
+    numbers = Budget.parse("key,head,value", ratio="0.3,0.5,0.25").numbers(CONFIG, None, METHODS["l1"], {})
     assert numbers == {"key": {0: 11, 1: 5}, "head": {0: 2, 1: 2}, "value": {0: 12, 1: 12}}
-    assert Budget.parse("key", keep="5", multiple_of=2).numbers(GATED, None, {}) == {"key": {0: 6, 1: 6}}
+    assert Budget.parse("key", keep="5", multiple_of=2).numbers(GATED, None, METHODS["l1"], {}) == {"key": {0: 6, 1: 6}}
 
 
 def test_numbers_may_come_from_the_calibration():
     family = FAMILIES["delta_net_2"]
     layers = {layer: layer_statistics(sizes, 64, seed=layer) for layer, sizes in family.layer_sizes(CONFIG).items()}
     statistics = Statistics("", 0, layers, {})
-    numbers = Budget.parse("key,head", ratio="0.5", allocate="energy").numbers(CONFIG, statistics, {})
+    numbers = Budget.parse("key,head", ratio="0.5", allocate="energy").numbers(CONFIG, statistics, METHODS["energy"], {})
     assert sum(numbers["key"].values()) == 8 + 4
     assert numbers["head"] == {0: 2, 1: 2}
-    ranks = Budget.parse("key", variance=1.0).numbers(CONFIG, statistics, {"include_queries": False})
+    ranks = Budget.parse("key", variance=1.0).numbers(CONFIG, statistics, METHODS["pca"], {"include_queries": False})
     assert ranks == {"key": {0: 16, 1: 8}}
 
 

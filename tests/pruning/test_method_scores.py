@@ -179,7 +179,7 @@ def test_methods_say_what_they_read(name, target):
     assert method.summary
     assert method.citation
     if method.needs_statistics:
-        with pytest.raises(AttributeError):
+        with pytest.raises(KeyreduceError, match="needs_statistics=True"):
             select(name, target, view(statistics=None), 2)
     else:
         assert torch.equal(

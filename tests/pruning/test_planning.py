@@ -11,8 +11,8 @@ from tiny_models import edit_config, edit_tensors
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
-from keyreduce.pruning.methods import METHODS, Method, Selection
-from keyreduce.pruning.planning import check_method, check_options, make_plan
+from keyreduce.pruning.methods import METHODS, Method, Selection, ranked
+from keyreduce.pruning.planning import check_method, check_options, make_plan, read_options
 
 
 def plan(source, method="l1", keep=4, target="key", **given):
@@ -230,3 +230,59 @@ def test_a_model_of_softmax_layers_alone_is_refused(tiny_copy):
     edit_config(folder, attn={"layers": [0, 1], "num_heads": 2})
     with pytest.raises(KeyreduceError, match="no layer with a recurrent state"):
         plan(open_folder(folder))
+
+
+WRONG = {
+    "too many": Selection(torch.arange(5).expand(2, -1)),
+    "of one head": Selection(torch.arange(4).expand(1, -1)),
+    "not ascending": Selection(torch.tensor([[0, 1, 3, 2]] * 2)),
+    "twice the same": Selection(torch.tensor([[0, 1, 1, 2]] * 2)),
+    "beyond the last": Selection(torch.tensor([[0, 1, 2, 16]] * 2)),
+    "below the first": Selection(torch.tensor([[-1, 0, 1, 2]] * 2)),
+    "no whole numbers": Selection(torch.arange(4.0).expand(2, -1)),
+    "nothing": Selection(None),
+    "a narrow projection": Selection(None, torch.zeros(2, 16, 3)),
+    "a projection of NaN": Selection(None, torch.full((2, 16, 4), torch.nan)),
+    "both": Selection(torch.arange(4).expand(2, -1), torch.zeros(2, 16, 4)),
+}
+
+
+@pytest.mark.parametrize("answer", WRONG.values(), ids=WRONG)
+def test_what_is_no_choice_of_that_many_is_refused(source, answer):
+    method = Method("odd", "s", "c", {"key": lambda *_: answer})
+    with pytest.raises(KeyreduceError, match="method odd is wrong: for key it must return 2 ascending rows of 4 of 16"):
+        plan(source, method)
+
+
+def test_a_projection_of_values_is_refused(source):
+    method = Method("odd", "s", "c", {"value": lambda *_: Selection(None, torch.zeros(2, 16, 4))})
+    with pytest.raises(KeyreduceError, match="method odd is wrong: for value"):
+        plan(source, method, target="value")
+
+
+def test_scores_that_are_no_numbers_are_refused(source):
+    method = Method("odd", "s", "c", {"key": ranked(lambda layer: torch.full((2, 16), torch.nan))})
+    with pytest.raises(KeyreduceError, match="NaN"):
+        plan(source, method)
+
+
+def test_a_method_that_forgets_that_it_needs_sums_is_told(source):
+    method = Method("odd", "s", "c", {"key": ranked(lambda layer: layer.statistics.query_sum_HK)})
+    with pytest.raises(KeyreduceError, match="needs_statistics=True"):
+        plan(source, method)
+
+
+def test_options_as_text_take_the_type_of_their_default():
+    method = Method("odd", "s", "c", {}, options={"f": 1.5, "steps": 3, "is_fast": False, "form": "first"})
+    texts = ["f=2", "steps=7", "is-fast=True", "form=a=b"]
+    assert read_options(method, texts) == {"f": 2.0, "steps": 7, "is_fast": True, "form": "a=b"}
+    assert read_options(method, []) == {}
+    for text, told in [
+        ("g=1", "options of odd: f=1.5, steps=3, is_fast=False, form=first"),
+        ("f", "give NAME=VALUE"),
+        ("f=x", "the value is to be a float"),
+        ("steps=1.5", "the value is to be a int"),
+        ("is_fast=2", "the value is to be a bool"),
+    ]:
+        with pytest.raises(KeyreduceError, match=told):
+            read_options(method, [text])

@@ -20,7 +20,7 @@ CASES = [(model_type, target) for model_type in FAMILIES for target in ("key", "
 
 def prune(model_type, target, tmp_path):
     source = open_folder(save(build(model_type), tmp_path / "source"))
-    keep = Budget.parse(target, ratio="0.5").numbers(source.config, None, {})
+    keep = Budget.parse(target, ratio="0.5").numbers(source.config, None, METHODS["random"], {})
     plan = make_plan(source, METHODS["random"], keep, seed=1, statistics=None, inputs={})
     write_pruned(source, plan, tmp_path / "pruned", dense="tiny")
     return tmp_path / "pruned"

@@ -20,7 +20,7 @@ class DeltaNet2Config(DeltaNetConfig):
 
     Args:
         expand_k: ``num_heads * head_k_dim / hidden_size``, as one number for all layers or as a list with one for
-            each. In a list a layer of softmax attention (``attn``) has an entry too, which nothing reads.
+            each. In a list a layer of softmax attention (``attn``) has an entry too, as valid as the others, which no mixer uses.
         per_head_conv: each head has a convolution kernel of its own; otherwise all heads share one. Either way q, k
             and v have one each.
         share_kv_conv: k and v have the same convolution, stored once as ``kv_conv1d``.

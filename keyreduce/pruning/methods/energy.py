@@ -2,7 +2,7 @@
 
 ``score_hc = sum_t q_thc^2 + k_thc^2`` with q and k as the operator receives them, before they are normalised: of the
 stacked queries and keys, the channels that keep most of the squared Frobenius norm. A value channel: the same of v. A
-head: of what it adds to the mixer's output.
+head: of what each of its value heads adds to the mixer's output.
 """
 
 from keyreduce.pruning.methods.method import LayerView, Method, ranked
@@ -20,7 +20,7 @@ def value_energy(layer: LayerView):
 
 
 def head_energy(layer: LayerView):
-    """Return the energy of what each key head with its value heads adds to the mixer's output, ``[1, H]``."""
+    """Return the energy of what each value head adds to the mixer's output, summed over those of a key head, [1, H]."""
     return layer.in_groups(layer.statistics.output_energy_W)[None]
 
 

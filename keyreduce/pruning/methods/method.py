@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from keyreduce.errors import KeyreduceError
+
 if TYPE_CHECKING:
     # Only for the types: the names of the methods appear in --help, which must not wait for torch.
     import torch
@@ -27,14 +29,25 @@ class LayerView:
 
     Attributes:
         sizes: the layer's sizes.
-        statistics: the sums, where the method says that it needs them.
+        sums: the calibration sums, where the method says that it needs them; methods take them as ``statistics``.
         projection: gives the weight of the query, key, value or output projection by that word, float32; its rows
             are the projection's channels, so that the output projection comes transposed.
     """
 
     sizes: MixerSizes
-    statistics: LayerStatistics | None
+    sums: LayerStatistics | None
     projection: Callable[[str], torch.Tensor]
+
+    @property
+    def statistics(self) -> LayerStatistics:
+        """The layer's calibration sums.
+
+        Raises:
+            KeyreduceError: there are none, since the method does not say that it needs them.
+        """
+        if self.sums is None:
+            raise KeyreduceError("a method that reads the calibration sums says so, with needs_statistics=True")
+        return self.sums
 
     @cached_property
     def query_weight_HKD(self) -> torch.Tensor:
@@ -88,8 +101,10 @@ class Method:
             ties break by lower index.
         needs_statistics: whether it reads ``LayerView.statistics``.
         needs_gradients: whether those must hold ``taylor``, which ``calibrate --gradients`` adds.
-        options: the options of the command line that it takes, with their defaults.
+        options: the options it takes, with their defaults; ``--set NAME=VALUE`` gives another value of the same type.
         check: raises KeyreduceError where an option has a value that it cannot have.
+        moments: of a method that projects: ``(statistics, **options) -> [H, K, K]``, whose eigenvalues are the variance
+            by which ``--variance`` finds the rank.
         unfit: tells why a model of some config cannot be pruned by it, or returns None.
     """
 
@@ -101,11 +116,18 @@ class Method:
     needs_gradients: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
     check: Callable[[Mapping[str, object]], None] = lambda options: None
+    moments: Callable[..., torch.Tensor] | None = None
     unfit: Callable[[Mapping], str | None] = lambda config: None
 
 
 def highest(score_GC: torch.Tensor, keep: int) -> Selection:
-    """Keep the ``keep`` highest-scoring channels of each group."""
+    """Keep the ``keep`` highest-scoring channels of each group.
+
+    Raises:
+        KeyreduceError: a score is NaN.
+    """
+    if score_GC.isnan().any():
+        raise KeyreduceError("the method scored a channel NaN; is the calibration damaged, or the method wrong?")
     by_score_GC = score_GC.sort(dim=-1, descending=True, stable=True).indices
     return Selection(by_score_GC[:, :keep].sort(dim=-1).values)
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from keyreduce.pruning.methods.method import LayerView, Method, Selection
 
 
-def moments(statistics, include_queries: bool):
+def _moments(statistics, *, include_queries: bool):
     """Return M, ``[H, K, K]``, float64."""
     moment_HKK = statistics.unit_key_gram_HKK
     return moment_HKK + statistics.unit_query_gram_HKK if include_queries else moment_HKK
@@ -26,7 +26,7 @@ def moments(statistics, include_queries: bool):
 def _select(layer: LayerView, keep: int, generator, *, include_queries: bool) -> Selection:
     import torch
 
-    value_HK, vector_HKK = torch.linalg.eigh(moments(layer.statistics, include_queries))
+    value_HK, vector_HKK = torch.linalg.eigh(_moments(layer.statistics, include_queries=include_queries))
     projection_HKR = vector_HKK.flip(-1)[..., :keep]
     # Eigenvectors come with any sign; the largest coefficient of ours is positive.
     largest_H1R = projection_HKR.abs().argmax(dim=1, keepdim=True)
@@ -52,5 +52,6 @@ PCA = Method(
     select={"key": _select},
     needs_statistics=True,
     options={"include_queries": False},
+    moments=_moments,
     unfit=_unfit,
 )

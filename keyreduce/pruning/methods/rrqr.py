@@ -2,8 +2,8 @@
 
 For each key head, with ``A`` the queries over the keys as the operator receives them (tokens down, channels across),
 the kept columns are those of a strong RRQR factorisation of A, found from ``A^T A`` alone: the sum of the Gram
-matrices of q and k. Nazari and Rusch, arXiv:2602.04852; Gu and Eisenstat 1996, SIAM J. Sci. Comput. 17(4), algorithm
-4. For value channels A is v. Heads have no common channels to choose from, so there is no such choice of heads.
+matrices of q and k. Nazari and Rusch, arXiv:2602.04852; Gu and Eisenstat 1996, SIAM J. Sci. Comput. 17(4). For
+value channels A is v. Heads have no common channels to choose from, so there is no such choice of heads.
 """
 
 import math
