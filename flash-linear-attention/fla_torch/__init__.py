@@ -12,6 +12,6 @@ import warnings
 # fla looks for a GPU when it is imported, and warns where there is none: that is what this backend is for.
 warnings.filterwarnings("ignore", message="Triton is not supported on current platform", category=UserWarning)
 
-from fla_torch.registry import UnsupportedVersionError, enable  # noqa: E402
+from fla_torch.registry import UnsupportedVersionError, enable, is_enabled  # noqa: E402
 
-__all__ = ["UnsupportedVersionError", "enable"]
+__all__ = ["UnsupportedVersionError", "enable", "is_enabled"]

@@ -2,8 +2,9 @@
 
 fla dispatches most of its kernels through ``fla.backends``; there our functions are registered. The three
 operators that it does not dispatch get fla's own dispatcher put around them, at every name under which a
-loaded module looks them up. Either way the choice is made call by call: ours where the tensors lie on a CPU,
-or everywhere when asked for; fla's kernel otherwise.
+loaded module looks them up. Softmax attention, which hybrid models take from the package flash-attn, gets it in
+fla's layer alone. Each way the choice is made call by call: ours where the tensors lie on a CPU, or everywhere when
+asked for; fla's or flash-attn's kernel otherwise. Without flash-attn ours serves on every device: there is no other.
 """
 
 import importlib
@@ -12,7 +13,7 @@ import sys
 
 import torch
 
-from fla_torch import activations, convolution, cross_entropy, normalization, operators, rotary
+from fla_torch import activations, attention, convolution, cross_entropy, normalization, operators, rotary
 
 TESTED_VERSIONS = "0.6.0"
 
@@ -55,6 +56,13 @@ UNDISPATCHED = {
     ),
 }
 
+# Where the package flash-attn is missing, the first of its functions is None in fla's module, the second not there.
+SOFTMAX_MODULE = "fla.layers.attn"
+SOFTMAX = {
+    "flash_attn_func": attention.flash_attn_func,
+    "flash_attn_varlen_func": attention.flash_attn_varlen_func,
+}
+
 _runs_on_cuda = False
 _is_enabled = False
 
@@ -80,6 +88,11 @@ def enable(*, cuda: bool = False) -> None:
     _runs_on_cuda = cuda
 
 
+def is_enabled() -> bool:
+    """Return whether :func:`enable` was called in this process."""
+    return _is_enabled
+
+
 def is_taken(*args, **kwargs) -> tuple[bool, str | None]:
     """Tell fla's dispatcher whether our backend takes a call with these arguments, and if not, why."""
     if _runs_on_cuda:
@@ -97,6 +110,7 @@ def _check_version() -> None:
         wanted = [(module, name) for module, (_, names) in DISPATCHED.items() for name in names]
         wanted += [(module, name.split(".")[0]) for module, (name, _) in UNDISPATCHED.items()]
         wanted.append(("fla.ops.gated_delta_rule.chunk", "chunk_gated_delta_rule"))
+        wanted.append((SOFTMAX_MODULE, "flash_attn_func"))
         missing += [f"{module}.{name}" for module, name in wanted if not hasattr(importlib.import_module(module), name)]
     except ImportError as error:
         missing = [str(error)]
@@ -144,3 +158,12 @@ def _register() -> None:
             for attribute, value in list(getattr(other, "__dict__", {}).items()):
                 if value is original:
                     setattr(other, attribute, dispatched)
+
+    module = importlib.import_module(SOFTMAX_MODULE)
+    for name, implementation in SOFTMAX.items():
+        original = getattr(module, name, None)
+        if original is None:
+            setattr(module, name, implementation)
+        else:
+            setattr(module, name, dispatch(original))
+            place(original, implementation)

@@ -29,7 +29,7 @@ def prepare_backend(device: torch.device, *, gradients: bool = False) -> None:
 
     On a CPU that takes our PyTorch backend; on a GPU fla's own kernels are left alone, unless gradients are wanted:
     its backward kernels refuse some dtypes and some pairs of GPU and Triton, and take minutes to tune themselves.
-    The choice holds for the whole process.
+    The choice holds until the next model is loaded.
 
     Args:
         device: where the models will be.
@@ -38,14 +38,12 @@ def prepare_backend(device: torch.device, *, gradients: bool = False) -> None:
     Raises:
         KeyreduceError: the installed fla is of a version that the backend does not fit.
     """
-    if device.type == "cpu" or gradients:
-        import fla_torch
+    import fla_torch
 
+    # Where an earlier model of this process asked for PyTorch on a GPU, this one gets the kernels back.
+    if device.type == "cpu" or gradients or fla_torch.is_enabled():
         try:
-            if device.type == "cpu":
-                fla_torch.enable()
-            else:
-                fla_torch.enable(cuda=True)
+            fla_torch.enable(cuda=gradients and device.type != "cpu")
         except fla_torch.UnsupportedVersionError as error:
             raise KeyreduceError(str(error)) from error
     import fla  # noqa: F401  (registers its models)

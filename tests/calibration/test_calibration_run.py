@@ -119,14 +119,18 @@ def test_gradients_are_added_where_they_are_asked_for(tiny_folder, text, model_t
 
 
 @pytest.mark.parametrize(
-    ("device", "gradients", "choices"),
-    [("cpu", False, [{}]), ("cpu", True, [{}]), ("cuda", False, []), ("cuda", True, [{"cuda": True}])],
+    ("device", "gradients", "on_cuda"),
+    [("cpu", False, False), ("cpu", True, False), ("cuda", False, None), ("cuda", True, True)],
 )
-def test_gradients_on_a_gpu_take_our_backend(monkeypatch, device, gradients, choices):
+def test_gradients_on_a_gpu_take_our_backend(monkeypatch, device, gradients, on_cuda):
     seen = []
+    monkeypatch.setattr(fla_torch, "is_enabled", lambda: bool(seen))
     monkeypatch.setattr(fla_torch, "enable", lambda **options: seen.append(options))
     prepare_backend(torch.device(device), gradients=gradients)
-    assert seen == choices
+    assert seen == ([] if on_cuda is None else [{"cuda": on_cuda}])
+    # The next model of the same process gets the kernels back.
+    prepare_backend(torch.device("cuda"))
+    assert seen[1:] == ([] if on_cuda is None else [{"cuda": False}])
 
 
 def test_gradients_take_two_tokens(tiny_folder, text):

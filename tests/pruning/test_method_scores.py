@@ -70,7 +70,7 @@ def of_channel(name: str, target: str, layer: LayerView, head: int, channel: int
         square = float(sums.output_gram_WVV[head, channel, channel])
         return sum(abs(w) * math.sqrt(square) for w in row(layer, "output", head, channel))
     if name in ("magnitude", "energy"):
-        grams = (sums.query_gram_HKK, sums.key_gram_HKK) if target == "key" else (sums.value_gram_WVV,)
+        grams = (sums.query_gram_HKK, sums.key_gram_HKK) if target == "key" else (sums.output_gram_WVV,)
         energies = [float(gram[head, channel, channel]) for gram in grams]
         return sum(energies) if name == "energy" else sum(math.sqrt(energy) for energy in energies)
     stem = {"first": "signed", "squared": "squared", "element": "element"}[form]
@@ -229,7 +229,7 @@ def test_rrqr_takes_each_head_by_its_gram_matrix(target, f):
     layer = view()
     sums, keep = layer.statistics, 3
     chosen = select("rrqr", target, layer, keep, f=f)
-    gram = sums.value_gram_WVV if target == "value" else sums.query_gram_HKK + sums.key_gram_HKK
+    gram = sums.output_gram_WVV if target == "value" else sums.query_gram_HKK + sums.key_gram_HKK
     results = [strong_rrqr(gram_CC.numpy(), keep, f=f) for gram_CC in gram]
     assert chosen.kept_GR.tolist() == [result.kept_R.tolist() for result in results]
     assert chosen.report == {

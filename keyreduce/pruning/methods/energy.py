@@ -1,8 +1,9 @@
 """Energies of activations: sums of squares over the calibration tokens.
 
 ``score_hc = sum_t q_thc^2 + k_thc^2`` with q and k as the operator receives them, before they are normalised: of the
-stacked queries and keys, the channels that keep most of the squared Frobenius norm. A value channel: the same of v. A
-head: of what each of its value heads adds to the mixer's output.
+stacked queries and keys, the channels that keep most of the squared Frobenius norm. A value channel: the same of what
+the output projection receives, which unlike v has passed the decay and the output gate. A head: of what each of its
+value heads adds to the mixer's output.
 """
 
 from keyreduce.pruning.methods.method import LayerView, Method, ranked
@@ -15,8 +16,8 @@ def key_energies(layer: LayerView):
 
 
 def value_energy(layer: LayerView):
-    """Return the energy of v, ``[W, V]``."""
-    return layer.statistics.value_gram_WVV.diagonal(dim1=-2, dim2=-1)
+    """Return the energy of what the output projection receives, ``[W, V]``."""
+    return layer.statistics.output_gram_WVV.diagonal(dim1=-2, dim2=-1)
 
 
 def head_energy(layer: LayerView):

@@ -1,9 +1,10 @@
 """Norms of activations.
 
 ``score_hc = ||q_hc|| + ||k_hc||`` with q and k as the operator receives them, L2 norms over the calibration tokens,
-which are the roots of the Gram matrices' diagonals. A value channel: ``||v_wc||``, likewise. A head: the norm of what
-it adds to the mixer's output. Hu et al., "Network Trimming", arXiv:1607.03250, is the first to prune by the size of
-activations.
+which are the roots of the Gram matrices' diagonals. A value channel: the norm of what the output projection receives
+of it. A head: the root of the energy that its value heads add to the mixer's output. There a single activation is
+looked at, so that the choice is that of ``energy``. Hu et al., "Network Trimming", arXiv:1607.03250, is the first to
+prune by the size of activations.
 """
 
 from keyreduce.pruning.methods.energy import head_energy, key_energies, value_energy

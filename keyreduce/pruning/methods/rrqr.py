@@ -2,8 +2,10 @@
 
 For each key head, with ``A`` the queries over the keys as the operator receives them (tokens down, channels across),
 the kept columns are those of a strong RRQR factorisation of A, found from ``A^T A`` alone: the sum of the Gram
-matrices of q and k. Nazari and Rusch, arXiv:2602.04852; Gu and Eisenstat 1996, SIAM J. Sci. Comput. 17(4). For
-value channels A is v. Heads have no common channels to choose from, so there is no such choice of heads.
+matrices of q and k. Nazari and Rusch, arXiv:2602.04852; Gu and Eisenstat 1996, SIAM J. Sci. Comput. 17(4). For value
+channels A is what the output projection receives: v alone says too little where a decay and an output gate come after
+it (on a Gated DeltaNet it chose worse than chance). Heads have no common channels to choose from, so there is no such
+choice of heads.
 """
 
 import math
@@ -46,7 +48,7 @@ RRQR = Method(
     citation="Nazari and Rusch, arXiv:2602.04852; Gu and Eisenstat 1996",
     select={
         "key": _select(lambda statistics: statistics.query_gram_HKK + statistics.key_gram_HKK),
-        "value": _select(lambda statistics: statistics.value_gram_WVV),
+        "value": _select(lambda statistics: statistics.output_gram_WVV),
     },
     needs_statistics=True,
     options={"f": 1.5, "permute": False},
