@@ -150,7 +150,7 @@ def test_a_damaged_tokenizer(tiny_copy, content):
 
 
 def test_an_fla_that_the_backend_does_not_fit(tiny_folder, monkeypatch):
-    def refuse():
+    def refuse(**options):
         raise fla_torch.UnsupportedVersionError("the PyTorch backend works with flash-linear-attention 0.6.0")
 
     monkeypatch.setattr(fla_torch, "enable", refuse)
