@@ -14,7 +14,6 @@ from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
 from keyreduce.models.loading import load_model
 
-
 _MOST = 10**9  # beyond any text, and far below where counting itself fails
 
 

@@ -1,6 +1,5 @@
 """``keyreduce benchmark``: dense against pruned, in time and memory."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,10 +15,7 @@ def benchmark(
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in the input.")] = 4,
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")] = 1024,
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each model, taken in turns.")] = 30,
-    output: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The figures as JSON.", show_default="in --work"),
-    ] = None,
+    output: options.Figures = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = None,

@@ -1,6 +1,5 @@
 """``keyreduce eval``: dense against pruned, in quality."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,10 +20,7 @@ def evaluate(
     ] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 4,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 1024,
-    output: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The figures as JSON.", show_default="in --work"),
-    ] = None,
+    output: options.Figures = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = None,

@@ -34,6 +34,9 @@ Dtype = Annotated[
         show_default="bfloat16 on a GPU, float32 on a CPU",
     ),
 ]
+Figures = Annotated[
+    Path | None, typer.Option("--output", metavar="FILE", help="The figures as JSON.", show_default="in --work")
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything that is drawn.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", callback=_debug, is_eager=True, help="Show tracebacks.")]

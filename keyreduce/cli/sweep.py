@@ -27,10 +27,7 @@ def sweep(
         typer.Option(metavar="FILE|FOLDER", help="Text to measure on.", show_default="another part of that"),
     ] = None,
     work: options.Work = options.DEFAULT_WORK,
-    output: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The figures as JSON.", show_default="in --work"),
-    ] = None,
+    output: options.Figures = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -52,8 +49,9 @@ def sweep(
     from keyreduce.workspace import Workspace, refuse_existing, refuse_unwritable, write_json
 
     console, workspace = Console(as_json=json), Workspace(work)
-    refuse_existing(output, overwrite)
-    refuse_unwritable(output or workspace.sweep, folder=False)
+    target = output or workspace.sweep
+    refuse_existing(target, overwrite)
+    refuse_unwritable(target, folder=False)
     chosen = read_recipe(recipe)
     if model:
         chosen = replace(chosen, models=model)
@@ -69,10 +67,10 @@ def sweep(
             dtype=pick_dtype(dtype, device),
             progress=progress,
         )
-    write_json(output or workspace.sweep, report, overwrite=True)
+    write_json(target, report, overwrite=overwrite)
     for entry in report["models"]:
         _print(console, entry)
-    console.say(f"wrote {output or workspace.sweep}")
+    console.say(f"wrote {target}")
     console.result(report)
 
 

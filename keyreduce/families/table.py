@@ -130,7 +130,7 @@ class Family:
         hidden, num_layers: where the config says the model's width and how many layers it has.
         softmax: the config field that says which layers have softmax attention for a mixer: an object with a list
             ``layers``, or a list of such objects.
-        library: what has the model's class; serving engines know those of fla.
+        shipped_by: what package has the model's class; serving engines know those of fla.
         tensors: name below the mixer -> what each axis holds. A model need not have all of them.
     """
 
@@ -145,7 +145,7 @@ class Family:
     num_layers: Field
     tensors: Mapping[str, tuple[Part, ...]]
     softmax: str = "attn"
-    library: str = "fla"
+    shipped_by: str = "fla"
 
     def sizes(self, config: Mapping, layer: int = 0) -> MixerSizes:
         """Read the sizes of one layer's mixer from a config; only where a field is a list do layers differ.

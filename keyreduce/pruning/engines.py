@@ -42,7 +42,7 @@ def suited_engines(family: Family, layers: Iterable[MixerSizes]) -> tuple[list[s
 
     An engine must also know the architecture; those that fla does not ship, none of them does.
     """
-    if family.library != "fla":
+    if family.shipped_by != "fla":
         return [], [f"serving engines (none knows {family.model_type})"]
     layers = list(layers)
     suited = {engine: all(engine.is_met(sizes) for sizes in layers) for engine in ENGINES}

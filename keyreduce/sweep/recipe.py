@@ -58,7 +58,7 @@ class Cell(NamedTuple):
         """The method, with the options that are not its defaults."""
         defaults = method_named(self.method).options
         changed = [f"{name} {value}" for name, value in self.options.items() if value != defaults[name]]
-        return " ".join([self.method, *(f"({', '.join(changed)})" for _ in changed[:1])])
+        return f"{self.method} ({', '.join(changed)})" if changed else self.method
 
 
 @dataclass(frozen=True)

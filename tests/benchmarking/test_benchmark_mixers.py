@@ -23,10 +23,8 @@ def delta_net(folder: str, **changes) -> LoadedModel:
 
 
 def hybrid(folder: str, softmax_layers: list[int]) -> LoadedModel:
-    """A model whose config says that some layers are softmax attention; fla's own takes a package that needs a GPU."""
-    loaded = delta_net(folder)
-    loaded.model.config.attn = {"layers": softmax_layers, "num_heads": 2}
-    return loaded
+    """A model of which some layers are softmax attention."""
+    return delta_net(folder, attn={"layers": softmax_layers, "num_heads": 2})
 
 
 def gated_deltanet(folder: str) -> LoadedModel:

@@ -121,15 +121,7 @@ def test_the_way_rows_are_batched_changes_nothing(model_type):
 
 @torch.no_grad()
 def test_hybrid_models_are_watched_where_they_have_a_state():
-    class Nothing(torch.nn.Module):
-        """fla's own softmax attention takes a package that needs a GPU."""
-
-        def forward(self, hidden_states, **kwargs):
-            return torch.zeros_like(hidden_states), None, kwargs["past_key_values"]
-
-    model = build("delta_net", num_hidden_layers=3)
-    model.model.layers[1].attn = Nothing()
-    model.config.attn = {"layers": [1], "num_heads": 2}
+    model = build("delta_net", num_hidden_layers=3, attn={"layers": [1], "num_heads": 2})
     layers, _ = collect(loaded(model), [draw_tokens(1, 8)])
     assert sorted(layers) == [0, 2]
     assert all(statistics.input_square_D.all() for statistics in layers.values())

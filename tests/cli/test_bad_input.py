@@ -89,7 +89,10 @@ def refused(keyreduce, snapshot):
         (("--target", "key,key"), "--target key,key names a target twice"),
         (("--target", ""), "there is no target ''"),
         (("--method", "pca", "--target", "value"), "--method pca is for --target key alone; for value take another"),
-        (("--method", "rrqr", "--target", "key,head"), "--method rrqr is for --target key and --target value alone; for head take another"),
+        (
+            ("--method", "rrqr", "--target", "key,head"),
+            "--method rrqr is for --target key and --target value alone; for head take another",
+        ),
         (("--f", "1.2"), "--method l1 takes no --f"),
         (("--set", "f=1.2"), "--set f=1.2: give NAME=VALUE; options of l1: none"),
         (("--method", "rrqr", "--set", "f=0.5"), "--f is 0.5; it is at least 1"),
@@ -306,6 +309,10 @@ def test_sweeps(refused, keyreduce, tiny_folder, tiny_copy, tmp_path):
     (tmp_path / "figures.json").touch()
     told = "figures.json exists; pass --overwrite"
     assert told in refused("sweep", recipe, *models, "--output", tmp_path / "figures.json")
+    # What took long is not replaced unasked, also where nobody named it.
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "sweep.json").write_text("{}")
+    assert "pass --overwrite" in refused("sweep", recipe, *models, "--work", tmp_path / "work")
     edit_config(other, qk_norm="sum")
     recipe.write_text(RECIPE.replace("l1", "pca"))
     assert "qk_norm 'sum'" in refused("sweep", recipe, *models)

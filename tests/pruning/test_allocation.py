@@ -116,7 +116,8 @@ def test_variance_is_of_the_ranks_that_there_are():
     layers[0].unit_key_gram_HKK.copy_(basis @ torch.diag(torch.tensor([4.0, 3, 2, 1, 0, 0, 0, 0]).double()) @ basis.T)
 
     def ranks(variance: float, multiple_of: int = 1) -> dict:
-        return by_variance(FAMILIES["delta_net"], layers, variance, PCA, {"include_queries": False}, multiple_of=multiple_of)
+        options = {"include_queries": False}
+        return by_variance(FAMILIES["delta_net"], layers, variance, PCA, options, multiple_of=multiple_of)
 
     assert [ranks(variance)[0] for variance in (0.1, 0.4, 0.41, 0.7, 0.71, 0.9, 0.95, 1.0)] == [1, 1, 2, 2, 3, 3, 4, 4]
     # Rounded up, but to no more than there is.

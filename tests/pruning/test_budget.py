@@ -151,7 +151,8 @@ def test_numbers_may_come_from_the_calibration():
     family = FAMILIES["delta_net_2"]
     layers = {layer: layer_statistics(sizes, 64, seed=layer) for layer, sizes in family.layer_sizes(CONFIG).items()}
     statistics = Statistics("", 0, layers, {})
-    numbers = Budget.parse("key,head", ratio="0.5", allocate="energy").numbers(CONFIG, statistics, METHODS["energy"], {})
+    shared = Budget.parse("key,head", ratio="0.5", allocate="energy")
+    numbers = shared.numbers(CONFIG, statistics, METHODS["energy"], {})
     assert sum(numbers["key"].values()) == 8 + 4
     assert numbers["head"] == {0: 2, 1: 2}
     ranks = Budget.parse("key", variance=1.0).numbers(CONFIG, statistics, METHODS["pca"], {"include_queries": False})
