@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -216,6 +217,19 @@ def write_weights(
         total_size = sum(spec.nbytes for plan in shards.values() for spec in plan.tensors)
         weight_map = {spec.name: file for file, plan in shards.items() for spec in plan.tensors}
         write_json(target / INDEX_NAME, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that a text such as ``500MB`` or ``5GB`` says, in decimal units, as transformers counts them.
+
+    Raises:
+        KeyreduceError: it is no such text, or less than a byte.
+    """
+    match = re.fullmatch(r"([0-9]{1,12}) *([KMGT]?)B?", text.strip().upper())
+    size = int(match[1]) * 1000 ** " KMGT".index(match[2] or " ") if match else 0
+    if size < 1:
+        raise KeyreduceError(f"{text!r} is no size of a shard; give one such as 500MB or 5GB")
+    return size
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:

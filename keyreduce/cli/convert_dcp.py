@@ -29,17 +29,22 @@ def convert_dcp(
         typer.Option(help="For a DCP without one: the model's config.json, or a folder that holds it."),
     ] = None,
     step: Annotated[int, typer.Option(min=0, help="A DCP is written into a folder step-N.")] = 0,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="The most bytes in a safetensors shard of several tensors: 500MB, 5GB.")
+    ] = "5GB",
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Convert a checkpoint; which way is read from what the source is."""
     from keyreduce.checkpoint.dcp_folder import find_dcp
+    from keyreduce.checkpoint.folder import parse_size
     from keyreduce.cli.console import Console
     from keyreduce.errors import KeyreduceError
     from keyreduce.workspace import Workspace
 
     console, workspace = Console(as_json=json), Workspace(work)
+    shard_bytes = parse_size(max_shard_size)
     if source is None and not workspace.pruned.is_dir():
         raise KeyreduceError(f"there is no pruned model at {workspace.pruned}; run keyreduce prune, or name a SRC")
     path = workspace.pruned if source is None else Path(source)
@@ -47,7 +52,7 @@ def convert_dcp(
     if dcp is None:
         _to_dcp(console, path, (destination or workspace.dcp) / f"step-{step}", overwrite)
     else:
-        _to_hf(console, dcp, destination or workspace.hf, config, overwrite)
+        _to_hf(console, dcp, destination or workspace.hf, config, shard_bytes, overwrite)
 
 
 def _to_dcp(console, path, target, overwrite) -> None:
@@ -69,7 +74,7 @@ def _to_dcp(console, path, target, overwrite) -> None:
     )
 
 
-def _to_hf(console, dcp, target, config, overwrite) -> None:
+def _to_hf(console, dcp, target, config, shard_bytes, overwrite) -> None:
     from keyreduce.checkpoint.dcp import dcp_to_hf
     from keyreduce.checkpoint.dcp_folder import identify_dcp
 
@@ -78,10 +83,12 @@ def _to_hf(console, dcp, target, config, overwrite) -> None:
         dcp,
         target,
         "a Hugging Face folder",
-        {"source": identify_dcp(dcp), "config": str(config) if config else None},
+        {"source": identify_dcp(dcp), "config": str(config) if config else None, "max_shard_size": shard_bytes},
         sum(file.stat().st_size for file in dcp.glob("*.distcp")),
         overwrite,
-        lambda folder, progress: dcp_to_hf(dcp, folder, config=config, progress=progress),
+        lambda folder, progress: dcp_to_hf(
+            dcp, folder, config=config, max_shard_size=shard_bytes, progress=progress
+        ),
     )
 
 

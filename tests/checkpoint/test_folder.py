@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from keyreduce.checkpoint.folder import find_sidecars, open_folder, write_folder_files
+from keyreduce.checkpoint.folder import find_sidecars, open_folder, parse_size, write_folder_files
 from keyreduce.errors import KeyreduceError
 
 INDEX = "model.safetensors.index.json"
@@ -177,3 +177,14 @@ def test_a_damaged_folder_is_refused(make_folder, tensors, case, message):
     with pytest.raises(KeyreduceError, match=message) as caught:
         open_folder(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "size"), [("500MB", 500 * 10**6), ("5GB", 5 * 10**9), ("7", 7), (" 2 kb", 2000)])
+def test_sizes_are_read_as_transformers_counts_them(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0GB", "-1", "1.5GB", "5 apples", "GB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(KeyreduceError, match="no size of a shard"):
+        parse_size(text)

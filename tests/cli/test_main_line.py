@@ -225,3 +225,15 @@ def test_a_sweep_measures_what_prune_and_eval_do(keyreduce, tiny_folder, model_t
             cells = [cell for cell in entry["cells"] if (cell["target"], cell["method"]) == (target, method)]
             cost = {cell["ratio"]: cell["bits_per_byte"] for cell in cells}
             assert f" {method} {cost[0.25]:.3f} {cost[0.5]:.3f} " in told
+
+
+def test_converted_shards_are_as_large_as_one_says(keyreduce, tiny_folder, tmp_path):
+    assert keyreduce("convert-dcp", tiny_folder("delta_net"), tmp_path / "dcp").code == 0
+    assert keyreduce("convert-dcp", tmp_path / "dcp", tmp_path / "hf", "--max-shard-size", "20kB").code == 0
+    shards = sorted((tmp_path / "hf").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
+    again = keyreduce("convert-dcp", tmp_path / "dcp", tmp_path / "hf", "--max-shard-size", "40kB")
+    assert again.code == 2 and "differs in max_shard_size" in again.err
+    refused = keyreduce("convert-dcp", tmp_path / "dcp", tmp_path / "other", "--max-shard-size", "large")
+    assert refused.code == 2 and "no size of a shard" in refused.err and not (tmp_path / "other").exists()
