@@ -31,6 +31,15 @@ def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     """
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return dtype_named(dtype)
+
+
+def dtype_named(dtype: str) -> torch.dtype:
+    """Return the dtype of that name.
+
+    Raises:
+        KeyreduceError: no such dtype.
+    """
     if dtype not in DTYPES:
         raise KeyreduceError(f"dtype {dtype!r} is unknown; take one of {', '.join(DTYPES)}")
     return DTYPES[dtype]

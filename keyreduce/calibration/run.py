@@ -8,7 +8,7 @@ import torch
 
 from keyreduce.calibration.capture import collect
 from keyreduce.calibration.statistics import Statistics
-from keyreduce.checkpoint.folder import Checkpoint
+from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.data.batches import batches, token_rows
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError

@@ -17,7 +17,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from keyreduce.checkpoint.dcp_folder import METADATA_NAME
+from keyreduce.checkpoint.find import METADATA_NAME
 from keyreduce.errors import KeyreduceError
 
 _DCP = "torch.distributed.checkpoint"
@@ -59,11 +59,19 @@ class RestrictedReader(FileSystemReader):
         return self.metadata
 
 
-def find_model_tensors(folder: Path, metadata: Metadata) -> dict[str, SavedTensor]:
-    """Return the model's tensors by their name in the model; optimizer and training state are left out.
+def find_model_tensors(
+    folder: Path, metadata: Metadata, layout: str | None = None
+) -> tuple[str, dict[str, SavedTensor]]:
+    """Return the layout, and the model's tensors by their name in the model.
 
     The metadata tells, for each key, the path in the state dict that was saved: ``("model", "a.weight")`` where the
-    model was saved under a key of its own, ``("a.weight",)`` where its tensors lie flat.
+    model was saved under a key of its own (nested), ``("a.weight",)`` where its tensors lie flat. Optimizer and
+    training state are under keys of their own, and are left out.
+
+    Args:
+        folder: the DCP folder.
+        metadata: its metadata.
+        layout: ``nested`` or ``flat``; by default nested if any tensor is.
 
     Raises:
         KeyreduceError: there are none, or the files that should hold them are missing or too short.
@@ -74,19 +82,25 @@ def find_model_tensors(folder: Path, metadata: Metadata) -> dict[str, SavedTenso
             for key, saved in metadata.state_dict_metadata.items()
             if isinstance(saved, TensorStorageMetadata)
         }
-        nested = {
-            ".".join(map(str, path[1:])): key for key, path in paths.items() if path[0] == "model" and len(path) > 1
+        keys = {
+            "nested": {
+                ".".join(map(str, path[1:])): key for key, path in paths.items() if path[0] == "model" and len(path) > 1
+            },
+            "flat": {str(path[0]): key for key, path in paths.items() if len(path) == 1},
         }
-        flat = {str(path[0]): key for key, path in paths.items() if len(path) == 1}
-        tensors = {name: _check_tensor(folder, metadata, key) for name, key in (nested or flat).items()}
+        layout = layout or ("nested" if keys["nested"] else "flat")
+        tensors = {name: _check_tensor(folder, metadata, key) for name, key in keys[layout].items()}
         # A pickle can hold names that are not Unicode; safetensors cannot.
         "".join(tensors).encode()
     except (AttributeError, IndexError, KeyError, TypeError, UnicodeEncodeError) as error:
         # The unpickler lets through the right classes with any content.
         raise KeyreduceError(f"{folder / METADATA_NAME} is damaged: it does not describe its tensors") from error
+    if not tensors and any(keys.values()):
+        other = "nested" if layout == "flat" else "flat"
+        raise KeyreduceError(f"{folder} holds no {layout} model, but a {other} one; leave --layout out")
     if not tensors:
         raise KeyreduceError(f"{folder} holds no model: no tensors at its top level, and none under 'model'")
-    return tensors
+    return layout, tensors
 
 
 class _RestrictedUnpickler(pickle.Unpickler):

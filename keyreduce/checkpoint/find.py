@@ -7,11 +7,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from keyreduce.checkpoint.dcp_folder import find_dcp
+from keyreduce.checkpoint.folder import open_folder
+from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError, reason
+from keyreduce.workspace import RECORD_NAME
 
 SHIPPED = Path(__file__).parents[1] / "models" / "shipped"
 DEFAULT_MODEL = "delta-net-5m"
+METADATA_NAME = ".metadata"
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
@@ -22,21 +25,58 @@ def shipped_models() -> list[str]:
     return sorted(path.name for path in SHIPPED.iterdir() if (path / "config.json").is_file())
 
 
-def find_model(name: str | None) -> Path:
-    """Return the Hugging Face folder of a model.
+def find_model(name: str | None, *, config: Path | None = None) -> Path:
+    """Return the Hugging Face folder of a model, for those who load it whole.
 
     Args:
         name: a Hugging Face folder; a DCP folder (converted into a temporary folder for the life of the process);
             a shipped model's name; a name on the hub; or None for the default shipped model.
+        config: for a DCP without one: its config.json, or a folder that holds it and the tokenizer.
 
     Raises:
         KeyreduceError: there is no such model.
     """
+    path = _find_folder(name)
+    dcp = find_dcp(path)
+    return path if dcp is None else _converted(dcp, config)
+
+
+def open_model(name: str | None, *, config: Path | None = None) -> Checkpoint:
+    """Open a model where it is, a DCP too: what :func:`find_model` takes.
+
+    Raises:
+        KeyreduceError: there is no such model, or it is damaged.
+    """
+    path = _find_folder(name)
+    dcp = find_dcp(path)
+    if dcp is None:
+        return open_folder(path)
+    from keyreduce.checkpoint.dcp_source import open_dcp  # torch's DCP code takes a second to import
+
+    return open_dcp(dcp, config=config)
+
+
+def find_dcp(path: Path) -> Path | None:
+    """Return the distributed checkpoint at ``path``, or None.
+
+    It is the folder itself where that holds one, else its complete ``step-N`` of the highest N. DCP writes
+    ``.metadata`` last: a step without it is one whose writing did not end.
+    """
+    path = Path(path)
+    if (path / METADATA_NAME).is_file():
+        return path
+    steps = [
+        (int(match[1]), child)
+        for child in path.glob("step-*")
+        if (match := re.fullmatch(r"step-(\d+)", child.name)) and (child / METADATA_NAME).is_file()
+    ]
+    return max(steps, default=(0, None))[1]
+
+
+def _find_folder(name: str | None) -> Path:
     name = name or DEFAULT_MODEL
-    path = Path(name)
     if os.path.isdir(name):
-        dcp = find_dcp(path)
-        return path if dcp is None else _converted(dcp)
+        return Path(name)
     if name in shipped_models():
         return SHIPPED / name
     if not os.path.exists(name) and _HUB_NAME.fullmatch(name):
@@ -53,12 +93,15 @@ def model_name(name: str | None) -> str:
     return os.path.realpath(name) if os.path.isdir(name) else name
 
 
-def _converted(dcp: Path) -> Path:
-    from keyreduce.checkpoint.dcp import dcp_to_hf  # torch's DCP code takes a second to import
+def _converted(dcp: Path, config: Path | None) -> Path:
+    from keyreduce.checkpoint.dcp_source import open_dcp
+    from keyreduce.checkpoint.rewrite import rewrite
 
     folder = Path(tempfile.mkdtemp(prefix="keyreduce-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    dcp_to_hf(dcp, folder)
+    rewrite(open_dcp(dcp, config=config), folder)
+    if (dcp / RECORD_NAME).is_file():
+        shutil.copyfile(dcp / RECORD_NAME, folder / RECORD_NAME)
     return folder
 
 

@@ -6,8 +6,9 @@ from typing import Protocol
 
 import torch
 
-from keyreduce.checkpoint.folder import Checkpoint, ShardPlan, write_folder_files, write_weights
-from keyreduce.checkpoint.shards import ByteRange, TensorSpec
+from keyreduce.checkpoint.shards import TORCH_DTYPES, ByteRange, TensorSpec, make_spec
+from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.checkpoint.writing import MAX_SHARD_SIZE, split_into_shards, write_folder_files, write_weights
 from keyreduce.errors import KeyreduceError
 
 _EDITABLE = ("F64", "F32", "F16", "BF16")
@@ -23,59 +24,123 @@ class Edit(Protocol):
         """Return the changed tensor, of that shape."""
 
 
+class EditedTensors:
+    """The tensors of a checkpoint as they will be, made one at a time when they are asked for.
+
+    Attributes:
+        tensors: name -> name, dtype and shape after the edits, in the order of the source.
+
+    Args:
+        source: the checkpoint to read.
+        edits: tensor name -> its changes, made in order.
+        dtype: what floating-point tensors are cast to, after their edits; None leaves them. Numbers of 8 bits and
+            fewer are quantized, and stay.
+
+    Raises:
+        KeyreduceError: an edited tensor is missing or quantized.
+    """
+
+    def __init__(self, source: Checkpoint, edits: Mapping[str, Sequence[Edit]], dtype: torch.dtype | None = None):
+        self._source, self._edits, self._dtype = source, edits, dtype
+        for name in edits:
+            if name not in source.tensors:
+                raise KeyreduceError(f"{source.path} has no tensor {name!r}, which is to be changed")
+            kind = source.tensors[name].dtype
+            if edits[name] and kind not in _EDITABLE:
+                raise KeyreduceError(f"tensor {name!r} of {source.path} is {kind}; take an unquantized checkpoint")
+        self.tensors = {name: self._describe(spec) for name, spec in source.tensors.items()}
+
+    def fetch(self, name: str) -> torch.Tensor | tuple[ByteRange, ...]:
+        """Return a tensor for writing: the bytes that hold it already, where nothing changes in them.
+
+        Raises:
+            KeyreduceError: it cannot be read, or holds NaN or inf after its changes.
+        """
+        ranges = None if self._changes(name) else self._source.ranges(name)
+        return self.read(name) if ranges is None else ranges
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor.
+
+        Raises:
+            KeyreduceError: it cannot be read, or holds NaN or inf after its changes.
+        """
+        tensor = self._source.read(name)
+        if not self._changes(name):
+            return tensor
+        for edit in self._edits.get(name, ()):
+            tensor = edit.apply(tensor)
+        tensor = tensor.to(TORCH_DTYPES[self.tensors[name].dtype])
+        if not _is_finite(tensor):
+            kind = f" as {tensor.dtype}".replace("torch.", "") if self._dtype else ""
+            raise KeyreduceError(
+                f"tensor {name!r} of {self._source.path} holds NaN or inf after its edits{kind}: is it damaged?"
+            )
+        return tensor
+
+    def _changes(self, name: str) -> bool:
+        return bool(self._edits.get(name)) or self.tensors[name] != self._source.tensors[name]
+
+    def _describe(self, spec: TensorSpec) -> TensorSpec:
+        shape = spec.shape
+        for edit in self._edits.get(spec.name, ()):
+            shape = edit.shape(shape)
+        if self._dtype is not None and spec.dtype in _EDITABLE:
+            return make_spec(spec.name, self._dtype, shape)
+        return spec._replace(shape=tuple(shape))
+
+
 def rewrite(
     source: Checkpoint,
     target: Path,
     *,
-    config: dict,
-    edits: Mapping[str, Sequence[Edit]],
+    config: dict | None = None,
+    edits: Mapping[str, Sequence[Edit]] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write ``source`` into the folder ``target`` with ``edits`` made and ``config`` as its config.json.
+    """Write ``source`` as a Hugging Face checkpoint with ``edits`` made and ``config`` as its config.json.
 
-    Shards keep their names and the order of their tensors. Tensors without edits are copied as bytes; the others
-    are read, changed and written one at a time, so that memory stays at about one tensor.
+    Tensors that do not change are copied as bytes; the others are read, changed and written one at a time, so that
+    memory stays at about one tensor. Shards keep their names and the order of their tensors, unless they are to have
+    another size.
 
     Args:
         source: the checkpoint to read.
         target: an existing, empty folder.
-        config: the config of the new checkpoint.
+        config: the config of the new checkpoint, whose dtype becomes ``dtype``; by default the source's.
         edits: tensor name -> its changes, made in order.
+        dtype: what floating-point tensors are cast to; None leaves them.
+        max_shard_size: the most bytes in a shard of several tensors; None keeps the shards of the source, and makes
+            them of 5 GB where it has none.
         progress: called after each tensor with the number of bytes written since the last call.
 
     Raises:
-        KeyreduceError: an edited tensor is missing, quantized, or holds NaN or inf, or a file cannot be written.
+        KeyreduceError: an edited tensor is missing, quantized, or holds NaN or inf, a file cannot be written, or
+            somebody wrote into the source meanwhile.
     """
-    for name in edits:
-        if name not in source.entries:
-            raise KeyreduceError(f"{source.path} has no tensor {name!r}, which is to be changed")
-        dtype = source.entries[name][1].dtype
-        if edits[name] and dtype not in _EDITABLE:
-            raise KeyreduceError(f"tensor {name!r} of {source.path} is {dtype}; take an unquantized checkpoint")
+    edited = EditedTensors(source, edits or {}, dtype)
+    if max_shard_size is None and source.shards is not None:
+        shards = {
+            file: plan._replace(tensors=[edited.tensors[spec.name] for spec in plan.tensors])
+            for file, plan in source.shards.items()
+        }
+    else:
+        shards = split_into_shards(edited.tensors, max_shard_size or MAX_SHARD_SIZE)
+    config = source.config if config is None else config
+    write_folder_files(target, config_with_dtype(config, dtype), source.sidecars)
+    write_weights(target, shards, edited.fetch, progress=progress)
+    source.refuse_changed()
 
-    def plan(file: str) -> ShardPlan:
-        specs = []
-        for name, entry in source.headers[file].entries.items():
-            shape = entry.shape
-            for edit in edits.get(name, ()):
-                shape = edit.shape(shape)
-            specs.append(TensorSpec(name, entry.dtype, tuple(shape)))
-        return ShardPlan(specs, source.headers[file].metadata)
 
-    def fetch(name: str) -> torch.Tensor | ByteRange:
-        if not edits.get(name):
-            file, entry = source.entries[name]
-            return ByteRange(source.path / file, entry.begin, entry.end)
-        tensor = source.read(name)
-        for edit in edits[name]:
-            tensor = edit.apply(tensor)
-        if not _is_finite(tensor):
-            raise KeyreduceError(f"tensor {name!r} of {source.path} holds NaN or inf after its edits: is it damaged?")
-        return tensor
-
-    write_folder_files(target, config, source.sidecars)
-    shards = {file: plan(file) for file in source.files}
-    write_weights(target, shards, fetch, with_index=source.is_sharded, progress=progress)
+def config_with_dtype(config: dict, dtype: torch.dtype | None) -> dict:
+    """Return ``config`` for a model of another dtype, which transformers loads it in; None leaves it."""
+    if dtype is None:
+        return config
+    # transformers wrote torch_dtype before it wrote dtype, and reads either.
+    field = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    return config | {field: str(dtype).removeprefix("torch.")}
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

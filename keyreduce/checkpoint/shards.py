@@ -6,14 +6,10 @@ a file from all of its tensors at once; here a file is made with no more than on
 that does not change is copied from file to file without being looked at.
 """
 
-import contextlib
-import errno
-import io
 import json
 import math
 import os
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -80,8 +76,21 @@ class TensorSpec(NamedTuple):
     shape: tuple[int, ...]
 
     @property
+    def bits(self) -> int:
+        """The bits of one number."""
+        return _BITS[self.dtype]
+
+    @property
     def nbytes(self) -> int:
-        return _count_bits(self.dtype, self.shape) // 8
+        """The bytes of all numbers."""
+        return self.bits * math.prod(self.shape) // 8
+
+
+class ShardPlan(NamedTuple):
+    """A file that is to be written: its tensors in order, and its header's metadata."""
+
+    tensors: Sequence[TensorSpec]
+    metadata: Mapping[str, str]
 
 
 class ByteRange(NamedTuple):
@@ -107,6 +116,20 @@ def make_spec(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorSpec
     return TensorSpec(name, _NAMES[dtype], shape)
 
 
+def torch_layout(spec: TensorSpec) -> dict[str, object]:
+    """Return ``dtype`` and ``size`` of a tensor as torch has them: :func:`make_spec` the other way round.
+
+    Raises:
+        KeyreduceError: torch has no such dtype.
+    """
+    if spec.dtype not in TORCH_DTYPES:
+        raise KeyreduceError(f"tensor {spec.name!r} is {spec.dtype}, which torch cannot hold")
+    size = spec.shape
+    if spec.dtype == "F4" and size:
+        size = (*size[:-1], size[-1] // 2)
+    return {"dtype": TORCH_DTYPES[spec.dtype], "size": size}
+
+
 def read_header(path: Path) -> Header:
     """Read the header of a safetensors file and check it against the file's size.
 
@@ -128,62 +151,6 @@ def read_header(path: Path) -> Header:
         raise KeyreduceError(
             f"{path} is not a valid safetensors file: it may be truncated, get it again ({error})"
         ) from None
-
-
-class ShardWriter:
-    """Write one safetensors file tensor by tensor, in the order given. A context manager.
-
-    Args:
-        path: the file to make.
-        tensors: what will be written, in order.
-        metadata: free-form strings for the header, such as ``{"format": "pt"}``.
-
-    Raises:
-        KeyreduceError: the file cannot be written.
-        ValueError: what is written is not what was announced, or, at the end, not all of it.
-    """
-
-    def __init__(self, path: Path, tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None):
-        self.path = path
-        self._pending = deque(tensors)
-        self._header = _format_header(tensors, metadata or {})
-        self._file: io.FileIO | None = None
-
-    def __enter__(self) -> "ShardWriter":
-        with _writing(self.path):
-            self._file = open(self.path, "wb", buffering=0)
-            _write_all(self._file, memoryview(self._header))
-        return self
-
-    def write(self, name: str, data: torch.Tensor | ByteRange) -> None:
-        """Write the next tensor, from memory or as a range of bytes copied from another file."""
-        if not self._pending or self._pending[0].name != name:
-            raise ValueError(f"{self.path}: it is not the turn of tensor {name!r}")
-        spec = self._pending.popleft()
-        if isinstance(data, ByteRange):
-            if data.end - data.begin != spec.nbytes:
-                raise ValueError(f"tensor {name!r} takes {spec.nbytes} bytes, not {data.end - data.begin}")
-            with _writing(self.path), open(data.path, "rb", buffering=0) as source:
-                _copy_range(source, self._file, data.begin, data.end)
-        else:
-            if make_spec(name, data.dtype, data.shape) != spec:
-                raise ValueError(f"{spec} was announced, not {data.dtype} {tuple(data.shape)}")
-            raw = data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            with _writing(self.path):
-                _write_all(self._file, memoryview(raw))
-
-    def __exit__(self, exception_type, exception, traceback) -> None:
-        with self._file:
-            if exception_type is not None:
-                return
-            if self._pending:
-                raise ValueError(f"{self.path}: tensor {self._pending[0].name!r} was not written")
-            with _writing(self.path):
-                os.fsync(self._file.fileno())
-
-
-def _count_bits(dtype: str, shape: tuple[int, ...]) -> int:
-    return _BITS[dtype] * math.prod(shape)
 
 
 def _parse_header(raw: bytes, size: int) -> Header:
@@ -220,7 +187,7 @@ def _parse_entry(name: str, info: object, data_start: int) -> TensorEntry:
     if math.prod(size for size in shape if size) >= 1 << 63:
         raise ValueError(f"tensor {name!r} has an impossible shape")
     begin, end = offsets
-    if 8 * (end - begin) != _count_bits(dtype, shape):
+    if 8 * (end - begin) != _BITS[dtype] * math.prod(shape):
         raise ValueError(f"tensor {name!r}, {dtype} of shape {shape}, does not take {end - begin} bytes")
     return TensorEntry(dtype, tuple(shape), data_start + begin, data_start + end)
 
@@ -237,50 +204,3 @@ def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
             raise ValueError(f"it names {name!r} twice")
         unique[name] = value
     return unique
-
-
-def _format_header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """The length and the JSON, padded with spaces so that the data starts at a multiple of 8 bytes."""
-    content: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    position = 0
-    for spec in tensors:
-        if spec.name in content:
-            raise ValueError(f"tensor {spec.name!r} is announced twice")
-        end = position + spec.nbytes
-        content[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise KeyreduceError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _write_all(file: io.FileIO, data: memoryview) -> None:
-    while data:
-        data = data[file.write(data) :]
-
-
-def _copy_range(source: io.FileIO, target: io.FileIO, begin: int, end: int) -> None:
-    """Append bytes [begin, end) of ``source`` to ``target``: by the kernel where it can, else in pieces."""
-    if hasattr(os, "copy_file_range"):
-        try:
-            while begin < end and (copied := os.copy_file_range(source.fileno(), target.fileno(), end - begin, begin)):
-                begin += copied
-        except OSError:
-            # Not every pair of file systems can. If the cause is another one, such as a full disk, the ordinary
-            # copy below meets it again and reports it.
-            pass
-    source.seek(begin)
-    while begin < end:
-        piece = source.read(min(_COPY_BYTES, end - begin))
-        if not piece:
-            raise OSError(errno.EIO, f"{source.name} ended early; it was changed while it was read")
-        _write_all(target, memoryview(piece))
-        begin += len(piece)

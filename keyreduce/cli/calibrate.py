@@ -27,6 +27,7 @@ def calibrate(
         bool,
         typer.Option("--gradients", help="Add what prune --method taylor needs; two to three times slower."),
     ] = False,
+    config: options.Config = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -47,6 +48,7 @@ def calibrate(
         text_source(text or (), dataset, dataset_config, split, default="calibration"),
         Settings(num_batches, batch_size, seq_len, seed),
         output or Workspace(work).calibration,
+        config=config,
         device=device,
         dtype=dtype,
         overwrite=overwrite,
@@ -55,7 +57,9 @@ def calibrate(
     console.result(result)
 
 
-def write_calibration(console, model, text, settings, target, *, device, dtype, overwrite, gradients=False) -> dict:
+def write_calibration(
+    console, model, text, settings, target, *, device, dtype, overwrite, config=None, gradients=False
+) -> dict:
     """Make the calibration file, or say that it is there already; return the command's JSON object."""
     from keyreduce.calibration.file import read_record, write_statistics
     from keyreduce.calibration.run import calibrate, describe_inputs
@@ -67,7 +71,7 @@ def write_calibration(console, model, text, settings, target, *, device, dtype, 
     from keyreduce.workspace import is_already_made, refuse_unwritable
 
     settings.check(gradients=gradients)
-    source = open_folder(find_model(model))
+    source = open_folder(find_model(model, config=config))
     family_of(source.config)
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)

@@ -8,6 +8,8 @@ import typer
 
 from keyreduce.cli import options
 
+_LAYOUTS = ("auto", "flat", "nested")
+
 
 def convert_dcp(
     source: Annotated[
@@ -24,93 +26,102 @@ def convert_dcp(
         typer.Argument(metavar="DST", help="Where to write.", show_default="dcp or hf in --work"),
     ] = None,
     work: options.Work = options.DEFAULT_WORK,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="For a DCP without one: the model's config.json, or a folder that holds it."),
-    ] = None,
+    config: options.Config = None,
     step: Annotated[int, typer.Option(min=0, help="A DCP is written into a folder step-N.")] = 0,
-    max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="The most bytes in a safetensors shard of several tensors: 500MB, 5GB.")
-    ] = "5GB",
+    layout: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|flat|nested",
+            help="The model's names in a DCP: flat, as torchtitan has them now, or under 'model', as before. auto "
+            "reads what is there, and writes what the weights came from, else flat.",
+        ),
+    ] = "auto",
+    dtype: options.CastTo = None,
+    max_shard_size: options.MaxShardSize = None,
+    only_model: Annotated[
+        bool,
+        typer.Option(
+            "--only-model/--no-only-model",
+            help="Leave optimizer and training state out, which a Hugging Face folder cannot hold; or stop if there "
+            "is any.",
+        ),
+    ] = True,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Convert a checkpoint; which way is read from what the source is."""
-    from keyreduce.checkpoint.dcp_folder import find_dcp
-    from keyreduce.checkpoint.folder import parse_size
+    from keyreduce.checkpoint.find import find_dcp, find_model
+    from keyreduce.checkpoint.folder import open_folder
+    from keyreduce.checkpoint.writing import parse_size
     from keyreduce.cli.console import Console
+    from keyreduce.devices import dtype_named
     from keyreduce.errors import KeyreduceError
+    from keyreduce.pruning.prune import read_record
     from keyreduce.workspace import Workspace
 
     console, workspace = Console(as_json=json), Workspace(work)
-    shard_bytes = parse_size(max_shard_size)
+    if layout not in _LAYOUTS:
+        raise KeyreduceError(f"--layout {layout} is unknown; take one of {', '.join(_LAYOUTS)}")
+    form = {
+        "dtype": dtype and dtype_named(dtype),
+        "max_shard_size": max_shard_size and parse_size(max_shard_size),
+    }
     if source is None and not workspace.pruned.is_dir():
         raise KeyreduceError(f"there is no pruned model at {workspace.pruned}; run keyreduce prune, or name a SRC")
     path = workspace.pruned if source is None else Path(source)
     dcp = find_dcp(path) if os.path.isdir(path) else None
     if dcp is None:
-        _to_dcp(console, path, (destination or workspace.dcp) / f"step-{step}", overwrite)
-    else:
-        _to_hf(console, dcp, destination or workspace.hf, config, shard_bytes, overwrite)
+        checkpoint = open_folder(find_model(str(path)))
+        if layout == "auto":
+            layout = read_record(checkpoint.path).get("dcp_layout", "flat")
+        target = (destination or workspace.dcp) / f"step-{step}"
+        _convert(console, checkpoint, target, to_dcp=True, layout=layout, overwrite=overwrite, **form)
+        return
+    from keyreduce.checkpoint.dcp_source import open_dcp
+
+    checkpoint = open_dcp(dcp, config=config, layout=None if layout == "auto" else layout)
+    if checkpoint.left_out and not only_model:
+        raise KeyreduceError(
+            f"{dcp} holds {checkpoint.left_out} entries beside the model, which a Hugging Face folder has no place for"
+        )
+    if dtype is None:
+        checkpoint.refuse_other_dtype()
+    target = destination or workspace.hf
+    _convert(console, checkpoint, target, to_dcp=False, layout=checkpoint.layout, overwrite=overwrite, **form)
 
 
-def _to_dcp(console, path, target, overwrite) -> None:
-    from keyreduce.checkpoint.dcp import hf_to_dcp
-    from keyreduce.checkpoint.find import find_model
-    from keyreduce.checkpoint.folder import open_folder
-
-    checkpoint = open_folder(find_model(str(path)))
-    size = sum(entry.end - entry.begin for _, entry in checkpoint.entries.values())
-    _convert(
-        console,
-        checkpoint.path,
-        target,
-        f"a distributed checkpoint of {len(checkpoint.entries)} tensors",
-        {"source": checkpoint.identity},
-        size,
-        overwrite,
-        lambda folder, progress: hf_to_dcp(checkpoint, folder, progress=progress),
-    )
-
-
-def _to_hf(console, dcp, target, config, shard_bytes, overwrite) -> None:
-    from keyreduce.checkpoint.dcp import dcp_to_hf
-    from keyreduce.checkpoint.dcp_folder import identify_dcp
-
-    _convert(
-        console,
-        dcp,
-        target,
-        "a Hugging Face folder",
-        {"source": identify_dcp(dcp), "config": str(config) if config else None, "max_shard_size": shard_bytes},
-        sum(file.stat().st_size for file in dcp.glob("*.distcp")),
-        overwrite,
-        lambda folder, progress: dcp_to_hf(
-            dcp, folder, config=config, max_shard_size=shard_bytes, progress=progress
-        ),
-    )
-
-
-def _convert(console, source, target, kind, inputs, size, overwrite, write) -> None:
+def _convert(console, source, target, *, to_dcp, layout, dtype, max_shard_size, overwrite) -> None:
     """Write one way or the other into ``target``, whole or not at all, and record what it was converted from."""
+    from keyreduce.checkpoint.rewrite import rewrite
     from keyreduce.cli.console import megabytes
-    from keyreduce.workspace import RECORD_NAME, appearing, is_already_made, read_json, refuse_source, write_json
+    from keyreduce.pruning.prune import read_record
+    from keyreduce.workspace import RECORD_NAME, appearing, is_already_made, refuse_source, write_json
 
-    def record_of(folder: Path) -> dict:
-        return read_json(folder / RECORD_NAME) if (folder / RECORD_NAME).is_file() else {}
-
-    refuse_source(target, source)
-    recorded = None if overwrite else record_of(target).get("converted")
+    refuse_source(target, source.path)
+    inputs = {"source": source.identity, "layout": layout}
+    inputs |= {"dtype": str(dtype).removeprefix("torch.")} if dtype else {}
+    inputs |= {"max_shard_size": max_shard_size} if max_shard_size else {}
+    recorded = None if overwrite else read_record(target).get("converted")
     if is_already_made(target, recorded, inputs, overwrite):
         console.say(f"{target} is there already, from the same inputs")
         console.result({"converted": str(target), "made": False})
         return
     with (
-        console.progress("converting", size, "B") as progress,
+        console.progress("converting", source.nbytes, "B") as progress,
         appearing(target, folder=True, overwrite=overwrite) as folder,
     ):
-        write(folder, progress)
-        write_json(folder / RECORD_NAME, {**record_of(folder), "converted": inputs}, overwrite=True)
-    console.say(f"wrote {target}: {kind}, {megabytes(size)}")
-    console.result({"converted": str(target), "made": True, "bytes": size})
+        if to_dcp:
+            from keyreduce.checkpoint.dcp import write_dcp
+
+            write_dcp(source, folder, nested=layout == "nested", dtype=dtype, progress=progress)
+        else:
+            rewrite(source, folder, dtype=dtype, max_shard_size=max_shard_size, progress=progress)
+        record = read_record(source.path) | {"dcp_layout": layout, "converted": inputs}
+        write_json(folder / RECORD_NAME, record, overwrite=True)
+    kind = f"a distributed checkpoint, {layout}," if to_dcp else "a Hugging Face folder"
+    left_out = 0 if to_dcp else source.left_out
+    console.say(f"wrote {target}: {kind} of {len(source.tensors)} tensors, {megabytes(source.nbytes)}")
+    if left_out:
+        console.say(f"left out: {left_out} entries of optimizer and training state")
+    console.result({"converted": str(target), "made": True, "bytes": source.nbytes, "layout": layout})

@@ -34,6 +34,27 @@ Dtype = Annotated[
         show_default="bfloat16 on a GPU, float32 on a CPU",
     ),
 ]
+CastTo = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help="float32, bfloat16 or float16: cast the weights to it, in files and config.",
+        show_default="as they are",
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", help="For a DCP without one: the model's config.json, or a folder that holds it."),
+]
+MaxShardSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="The most bytes in a safetensors shard of several tensors: 500MB, 5GB.",
+        show_default="the source's shards, or 5GB",
+    ),
+]
 Figures = Annotated[
     Path | None, typer.Option("--output", metavar="FILE", help="The figures as JSON.", show_default="in --work")
 ]

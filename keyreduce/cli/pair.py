@@ -38,10 +38,12 @@ def load_pair(
         folders["dense"] = find_model(model)
     else:
         pruned = find_model(compressed)
-        dense = model or read_record(pruned).get("dense")
+        record = read_record(pruned)
+        dense = model or record.get("dense")
         if dense is None:
             raise KeyreduceError(f"{compressed} does not say what it was pruned from; name that with --model")
-        folders = {"dense": find_model(dense), "pruned": pruned}
+        config = record.get("dense_config") if model is None else None
+        folders = {"dense": find_model(dense, config=config and Path(config)), "pruned": pruned}
     models = {label: load_model(folder, device, dtype) for label, folder in folders.items()}
     if compressed is None:
         console.note(f"there is no pruned model at {workspace.pruned}: the dense one alone")

@@ -100,9 +100,11 @@ def prune(
         float | None,
         typer.Option(rich_help_panel=_OF_METHODS, help="pca: the rank that keeps this share, instead of --ratio."),
     ] = None,
+    config: options.Config = None,
+    dtype: options.CastTo = None,
+    max_shard_size: options.MaxShardSize = None,
     seed: options.Seed = 0,
     device: options.Device = None,
-    dtype: options.Dtype = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     debug: options.Debug = False,
@@ -110,12 +112,12 @@ def prune(
     """Remove channels or heads, and write a checkpoint that fla and transformers load unchanged.
 
     A method that needs calibration sums runs keyreduce calibrate with its defaults first, where they are missing;
-    --device and --dtype are for that.
+    --device is for that.
     """
-    from keyreduce.checkpoint.find import find_model, model_name
-    from keyreduce.checkpoint.folder import open_folder
+    from keyreduce.checkpoint.find import model_name, open_model
+    from keyreduce.checkpoint.writing import parse_size
     from keyreduce.cli.console import Console
-    from keyreduce.devices import pick_device, pick_dtype
+    from keyreduce.devices import dtype_named, pick_device
     from keyreduce.pruning.budget import Budget
     from keyreduce.pruning.methods import method_named
     from keyreduce.pruning.planning import check_method, check_options, make_plan, read_options
@@ -124,11 +126,14 @@ def prune(
 
     console, workspace = Console(as_json=json), Workspace(work)
     chosen = method_named(method)
-    pick_dtype(dtype, pick_device(device))  # a wrong one is told even where nothing is left to calibrate
+    pick_device(device)  # a wrong one is told even where nothing is left to calibrate
+    cast_to, shard_bytes = dtype and dtype_named(dtype), max_shard_size and parse_size(max_shard_size)
     given = {"f": f, "permute": permute or None, "form": form, "include_queries": include_queries or None}
     given = {name: value for name, value in given.items() if value is not None}
     choices = check_options(chosen, given | read_options(chosen, set_ or ()))
-    source = open_folder(find_model(model))
+    source = open_model(model, config=config)
+    if dtype is None and source.shards is None:
+        source.refuse_other_dtype()
     budget = Budget.parse(
         target, ratio=ratio, keep=keep, variance=variance, allocate=allocate, multiple_of=multiple_of
     )
@@ -143,6 +148,8 @@ def prune(
         "options": choices,
         **budget.describe(source.config),
         "seed": seed,
+        **({"dtype": dtype} if dtype else {}),
+        **({"max_shard_size": shard_bytes} if shard_bytes else {}),
     }
     steps = None if overwrite else read_record(folder).get("steps")
     recorded = steps[-1]["inputs"] if steps else None
@@ -153,7 +160,7 @@ def prune(
     statistics = None
     if chosen.needs_statistics or budget.needs_statistics:
         statistics = _statistics(
-            console, model, source, calibration, workspace, device, dtype, gradients=chosen.needs_gradients
+            console, model, config, source, calibration, workspace, device, gradients=chosen.needs_gradients
         )
         # Gradients leave the other sums as they are.
         without = () if chosen.needs_gradients else ("gradients",)
@@ -175,13 +182,22 @@ def prune(
             options=choices,
             progress=progress,
         )
-    total = sum(entry.end - entry.begin for _, entry in source.entries.values())
-    with console.progress("writing", total, "B") as progress:
-        saved = write_pruned(source, plan, folder, dense=model_name(model), overwrite=overwrite, progress=progress)
+    with console.progress("writing", source.nbytes, "B") as progress:
+        saved = write_pruned(
+            source,
+            plan,
+            folder,
+            dense=model_name(model),
+            dense_config=config,
+            dtype=cast_to,
+            max_shard_size=shard_bytes,
+            overwrite=overwrite,
+            progress=progress,
+        )
     _report(console, Path(model_name(model)).name, source, plan, saved, folder)
 
 
-def _statistics(console, model, source, calibration, workspace, device, dtype, *, gradients):
+def _statistics(console, model, config, source, calibration, workspace, device, *, gradients):
     from keyreduce.calibration.file import read_record, read_statistics
     from keyreduce.calibration.run import Settings
     from keyreduce.cli.calibrate import write_calibration
@@ -197,7 +213,16 @@ def _statistics(console, model, source, calibration, workspace, device, dtype, *
         # What it says goes to stderr: this command's own result comes at the end.
         aside = Console(as_json=True)
         write_calibration(
-            aside, model, text, Settings(), path, device=device, dtype=dtype, overwrite=False, gradients=gradients
+            aside,
+            model,
+            text,
+            Settings(),
+            path,
+            config=config,
+            device=device,
+            dtype=None,
+            overwrite=False,
+            gradients=gradients,
         )
     check_calibration(source, read_record(path)["model"])
     statistics = read_statistics(path)

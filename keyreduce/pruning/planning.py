@@ -6,7 +6,7 @@ import torch
 
 from keyreduce.calibration.projections import projection_name
 from keyreduce.calibration.statistics import LayerStatistics, Statistics
-from keyreduce.checkpoint.folder import Checkpoint
+from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import Family, MixerSizes, Part, family_of
 from keyreduce.pruning.budget import SIZE_OF, sizes_after
@@ -219,9 +219,9 @@ def _check_shapes(source: Checkpoint, family: Family, layers: list[int]) -> None
         sizes = family.axis_sizes(source.config, layer)
         for short_name, parts in family.tensors.items():
             name = family.tensor_name(layer, short_name)
-            if name not in source.entries:
+            if name not in source.tensors:
                 continue
-            shape = source.entries[name][1].shape
+            shape = source.tensors[name].shape
             expected = tuple(
                 1 if part is Part.HEAD_OR_ALL and size == 1 else sizes.get(part, size)
                 for part, size in zip(parts, shape, strict=False)

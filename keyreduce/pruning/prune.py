@@ -1,5 +1,6 @@
 """A plan and a checkpoint to a smaller checkpoint. No model is built: memory stays at about one tensor."""
 
+import os
 import platform
 import zipfile
 from collections.abc import Callable
@@ -9,8 +10,8 @@ import numpy as np
 import torch
 
 from keyreduce import __version__
-from keyreduce.checkpoint.folder import Checkpoint
 from keyreduce.checkpoint.rewrite import Edit, rewrite
+from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
 from keyreduce.pruning.edits import layer_edits
@@ -22,7 +23,7 @@ from keyreduce.workspace import PROJECTIONS_NAME, RECORD_NAME, appearing, read_j
 def plan_edits(source: Checkpoint, plan: Plan) -> dict[str, list[Edit]]:
     """Return tensor name -> its edits, for a whole checkpoint."""
     family = family_of(source.config)
-    shapes = {name: entry.shape for name, (_, entry) in source.entries.items()}
+    shapes = {name: spec.shape for name, spec in source.tensors.items()}
     edits: dict[str, list[Edit]] = {}
     for layer, cut in plan.layers.items():
         edits |= layer_edits(family, layer, cut, shapes, source.read)
@@ -35,6 +36,9 @@ def write_pruned(
     target: Path,
     *,
     dense: str,
+    dense_config: Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | None = None,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Savings:
@@ -46,6 +50,9 @@ def write_pruned(
         target: the folder to make.
         dense: the model as the user called it, by which later commands find what the pruned one is compared with.
             A checkpoint that was pruned already keeps the name of the one that never was.
+        dense_config: the config that the user named for it, for the same purpose.
+        dtype: what the weights are cast to; None leaves them.
+        max_shard_size: the most bytes in a shard of several tensors; None keeps the source's shards.
         overwrite: whether an existing one is replaced.
         progress: called with bytes written.
 
@@ -63,8 +70,13 @@ def write_pruned(
     steps = earlier.get("steps", [])
     edits = plan_edits(source, plan)
     saved = savings(source, plan, edits)
+    # What a conversion noted about the source says nothing about what is made of it.
+    kept = {name: value for name, value in earlier.items() if name != "converted"}
+    if "dense" not in kept and dense_config is not None:
+        kept["dense_config"] = os.path.realpath(dense_config)
     record = {
-        "dense": earlier.get("dense", dense),
+        **kept,
+        "dense": kept.get("dense", dense),
         "versions": {
             "keyreduce": __version__,
             "python": platform.python_version(),
@@ -78,6 +90,8 @@ def write_pruned(
             temporary,
             config=family.resized(source.config, plan.after),
             edits=edits,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
             progress=progress,
         )
         write_json(temporary / RECORD_NAME, record)

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from keyreduce.checkpoint.folder import Checkpoint
 from keyreduce.checkpoint.rewrite import Edit
+from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.families import family_of
 from keyreduce.pruning.plan import Plan
 
@@ -40,12 +40,12 @@ def savings(source: Checkpoint, plan: Plan, edits: Mapping[str, Sequence[Edit]])
     family = family_of(source.config)
     prefixes = tuple(family.tensor_name(layer, "") for layer in plan.layers)
     mixer, model = [0, 0], [0, 0]
-    for name, (_, entry) in source.entries.items():
-        shape = entry.shape
+    for name, spec in source.tensors.items():
+        shape = spec.shape
         for edit in edits.get(name, ()):
             shape = edit.shape(shape)
         for counts in (model, mixer) if name.startswith(prefixes) else (model,):
-            counts[0] += torch.Size(entry.shape).numel()
+            counts[0] += torch.Size(spec.shape).numel()
             counts[1] += torch.Size(shape).numel()
     state = [4 * sum(sizes.state_elements for sizes in layers.values()) for layers in (plan.before, plan.after)]
     return Savings(tuple(state), tuple(mixer), tuple(model))

@@ -12,7 +12,8 @@ from keyreduce import __version__
 from keyreduce.calibration.run import calibrate
 from keyreduce.calibration.statistics import Statistics
 from keyreduce.checkpoint.find import find_model, model_name
-from keyreduce.checkpoint.folder import Checkpoint, open_folder
+from keyreduce.checkpoint.folder import open_folder
+from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.perplexity import Perplexity, evaluate

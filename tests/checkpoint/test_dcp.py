@@ -17,9 +17,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from keyreduce.checkpoint.dcp import dcp_to_hf, hf_to_dcp
-from keyreduce.checkpoint.dcp_folder import find_dcp
+from keyreduce.checkpoint.dcp import write_dcp
+from keyreduce.checkpoint.dcp_source import open_dcp
+from keyreduce.checkpoint.find import find_dcp
 from keyreduce.checkpoint.folder import open_folder
+from keyreduce.checkpoint.rewrite import rewrite
 from keyreduce.checkpoint.shards import TORCH_DTYPES
 from keyreduce.errors import KeyreduceError
 
@@ -46,6 +48,10 @@ def saved(folder_of, tensors) -> Path:
     dcp.save(tensors, checkpoint_id=folder, no_dist=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     return folder
+
+
+def dcp_to_hf(source: Path, target: Path, *, config: Path | None = None, **options) -> None:
+    rewrite(open_dcp(source, config=config), target, **options)
 
 
 def _load_all(folder: Path) -> dict[str, torch.Tensor]:
@@ -75,17 +81,17 @@ def test_safetensors_to_dcp_and_back_is_bitwise_the_same(make_folder, folder_of,
         raw = torch.randint(0, 256, (3, 8 * dtype.itemsize), dtype=torch.uint8, generator=generator)
         tensors[f"dtype.{name}"] = raw > 127 if dtype == torch.bool else raw.view(dtype)
     source = make_folder(tensors, shards=2)
-    (source / "keyreduce.json").write_text('{"ratio": 0.25}')
     through, target = folder_of("step-0"), folder_of("back")
     saved_bytes, loaded_bytes = [], []
-    hf_to_dcp(open_folder(source), through, progress=saved_bytes.append)
+    write_dcp(open_folder(source), through, progress=saved_bytes.append)
     dcp_to_hf(through, target, progress=loaded_bytes.append)
     _assert_same(_load_all(target), tensors)
-    for _, entry in open_folder(target).entries.values():
-        assert entry.begin % TORCH_DTYPES[entry.dtype].itemsize == 0
+    converted = open_folder(target)
+    for name, spec in converted.tensors.items():
+        assert converted.ranges(name)[0].begin % TORCH_DTYPES[spec.dtype].itemsize == 0
     total_size = sum(tensor.nbytes for tensor in tensors.values())
     assert sum(saved_bytes) == sum(loaded_bytes) == total_size
-    for name in ("config.json", "tokenizer.json", "keyreduce.json"):
+    for name in ("config.json", "tokenizer.json"):
         content = (target / name).read_text()
         assert json.loads(content) == json.loads((source / name).read_text())
     assert open_folder(target).config == open_folder(source).config
@@ -93,7 +99,7 @@ def test_safetensors_to_dcp_and_back_is_bitwise_the_same(make_folder, folder_of,
 
 def test_torch_reads_our_dcp(make_folder, folder_of, tensors, tmp_path):
     target = folder_of("step-0")
-    hf_to_dcp(open_folder(make_folder(tensors)), target)
+    write_dcp(open_folder(make_folder(tensors)), target)
     dcp_to_torch_save(target, tmp_path / "all.pt")
     _assert_same(torch.load(tmp_path / "all.pt"), tensors)
     planner_data = dcp.FileSystemReader(target).read_metadata().planner_data
@@ -103,7 +109,7 @@ def test_torch_reads_our_dcp(make_folder, folder_of, tensors, tmp_path):
 def test_dcp_to_safetensors_and_back_is_the_same(saved, folder_of, tensors):
     through, target = folder_of("hf"), folder_of("step-1")
     dcp_to_hf(saved, through)
-    hf_to_dcp(open_folder(through), target)
+    write_dcp(open_folder(through), target)
     loaded = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     dcp.load(loaded, checkpoint_id=target, no_dist=True)
     _assert_same(loaded, tensors)
@@ -179,8 +185,8 @@ def test_large_models_are_split_into_shards(folder_of):
     (source / "config.json").write_text(json.dumps(CONFIG))
     dcp_to_hf(source, target, max_shard_size=1000)
     checkpoint = open_folder(target)
-    assert checkpoint.files == tuple(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
-    assert all((target / file).stat().st_size < 1000 + 1000 for file in checkpoint.files)
+    assert list(checkpoint.shards) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert all((target / file).stat().st_size < 1000 + 1000 for file in checkpoint.shards)
     _assert_same(_load_all(target), tensors)
     index = json.loads((target / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 2000
@@ -365,11 +371,11 @@ def test_a_full_disk_is_a_user_error_and_an_interrupt_stays_one(make_folder, fol
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        hf_to_dcp(source, folder_of("interrupted"), progress=interrupt)
+        write_dcp(source, folder_of("interrupted"), progress=interrupt)
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(KeyreduceError, match="cannot write .*No space left on device"):
-        hf_to_dcp(source, folder_of("full"))
+        write_dcp(source, folder_of("full"))

@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from keyreduce.checkpoint.folder import find_sidecars, open_folder, parse_size, write_folder_files
+from keyreduce.checkpoint.folder import find_sidecars, open_folder
+from keyreduce.checkpoint.writing import parse_size, write_folder_files
 from keyreduce.errors import KeyreduceError
 
 INDEX = "model.safetensors.index.json"
@@ -16,15 +17,19 @@ def test_every_tensor_is_read_as_the_library_reads_it(make_folder, tensors, shar
     folder = make_folder(tensors, shards=shards)
     checkpoint = open_folder(folder)
     assert checkpoint.config["hidden_size"] == 8
-    assert checkpoint.is_sharded == (shards > 1)
-    assert list(checkpoint.files) == sorted(path.name for path in folder.glob("*.safetensors"))
-    assert checkpoint.entries.keys() == tensors.keys()
-    mapped = checkpoint.map_all()
-    for name, (file, entry) in checkpoint.entries.items():
-        theirs = load_file(folder / file)[name]
-        for ours in (checkpoint.read(name), mapped[name]):
+    assert list(checkpoint.shards) == sorted(path.name for path in folder.glob("*.safetensors"))
+    assert checkpoint.tensors.keys() == tensors.keys()
+    assert checkpoint.nbytes == sum(tensor.nbytes for tensor in tensors.values())
+    for file, plan in checkpoint.shards.items():
+        loaded = load_file(folder / file)
+        assert loaded.keys() == {spec.name for spec in plan.tensors}
+        for name, theirs in loaded.items():
+            ours = checkpoint.read(name)
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
-        assert entry.shape == tuple(theirs.shape)
+            assert checkpoint.tensors[name].shape == tuple(theirs.shape)
+            [(path, begin, end)] = checkpoint.ranges(name)
+            assert path == folder / file
+            assert path.read_bytes()[begin:end] == theirs.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def test_a_tensor_that_is_not_there_is_named(make_folder, tensors):
@@ -37,7 +42,7 @@ def test_a_dtype_that_torch_has_not_is_listed_but_not_read(make_folder, tensors)
     header = json.dumps({"t": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
     checkpoint = open_folder(folder)
-    assert checkpoint.entries["t"][1].shape == (4,)
+    assert checkpoint.tensors["t"].shape == (4,)
     with pytest.raises(KeyreduceError, match="cannot be read"):
         checkpoint.read("t")
 
@@ -45,7 +50,7 @@ def test_a_dtype_that_torch_has_not_is_listed_but_not_read(make_folder, tensors)
 def test_a_single_file_wins_over_an_index_as_in_transformers(make_folder, tensors):
     folder = make_folder(tensors, shards=2)
     save_file({"only": torch.zeros(1)}, folder / "model.safetensors")
-    assert list(open_folder(folder).entries) == ["only"]
+    assert list(open_folder(folder).tensors) == ["only"]
 
 
 def test_sidecars_are_what_a_loader_looks_for(make_folder, tensors, tmp_path):
@@ -56,6 +61,8 @@ def test_sidecars_are_what_a_loader_looks_for(make_folder, tensors, tmp_path):
     for name in carried + left:
         (folder / name).write_text(name)
     (folder / "tokenizer_folder").mkdir()
+    assert [path.name for path in find_sidecars(folder)] == sorted([*carried, "tokenizer.json", "README.md"])
+    (folder / "keyreduce.json").unlink()
     assert [path.name for path in open_folder(folder).sidecars] == sorted([*carried, "tokenizer.json"])
     target = tmp_path / "target"
     target.mkdir()

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from keyreduce.checkpoint.folder import Checkpoint, open_folder
+from keyreduce.checkpoint.folder import HfCheckpoint, open_folder
 from keyreduce.checkpoint.rewrite import rewrite
 from keyreduce.errors import KeyreduceError
 
@@ -53,11 +53,11 @@ def test_edited_tensors_change_and_the_rest_is_the_same(make_folder, tensors, ta
 
     expected = tensors | {QUERY: tensors[QUERY][[4, 0, 1]] * -2.0}
     found = {}
-    for file in source.files:
+    for file in source.shards:
         found |= load_file(target / file)
         with safe_open(target / file, framework="pt") as opened:
             assert opened.metadata() == {"format": "pt"}
-            assert set(opened.keys()) == source.headers[file].entries.keys()
+            assert set(opened.keys()) == {spec.name for spec in source.shards[file].tensors}
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
@@ -70,7 +70,7 @@ def test_edited_tensors_change_and_the_rest_is_the_same(make_folder, tensors, ta
     assert index.exists() == (shards > 1)
     if shards > 1:
         assert json.loads(index.read_text())["metadata"] == {"total_size": total_size}
-    assert open_folder(target).entries.keys() == tensors.keys()
+    assert open_folder(target).tensors.keys() == tensors.keys()
 
 
 def test_no_edits_give_the_same_data_and_the_same_identity(make_folder, tensors, target):
@@ -81,7 +81,7 @@ def test_no_edits_give_the_same_data_and_the_same_identity(make_folder, tensors,
 
 def test_one_tensor_is_held_at_a_time(make_folder, tensors, target, monkeypatch):
     source = open_folder(make_folder({f"layer.{i}": torch.ones(4, 4) for i in range(6)}))
-    read, seen, most_alive = Checkpoint.read, [], 0
+    read, seen, most_alive = HfCheckpoint.read, [], 0
 
     def watched(self, name):
         nonlocal most_alive
@@ -90,8 +90,8 @@ def test_one_tensor_is_held_at_a_time(make_folder, tensors, target, monkeypatch)
         most_alive = max(most_alive, sum(ref() is not None for ref in seen))
         return tensor
 
-    monkeypatch.setattr(Checkpoint, "read", watched)
-    rewrite(source, target, config={}, edits={name: [KeepRows([0])] for name in source.entries})
+    monkeypatch.setattr(HfCheckpoint, "read", watched)
+    rewrite(source, target, config={}, edits={name: [KeepRows([0])] for name in source.tensors})
     assert len(seen) == 6 and most_alive == 1
 
 

@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from keyreduce.checkpoint.shards import (
-    TORCH_DTYPES,
-    ByteRange,
-    ShardWriter,
-    TensorSpec,
-    make_spec,
-    read_header,
-)
+from keyreduce.checkpoint.shard_writer import ShardWriter
+from keyreduce.checkpoint.shards import TORCH_DTYPES, ByteRange, TensorSpec, make_spec, read_header
 from keyreduce.errors import KeyreduceError
 
 
@@ -75,7 +69,7 @@ def test_a_file_from_memory_and_from_byte_ranges_loads(tmp_path, tensors):
         for spec in specs:
             entry = entries[spec.name]
             is_edited = spec.name == "model.embeddings.weight"
-            writer.write(spec.name, edited if is_edited else ByteRange(source, entry.begin, entry.end))
+            writer.write(spec.name, edited if is_edited else [ByteRange(source, entry.begin, entry.end)])
     assert int.from_bytes(target.read_bytes()[:8], "little") % 8 == 0
     with safe_open(target, framework="pt") as opened:
         assert opened.metadata() == {"format": "pt"}
@@ -95,7 +89,7 @@ def test_a_range_is_copied_without_the_kernel_too(tmp_path, monkeypatch, kernel_
     data = os.urandom(1234)
     (tmp_path / "source").write_bytes(b"before" + data + b"after")
     with ShardWriter(tmp_path / "target", [TensorSpec("t", "U8", (1234,))]) as writer:
-        writer.write("t", ByteRange(tmp_path / "source", 6, 6 + 1234))
+        writer.write("t", [ByteRange(tmp_path / "source", 6, 6 + 1234)])
     assert (tmp_path / "target").read_bytes().endswith(data)
     assert read_header(tmp_path / "target").entries["t"].shape == (1234,)
 
@@ -104,14 +98,14 @@ def test_a_source_that_shrinks_is_an_error(tmp_path):
     (tmp_path / "source").write_bytes(b"short")
     with pytest.raises(KeyreduceError, match="changed while it was read"):
         with ShardWriter(tmp_path / "target", [TensorSpec("t", "U8", (100,))]) as writer:
-            writer.write("t", ByteRange(tmp_path / "source", 0, 100))
+            writer.write("t", [ByteRange(tmp_path / "source", 0, 100)])
 
 
 def test_a_writer_takes_what_was_announced_and_all_of_it(tmp_path):
     specs = [TensorSpec("a", "F32", (2,)), TensorSpec("b", "F32", (2,))]
     with pytest.raises(ValueError, match="not the turn"), ShardWriter(tmp_path / "x", specs) as writer:
         writer.write("b", torch.zeros(2))
-    for wrong in (torch.zeros(3), torch.zeros(2, dtype=torch.bfloat16), ByteRange(tmp_path / "x", 0, 9)):
+    for wrong in (torch.zeros(3), torch.zeros(2, dtype=torch.bfloat16), [ByteRange(tmp_path / "x", 0, 9)]):
         with pytest.raises(ValueError, match="announced|takes 8 bytes"), ShardWriter(tmp_path / "x", specs) as writer:
             writer.write("a", wrong)
     with pytest.raises(ValueError, match="'b' was not written"), ShardWriter(tmp_path / "x", specs) as writer:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, draw_tokens, edit_config, edit_tensors, tensors_of
 
-from keyreduce.checkpoint.dcp import hf_to_dcp
+from keyreduce.checkpoint.dcp import write_dcp
 from keyreduce.checkpoint.find import DEFAULT_MODEL, SHIPPED, find_model, model_name, shipped_models
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.devices import pick_device, pick_dtype
@@ -47,7 +47,7 @@ def test_a_folder_loads_as_it_is(tiny_folder, model_type):
 def test_a_distributed_checkpoint_is_converted(tiny_folder, tmp_path):
     folder, step = tiny_folder("delta_net"), tmp_path / "dcp" / "step-2"
     step.mkdir(parents=True)
-    hf_to_dcp(open_folder(folder), step)
+    write_dcp(open_folder(folder), step)
     tokens = draw_tokens(1, 9)
     with torch.no_grad():
         logits = [load(find_model(str(path))).model(tokens).logits for path in (folder, step, step.parent)]

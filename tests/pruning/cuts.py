@@ -20,7 +20,8 @@ from tiny_models import tensors_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from keyreduce.calibration.statistics import LayerStatistics, Statistics, TaylorSums
-from keyreduce.checkpoint.folder import Checkpoint, open_folder
+from keyreduce.checkpoint.folder import open_folder
+from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.families import FAMILIES, MixerSizes, family_of
 from keyreduce.pruning.budget import SIZE_OF
 from keyreduce.pruning.methods import METHODS

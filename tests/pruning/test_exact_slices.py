@@ -98,7 +98,7 @@ def test_each_target_makes_a_difference(tmp_path, model_type, targets):
 def test_biases_of_convolutions_are_cut_along(tmp_path, model_type, targets):
     dense, tokens = build(model_type, {"num_heads": 4, "use_gate": True}, conv_bias=True), draw_tokens(2, 9)
     source = store(dense, tmp_path / "source")
-    assert "model.layers.0.attn.q_conv1d.bias" in source.entries
+    assert "model.layers.0.attn.q_conv1d.bias" in source.tensors
     plan = plan_of(source, dict.fromkeys(targets, 2))
     sliced = load_with_biases(cut(source, plan, tmp_path / "cut"))
     for model in (dense, sliced):

@@ -61,7 +61,7 @@ def test_sharded_checkpoints_stay_sharded(tmp_path, tiny_folder, pruned, model_t
     sharded = save(build(model_type), tmp_path / "sharded", max_shard_size="20KB")
     whole = pruned(tiny_folder(model_type), **EVERY_TARGET, name="whole")
     target = pruned(sharded, **EVERY_TARGET)
-    assert len(open_folder(target).files) == len(open_folder(sharded).files) > 2
+    assert len(open_folder(target).shards) == len(open_folder(sharded).shards) > 2
     expected, found = tensors_of(whole), tensors_of(target)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
