@@ -72,6 +72,11 @@ class Checkpoint(ABC):
         """The files that a copy of this model should have too: tokenizer, generation config, and the like."""
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors."""
+        return tuple(self._stamps)
+
+    @property
     def nbytes(self) -> int:
         """The bytes of all tensors."""
         return sum(spec.nbytes for spec in self.tensors.values())

@@ -11,6 +11,7 @@ from keyreduce.cli.convert_dcp import convert_dcp
 from keyreduce.cli.eval import evaluate
 from keyreduce.cli.prune import prune
 from keyreduce.cli.sweep import sweep
+from keyreduce.cli.verify import verify
 from keyreduce.errors import KeyreduceError
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app.command(name="convert-dcp")(convert_dcp)
 app.command()(benchmark)
 app.command(name="eval")(evaluate)
 app.command()(sweep)
+app.command()(verify)
 
 
 def main() -> None:

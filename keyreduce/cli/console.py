@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 
@@ -60,6 +62,11 @@ class Console:
         with Progress(*columns, TimeRemainingColumn(), console=self.errors, transient=True, disable=hidden) as bar:
             task = bar.add_task(description, total=total)
             yield lambda amount: bar.advance(task, amount)
+
+
+def command_line() -> str:
+    """Return what was typed, for records: settings from the environment are not in it."""
+    return shlex.join(["keyreduce", *sys.argv[1:]])
 
 
 def scaled(amount: float) -> str:

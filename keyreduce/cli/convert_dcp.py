@@ -93,8 +93,12 @@ def convert_dcp(
 
 def _convert(console, source, target, *, to_dcp, layout, dtype, max_shard_size, overwrite) -> None:
     """Write one way or the other into ``target``, whole or not at all, and record what it was converted from."""
+    from keyreduce.checkpoint.dcp import write_dcp
+    from keyreduce.checkpoint.dcp_source import open_dcp
+    from keyreduce.checkpoint.folder import open_folder
     from keyreduce.checkpoint.rewrite import rewrite
     from keyreduce.cli.console import megabytes
+    from keyreduce.models.skeleton import Skeleton, UnknownArchitecture
     from keyreduce.pruning.prune import read_record
     from keyreduce.workspace import RECORD_NAME, appearing, is_already_made, refuse_source, write_json
 
@@ -108,16 +112,24 @@ def _convert(console, source, target, *, to_dcp, layout, dtype, max_shard_size, 
         console.result({"converted": str(target), "made": False})
         return
     with (
+        Skeleton() as skeleton,
         console.progress("converting", source.nbytes, "B") as progress,
         appearing(target, folder=True, overwrite=overwrite) as folder,
     ):
         if to_dcp:
-            from keyreduce.checkpoint.dcp import write_dcp
-
             write_dcp(source, folder, nested=layout == "nested", dtype=dtype, progress=progress)
         else:
             rewrite(source, folder, dtype=dtype, max_shard_size=max_shard_size, progress=progress)
-        record = read_record(source.path) | {"dcp_layout": layout, "converted": inputs}
+        try:
+            skeleton.check(source.config, {name: spec.shape for name, spec in source.tensors.items()}, source.path)
+        except UnknownArchitecture as error:
+            console.note(f"not checked whether all tensors of the model are there: {error}")
+        written = open_dcp(folder) if to_dcp else open_folder(folder)
+        record = read_record(source.path) | {
+            "dcp_layout": layout,
+            "converted": inputs,
+            "identity": written.identity,
+        }
         write_json(folder / RECORD_NAME, record, overwrite=True)
     kind = f"a distributed checkpoint, {layout}," if to_dcp else "a Hugging Face folder"
     left_out = 0 if to_dcp else source.left_out

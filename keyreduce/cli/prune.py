@@ -100,6 +100,14 @@ def prune(
         float | None,
         typer.Option(rich_help_panel=_OF_METHODS, help="pca: the rank that keeps this share, instead of --ratio."),
     ] = None,
+    verify: Annotated[
+        str | None,
+        typer.Option(
+            metavar="logits",
+            help="Before it appears, run it against the dense model with the dropped channels masked.",
+            show_default="tensors and shapes alone",
+        ),
+    ] = None,
     config: options.Config = None,
     dtype: options.CastTo = None,
     max_shard_size: options.MaxShardSize = None,
@@ -112,21 +120,28 @@ def prune(
     """Remove channels or heads, and write a checkpoint that fla and transformers load unchanged.
 
     A method that needs calibration sums runs keyreduce calibrate with its defaults first, where they are missing;
-    --device is for that.
+    --device is for that, and for --verify.
     """
     from keyreduce.checkpoint.find import model_name, open_model
     from keyreduce.checkpoint.writing import parse_size
-    from keyreduce.cli.console import Console
+    from keyreduce.cli.console import Console, command_line
+    from keyreduce.cli.cut_report import report_cut
     from keyreduce.devices import dtype_named, pick_device
+    from keyreduce.errors import KeyreduceError
+    from keyreduce.models.skeleton import Skeleton
     from keyreduce.pruning.budget import Budget
     from keyreduce.pruning.methods import method_named
     from keyreduce.pruning.planning import check_method, check_options, make_plan, read_options
     from keyreduce.pruning.prune import read_record, write_pruned
     from keyreduce.workspace import Workspace, is_already_made, refuse_source, refuse_unwritable
 
+    if verify:
+        from keyreduce.pruning.masked import check_logits  # with transformers and fla, which take seconds to import
     console, workspace = Console(as_json=json), Workspace(work)
     chosen = method_named(method)
-    pick_device(device)  # a wrong one is told even where nothing is left to calibrate
+    if verify not in (None, "logits"):
+        raise KeyreduceError(f"--verify {verify} is unknown; the one that there is is logits")
+    run_on = pick_device(device)  # a wrong one is told even where nothing is left to calibrate
     cast_to, shard_bytes = dtype and dtype_named(dtype), max_shard_size and parse_size(max_shard_size)
     given = {"f": f, "permute": permute or None, "form": form, "include_queries": include_queries or None}
     given = {name: value for name, value in given.items() if value is not None}
@@ -170,31 +185,36 @@ def prune(
         console.result({"pruned": str(folder), "made": False})
         return
 
-    keeps = budget.numbers(source.config, statistics, chosen, choices)
-    with console.progress("selecting", len(next(iter(keeps.values()))), "layers") as progress:
-        plan = make_plan(
-            source,
-            chosen,
-            keeps,
-            seed=seed,
-            statistics=statistics,
-            inputs=inputs,
-            options=choices,
-            progress=progress,
-        )
-    with console.progress("writing", source.nbytes, "B") as progress:
-        saved = write_pruned(
-            source,
-            plan,
-            folder,
-            dense=model_name(model),
-            dense_config=config,
-            dtype=cast_to,
-            max_shard_size=shard_bytes,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    _report(console, Path(model_name(model)).name, source, plan, saved, folder)
+    # It imports while channels are chosen and bytes are copied.
+    with Skeleton() as skeleton:
+        keeps = budget.numbers(source.config, statistics, chosen, choices)
+        with console.progress("selecting", len(next(iter(keeps.values()))), "layers") as progress:
+            plan = make_plan(
+                source,
+                chosen,
+                keeps,
+                seed=seed,
+                statistics=statistics,
+                inputs=inputs,
+                options=choices,
+                progress=progress,
+            )
+        with console.progress("writing", source.nbytes, "B") as progress:
+            saved = write_pruned(
+                source,
+                plan,
+                folder,
+                dense=model_name(model),
+                dense_config=config,
+                dtype=cast_to,
+                max_shard_size=shard_bytes,
+                command=command_line(),
+                skeleton=skeleton,
+                verify=verify and (lambda made: check_logits(source, made, plan, device=run_on, seed=seed)),
+                overwrite=overwrite,
+                progress=progress,
+            )
+    report_cut(console, Path(model_name(model)).name, source, plan, saved, folder)
 
 
 def _statistics(console, model, config, source, calibration, workspace, device, *, gradients):
@@ -233,66 +253,3 @@ def _statistics(console, model, config, source, calibration, workspace, device, 
             f"{path} holds NaN or inf: it is damaged; make it again with keyreduce calibrate --overwrite"
         ) from None
     return statistics
-
-
-def _report(console, name, source, plan, saved, folder) -> None:
-    from keyreduce.families import MixerSizes, family_of
-    from keyreduce.pruning.engines import suited_engines
-
-    before, after = plan.before.values(), plan.after.values()
-
-    def sizes(name: str) -> list[str]:
-        """A size, or the smallest and largest where layers differ."""
-        ranges = [sorted({getattr(layer, name) for layer in layers}) for layers in (before, after)]
-        return [f"{values[0]}" if len(values) == 1 else f"{values[0]} to {values[-1]}" for values in ranges]
-
-    def alike(name: str, layers):
-        """A size, or a list of one for each layer where they differ."""
-        values = [getattr(layer, name) for layer in layers]
-        return values[0] if len(set(values)) == 1 else values
-
-    def total(name: str) -> list[int]:
-        return [sum(getattr(layer, name) for layer in layers) for layers in (before, after)]
-
-    rows = []
-    for label, size in (
-        ("key heads", "key_heads"),
-        ("key channels a head", "head_k_dim"),
-        ("value channels a head", "head_v_dim"),
-    ):
-        if plan.before != plan.after and total(size)[0] == total(size)[1]:
-            continue  # what stayed is not news
-        rows.append((label, *sizes(size), *total(size)))
-    rows += [
-        (
-            "state per sequence, float32",
-            *(f"{size / 2**20:,.2f} MiB" for size in saved.state_bytes_per_sequence),
-            *saved.state_bytes_per_sequence,
-        ),
-        ("mixer parameters", *(f"{count:,}" for count in saved.mixer_parameters), *saved.mixer_parameters),
-        ("model parameters", *(f"{count:,}" for count in saved.model_parameters), *saved.model_parameters),
-    ]
-    console.table(
-        f"{name}, pruned with {plan.inputs['method']}",
-        ("", "before", "after", "smaller by"),
-        [(label, was, now, f"{100 * (1 - less / more):.1f}%") for label, was, now, more, less in rows],
-    )
-    console.say(saved.sentence)
-    suited, unsuited = suited_engines(family_of(source.config), set(after))
-    if suited:
-        console.say(f"its sizes suit: {'; '.join(suited)}")
-    if unsuited:
-        console.say(f"not: {'; '.join(unsuited)}")
-    console.say(f"wrote {folder}")
-    console.result(
-        {
-            "pruned": str(folder),
-            "made": True,
-            "method": plan.inputs["method"],
-            "target": plan.inputs["target"],
-            **{name: [alike(name, before), alike(name, after)] for name in MixerSizes._fields},
-            **{name: list(values) for name, values in saved._asdict().items()},
-            "smaller": saved.sentence,
-            "suited_engines": suited,
-        }
-    )

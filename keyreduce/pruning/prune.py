@@ -10,10 +10,13 @@ import numpy as np
 import torch
 
 from keyreduce import __version__
+from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.rewrite import Edit, rewrite
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
+from keyreduce.models.skeleton import Skeleton
+from keyreduce.pruning.card import model_card
 from keyreduce.pruning.edits import layer_edits
 from keyreduce.pruning.plan import Plan
 from keyreduce.pruning.savings import Savings, savings
@@ -39,6 +42,9 @@ def write_pruned(
     dense_config: Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int | None = None,
+    command: str | None = None,
+    skeleton: Skeleton | None = None,
+    verify: Callable[[Path], object] | None = None,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Savings:
@@ -53,6 +59,9 @@ def write_pruned(
         dense_config: the config that the user named for it, for the same purpose.
         dtype: what the weights are cast to; None leaves them.
         max_shard_size: the most bytes in a shard of several tensors; None keeps the source's shards.
+        command: the command line that asked for it, for the record.
+        skeleton: what checks the result against the model that its config describes; None leaves that out.
+        verify: called with the finished folder before it appears; what it raises keeps it from doing so.
         overwrite: whether an existing one is replaced.
         progress: called with bytes written.
 
@@ -82,7 +91,7 @@ def write_pruned(
             "python": platform.python_version(),
             "torch": torch.__version__,
         },
-        "steps": [*steps, plan.to_json() | {"smaller": saved.sentence}],
+        "steps": [*steps, plan.to_json() | {"smaller": saved.sentence} | ({"command": command} if command else {})],
     }
     with appearing(target, folder=True, overwrite=overwrite) as temporary:
         rewrite(
@@ -94,8 +103,14 @@ def write_pruned(
             max_shard_size=max_shard_size,
             progress=progress,
         )
-        write_json(temporary / RECORD_NAME, record)
+        written = open_folder(temporary)
+        if skeleton is not None:
+            skeleton.check(written.config, {name: spec.shape for name, spec in written.tensors.items()}, target)
+        write_json(temporary / RECORD_NAME, record | {"identity": written.identity})
         _add_projections(temporary, len(steps), plan)
+        _write_card(temporary, written.config, record, saved)
+        if verify is not None:
+            verify(temporary)
     return saved
 
 
@@ -112,6 +127,13 @@ def read_record(folder: Path) -> dict:
     if not has_steps or not isinstance(record.get("dense", ""), str):
         raise KeyreduceError(f"{path} is damaged: it does not say what was pruned; remove it, or prune again")
     return record
+
+
+def _write_card(folder: Path, config: dict, record: dict, saved: Savings) -> None:
+    try:
+        (folder / "README.md").write_text(model_card(config, record, saved))
+    except OSError as error:
+        raise KeyreduceError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 def _add_projections(folder: Path, step: int, plan: Plan) -> None:

@@ -1,0 +1,85 @@
+"""A checkpoint read to the last byte: is every value finite, and are the files those whose sums were noted?"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.errors import KeyreduceError
+
+SUMS_NAME = "SHA256SUMS"
+
+
+def check_finite(source: Checkpoint, *, progress: Callable[[int], None] | None = None) -> None:
+    """Read every tensor.
+
+    Args:
+        source: the checkpoint.
+        progress: called after each tensor with the number of its bytes.
+
+    Raises:
+        KeyreduceError: a tensor cannot be read, or holds NaN or inf.
+    """
+    for name, spec in source.tensors.items():
+        tensor = source.read(name)
+        if tensor.is_floating_point() and spec.bits <= 8:
+            tensor = tensor.view(torch.uint8) if spec.bits < 8 else tensor.float()  # 4 bits have no NaN
+        if tensor.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(_real(tensor))):
+            raise KeyreduceError(f"tensor {name!r} of {source.path} holds NaN or inf: the checkpoint is damaged")
+        if progress is not None:
+            progress(spec.nbytes)
+
+
+def hash_files(source: Checkpoint, *, progress: Callable[[int], None] | None = None) -> dict[str, str]:
+    """Return file name -> SHA-256, in hex, of every file that holds tensors, as ``sha256sum`` has them.
+
+    Raises:
+        KeyreduceError: a file cannot be read.
+    """
+    sums = {}
+    for path in source.files:
+        try:
+            with open(path, "rb") as file:
+                sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+                size = file.tell()
+        except OSError as error:
+            raise KeyreduceError(f"{path} cannot be read: {error.strerror}") from None
+        if progress is not None:
+            progress(size)
+    return sums
+
+
+def read_sums(folder: Path) -> dict[str, str] | None:
+    """Return file name -> SHA-256 as the folder's ``SHA256SUMS`` has them, or None if it has no such file.
+
+    Raises:
+        KeyreduceError: it is not what ``sha256sum`` writes.
+    """
+    path = folder / SUMS_NAME
+    if not path.is_file():
+        return None
+    try:
+        lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
+        return {name.lstrip("*"): digest for digest, name in lines}
+    except (OSError, ValueError):
+        raise KeyreduceError(f"{path} is not what sha256sum writes; remove it, or get it again") from None
+
+
+def compare_sums(folder: Path, found: dict[str, str], noted: dict[str, str]) -> None:
+    """Refuse files whose bytes are not those that were noted.
+
+    Raises:
+        KeyreduceError: one differs, or was not noted.
+    """
+    for name, digest in found.items():
+        if noted.get(name) != digest:
+            what = "differs from" if name in noted else "is not in"
+            raise KeyreduceError(f"{folder / name} {what} {SUMS_NAME}: the checkpoint is damaged, or another one")
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    # Not every whole number has a kernel, and none of them is NaN.
+    return tensor if tensor.is_floating_point() else torch.zeros(1)

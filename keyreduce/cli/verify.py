@@ -1,0 +1,85 @@
+"""``keyreduce verify``: a checkpoint read to the last byte and held against its record."""
+
+import os
+from typing import Annotated
+
+import typer
+
+from keyreduce.cli import options
+
+
+def verify(
+    path: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PATH",
+            envvar="COMPRESSED_MODEL",
+            help="Hugging Face folder, or DCP folder.",
+            show_default="what prune wrote into --work",
+        ),
+    ] = None,
+    work: options.Work = options.DEFAULT_WORK,
+    config: options.Config = None,
+    write_sums: Annotated[
+        bool,
+        typer.Option("--write-sums", help="Note the files' hashes in the folder, as SHA256SUMS, for later and others."),
+    ] = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Read every value of a checkpoint: are all finite, all there, and those that were written?"""
+    from keyreduce.checkpoint.find import open_model
+    from keyreduce.checkpoint.verify import SUMS_NAME, check_finite, compare_sums, hash_files, read_sums
+    from keyreduce.cli.console import Console, megabytes
+    from keyreduce.errors import KeyreduceError
+    from keyreduce.models.skeleton import Skeleton, UnknownArchitecture
+    from keyreduce.pruning.prune import read_record
+    from keyreduce.workspace import Workspace, appearing
+
+    console, pruned = Console(as_json=json), Workspace(work).pruned
+    if path is None and not pruned.is_dir():
+        raise KeyreduceError(f"there is no pruned model at {pruned}; run keyreduce prune, or name a PATH")
+    with Skeleton() as skeleton:
+        source = open_model(path or str(pruned), config=config)
+        recorded = read_record(source.path).get("identity")
+        if recorded not in (None, source.identity):
+            raise KeyreduceError(f"{source.path} is not what its record describes: it was changed since, or damaged")
+        noted = None if write_sums else read_sums(source.path)
+        with console.progress("reading", source.nbytes, "B") as progress:
+            check_finite(source, progress=progress)
+        with console.progress("hashing", sum(os.path.getsize(file) for file in source.files), "B") as progress:
+            sums = hash_files(source, progress=progress)
+        if noted is not None:
+            compare_sums(source.path, sums, noted)
+        try:
+            skeleton.check(source.config, {name: spec.shape for name, spec in source.tensors.items()}, source.path)
+            is_whole = True
+        except UnknownArchitecture as error:
+            console.note(f"not checked whether all tensors of the model are there: {error}")
+            is_whole = None
+    source.refuse_changed()
+    if write_sums:
+        text = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+        with appearing(source.path / SUMS_NAME, folder=False, overwrite=True) as temporary:
+            temporary.write_text(text)
+    console.table("", ("file", "SHA-256"), list(sums.items()))
+    console.say(f"{source.path}: {len(source.tensors)} tensors, {megabytes(source.nbytes)}, every value finite")
+    if is_whole:
+        console.say("its tensors are those that its config.json asks for")
+    if recorded is None:
+        console.say("it has no record of what was written, to compare with")
+    else:
+        console.say("it is what its keyreduce.json describes")
+    if noted is not None or write_sums:
+        console.say(f"its files {'are now' if write_sums else 'are those'} in {SUMS_NAME}")
+    console.result(
+        {
+            "verified": str(source.path),
+            "tensors": len(source.tensors),
+            "bytes": source.nbytes,
+            "is_whole": is_whole,
+            "is_recorded": recorded is not None,
+            "sums_compared": noted is not None,
+            "sha256": sums,
+        }
+    )

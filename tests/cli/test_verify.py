@@ -1,0 +1,94 @@
+"""``keyreduce verify``: what is whole passes, and each kind of damage is found."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture
+def pruned(keyreduce, tiny_folder):
+    assert keyreduce("prune", "--method", "l2", "--ratio", 0.5, "--model", tiny_folder("delta_net")).code == 0
+    from pathlib import Path
+
+    return Path("keyreduce-out/pruned")
+
+
+def edit(folder, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_pruned_checkpoint_is_what_its_record_says(keyreduce, pruned):
+    found = keyreduce("verify", "--json").json()
+    digest = hashlib.sha256((pruned / "model.safetensors").read_bytes()).hexdigest()
+    assert found["sha256"] == {"model.safetensors": digest}
+    assert found["is_whole"] and found["is_recorded"] and not found["sums_compared"]
+    assert found["bytes"] == sum(t.nbytes for t in load_file(pruned / "model.safetensors").values())
+    assert not (pruned / "SHA256SUMS").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_value_that_is_not_finite_is_found(keyreduce, pruned, value):
+    def change(tensors):
+        tensors["lm_head.weight"][-1, -1] = value
+
+    edit(pruned, change)
+    (pruned / "keyreduce.json").unlink()
+    result = keyreduce("verify", pruned)
+    assert (result.code, result.out) == (2, "")
+    assert "tensor 'lm_head.weight'" in result.err and "NaN or inf" in result.err
+
+
+def test_a_change_after_writing_is_found(keyreduce, pruned):
+    edit(pruned, lambda tensors: tensors["lm_head.weight"].add_(1))
+    result = keyreduce("verify")
+    assert result.code == 2 and "is not what its record describes" in result.err
+
+
+def test_sums_find_what_else_changed(keyreduce, pruned):
+    assert keyreduce("verify", "--write-sums").code == 0
+    line = (pruned / "SHA256SUMS").read_text()
+    assert line == f"{hashlib.sha256((pruned / 'model.safetensors').read_bytes()).hexdigest()}  model.safetensors\n"
+    assert keyreduce("verify", "--json").json()["sums_compared"]
+    # The same numbers in another file.
+    tensors = load_file(pruned / "model.safetensors")
+    save_file(tensors, pruned / "model.safetensors", metadata={"format": "pt", "note": "packed again"})
+    result = keyreduce("verify")
+    assert result.code == 2 and "differs from SHA256SUMS" in result.err
+    (pruned / "SHA256SUMS").write_text("nonsense")
+    assert "not what sha256sum writes" in keyreduce("verify").err
+
+
+@pytest.mark.parametrize("case", ["missing", "left over", "of another shape"])
+def test_tensors_that_the_config_does_not_ask_for_are_listed(keyreduce, pruned, case):
+    def change(tensors):
+        if case == "missing":
+            del tensors["model.norm.weight"]
+        elif case == "left over":
+            tensors["model.extra.weight"] = torch.zeros(3)
+        else:
+            tensors["model.norm.weight"] = torch.zeros(3)
+
+    edit(pruned, change)
+    (pruned / "keyreduce.json").unlink()
+    result = keyreduce("verify")
+    name = "model.extra.weight" if case == "left over" else "model.norm.weight"
+    assert result.code == 2 and f"{case}: {name}" in result.err and len(result.err.splitlines()) == 1
+
+
+def test_a_dcp_and_a_folder_that_nobody_recorded(keyreduce, pruned, tiny_folder):
+    assert keyreduce("convert-dcp").code == 0
+    found = keyreduce("verify", "keyreduce-out/dcp", "--json").json()
+    assert found["is_recorded"] and list(found["sha256"]) == ["__0_0.distcp"]
+    found = keyreduce("verify", tiny_folder("delta_net"), "--json").json()
+    assert found["is_whole"] and not found["is_recorded"]
+    assert "there is no folder" in keyreduce("verify", pruned / "none").err or keyreduce("verify", "none").code == 2
+
+
+def test_the_record_has_the_command_line(keyreduce, pruned):
+    step = json.loads((pruned / "keyreduce.json").read_text())["steps"][-1]
+    assert step["command"].startswith("keyreduce prune --method l2 --ratio 0.5 --model ")
