@@ -1,11 +1,12 @@
 """Where the commands find each other's files, and how a file or folder appears whole or not at all."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from keyreduce.errors import KeyreduceError
 
 RECORD_NAME = "keyreduce.json"
 PROJECTIONS_NAME = "keyreduce.npz"
+
+_CANNOT_WRITE = (errno.EACCES, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS)
 
 
 class Workspace:
@@ -38,8 +41,8 @@ class Workspace:
 def appearing(target: Path, *, folder: bool, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``target``; move it there when the block ends without an error.
 
-    Nothing is ever seen at ``target`` but the old content or the complete new one. What an earlier
-    run left behind when it was killed is removed.
+    Nothing is ever seen at ``target`` but the old content or the complete new one. Whoever writes holds a lock, which
+    ends with its process: what a killed run left behind is known as such, and is cleared away by the next one.
 
     Args:
         target: the file or folder that is to appear.
@@ -47,35 +50,35 @@ def appearing(target: Path, *, folder: bool, overwrite: bool = False) -> Iterato
         overwrite: whether an existing ``target`` is replaced.
 
     Raises:
-        KeyreduceError: ``target`` exists and ``overwrite`` is false, it is a folder where a file is to appear or the
-            other way round, the current folder is in it, or its parent cannot be written.
+        KeyreduceError: ``target`` exists and ``overwrite`` is false, another run is writing it, it is a folder where a
+            file is to appear or the other way round, the current folder is in it, its parent cannot be written, or the
+            disk is full.
     """
     target = Path(os.path.realpath(target))
-    refuse_existing(target, overwrite)
     refuse_unwritable(target, folder=folder)
-    prefix = f".{target.name}.partial-"
+    partial = target.with_name(f".{target.name}.partial")
     new_parents = [parent for parent in target.parents if not parent.exists()]
+    made, aside = partial / target.name, partial / f"{target.name}.old"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for left_over in target.parent.glob(f"{prefix}*"):
-            if not _is_alive(left_over.name[len(prefix) :].split("-")[0]):
-                _remove(left_over)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=target.parent))
+        with _locked(partial, target):
+            if aside.exists() and not os.path.exists(target):
+                aside.rename(target)  # a run was killed while it replaced it
+            refuse_existing(target, overwrite)
+            _clear(partial)
+            if folder:
+                made.mkdir()
+            yield made
+            if os.path.exists(target) and not overwrite:
+                raise KeyreduceError(f"{target} has appeared meanwhile, and is left as it is; give another output")
+            if target.is_dir():
+                # A folder cannot be renamed onto another: the old one steps aside for an instant.
+                target.rename(aside)
+            made.replace(target)
     except OSError as error:
-        raise KeyreduceError(f"cannot write to {target.parent}: {error.strerror}") from error
-    # mkdtemp is private to its owner; what we leave behind follows the umask as any new folder does.
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o777 & ~umask)
-    made = temporary if folder else temporary / target.name
-    try:
-        yield made
-        try:
-            _put(made, target)
-        except OSError as error:
-            raise KeyreduceError(f"cannot replace {target}: {error.strerror}") from error
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        raise KeyreduceError(f"cannot write {target}: {error.strerror}") from error
     finally:
-        _remove(temporary)
         with contextlib.suppress(OSError):  # not empty: something has appeared in it
             for parent in new_parents:
                 parent.rmdir()
@@ -88,7 +91,7 @@ def refuse_existing(target: Path | None, overwrite: bool) -> None:
         KeyreduceError: ``target`` exists and may not be replaced.
     """
     if target is not None and os.path.exists(target) and not overwrite:
-        raise KeyreduceError(f"{target} exists; pass --overwrite to replace it, or another --output")
+        raise KeyreduceError(f"{target} exists; pass --overwrite to replace it, or another output")
 
 
 def refuse_unwritable(target: Path, *, folder: bool) -> None:
@@ -106,15 +109,13 @@ def refuse_unwritable(target: Path, *, folder: bool) -> None:
     # os.path, for which a folder that may not be looked into holds nothing; Path raises there.
     if os.path.exists(target) and target.is_dir() != folder:
         found, wanted = ("a folder", "a file") if target.is_dir() else ("a file", "a folder")
-        raise KeyreduceError(f"{target} is {found}, where {wanted} is to be written; give another --output")
+        raise KeyreduceError(f"{target} is {found}, where {wanted} is to be written; give another output")
     if os.path.isdir(target) and Path.cwd().is_relative_to(target):
-        raise KeyreduceError(f"{target} holds the current folder and will not be replaced; give another --output")
+        raise KeyreduceError(f"{target} holds the current folder and will not be replaced; give another output")
     parent = next(parent for parent in target.parents if os.path.exists(parent))
-    try:
-        # Made and removed at once: permissions alone do not tell of read-only disks and the like.
-        Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{os.getpid()}-", dir=parent)).rmdir()
-    except OSError as error:
-        raise KeyreduceError(f"cannot write to {parent}: {error.strerror}; give another --output") from None
+    if not os.access(parent, os.W_OK | os.X_OK):
+        why = errno.EACCES if parent.is_dir() else errno.ENOTDIR
+        raise KeyreduceError(f"cannot write to {parent}: {os.strerror(why)}; give another output")
 
 
 def write_json(target: Path, content: dict, *, overwrite: bool = False) -> None:
@@ -171,7 +172,7 @@ def is_already_made(target: Path, recorded_inputs: dict | None, inputs: dict, ov
     detail = f"it differs in {', '.join(differing)}" if recorded_inputs else "keyreduce did not write it"
     raise KeyreduceError(
         f"{target} exists and was made from other inputs ({detail}); "
-        "pass --overwrite to replace it, or another --output"
+        "pass --overwrite to replace it, or another output"
     )
 
 
@@ -182,32 +183,46 @@ def refuse_source(target: Path, source: Path) -> None:
         KeyreduceError: ``source`` is ``target``, or in it.
     """
     if source.resolve().is_relative_to(target.resolve()):
-        raise KeyreduceError(f"{target} is, or holds, the model itself; give another --output")
+        raise KeyreduceError(f"{target} is, or holds, the model itself; give another output")
 
 
-def _put(made: Path, target: Path) -> None:
-    if not target.is_dir():
-        made.replace(target)
-        return
-    # A folder cannot be renamed onto another: the old one steps aside for an instant.
-    aside = made.with_name(f"{made.name}-old")
-    target.rename(aside)
-    made.rename(target)
-    _remove(aside)
-
-
-def _is_alive(process_id: str) -> bool:
+@contextlib.contextmanager
+def _locked(partial: Path, target: Path) -> Iterator[None]:
+    """Make the folder ``partial``, keep others out of it, and remove it at the end."""
+    descriptor = None
+    while descriptor is None:
+        partial.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one who had it may have removed it between our opening and our locking.
+            is_still_there = os.path.samestat(os.fstat(descriptor), os.stat(partial))
+        except FileNotFoundError:
+            is_still_there = False
+        except BlockingIOError:
+            os.close(descriptor)
+            raise KeyreduceError(
+                f"another run is writing {target} right now; wait for it, or give another output"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                raise
+            is_still_there = True  # a file system without locks
+        if not is_still_there and descriptor is not None:
+            os.close(descriptor)
+            descriptor = None
     try:
-        os.kill(int(process_id), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
+        yield
+    finally:
+        _clear(partial)
+        with contextlib.suppress(OSError):
+            partial.rmdir()
+        os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

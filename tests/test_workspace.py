@@ -1,10 +1,7 @@
 """Outputs appear whole or not at all, and nothing else is touched."""
 
-import errno
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -83,19 +80,16 @@ def test_a_place_that_could_not_be_written_to_is_told_before(tmp_path, folder):
     for name in ("new", "old", "new/below"):
         refuse_unwritable(tmp_path / name, folder=folder)
     assert os.listdir(tmp_path) == ["old"]
-    with pytest.raises(KeyreduceError, match="where a .* is to be written; give another --output"):
+    with pytest.raises(KeyreduceError, match="where a .* is to be written; give another output"):
         refuse_unwritable(tmp_path / "old", folder=not folder)
     (tmp_path / "file").touch()
     for name in ("file/new", "file/new/below"):
-        with pytest.raises(KeyreduceError, match=r"cannot write to .*file: Not a directory; give another --output$"):
+        with pytest.raises(KeyreduceError, match=r"cannot write to .*file: Not a directory; give another output$"):
             refuse_unwritable(tmp_path / name, folder=folder)
 
 
 def test_a_folder_without_permissions_is_told_before(tmp_path, monkeypatch):
-    def refuse(*arguments, **options):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr("tempfile.mkdtemp", refuse)  # whoever runs the tests may be allowed anything
+    monkeypatch.setattr(os, "access", lambda *_: False)  # whoever runs the tests may be allowed anything
     with pytest.raises(KeyreduceError, match="cannot write to .*: Permission denied"):
         refuse_unwritable(tmp_path / "below" / "new", folder=False)
 
@@ -109,14 +103,24 @@ def test_the_current_folder_is_never_replaced(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_run_left_is_removed_and_what_a_running_one_makes_is_not(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    left_over, alive = (tmp_path / f".target.partial-{pid}-x" for pid in (dead.pid, os.getppid()))
-    for path in (left_over, alive):
-        path.mkdir()
+    left_over = tmp_path / ".target.partial" / "target" / "half"
+    left_over.mkdir(parents=True)
     with appearing(tmp_path / "target", folder=True):
         assert not left_over.exists()
-    assert alive.exists()
+        (tmp_path / ".target.partial" / "target" / "mine").touch()
+        with pytest.raises(KeyreduceError, match="another run is writing .*target right now"):
+            with appearing(tmp_path / "target", folder=True):
+                pytest.fail("the block must not run")
+    assert os.listdir(tmp_path) == ["target"] and os.listdir(tmp_path / "target") == ["mine"]
+
+
+def test_a_folder_that_had_stepped_aside_when_its_run_was_killed_comes_back(tmp_path):
+    aside = tmp_path / ".target.partial" / "target.old"
+    aside.mkdir(parents=True)
+    (aside / "old").touch()
+    with pytest.raises(KeyreduceError, match="exists; pass --overwrite"), appearing(tmp_path / "target", folder=True):
+        pytest.fail("the block must not run")
+    assert os.listdir(tmp_path) == ["target"] and os.listdir(tmp_path / "target") == ["old"]
 
 
 @pytest.mark.parametrize("folder", [True, False])

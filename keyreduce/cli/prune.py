@@ -135,12 +135,12 @@ def prune(
     from keyreduce.pruning.prune import read_record, write_pruned
     from keyreduce.workspace import Workspace, is_already_made, refuse_source, refuse_unwritable
 
+    if verify not in (None, "logits"):
+        raise KeyreduceError(f"--verify {verify} is unknown; the one that there is is logits")
     if verify:
         from keyreduce.pruning.masked import check_logits  # with transformers and fla, which take seconds to import
     console, workspace = Console(as_json=json), Workspace(work)
     chosen = method_named(method)
-    if verify not in (None, "logits"):
-        raise KeyreduceError(f"--verify {verify} is unknown; the one that there is is logits")
     run_on = pick_device(device)  # a wrong one is told even where nothing is left to calibrate
     cast_to, shard_bytes = dtype and dtype_named(dtype), max_shard_size and parse_size(max_shard_size)
     given = {"f": f, "permute": permute or None, "form": form, "include_queries": include_queries or None}

@@ -1,5 +1,4 @@
-"""Models: loading them, and DeltaNet2, which no library ships and which transformers knows once this is imported."""
+"""Models: loading them, checking what they hold, and DeltaNet2, which no library ships.
 
-import fla_torch as fla_torch  # before fla, which warns where there is no GPU: this silences it
-
-from keyreduce.models import delta_net_2 as delta_net_2
+Nothing is imported here: fla takes seconds, and what reads and writes files alone does without it.
+"""

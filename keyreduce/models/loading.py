@@ -48,6 +48,8 @@ def prepare_backend(device: torch.device, *, gradients: bool = False) -> None:
             raise KeyreduceError(str(error)) from error
     import fla  # noqa: F401  (registers its models)
 
+    import keyreduce.models.delta_net_2  # noqa: F401  (registers itself)
+
 
 def load_model(
     folder: Path, device: torch.device, dtype: torch.dtype, *, gradients: bool = False

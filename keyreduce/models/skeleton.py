@@ -138,10 +138,11 @@ def describe(config: Mapping) -> Wanted:
         UnknownArchitecture: transformers has no such model, or its tensors have other names in files.
         KeyreduceError: no model is made from the config.
     """
+    import fla_torch  # noqa: F401  (before fla, which warns where there is no GPU: this silences it)
     import torch
     import transformers
 
-    import keyreduce.models  # noqa: F401  (registers its models, and fla's)
+    import keyreduce.models.delta_net_2  # noqa: F401  (registers itself, and fla's models)
 
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
@@ -181,9 +182,10 @@ def answer() -> None:
     """The child's part: read a config from stdin, and write as JSON what a model of it holds, or why there is none."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is not part of the answer
+    import fla_torch  # noqa: F401
     import transformers.modeling_utils  # noqa: F401  (imported lazily otherwise, when the model is built)
 
-    import keyreduce.models  # noqa: F401
+    import keyreduce.models.delta_net_2  # noqa: F401
 
     text = sys.stdin.read()
     if not text:

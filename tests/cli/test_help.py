@@ -11,7 +11,7 @@ from keyreduce.cli.console import mebibytes, scaled
 from keyreduce.pruning.methods import METHODS
 
 REPOSITORY = Path(__file__).parents[2]
-COMMANDS = ("calibrate", "prune", "convert-dcp", "benchmark", "eval")
+COMMANDS = ("calibrate", "prune", "convert-dcp", "benchmark", "eval", "sweep", "verify")
 HEAVY = ("torch", "transformers", "fla", "datasets", "numpy", "safetensors")
 
 IMPORTED = f"""

@@ -77,7 +77,7 @@ def test_tables_go_to_stdout_and_nothing_to_stderr(keyreduce, tiny_folder):
     assert result.out.startswith("wrote keyreduce-out/calibration.safetensors: 512 tokens, 2 layers")
     for arguments, told in [
         (("prune", "--keep", 8, *model), ("50.0%", "its sizes suit: fla; fla, 16-bit training; vLLM (Triton); SGLang")),
-        (("convert-dcp",), ("wrote keyreduce-out/dcp/step-0: a distributed checkpoint of 31 tensors",)),
+        (("convert-dcp",), ("wrote keyreduce-out/dcp/step-0: a distributed checkpoint, flat, of 31 tensors",)),
         (BENCHMARK, ("head_k_dim", "2.00x", "wrote keyreduce-out/benchmark.json")),
         (EVAL, ("perplexity per token", "508 predictions in rows of 128 tokens", "wrote keyreduce-out/eval.json")),
     ]:

@@ -29,7 +29,7 @@ def test_the_folder_is_complete(tiny_folder, pruned, model_type):
     source = tiny_folder(model_type)
     target = pruned(source, 5)
     names = {path.name for path in source.iterdir()}
-    assert {path.name for path in target.iterdir()} == names | {"keyreduce.json"}
+    assert {path.name for path in target.iterdir()} == names | {"keyreduce.json", "README.md"}
     assert {path.name for path in target.parent.iterdir()} == {target.name}
     assert AutoTokenizer.from_pretrained(target)("é")["input_ids"] == [0xC3, 0xA9]
     sizes = TABLES[model_type].sizes(open_folder(source).config)

@@ -1,0 +1,277 @@
+"""A run that is killed, meets a full disk, or has company leaves its source as it was and its output whole or absent.
+
+One process imports everything and then forks for each run: starting Python and torch anew would take minutes.
+"""
+
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from tiny_models import build, save
+
+from keyreduce.checkpoint.find import open_model
+from keyreduce.checkpoint.verify import check_finite
+
+KILLS = 50
+REPOSITORY = Path(__file__).parents[2]
+
+# Runs the command line in a fork, which kills itself at the n-th call that touches the disk. It prints how often it
+# touched it, where it was not killed before.
+FORKS = """
+import os, signal, sys
+import fla_torch; fla_torch.enable()
+import torch, keyreduce.pruning.prune, keyreduce.models.skeleton, keyreduce.pruning.planning, keyreduce.cli.cut_report
+import keyreduce.checkpoint.dcp_source, keyreduce.models, transformers.modeling_utils
+from keyreduce.cli import main
+
+def run(arguments, deadly):
+    calls = 0
+    def count():
+        nonlocal calls
+        calls += 1
+        if calls == deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+    def audit(event, _):
+        if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree"):
+            count()
+    def counted(function):
+        def call(*arguments, **options):
+            count()
+            return function(*arguments, **options)
+        return call
+    for name in ("copy_file_range", "fsync"):
+        setattr(os, name, counted(getattr(os, name)))
+    sys.addaudithook(audit)
+    sys.argv = ["keyreduce", *arguments]
+    try:
+        main()
+    except SystemExit as exit_:
+        return exit_.code or 0, calls
+
+for line in sys.stdin:
+    deadly, *arguments = line.rstrip("\\n").split("\\t")
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1), os.dup2(null, 2)
+        code, calls = run(arguments, int(deadly))
+        os.write(writer, str(calls).encode())
+        os._exit(code)
+    os.close(writer)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), os.read(reader, 100).decode() or "-", flush=True)
+    os.close(reader)
+"""
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory):
+    """A function that runs a command in a fork, killed at the call of that number; it returns exit code and calls."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "HF_HUB_OFFLINE": "1",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", FORKS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=tmp_path_factory.mktemp("forks"),
+    )
+
+    def run(*arguments: object, deadly: int = 0) -> tuple[int, int | None]:
+        process.stdin.write("\t".join(map(str, (deadly, *arguments))) + "\n")
+        process.stdin.flush()
+        code, calls = process.stdout.readline().split()
+        return int(code), None if calls == "-" else int(calls)
+
+    yield run
+    process.stdin.close()
+    assert process.wait(60) == 0
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    """What does not depend on when and where it was made."""
+    return {name: data for name, data in bytes_of(folder).items() if name.endswith((".safetensors", ".distcp"))}
+
+
+@pytest.mark.parametrize("command", ["prune", "prune --overwrite", "convert-dcp to DCP", "convert-dcp to HF"])
+def test_killed_at_any_moment(forked, tmp_path, command):
+    model = tmp_path / "model"
+    save(build("delta_net"), model, max_shard_size="40KB")
+    source = model
+    if command.endswith("to HF"):
+        assert forked("convert-dcp", model, tmp_path / "dcp")[0] == 0
+        source = tmp_path / "dcp" / "step-0"
+    target = tmp_path / "out" / ("step-0" if command.endswith("to DCP") else "cut")
+    named = target.parent if command.endswith("to DCP") else target
+    prune = ("prune", "--method", "l2", "--ratio", 0.5, "--model", model, "--output")
+    arguments = (*prune, named) if command.startswith("prune") else ("convert-dcp", source, named)
+    old = None
+    if command.endswith("--overwrite"):
+        assert forked("prune", "--method", "l1", "--keep", 3, "--model", model, "--output", tmp_path / "old")[0] == 0
+        old = weights_of(tmp_path / "old")
+        arguments = (*arguments, "--overwrite")
+
+    def put_old() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(tmp_path / "old", target)
+
+    code, calls = forked(*arguments)
+    assert code == 0
+    made, before = weights_of(target), bytes_of(source)
+    assert made and made != old
+    # Most of the calls read what precedes the writing; the last ones are the dangerous ones.
+    points = random.Random(0).choices(range(1, calls + 1), weights=range(1, calls + 1), k=2 * KILLS)
+    seen, killed = set(), 0
+    for deadly in points:
+        if killed == (KILLS if command == "prune" else KILLS // 3):
+            break
+        if old is None:
+            shutil.rmtree(target, ignore_errors=True)
+        else:
+            put_old()
+        code, _ = forked(*arguments, deadly=deadly)
+        if code == 0:
+            continue  # it made a few calls fewer this time
+        killed += 1
+        assert code == -signal.SIGKILL, (deadly, calls)
+        assert bytes_of(source) == before
+        if target.exists():
+            check_finite(open_model(str(target)))
+            assert weights_of(target) in ([made] if old is None else [made, old])
+        seen.add(target.exists())
+        left = [path for path in target.parent.glob(".*")] if target.parent.exists() else []
+        again = forked(*arguments)
+        assert again[0] == 0, (deadly, left)
+        assert weights_of(target) == made
+        assert [path.name for path in target.parent.iterdir()] == [target.name]
+    else:
+        pytest.fail(f"only {killed} runs were killed")
+    assert False in seen or old is not None
+
+
+WRITES = ["config.json", "tokenizer.json", "model.safetensors", "keyreduce.json", "README.md"]
+
+
+@pytest.mark.parametrize("file", WRITES)
+def test_a_full_disk(keyreduce, tiny_folder, tmp_path, monkeypatch, file):
+    """Everything that is written into one file meets a disk without room."""
+    import builtins
+
+    def fails(path, flags) -> bool:
+        return Path(str(path)).name == file and ".partial" in str(path) and ("w" in flags or "x" in flags)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    original = builtins.open
+
+    def guarded(path, mode="r", *arguments, **options):
+        return full() if fails(path, mode) else original(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", guarded)
+    monkeypatch.setattr("io.open", guarded)
+    result = keyreduce("prune", "--method", "l2", "--model", tiny_folder("delta_net"), "--output", f"{tmp_path}/out/cut")
+    assert (result.code, result.out) == (2, "")
+    assert len(result.err.splitlines()) == 1 and "No space left on device" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fills_in_the_middle_of_a_tensor(keyreduce, tiny_folder, tmp_path, monkeypatch):
+    from keyreduce.checkpoint import shard_writer
+
+    room = 20_000
+
+    def write(file, data):
+        nonlocal room
+        room -= len(data)
+        if room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        file.write(data)
+
+    def copy(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shard_writer, "_write_all", write)
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    result = keyreduce("prune", "--method", "l2", "--model", tiny_folder("delta_net"), "--output", tmp_path / "cut")
+    assert result.code == 2 and "No space left on device" in result.err and len(result.err.splitlines()) == 1
+    assert not list(tmp_path.glob("*cut*"))
+
+
+def test_two_runs_at_one_target(keyreduce, tiny_folder, tmp_path, monkeypatch):
+    """The second one starts while the first is writing; it stops, says why, and does not disturb the first."""
+    from keyreduce.checkpoint import rewrite
+
+    started, over = threading.Event(), threading.Event()
+    target = tmp_path / "cut"
+    arguments = ["prune", "--method", "l2", "--model", str(tiny_folder("delta_net")), "--output", str(target)]
+    second = {}
+    write_weights = rewrite.write_weights
+
+    def meanwhile() -> None:
+        started.wait(60)
+        second["done"] = subprocess.run(
+            [sys.executable, "-m", "keyreduce", *arguments],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            timeout=300,
+            check=False,
+        )
+        over.set()
+
+    def slow(*positional, **options):
+        started.set()
+        assert over.wait(300)
+        write_weights(*positional, **options)
+
+    monkeypatch.setattr(rewrite, "write_weights", slow)
+    thread = threading.Thread(target=meanwhile)
+    thread.start()
+    result = keyreduce(*arguments)
+    thread.join()
+    assert result.code == 0, result.err
+    assert second["done"].returncode == 2
+    assert "another run is writing" in second["done"].stderr and len(second["done"].stderr.splitlines()) == 1
+    check_finite(open_model(str(target)))
+    assert [path.name for path in tmp_path.glob("*cut*")] + list(tmp_path.glob(".*")) == ["cut"]
+
+
+def test_what_appears_meanwhile_is_left_alone(keyreduce, tiny_folder, tmp_path, monkeypatch):
+    from keyreduce.checkpoint import rewrite
+
+    target = tmp_path / "cut"
+    write_weights = rewrite.write_weights
+
+    def write(*positional, **options):
+        write_weights(*positional, **options)
+        target.mkdir()
+        (target / "note").write_text("mine")
+
+    monkeypatch.setattr(rewrite, "write_weights", write)
+    result = keyreduce("prune", "--method", "l2", "--model", tiny_folder("delta_net"), "--output", target)
+    assert result.code == 2 and "has appeared meanwhile" in result.err
+    assert bytes_of(target) == {"note": b"mine"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_read_only(keyreduce, tiny_folder, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    result = keyreduce("prune", "--method", "l2", "--model", tiny_folder("delta_net"), "--output", f"{tmp_path}/locked/x")
+    assert result.code == 2 and "cannot write to" in result.err and len(result.err.splitlines()) == 1
