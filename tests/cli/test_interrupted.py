@@ -20,6 +20,7 @@ from keyreduce.checkpoint.find import open_model
 from keyreduce.checkpoint.verify import check_finite
 
 KILLS = 50
+PRUNE = ("prune", "--method", "l2", "--model")
 REPOSITORY = Path(__file__).parents[2]
 
 # Runs the command line in a fork, which kills itself at the n-th call that touches the disk. It prints how often it
@@ -28,7 +29,7 @@ FORKS = """
 import os, signal, sys
 import fla_torch; fla_torch.enable()
 import torch, keyreduce.pruning.prune, keyreduce.models.skeleton, keyreduce.pruning.planning, keyreduce.cli.cut_report
-import keyreduce.checkpoint.dcp_source, keyreduce.models, transformers.modeling_utils
+import keyreduce.checkpoint.dcp_source, keyreduce.models.delta_net_2, transformers.modeling_utils
 from keyreduce.cli import main
 
 def run(arguments, deadly):
@@ -119,7 +120,7 @@ def test_killed_at_any_moment(forked, tmp_path, command):
         source = tmp_path / "dcp" / "step-0"
     target = tmp_path / "out" / ("step-0" if command.endswith("to DCP") else "cut")
     named = target.parent if command.endswith("to DCP") else target
-    prune = ("prune", "--method", "l2", "--ratio", 0.5, "--model", model, "--output")
+    prune = (*PRUNE, model, "--ratio", 0.5, "--output")
     arguments = (*prune, named) if command.startswith("prune") else ("convert-dcp", source, named)
     old = None
     if command.endswith("--overwrite"):
@@ -186,7 +187,7 @@ def test_a_full_disk(keyreduce, tiny_folder, tmp_path, monkeypatch, file):
 
     monkeypatch.setattr(builtins, "open", guarded)
     monkeypatch.setattr("io.open", guarded)
-    result = keyreduce("prune", "--method", "l2", "--model", tiny_folder("delta_net"), "--output", f"{tmp_path}/out/cut")
+    result = keyreduce(*PRUNE, tiny_folder("delta_net"), "--output", tmp_path / "out" / "cut")
     assert (result.code, result.out) == (2, "")
     assert len(result.err.splitlines()) == 1 and "No space left on device" in result.err
     assert not (tmp_path / "out").exists()
@@ -209,7 +210,7 @@ def test_a_disk_that_fills_in_the_middle_of_a_tensor(keyreduce, tiny_folder, tmp
 
     monkeypatch.setattr(shard_writer, "_write_all", write)
     monkeypatch.setattr(os, "copy_file_range", copy)
-    result = keyreduce("prune", "--method", "l2", "--model", tiny_folder("delta_net"), "--output", tmp_path / "cut")
+    result = keyreduce(*PRUNE, tiny_folder("delta_net"), "--output", tmp_path / "cut")
     assert result.code == 2 and "No space left on device" in result.err and len(result.err.splitlines()) == 1
     assert not list(tmp_path.glob("*cut*"))
 
@@ -220,7 +221,7 @@ def test_two_runs_at_one_target(keyreduce, tiny_folder, tmp_path, monkeypatch):
 
     started, over = threading.Event(), threading.Event()
     target = tmp_path / "cut"
-    arguments = ["prune", "--method", "l2", "--model", str(tiny_folder("delta_net")), "--output", str(target)]
+    arguments = [*PRUNE, str(tiny_folder("delta_net")), "--output", str(target)]
     second = {}
     write_weights = rewrite.write_weights
 
@@ -265,7 +266,7 @@ def test_what_appears_meanwhile_is_left_alone(keyreduce, tiny_folder, tmp_path, 
         (target / "note").write_text("mine")
 
     monkeypatch.setattr(rewrite, "write_weights", write)
-    result = keyreduce("prune", "--method", "l2", "--model", tiny_folder("delta_net"), "--output", target)
+    result = keyreduce(*PRUNE, tiny_folder("delta_net"), "--output", target)
     assert result.code == 2 and "has appeared meanwhile" in result.err
     assert bytes_of(target) == {"note": b"mine"}
 
@@ -273,5 +274,5 @@ def test_what_appears_meanwhile_is_left_alone(keyreduce, tiny_folder, tmp_path, 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_is_read_only(keyreduce, tiny_folder, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o555)
-    result = keyreduce("prune", "--method", "l2", "--model", tiny_folder("delta_net"), "--output", f"{tmp_path}/locked/x")
+    result = keyreduce(*PRUNE, tiny_folder("delta_net"), "--output", tmp_path / "locked" / "x")
     assert result.code == 2 and "cannot write to" in result.err and len(result.err.splitlines()) == 1
