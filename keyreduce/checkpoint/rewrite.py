@@ -71,7 +71,7 @@ class EditedTensors:
         for edit in self._edits.get(name, ()):
             tensor = edit.apply(tensor)
         tensor = tensor.to(TORCH_DTYPES[self.tensors[name].dtype])
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             kind = f" as {tensor.dtype}".replace("torch.", "") if self._dtype else ""
             raise KeyreduceError(
                 f"tensor {name!r} of {self._source.path} holds NaN or inf after its edits{kind}: is it damaged?"
@@ -143,6 +143,7 @@ def config_with_dtype(config: dict, dtype: torch.dtype | None) -> dict:
     return config | {field: str(dtype).removeprefix("torch.")}
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor of floating-point numbers holds neither NaN nor inf."""
     # aminmax passes NaN and inf on and, unlike isfinite, makes no tensor as large as its argument.
     return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))

@@ -9,5 +9,7 @@ show_tracebacks = False
 
 def stop(message: str) -> NoReturn:
     """Print the message as one line and exit with code 2."""
-    print(f"keyreduce: {' '.join(message.split())}", file=sys.stderr)
+    # A name out of a damaged file need not be Unicode.
+    line = " ".join(message.split()).encode(errors="backslashreplace").decode()
+    print(f"keyreduce: {line}", file=sys.stderr)
     sys.exit(2)

@@ -219,15 +219,17 @@ def prune(
 
 def _statistics(console, model, config, source, calibration, workspace, device, *, gradients):
     from keyreduce.calibration.file import read_record, read_statistics
-    from keyreduce.calibration.run import Settings
-    from keyreduce.cli.calibrate import write_calibration
-    from keyreduce.cli.console import Console
-    from keyreduce.data.text import text_source
     from keyreduce.errors import KeyreduceError
     from keyreduce.pruning.planning import check_calibration
 
     path = calibration or workspace.calibration
     if calibration is None and not path.exists():
+        # What runs a model takes seconds to import.
+        from keyreduce.calibration.run import Settings
+        from keyreduce.cli.calibrate import write_calibration
+        from keyreduce.cli.console import Console
+        from keyreduce.data.text import text_source
+
         console.note(f"there are no calibration sums at {path}: calibrating first")
         text = text_source(default="calibration")
         # What it says goes to stderr: this command's own result comes at the end.

@@ -6,6 +6,7 @@ import torch
 
 from keyreduce.calibration.projections import projection_name
 from keyreduce.calibration.statistics import LayerStatistics, Statistics
+from keyreduce.checkpoint.rewrite import is_finite
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import Family, MixerSizes, Part, family_of
@@ -195,7 +196,7 @@ def _view(
     def projection(word: str) -> torch.Tensor:
         name = projection_name(family, layer, word)
         weight = source.read(name).float()
-        if not torch.isfinite(weight).all():
+        if not is_finite(weight):
             raise KeyreduceError(f"tensor {name!r} of {source.path} holds NaN or inf: the checkpoint is damaged")
         return weight.T.contiguous() if word == "output" else weight
 
@@ -217,6 +218,11 @@ def _check_shapes(source: Checkpoint, family: Family, layers: list[int]) -> None
     """Refuse a checkpoint whose mixers have not the shapes that its config says."""
     for layer in layers:
         sizes = family.axis_sizes(source.config, layer)
+        if not any(family.tensor_name(layer, short_name) in source.tensors for short_name in family.tensors):
+            raise KeyreduceError(
+                f"{source.path} has no tensor of the mixer of layer {layer}, which its config.json describes: "
+                "they belong to different models, or a part is missing"
+            )
         for short_name, parts in family.tensors.items():
             name = family.tensor_name(layer, short_name)
             if name not in source.tensors:

@@ -131,7 +131,12 @@ def read_record(folder: Path) -> dict:
 
 def _write_card(folder: Path, config: dict, record: dict, saved: Savings) -> None:
     try:
-        (folder / "README.md").write_text(model_card(config, record, saved))
+        card = model_card(config, record, saved).encode()
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        # The steps before this one came with the source.
+        raise KeyreduceError(f"the source's {RECORD_NAME} is damaged; remove it, or prune the dense model") from error
+    try:
+        (folder / "README.md").write_bytes(card)
     except OSError as error:
         raise KeyreduceError(f"cannot write to {folder}: {error.strerror}") from error
 

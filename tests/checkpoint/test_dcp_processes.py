@@ -5,6 +5,7 @@ dcp_worker.py importing no fla that costs as much as torch.multiprocessing.spawn
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -173,11 +174,9 @@ def test_one_process_reads_what_four_wrote(made, run_processes, family, layout, 
     keyreduce("convert-dcp", source, tmp_path / "hf", "--config", made.models[family])
     expected = tensors_of(made.models[family])
     assert_same(tensors_of(tmp_path / "hf"), expected)
-    assert f"left out: {len(metadata.state_dict_metadata) - len(expected)} entries" in capsys.readouterr().err
+    assert f"left out: {len(metadata.state_dict_metadata) - len(expected)} entries" in capsys.readouterr().out
     with pytest.raises(KeyreduceError, match="entries beside the model"):
-        keyreduce(
-            "convert-dcp", source, tmp_path / "all", "--config", made.models[family], "--no-only-model"
-        )
+        keyreduce("convert-dcp", source, tmp_path / "all", "--config", made.models[family], "--no-only-model")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -219,3 +218,15 @@ def test_every_placement_is_read(made, placed, run_processes, tmp_path):
     keyreduce("convert-dcp", tmp_path / "hf", tmp_path / "dcp")
     keyreduce("convert-dcp", tmp_path / "dcp", tmp_path / "back")
     assert_same(tensors_of(tmp_path / "back"), placed)
+
+
+def test_what_four_wrote_as_safetensors_is_read_once_it_is_put_together(made, run_processes, tmp_path):
+    model = made.models["delta_net"]
+    for name in ("shards", "consolidated"):
+        folder = shutil.copytree(run_processes(4) / name, tmp_path / name)
+        shutil.copy(model / "config.json", folder)
+    with pytest.raises(KeyreduceError, match="shards has neither model.safetensors nor"):
+        keyreduce("convert-dcp", tmp_path / "shards", tmp_path / "none")
+    keyreduce("convert-dcp", tmp_path / "consolidated", tmp_path / "dcp")
+    keyreduce("convert-dcp", tmp_path / "dcp", tmp_path / "hf")
+    assert_same(tensors_of(tmp_path / "hf"), tensors_of(model))
