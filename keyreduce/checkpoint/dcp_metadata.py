@@ -10,6 +10,7 @@ import math
 import pathlib
 import pickle
 import pickletools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +93,7 @@ def find_model_tensors(
         tensors = {name: _check_tensor(folder, metadata, key) for name, key in keys[layout].items()}
         # A pickle can hold names that are not Unicode; safetensors cannot.
         "".join(tensors).encode()
-    except (AttributeError, IndexError, KeyError, TypeError, UnicodeEncodeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         # The unpickler lets through the right classes with any content.
         raise KeyreduceError(f"{folder / METADATA_NAME} is damaged: it does not describe its tensors") from error
     if not tensors and any(keys.values()):
@@ -101,6 +102,17 @@ def find_model_tensors(
     if not tensors:
         raise KeyreduceError(f"{folder} holds no model: no tensors at its top level, and none under 'model'")
     return layout, tensors
+
+
+def find_files(folder: Path, metadata: Metadata, tensors: Iterable[SavedTensor]) -> list[str]:
+    """Return the names of the files that hold some tensors, which :func:`find_model_tensors` has looked at."""
+    return sorted(
+        {
+            metadata.storage_data[MetadataIndex(saved.key, chunk.offsets)].relative_path
+            for saved in tensors
+            for chunk in metadata.state_dict_metadata[saved.key].chunks
+        }
+    )
 
 
 class _RestrictedUnpickler(pickle.Unpickler):

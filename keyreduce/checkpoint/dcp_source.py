@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from keyreduce.checkpoint.dcp import in_one_process
-from keyreduce.checkpoint.dcp_metadata import RestrictedReader, SavedTensor, find_model_tensors
+from keyreduce.checkpoint.dcp_metadata import RestrictedReader, SavedTensor, find_files, find_model_tensors
 from keyreduce.checkpoint.folder import CONFIG_NAME, find_sidecars
 from keyreduce.checkpoint.shards import ByteRange, make_spec
 from keyreduce.checkpoint.source import Checkpoint
@@ -47,8 +47,7 @@ class DcpCheckpoint(Checkpoint):
         self.layout, self._saved = find_model_tensors(path, self._reader.metadata, layout)
         self.left_out = len(self._reader.metadata.state_dict_metadata) - len(self._saved)
         self.tensors = {name: make_spec(name, saved.dtype, saved.shape) for name, saved in self._saved.items()}
-        files = {info.relative_path for info in self._reader.metadata.storage_data.values()}
-        super().__init__(path / file for file in sorted(files))
+        super().__init__(path / file for file in find_files(path, self._reader.metadata, self._saved.values()))
         self._ranges: dict[str, tuple[ByteRange, ...] | None] = {}
 
     @property
@@ -61,7 +60,7 @@ class DcpCheckpoint(Checkpoint):
         tensor = torch.empty(saved.shape, dtype=saved.dtype)
         # Keys are given as they were saved; flattening would only make each load walk over all of them.
         planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
-        with in_one_process(f"cannot read {saved.key!r} of {self.path}, which may be damaged"):
+        with in_one_process(f"cannot read {saved.key!r} of {self.path}, which may be damaged, or in a format of its own"):
             dcp.load({saved.key: tensor}, storage_reader=self._reader, planner=planner, no_dist=True)
         return tensor
 

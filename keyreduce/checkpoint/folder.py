@@ -100,7 +100,8 @@ def open_folder(path: Path) -> HfCheckpoint:
                 raise KeyreduceError(f"{path} has no {file}, which {INDEX_NAME} names; get the rest of the checkpoint")
     else:
         convert = "; convert its .bin weights to safetensors first" if any(path.glob("*.bin")) else ""
-        raise KeyreduceError(f"{path} has neither {SINGLE_NAME} nor {INDEX_NAME}{convert}")
+        loose = "; consolidate the pieces that each process saved" if any(path.glob("shard-*.safetensors")) else ""
+        raise KeyreduceError(f"{path} has neither {SINGLE_NAME} nor {INDEX_NAME}{convert}{loose}")
     headers = {file: read_header(path / file) for file in files}
     if not any(header.entries for header in headers.values()):
         raise KeyreduceError(f"{path} holds no tensors")

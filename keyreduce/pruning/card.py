@@ -5,10 +5,12 @@ import re
 from collections.abc import Mapping
 
 from keyreduce.errors import KeyreduceError
+from keyreduce.families import family_of
 from keyreduce.pruning.methods import method_named
 from keyreduce.pruning.savings import Savings
+from keyreduce.workspace import RECORD_NAME
 
-_HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _LABELS = {
     "key_heads": "key heads",
     "value_heads": "value heads",
@@ -24,7 +26,19 @@ def model_card(config: Mapping, record: Mapping, saved: Savings) -> str:
         config: the pruned checkpoint's config.
         record: its record, with ``dense``, ``versions`` and ``steps``.
         saved: what the last step saved.
+
+    Raises:
+        KeyreduceError: the record of an earlier step, which came with the source, is damaged.
     """
+    try:
+        return _card(config, record, saved)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise KeyreduceError(
+            f"the source's {RECORD_NAME} is damaged: it does not say what earlier steps removed; remove it"
+        ) from error
+
+
+def _card(config: Mapping, record: Mapping, saved: Savings) -> str:
     dense = str(record["dense"])
     name = re.split(r"[\\/]", dense.rstrip("\\/"))[-1]
     front = {
@@ -110,11 +124,15 @@ def _describe(step: Mapping) -> str:
 
 
 def _loading(config: Mapping) -> list[str]:
-    custom = "auto_map" in config
+    # Classes that fla ships need no code of the folder's, which may be anybody's; nor does code of another repository.
+    ours = family_of(config).shipped_by != "fla"
+    code = config.get("auto_map", {}).get("AutoModelForCausalLM", "--")
+    custom = ours and isinstance(code, str) and "--" not in code
     return [
         "```python",
         "# on a machine without a GPU, first: import fla_torch; fla_torch.enable()",
         "import fla  # registers the model's classes with transformers",
+        *(["import keyreduce.models  # knows this architecture"] if ours and not custom else []),
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'folder = "."  # where this file is',
@@ -126,8 +144,13 @@ def _loading(config: Mapping) -> list[str]:
 
 def _plain(text: object) -> str:
     """A record's words in one line, without what Markdown and HTML would act on."""
-    return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", _line(text))
 
 
 def _code(text: object) -> str:
-    return "`" + " ".join(str(text).split()).replace("`", "'") + "`"
+    return "`" + _line(text).replace("`", "'") + "`"
+
+
+def _line(text: object) -> str:
+    """One line of what can be shown: no surrogates, which no file holds, no control or direction characters."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(text).split()))

@@ -219,9 +219,10 @@ def _check_shapes(source: Checkpoint, family: Family, layers: list[int]) -> None
     for layer in layers:
         sizes = family.axis_sizes(source.config, layer)
         if not any(family.tensor_name(layer, short_name) in source.tensors for short_name in family.tensors):
+            # What is optional may be missing, but not everything.
             raise KeyreduceError(
-                f"{source.path} has no tensor of the mixer of layer {layer}, which its config.json describes: "
-                "they belong to different models, or a part is missing"
+                f"{source.path} has no tensor {family.tensor_name(layer, next(iter(family.tensors)))!r}, nor any other "
+                f"of that mixer, which its config.json describes: they belong to different models"
             )
         for short_name, parts in family.tensors.items():
             name = family.tensor_name(layer, short_name)
