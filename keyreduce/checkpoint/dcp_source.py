@@ -60,7 +60,8 @@ class DcpCheckpoint(Checkpoint):
         tensor = torch.empty(saved.shape, dtype=saved.dtype)
         # Keys are given as they were saved; flattening would only make each load walk over all of them.
         planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
-        with in_one_process(f"cannot read {saved.key!r} of {self.path}, which may be damaged, or in a format of its own"):
+        failure = f"cannot read {saved.key!r} of {self.path}, which may be damaged, or hold safetensors"
+        with in_one_process(failure):
             dcp.load({saved.key: tensor}, storage_reader=self._reader, planner=planner, no_dist=True)
         return tensor
 

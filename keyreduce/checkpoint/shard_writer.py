@@ -20,6 +20,8 @@ _COPY_BYTES = 1 << 24
 class ShardWriter:
     """Write one safetensors file tensor by tensor, in the order given. A context manager.
 
+    At its end the file is complete; :func:`sync_file` waits until the disk has it.
+
     Args:
         path: the file to make.
         tensors: what will be written, in order.
@@ -66,8 +68,16 @@ class ShardWriter:
                 return
             if self._pending:
                 raise ValueError(f"{self.path}: tensor {self._pending[0].name!r} was not written")
-            with _writing(self.path):
-                os.fsync(self._file.fileno())
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file is on the disk.
+
+    Raises:
+        KeyreduceError: it cannot be written there.
+    """
+    with _writing(path), open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _format_header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:

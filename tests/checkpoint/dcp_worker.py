@@ -5,6 +5,7 @@ whose parameters have the names, shapes and dtypes of the Hugging Face folder.
 """
 
 import json
+import os
 import pickle
 import sys
 from io import BytesIO
@@ -145,4 +146,6 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     for job in json.loads(Path(sys.argv[1]).read_text()):
         ACTIONS[job.pop("action")](**job)
-    dist.destroy_process_group()
+    dist.barrier()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)  # taking threads of gloo and of the store apart at the end of Python aborts now and then
