@@ -5,6 +5,7 @@ whose parameters have the names, shapes and dtypes of the Hugging Face folder.
 """
 
 import json
+import os
 import pickle
 import sys
 from io import BytesIO

@@ -10,9 +10,8 @@ from keyreduce.pruning.methods.method import LayerView, Method, ranked
 
 
 def _key(layer: LayerView):
-    input_norm_D = layer.statistics.input_square_D.sqrt()
-    weight_HKD = layer.query_weight_HKD.abs() + layer.key_weight_HKD.abs()
-    return weight_HKD @ input_norm_D.float()
+    input_norm_D = layer.statistics.input_square_D.sqrt().float()
+    return layer.query_weight_HKD.abs() @ input_norm_D + layer.key_weight_HKD.abs() @ input_norm_D
 
 
 def _value(layer: LayerView):
