@@ -51,7 +51,7 @@ def write_dcp(
     with _without_checksums(), in_one_process(f"cannot write {target}"):
         dcp.save(
             {"model": described} if nested else described,
-            storage_writer=dcp.FileSystemWriter(target),
+            storage_writer=dcp.FileSystemWriter(target, sync_files=False),
             planner=_StreamingPlanner(edited, nested, progress),
             no_dist=True,
         )

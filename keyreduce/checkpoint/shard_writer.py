@@ -20,7 +20,7 @@ _COPY_BYTES = 1 << 24
 class ShardWriter:
     """Write one safetensors file tensor by tensor, in the order given. A context manager.
 
-    At its end the file is complete; :func:`sync_file` waits until the disk has it.
+    As ``cp`` and the safetensors library do, it leaves to the system when the disk gets what was written.
 
     Args:
         path: the file to make.
@@ -68,16 +68,6 @@ class ShardWriter:
                 return
             if self._pending:
                 raise ValueError(f"{self.path}: tensor {self._pending[0].name!r} was not written")
-
-
-def sync_file(path: Path) -> None:
-    """Wait until a file is on the disk.
-
-    Raises:
-        KeyreduceError: it cannot be written there.
-    """
-    with _writing(path), open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _format_header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:

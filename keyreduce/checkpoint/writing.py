@@ -3,14 +3,13 @@
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from keyreduce.checkpoint.folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
-from keyreduce.checkpoint.shard_writer import ShardWriter, sync_file
+from keyreduce.checkpoint.shard_writer import ShardWriter
 from keyreduce.checkpoint.shards import ByteRange, ShardPlan, TensorSpec, read_header
 from keyreduce.errors import KeyreduceError
 from keyreduce.workspace import write_json
@@ -50,21 +49,15 @@ def write_weights(
     Raises:
         KeyreduceError: a file cannot be written, or reads back otherwise than it was written.
     """
-    # A shard goes to the disk while the next one is made.
-    with ThreadPoolExecutor(1) as pool:
-        synced = []
-        for file, plan in shards.items():
-            with ShardWriter(target / file, plan.tensors, plan.metadata) as writer:
-                for spec in plan.tensors:
-                    writer.write(spec.name, fetch(spec.name))
-                    if progress is not None:
-                        progress(spec.nbytes)
-            entries = read_header(target / file).entries
-            if [TensorSpec(name, entry.dtype, entry.shape) for name, entry in entries.items()] != list(plan.tensors):
-                raise KeyreduceError(f"{target / file} does not read back as it was written; check the disk")
-            synced.append(pool.submit(sync_file, target / file))
-        for done in synced:
-            done.result()
+    for file, plan in shards.items():
+        with ShardWriter(target / file, plan.tensors, plan.metadata) as writer:
+            for spec in plan.tensors:
+                writer.write(spec.name, fetch(spec.name))
+                if progress is not None:
+                    progress(spec.nbytes)
+        entries = read_header(target / file).entries
+        if [TensorSpec(name, entry.dtype, entry.shape) for name, entry in entries.items()] != list(plan.tensors):
+            raise KeyreduceError(f"{target / file} does not read back as it was written; check the disk")
     if list(shards) != [SINGLE_NAME]:
         total_size = sum(spec.nbytes for plan in shards.values() for spec in plan.tensors)
         weight_map = {spec.name: file for file, plan in shards.items() for spec in plan.tensors}

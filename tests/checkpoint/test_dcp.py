@@ -373,9 +373,9 @@ def test_a_full_disk_is_a_user_error_and_an_interrupt_stays_one(make_folder, fol
     with pytest.raises(KeyboardInterrupt):
         write_dcp(source, folder_of("interrupted"), progress=interrupt)
 
-    def full(descriptor):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(KeyreduceError, match="cannot write .*No space left on device"):
         write_dcp(source, folder_of("full"))

@@ -29,6 +29,7 @@ FORKS = """
 import os, signal, sys
 import fla_torch; fla_torch.enable()
 import torch, keyreduce.pruning.prune, keyreduce.models.skeleton, keyreduce.pruning.planning, keyreduce.cli.cut_report
+from keyreduce.checkpoint import shard_writer
 import keyreduce.checkpoint.dcp_source, keyreduce.models.delta_net_2, transformers.modeling_utils
 from keyreduce.cli import main
 
@@ -47,8 +48,9 @@ def run(arguments, deadly):
             count()
             return function(*arguments, **options)
         return call
-    for name in ("copy_file_range", "fsync"):
-        setattr(os, name, counted(getattr(os, name)))
+    os.copy_file_range = counted(os.copy_file_range)
+    shard_writer._write_all = counted(shard_writer._write_all)
+    torch.save = counted(torch.save)
     sys.addaudithook(audit)
     sys.argv = ["keyreduce", *arguments]
     try:
