@@ -3,6 +3,7 @@
 import collections
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -55,7 +56,12 @@ class DcpCheckpoint(Checkpoint):
         return find_sidecars(self._home)
 
     def read(self, name: str) -> torch.Tensor:
-        saved = self._find(name)
+        saved, ranges = self._find(name), self.ranges(name)
+        if ranges is not None and len(ranges) == 1 and saved.shape.numel():
+            # Mapped: DCP would read it into memory, twice.
+            (path, begin, end), mode = ranges[0], "c"  # a private copy of what is written to, should it be
+            raw = np.memmap(path, np.uint8, mode, begin, (end - begin,))
+            return torch.from_numpy(raw).view(saved.dtype).reshape(saved.shape)
         # DCP casts to the dtype of what it loads into, without a word: so that is the dtype that was saved.
         tensor = torch.empty(saved.shape, dtype=saved.dtype)
         # Keys are given as they were saved; flattening would only make each load walk over all of them.
