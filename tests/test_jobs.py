@@ -1,0 +1,210 @@
+"""The runner of child processes, with small children of Python that import nothing heavy."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from keyreduce import jobs
+from keyreduce.errors import KeyreduceError
+from keyreduce.jobs import Job, gpus, keyreduce_command, last_line, run_jobs
+
+
+def job(folder: Path, name: str, code: str, **env: str) -> Job:
+    return Job(name, [sys.executable, "-S", "-c", code], folder / "logs" / f"{name}.log", env)
+
+
+def test_outcomes_come_in_the_order_of_the_jobs(tmp_path):
+    ended = []
+    outcomes = run_jobs(
+        [
+            job(tmp_path, "slow", "import time; time.sleep(0.5); print('a')"),
+            job(tmp_path, "fast", "print('b')"),
+            job(tmp_path, "last", "import sys; print('c', file=sys.stderr)"),
+        ],
+        workers=3,
+        progress=lambda outcome: ended.append(outcome.job.name),
+    )
+    assert [outcome.job.name for outcome in outcomes] == ["slow", "fast", "last"]
+    assert all(outcome.ok and outcome.message == "" for outcome in outcomes)
+    assert sorted(ended) == ["fast", "last", "slow"]
+    assert outcomes[0].seconds >= 0.5
+    assert [outcome.job.log.read_text() for outcome in outcomes] == ["a\n", "b\n", "c\n"]
+
+
+def test_a_job_that_fails_is_told_and_the_others_go_on(tmp_path):
+    outcomes = run_jobs(
+        [
+            job(tmp_path, "bad", "import sys; print('first'); print('keyreduce: no such model\\n'); sys.exit(2)"),
+            job(tmp_path, "silent", "import sys; sys.exit(3)"),
+            Job("absent", [str(tmp_path / "no such program")], tmp_path / "absent.log"),
+            job(tmp_path, "killed", "import os, signal; print('half', flush=True); os.kill(os.getpid(), 9)"),
+            job(tmp_path, "good", "print('done')"),
+        ]
+    )
+    assert [outcome.code for outcome in outcomes] == [2, 3, 127, -signal.SIGKILL, 0]
+    assert [outcome.ok for outcome in outcomes] == [False, False, False, False, True]
+    assert outcomes[0].message == "no such model"
+    assert "exit code 3" in outcomes[1].message
+    assert "cannot be run: No such file" in outcomes[2].message
+    assert "SIGKILL" in outcomes[3].message and "memory" in outcomes[3].message
+
+
+# Says when it began and ended, and what it was given.
+_REPORT = """
+import os, time
+begin = time.monotonic()
+time.sleep(0.3)
+print(begin, time.monotonic(), os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["OMP_NUM_THREADS"])
+"""
+
+
+def reports(outcomes) -> list[tuple[float, float, str, str]]:
+    lines = [outcome.job.log.read_text().split() for outcome in outcomes]
+    return [(float(begin), float(end), device, threads) for begin, end, device, threads in lines]
+
+
+def most_at_once(spans) -> int:
+    return max(sum(begin <= moment < end for begin, end, *_ in spans) for moment, *_ in spans)
+
+
+def test_only_so_many_run_at_a_time(tmp_path):
+    spans = reports(run_jobs([job(tmp_path, str(n), _REPORT) for n in range(5)], workers=2))
+    assert most_at_once(spans) <= 2
+    spans = reports(run_jobs([job(tmp_path, str(n), _REPORT) for n in range(2)]))
+    assert most_at_once(spans) == 1
+
+
+def test_no_two_jobs_share_a_device(tmp_path):
+    spans = reports(run_jobs([job(tmp_path, str(n), _REPORT) for n in range(5)], devices=["4", "GPU-b"]))
+    assert {device for *_, device, _ in spans} == {"4", "GPU-b"}
+    for device in ("4", "GPU-b"):
+        assert most_at_once([span for span in spans if span[2] == device]) == 1
+
+
+def test_more_workers_than_devices_share_them(tmp_path):
+    spans = reports(run_jobs([job(tmp_path, str(n), _REPORT) for n in range(4)], workers=4, devices=["0", "1"]))
+    assert sorted(device for *_, device, _ in spans) == ["0", "0", "1", "1"]
+
+
+def test_the_cores_are_shared_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    three = [job(tmp_path, str(n), _REPORT) for n in range(3)]
+    assert {(device, threads) for *_, device, threads in reports(run_jobs(three, workers=3))} == {("7", "2")}
+    # Workers that have nothing to do take no cores.
+    assert {threads for *_, threads in reports(run_jobs(three[:2], workers=16))} == {"4"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert {threads for *_, threads in reports(run_jobs(three, workers=3))} == {"5"}
+    own = [job(tmp_path, "own", _REPORT, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="3")]
+    assert [(device, threads) for *_, device, threads in reports(run_jobs(own, devices=["0"]))] == [("3", "1")]
+
+
+def test_no_jobs_need_nothing():
+    assert run_jobs([], workers=4, devices=["0"]) == []
+
+
+def test_a_log_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "logs").write_text("a file")
+    with pytest.raises(KeyreduceError, match="cannot write"):
+        run_jobs([job(tmp_path, "a", "pass")])
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    # A child that has ended stays a zombie until its parent asks; where init does not, it is still over.
+    return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# A child that has a child, and clears up when it is interrupted.
+_PARENT = """
+import pathlib, subprocess, sys, time
+folder = pathlib.Path(sys.argv[1])
+child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+(folder / "pids.new").write_text(str(child.pid))
+(folder / "pids.new").rename(folder / "pids")
+try:
+    time.sleep(600)
+except KeyboardInterrupt:
+    (folder / "cleared").touch()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_the_children_and_theirs(tmp_path, number, code):
+    (tmp_path / "parent.py").write_text(_PARENT)
+    runner = f"""
+import pathlib, sys
+from keyreduce.jobs import Job, run_jobs
+folder = pathlib.Path({str(tmp_path)!r})
+child = [sys.executable, "-S", str(folder / "parent.py"), str(folder)]
+try:
+    run_jobs([Job("a", child, folder / "a.log"), Job("b", ["touch", str(folder / "b")], folder / "b.log")])
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.Popen([sys.executable, "-c", runner], env=environment, start_new_session=True)
+    wait_for((tmp_path / "pids").exists)
+    grandchild = int((tmp_path / "pids").read_text())
+    assert is_alive(grandchild)
+    process.send_signal(number)
+    assert process.wait(60) == code
+    wait_for(lambda: not is_alive(grandchild))
+    assert (tmp_path / "cleared").exists()
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_error_in_between_ends_the_children(tmp_path):
+    def fail(outcome):
+        raise RuntimeError("stop")
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    forever = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    with pytest.raises(RuntimeError, match="stop"):
+        run_jobs([job(tmp_path, "long", forever), job(tmp_path, "short", "")], workers=2, progress=fail)
+    told = (tmp_path / "logs" / "long.log").read_text().split()
+    assert not told or not is_alive(int(told[0]))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
+
+
+def test_the_last_line_of_a_log(tmp_path):
+    log = tmp_path / "log"
+    assert last_line(log) == ""
+    log.write_bytes(b"x" * 100_000 + b"\nkeyreduce: bad \xff model\n\n  \n")
+    assert last_line(log) == "bad \N{REPLACEMENT CHARACTER} model"
+
+
+def test_keyreduce_itself_runs_as_a_job(tmp_path):
+    command = keyreduce_command("verify", tmp_path / "no model")
+    environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "COLUMNS": "300"}
+    (outcome,) = run_jobs([Job("verify", command, tmp_path / "log", environment)])
+    assert outcome.code == 2 and "no model" in outcome.message
+
+
+def test_gpus_are_those_that_may_be_used(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-x")
+    assert gpus() == ["3", "GPU-x"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpus() == []
