@@ -1,0 +1,76 @@
+"""What a pruned model still has of the dense one: the steps of its record, put together."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from keyreduce.errors import KeyreduceError
+from keyreduce.families import MixerSizes
+from keyreduce.workspace import RECORD_NAME
+
+
+class Kept(NamedTuple):
+    """What stays of one layer's mixer; all numbers are those of the dense model.
+
+    Attributes:
+        before: the dense mixer's sizes.
+        after: the pruned one's.
+        key_heads, value_heads: the heads that stay, in the order in which the pruned model has them.
+        key: for each of those key heads its channels that stay; None where they were projected.
+        value: for each of those value heads its channels that stay.
+    """
+
+    before: MixerSizes
+    after: MixerSizes
+    key_heads: list[int]
+    value_heads: list[int]
+    key: list[list[int]] | None
+    value: list[list[int]]
+
+
+def kept_channels(record: Mapping) -> dict[int, Kept]:
+    """Put the steps of a pruned checkpoint's record (``keyreduce.json``) together.
+
+    Args:
+        record: what ``keyreduce prune`` wrote beside the checkpoint, or an empty mapping.
+
+    Returns:
+        Layer -> what stays of the dense model that the first step started from; of layers that no step names, nothing.
+
+    Raises:
+        KeyreduceError: the record is damaged.
+    """
+    kept: dict[int, Kept] = {}
+    try:
+        for step in record.get("steps", []):
+            for number, cut in step.get("layers", {}).items():
+                layer = int(number)
+                kept[layer] = _after(kept.get(layer), cut)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise KeyreduceError(
+            f"the pruned model's {RECORD_NAME} is damaged: it does not say which channels stay; prune again"
+        ) from error
+    return kept
+
+
+def _after(earlier: Kept | None, cut: Mapping) -> Kept:
+    before, after = MixerSizes(**cut["before"]), MixerSizes(**cut["after"])
+    group = before.value_heads // before.key_heads
+    heads = cut["heads"]
+    value_heads = [head * group + member for head in heads for member in range(group)]
+    if earlier is None:
+        return Kept(before, after, heads, value_heads, cut["key"], cut["value"])
+    key = None
+    if earlier.key is not None and cut["key"] is not None:
+        key = [_pick(earlier.key[head], cut["key"][place]) for place, head in enumerate(heads)]
+    return Kept(
+        before=earlier.before,
+        after=after,
+        key_heads=_pick(earlier.key_heads, heads),
+        value_heads=_pick(earlier.value_heads, value_heads),
+        key=key,
+        value=[_pick(earlier.value[head], cut["value"][place]) for place, head in enumerate(value_heads)],
+    )
+
+
+def _pick(numbers: list[int], places: list[int]) -> list[int]:
+    return [numbers[place] for place in places]

@@ -1,0 +1,155 @@
+"""How much of its rank a model's recurrent state uses, along the sequence.
+
+The measure is rank utilisation, ``sr(S) / min(K, V)`` with the stable rank ``sr(S) = ||S||_F^2 / ||S||_2^2`` (Nazari &
+Rusch, "The Key to State Reduction in Linear Attention", arXiv:2602.04852). A state of one direction has 1 / min(K, V),
+one that holds all directions alike has 1.
+
+Shapes: B rows, T tokens, P positions, W value heads, K key channels, V value channels, M the smaller of K and V.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from keyreduce.errors import KeyreduceError
+from keyreduce.families import Family, MixerSizes
+from keyreduce.models.loading import LoadedModel
+
+_BY_TOKEN = ("q", "k", "v", "beta", "g")
+"""The operators' arguments that have an entry for each token, on axis 1."""
+
+
+@dataclass(frozen=True)
+class StateRank:
+    """Rank utilisation of a model's states, the mean over sequences.
+
+    Attributes:
+        positions: after how many tokens the states were looked at.
+        sequences: how many sequences the mean is over.
+        sizes: layer -> the sizes of its mixer.
+        utilisation: layer -> float64 ``[P, W]``, of each value head, from 0 to 1.
+    """
+
+    positions: tuple[int, ...]
+    sequences: int
+    sizes: Mapping[int, MixerSizes]
+    utilisation: Mapping[int, torch.Tensor]
+
+
+def rank_utilisation(state_BWKV: torch.Tensor) -> torch.Tensor:
+    """Return ``sr(S) / min(K, V)`` of each state, in float64 ``[B, W]``; 0 of a state that is all zeros.
+
+    Both norms come from the Gram matrix of the state's shorter side, whose largest eigenvalue is the squared spectral
+    norm and whose trace is the squared Frobenius norm. A transposed state gives the same.
+    """
+    wide = state_BWKV.double()
+    wide_BWMX = wide if wide.shape[-2] <= wide.shape[-1] else wide.mT
+    gram_BWMM = wide_BWMX @ wide_BWMX.mT
+    frobenius_BW = gram_BWMM.diagonal(dim1=-2, dim2=-1).sum(-1)
+    spectral_BW = torch.linalg.eigvalsh(gram_BWMM)[..., -1]
+    return torch.where(frobenius_BW > 0, frobenius_BW / (spectral_BW * gram_BWMM.shape[-1]), 0.0)
+
+
+def positions_of(num_tokens: int, every: int) -> tuple[int, ...]:
+    """Return after how many tokens of a row states are looked at: each ``every`` tokens, and at the row's end."""
+    return (*range(every, num_tokens, every), num_tokens)
+
+
+@torch.no_grad()
+def measure_rank(
+    loaded: LoadedModel,
+    batches: Iterable[torch.Tensor],
+    every: int,
+    progress: Callable[[int], None] | None = None,
+) -> StateRank:
+    """Run batches of tokens through a model, and look at its states on the way.
+
+    At any time there is one state of each row and head of one layer: the layers' own operator runs from one position
+    to the next, and hands over its state, which fla keeps in float32 or better whatever the model's dtype.
+
+    Args:
+        loaded: the model.
+        batches: LongTensors ``[B, T]`` without padding, all of the same T.
+        every: look at the states after so many tokens each, 1 or more.
+        progress: called after each batch with its number of tokens.
+
+    Raises:
+        KeyreduceError: there is no batch, or a state holds NaN or inf.
+    """
+    model, family = loaded.model, loaded.family
+    sizes = family.layer_sizes(model.config.to_dict())
+    sums: dict[int, torch.Tensor] = {}
+    sequences, positions = 0, ()
+
+    def look(layer: int, place: int, state_BWKV: torch.Tensor) -> None:
+        if not state_BWKV.isfinite().all():
+            raise KeyreduceError(
+                f"the state of layer {layer} of {loaded.folder} holds NaN or inf: the model is damaged, or its "
+                "activations overflow this dtype (try --dtype float32)"
+            )
+        sums[layer][place] += rank_utilisation(state_BWKV).sum(dim=0)
+
+    with _looking(model, family, every, look):
+        for tokens_BT in batches:
+            found = positions_of(tokens_BT.shape[1], every)
+            if not sums:
+                positions = found
+                sums = {
+                    layer: torch.zeros(len(found), size.value_heads, dtype=torch.float64, device=model.device)
+                    for layer, size in sizes.items()
+                }
+            if found != positions:
+                raise ValueError("rows are to be of one length")
+            model.base_model(input_ids=tokens_BT.to(model.device), use_cache=False)
+            sequences += len(tokens_BT)
+            if progress is not None:
+                progress(tokens_BT.numel())
+    if not sequences:
+        raise KeyreduceError("the text is empty; give other text")
+    means = {layer: (sum_PW / sequences).cpu() for layer, sum_PW in sums.items()}
+    return StateRank(positions, sequences, sizes, means)
+
+
+@contextlib.contextmanager
+def _looking(
+    model: torch.nn.Module, family: Family, every: int, look: Callable[[int, int, torch.Tensor], None]
+) -> Iterator[None]:
+    """While the block runs, operators go from position to position, and ``look(layer, place, state)`` at each."""
+    running: list[int] = []
+
+    def in_parts(operator):
+        def call(**arguments):
+            length = arguments["q"].shape[1]
+            outputs, state, start = [], arguments.pop("initial_state", None), 0
+            wants_state = arguments.pop("output_final_state", False)
+            for place, end in enumerate(positions_of(length, every)):
+                part = {
+                    name: argument[:, start:end].contiguous()
+                    if name in _BY_TOKEN and argument is not None
+                    else argument
+                    for name, argument in arguments.items()
+                }
+                output_BTWV, state = operator(**part, initial_state=state, output_final_state=True)
+                look(running[0], place, state)
+                outputs.append(output_BTWV)
+                start = end
+            return torch.cat(outputs, dim=1), state if wants_state else None
+
+        return call
+
+    with contextlib.ExitStack() as undo:
+        modules = set()
+        for layer in family.mixer_layers(model.config.to_dict()):
+            mixer = model.get_submodule(family.mixer.format(layer=layer))
+            hook = mixer.register_forward_pre_hook(lambda *_, layer=layer: running.__setitem__(slice(None), [layer]))
+            undo.callback(hook.remove)
+            modules.add(sys.modules[type(mixer).__module__])
+        for module in modules:
+            for name in family.operators:
+                original = getattr(module, name)
+                undo.callback(setattr, module, name, original)
+                setattr(module, name, in_parts(original))
+        yield
