@@ -1,6 +1,7 @@
 """What a config asks for, against what a checkpoint has; the child process and this one say the same."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -9,6 +10,9 @@ from tiny_models import FAMILIES, build, edit_config, edit_tensors, tensors_of
 from keyreduce.errors import KeyreduceError
 from keyreduce.models import skeleton
 from keyreduce.models.skeleton import UnknownArchitecture, check_tensors, describe, start_skeleton
+
+
+LLAMA = dict(model_type="llama", hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
 
 
 def parts(folder):
@@ -28,8 +32,7 @@ def test_whole_checkpoints_pass(tiny_folder, model_type):
 
 
 def test_other_models_that_transformers_knows():
-    config = dict(model_type="llama", hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    shapes = describe(config | {"vocab_size": 9}).shapes
+    shapes = describe(LLAMA | {"vocab_size": 9}).shapes
     assert shapes["lm_head.weight"] == (9, 8)
     assert not [name for name in shapes if "inv_freq" in name]
 
@@ -92,21 +95,50 @@ NOISY = """
 from keyreduce.models import skeleton
 build = skeleton.describe
 skeleton.describe = lambda config: print("noise", flush=True) or build(config)
-skeleton.answer()
+skeleton.answer(hollow={hollow})
 """
 
 
-def test_a_child_says_the_same(tiny_folder, without_fla, monkeypatch):
-    """Whatever libraries print meanwhile."""
-    config, shapes, path = parts(tiny_folder("delta_net_2"))
-    asked = []
+@pytest.mark.parametrize("hollow", [True, False], ids=["hollow", "full"])
+def test_a_child_says_the_same(monkeypatch, hollow):
+    """Whatever libraries print meanwhile, and whether it imports all of what it names."""
     monkeypatch.setattr(skeleton, "_CHILD", NOISY)
-    monkeypatch.setattr(skeleton, "_compare", lambda wanted, *_: asked.append(wanted))
+    config = build("delta_net_2").config.to_dict()
+    child = skeleton._Child(hollow=hollow)
+    try:
+        assert child.ask(config) == describe(config)
+    finally:
+        child.close()
+
+
+COMPARE = """
+import json, sys
+from keyreduce.models.hollow import make_hollow
+from keyreduce.models.skeleton import _HOLLOW, describe
+make_hollow(*_HOLLOW)
+print(json.dumps([describe(config) for config in json.loads(sys.argv[1])]))
+"""
+
+
+def test_hollow_modules_change_no_shape():
+    configs = [build(model_type).config.to_dict() for model_type in FAMILIES] + [LLAMA | {"vocab_size": 9}]
+    out = subprocess.run([sys.executable, "-c", COMPARE, json.dumps(configs)], capture_output=True, check=True).stdout
+    assert json.loads(out) == json.loads(json.dumps([describe(config) for config in configs]))
+
+
+LIES = "import json; print(json.dumps(dict(shapes=dict(x=[1]), tied=[], may_lack=[], may_have=[])))"
+
+
+@pytest.mark.parametrize("fault", ["raise RuntimeError", LIES], ids=["it fails", "it says otherwise"])
+def test_before_a_refusal_a_child_without_hollow_modules_is_asked(tiny_folder, without_fla, monkeypatch, fault):
+    """A library that one day takes a shape from a module that is hollow costs time, and nothing else."""
+    config, shapes, path = parts(tiny_folder("delta_net"))
+    monkeypatch.setattr(skeleton, "_CHILD", f"if {{hollow}}:\n    {fault}; raise SystemExit\n{skeleton._CHILD}")
     with start_skeleton() as child:
-        assert child._child is not None
         child.check(config, shapes, path)
-    monkeypatch.undo()
-    assert asked == [describe(config)]
+        with pytest.raises(KeyreduceError, match="missing: lm_head"):
+            child._child = skeleton._Child(hollow=True)
+            child.check(config, {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}, path)
 
 
 def test_a_child_that_dies_tells_why(tiny_folder, without_fla, monkeypatch):
@@ -117,6 +149,6 @@ def test_a_child_that_dies_tells_why(tiny_folder, without_fla, monkeypatch):
 
 def test_a_child_is_gone_when_left_early(without_fla):
     with pytest.raises(KeyboardInterrupt), start_skeleton() as child:
-        assert child._child.poll() is None
+        assert child._child._process.poll() is None
         raise KeyboardInterrupt
-    assert child._child.returncode == -9
+    assert child._child._process.returncode == -9
