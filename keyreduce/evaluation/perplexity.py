@@ -1,4 +1,4 @@
-"""What it costs a model to predict text: perplexity and bits per byte.
+"""What it costs a model to predict text: perplexity per token and per word, and bits per byte.
 
 Shapes: B rows in a batch, T tokens in a row, V token ids.
 """
@@ -7,14 +7,26 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from keyreduce.data.batches import batches, bytes_per_token, token_rows
+from keyreduce.data.batches import bytes_per_token
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
+from keyreduce.evaluation.processes import Processes
+from keyreduce.evaluation.windows import Window, windows
 from keyreduce.models.loading import LoadedModel
+
+
+class RowCost(NamedTuple):
+    """What it cost to predict the scored tokens of one row; the fields are those of `Perplexity`."""
+
+    nats: float
+    predictions: int
+    bytes: int
+    words: int
 
 
 @dataclass(frozen=True)
@@ -26,19 +38,34 @@ class Perplexity:
         predictions: how many tokens were predicted.
         bytes: how many bytes of text they stand for. A separator stands for none, but predicting it costs, as the end
             of a document must be told too.
+        words: how many words they begin (:func:`keyreduce.evaluation.windows.words_per_token`).
     """
 
     nats: float
     predictions: int
     bytes: int
+    words: int = 0
+
+    @classmethod
+    def of(cls, rows: Iterable[RowCost]) -> "Perplexity":
+        """Sum over rows. The sum of nats is rounded once, so that the rows' order does not change it."""
+        rows = list(rows)
+        counts = (sum(row[field] for row in rows) for field in range(1, len(RowCost._fields)))
+        return cls(math.fsum(row[0] for row in rows), *counts)
 
     @property
     def perplexity(self) -> float:
         """Perplexity per token; inf where it is beyond a float."""
-        try:
-            return math.exp(self.nats / self.predictions)
-        except OverflowError:
-            return math.inf
+        return _exponential(self.nats / self.predictions)
+
+    @property
+    def word_perplexity(self) -> float:
+        """Perplexity per word, lm-evaluation-harness's ``word_perplexity``; inf where it is beyond a float.
+
+        The harness scores each document on its own, and no separator: for one document, all of which is scored, the
+        two agree. NaN where no word begins.
+        """
+        return _exponential(self.nats / self.words) if self.words else math.nan
 
     @property
     def bits_per_byte(self) -> float:
@@ -46,7 +73,69 @@ class Perplexity:
         return self.nats / math.log(2) / self.bytes
 
 
+def _exponential(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
+
+
 @torch.no_grad()
+def finite_logits(model: torch.nn.Module, tokens_BT: torch.Tensor, name: str) -> torch.Tensor:
+    """Run a model on the device where it is, and return its logits ``[B, T, V]`` there, in its dtype.
+
+    Raises:
+        KeyreduceError: a logit is NaN or inf; ``name`` is what the error calls the model.
+    """
+    device = next(model.parameters()).device
+    logits_BTV = model(input_ids=tokens_BT.to(device), use_cache=False).logits
+    if not all(extreme.isfinite() for extreme in torch.aminmax(logits_BTV)):
+        raise KeyreduceError(
+            f"logits of {name} are NaN or inf: the model is damaged, or its activations overflow this dtype "
+            "(try --dtype float32)"
+        )
+    return logits_BTV
+
+
+def window_costs(
+    model: torch.nn.Module,
+    window_batches: Iterable[list[Window]],
+    bytes_V: torch.Tensor,
+    *,
+    name: str,
+    progress: Callable[[int], None] | None = None,
+) -> list[RowCost]:
+    """Predict the scored tokens of each window, each from those before it in the window.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        window_batches: lists of windows that run together, in a list all of one length.
+        bytes_V: how many bytes each token id stands for, as `bytes_per_token` returns it. It may be shorter than the
+            model's vocabulary, which is often padded: the ids that it lacks are in no text.
+        name: what an error calls the model.
+        progress: called after each batch with its number of tokens.
+
+    Returns:
+        Each window's cost: cross entropy in float32, summed in float64.
+
+    Raises:
+        KeyreduceError: a logit is NaN or inf.
+    """
+    costs = []
+    for batch in window_batches:
+        tokens_BT = torch.stack([window.tokens_T for window in batch])
+        logits_BTV = finite_logits(model, tokens_BT, name)
+        # Row by row: of a large vocabulary, float32 copies of all rows would not fit where the logits do.
+        for logits_TV, (tokens_T, words_T, first) in zip(logits_BTV, batch, strict=True):
+            targets = tokens_T[first:]
+            nats = F.cross_entropy(logits_TV[first - 1 : -1].float(), targets.to(logits_TV.device), reduction="none")
+            num_bytes, num_words = int(bytes_V[targets].sum()), int(words_T[first:].sum())
+            costs.append(RowCost(nats.double().sum().item(), len(targets), num_bytes, num_words))
+        if progress is not None:
+            progress(tokens_BT.numel())
+    return costs
+
+
 def measure_rows(
     model: torch.nn.Module,
     token_batches: Iterable[torch.Tensor],
@@ -58,39 +147,74 @@ def measure_rows(
     """Predict each token of each row, but its first, from those before it.
 
     Args:
-        model: a causal language model, in evaluation mode.
         token_batches: LongTensors (B, T) on the CPU, without padding.
-        bytes_V: how many bytes each token id stands for, as `bytes_per_token` returns it. It may be shorter than the
-            model's vocabulary, which is often padded: the ids that it lacks are in no text.
-        name: what an error calls the model.
-        progress: called after each batch with its number of tokens.
+        model, bytes_V, name, progress: see `window_costs`.
 
     Returns:
-        The cost: cross entropy in float32, summed in float64.
+        The cost. Words are not counted: that takes the text.
 
     Raises:
         KeyreduceError: a logit is NaN or inf.
     """
-    device = next(model.parameters()).device
-    nats, predictions, num_bytes = 0.0, 0, 0
-    for tokens_BT in token_batches:
-        tokens_on_device_BT = tokens_BT.to(device)
-        logits_BTV = model(input_ids=tokens_on_device_BT, use_cache=False).logits
-        if not all(extreme.isfinite() for extreme in torch.aminmax(logits_BTV)):
-            raise KeyreduceError(
-                f"logits of {name} are NaN or inf: the model is damaged, or its activations overflow this dtype "
-                "(try --dtype float32)"
-            )
-        # Row by row: of a large vocabulary, float32 copies of all rows would not fit where the logits do.
-        for logits_TV, tokens_T in zip(logits_BTV, tokens_on_device_BT, strict=True):
-            costs = F.cross_entropy(logits_TV[:-1].float(), tokens_T[1:], reduction="none")
-            nats += costs.double().sum().item()
-        targets = tokens_BT[:, 1:]
-        predictions += targets.numel()
-        num_bytes += int(bytes_V[targets].sum())
-        if progress is not None:
-            progress(tokens_BT.numel())
-    return Perplexity(nats, predictions, num_bytes)
+    batches = ([Window(tokens_T, torch.zeros_like(tokens_T), 1) for tokens_T in rows_BT] for rows_BT in token_batches)
+    return Perplexity.of(window_costs(model, batches, bytes_V, name=name, progress=progress))
+
+
+def text_costs(
+    loaded: LoadedModel,
+    text: TextSource,
+    *,
+    seq_len: int,
+    batch_size: int,
+    num_rows: int | None,
+    stride: int | None = None,
+    processes: Processes = Processes(),
+    progress: Callable[[int], None] | None = None,
+) -> list[RowCost]:
+    """Measure a model on text, cut into windows as `windows` does.
+
+    Args:
+        loaded: the model.
+        text: the text, taken in its own order.
+        seq_len: T, the tokens in a window.
+        batch_size: windows that run at a time; it does not change the figure, but for rounding.
+        num_rows: take only so many windows; None takes them all.
+        stride: how far apart windows start; None is ``seq_len``, where they do not overlap.
+        processes: which share of the batches is done here.
+        progress: called after each batch with its number of tokens.
+
+    Returns:
+        The cost of each window that was done here.
+
+    Raises:
+        KeyreduceError: the lengths make no sense, a logit is NaN or inf, or the text cannot be read.
+    """
+    stride = seq_len if stride is None else stride
+    if seq_len < 2:
+        raise KeyreduceError(f"rows of {seq_len} token leave nothing to predict; give --seq-len 2 or more")
+    if not 1 <= stride <= seq_len:
+        raise KeyreduceError(f"--stride is {stride}; it is at least 1 and at most --seq-len, {seq_len}")
+    taken = islice(windows(text.documents(), loaded.tokenizer, seq_len, stride), num_rows)
+    batches = iter(lambda: list(islice(taken, batch_size)), [])
+    return window_costs(
+        loaded.model,
+        processes.own(batches),
+        bytes_per_token(loaded.tokenizer),
+        name=str(loaded.folder),
+        progress=progress,
+    )
+
+
+def total(rows: Iterable[RowCost]) -> Perplexity:
+    """Sum the rows of all processes.
+
+    Raises:
+        KeyreduceError: there is nothing to predict.
+    """
+    cost = Perplexity.of(rows)
+    if not cost.predictions or not cost.bytes:
+        raise KeyreduceError("the text leaves nothing to predict (one token, or special tokens alone); give other text")
+    return cost
 
 
 def evaluate(
@@ -100,34 +224,25 @@ def evaluate(
     seq_len: int,
     batch_size: int,
     num_rows: int | None,
+    stride: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Perplexity, bool]:
-    """Measure a model on text, cut into rows as `token_rows` does; each row is predicted on its own.
-
-    Args:
-        loaded: the model.
-        text: the text, taken in its own order.
-        seq_len: T; a row gives T - 1 predictions.
-        batch_size: rows that run at a time; it does not change the figure, but for rounding.
-        num_rows: take only so many rows; None takes them all.
-        progress: called after each batch with its number of tokens.
+    """Measure a model on text in this process alone; see `text_costs` for what is given.
 
     Returns:
         The cost, and whether the text was shorter than one row, so that the only row was a short one.
 
     Raises:
-        KeyreduceError: there is nothing to predict, a logit is NaN or inf, or the text cannot be read.
+        KeyreduceError: there is nothing to predict, or see `text_costs`.
     """
-    if seq_len < 2:
-        raise KeyreduceError(f"rows of {seq_len} token leave nothing to predict; give --seq-len 2 or more")
-    rows = islice(token_rows(text.documents(), loaded.tokenizer, seq_len), num_rows)
-    cost = measure_rows(
-        loaded.model,
-        batches(rows, batch_size),
-        bytes_per_token(loaded.tokenizer),
-        name=str(loaded.folder),
+    rows = text_costs(
+        loaded,
+        text,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        num_rows=num_rows,
+        stride=stride,
         progress=progress,
     )
-    if not cost.predictions or not cost.bytes:
-        raise KeyreduceError("the text leaves nothing to predict (one token, or special tokens alone); give other text")
+    cost = total(rows)
     return cost, cost.predictions < seq_len - 1

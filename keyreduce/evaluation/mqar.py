@@ -1,0 +1,47 @@
+"""Multi-query associative recall: pairs of a key and a value, then the keys again.
+
+Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Models", arXiv:2312.04927, section 4. A
+sequence lists its pairs; after them each key comes once more, near ones more often than far ones, and the value that
+goes with it is to be predicted there. Keys, values and what fills the gaps are drawn from the vocabulary anew for each
+sequence, no token in two of these roles, so that the sequence alone holds the answer.
+
+Shapes: S symbols, N pairs, T tokens.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from keyreduce.evaluation.probes import Probe
+
+_POWER = 0.01  # of the law of the gaps, as in the paper's experiments
+
+
+def fits(length: int, pairs: int, symbols: int) -> bool:
+    """Whether a sequence of that length has room for the pairs and the questions, and the vocabulary for the roles."""
+    return pairs >= 1 and length >= 4 * pairs and symbols > 2 * pairs
+
+
+def draw(symbols_S: torch.Tensor, length: int, pairs: int, number: int, generator: torch.Generator) -> Iterator[Probe]:
+    """Yield ``number`` sequences of N questions each, to be chosen from the N values.
+
+    Args:
+        symbols_S: the token ids to draw from, each once.
+        length: T, at least 4 N.
+        pairs: N.
+        number: how many sequences.
+        generator: what draws.
+    """
+    if not fits(length, pairs, len(symbols_S)):
+        raise ValueError(f"{pairs} pairs do not fit {length} tokens of {len(symbols_S)} symbols")
+    # A question stands on every other place, as a pair takes two.
+    slots = torch.arange(1, (length - 2 * pairs) // 2 + 1, dtype=torch.float64)
+    weights = slots ** (_POWER - 1)
+    for _ in range(number):
+        shuffled_S = symbols_S[torch.randperm(len(symbols_S), generator=generator)]
+        keys_N, values_N, rest = shuffled_S.tensor_split([pairs, 2 * pairs])
+        tokens_T = rest[torch.randint(len(rest), (length,), generator=generator)]
+        tokens_T[: 2 * pairs : 2], tokens_T[1 : 2 * pairs : 2] = keys_N, values_N
+        places_N = 2 * pairs + 2 * torch.multinomial(weights, pairs, generator=generator)
+        tokens_T[places_N] = keys_N
+        yield Probe(tokens_T, places_N, values_N, values_N.expand(pairs, pairs))

@@ -1,0 +1,131 @@
+"""A needle in a haystack: a sentence hidden in real text says a password, and the end of the text asks for it.
+
+With several sentences, each of another name, one is asked for: the multi-key form of Hsieh et al., "RULER",
+arXiv:2404.06654, section 3. Names and passwords are drawn, so that no other text holds the answer. They are common
+words where the tokenizer has those as tokens of their own, else a few letters.
+
+Shapes: T tokens in a sequence, N in the haystack, A tokens in the alphabet, P tokens in a name or a password,
+C choices.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from keyreduce.data.batches import separator_id, token_rows
+from keyreduce.data.text import TextSource
+from keyreduce.errors import KeyreduceError
+from keyreduce.evaluation.probes import Probe
+
+CHOICES = 8
+DEPTHS = (0.0, 1 / 3, 2 / 3, 1.0)
+_WORD = re.compile("[\u0120\u2581][a-z]{3,8}")  # with the space before it, as byte-level BPE and SentencePiece mark it
+_ENOUGH_WORDS = 256
+_LETTERS = 4  # of a name or a password, where there are no words
+
+
+class Wording(NamedTuple):
+    """The sentence in tokens: ``before``, a name, ``between``, a password, ``after``."""
+
+    separator: list[int]
+    before: list[int]
+    between: list[int]
+    after: list[int]
+    alphabet_A: torch.Tensor
+    size: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast) -> "Wording":
+        """Put the sentence together from tokens of a tokenizer.
+
+        Raises:
+            KeyreduceError: neither words nor letters are tokens.
+        """
+        vocabulary = tokenizer.get_vocab()
+        alphabet = sorted(token_id for token, token_id in vocabulary.items() if _WORD.fullmatch(token))
+        size, space = 1, ""
+        if len(alphabet) < _ENOUGH_WORDS:
+            alphabet = [vocabulary[letter] for letter in "abcdefghijklmnopqrstuvwxyz" if letter in vocabulary]
+            size, space = _LETTERS, " "
+        if len(alphabet) <= CHOICES:
+            raise KeyreduceError("the tokenizer has neither words nor letters as tokens; leave needle out of --recall")
+        parts = (f"\nThe password of the{space}", f" is{space}", ".\n")
+        encoded = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+        separator = separator_id(tokenizer)
+        return cls([] if separator is None else [separator], *encoded, torch.tensor(alphabet), size)
+
+    def sentence(self, name: list[int], password: list[int]) -> list[int]:
+        """Return the sentence's token ids."""
+        return [*self.before, *name, *self.between, *password, *self.after]
+
+    def haystack(self, length: int, pairs: int) -> int:
+        """Return how many tokens of text go with so many sentences and the question, or 0 where it is under a quarter.
+
+        The sequence ends before the last token of the password, which is to be predicted.
+        """
+        sentence = len(self.sentence([0] * self.size, [0] * self.size))
+        text = length - len(self.separator) - pairs * sentence - (sentence - len(self.after) - 1)
+        return text if pairs >= 1 and 4 * text >= length else 0
+
+
+def draw(
+    text: TextSource,
+    tokenizer: PreTrainedTokenizerFast,
+    wording: Wording,
+    length: int,
+    pairs: int,
+    number: int,
+    generator: torch.Generator,
+) -> Iterator[Probe]:
+    """Yield ``number`` sequences of one password, each of whose P tokens is chosen from C.
+
+    The depth of the sentence that is asked for goes round `DEPTHS`; the others stand anywhere. The text is taken in its
+    own order, from the start again where it ends.
+
+    Raises:
+        KeyreduceError: the text is shorter than one haystack.
+    """
+    size = wording.haystack(length, pairs)
+    if not size:
+        raise ValueError(f"{pairs} sentences do not fit {length} tokens")
+    haystacks = list(itertools.islice(token_rows(text.documents(), tokenizer, size), number))
+    if len(haystacks[0]) < size:
+        raise KeyreduceError(
+            f"the text has {len(haystacks[0])} tokens, and a haystack of {length} takes {size}; "
+            "give more text, or a smaller --recall-lengths"
+        )
+    for haystack_N, depth in zip(itertools.islice(itertools.cycle(haystacks), number), itertools.cycle(DEPTHS)):
+        yield _hide(haystack_N.tolist(), wording, depth, pairs, generator)
+
+
+def _hide(haystack: list[int], wording: Wording, depth: float, pairs: int, generator: torch.Generator) -> Probe:
+    names_and_passwords: list[list[int]] = []
+    while len(names_and_passwords) < 2 * pairs:
+        drawn = torch.randint(len(wording.alphabet_A), (wording.size,), generator=generator)
+        if (code := wording.alphabet_A[drawn].tolist()) not in names_and_passwords:
+            names_and_passwords.append(code)
+    name, password = names_and_passwords[:2]
+    # The sentence that is asked for is the first; where others stand on its place it comes after them.
+    places = torch.randint(len(haystack) + 1, (pairs,), generator=generator).tolist()
+    places[0] = round(depth * len(haystack))
+    tokens, start = list(wording.separator), 0
+    for number in sorted(range(pairs), key=lambda number: (places[number], -number)):
+        tokens += haystack[start : places[number]]
+        tokens += wording.sentence(*names_and_passwords[2 * number : 2 * number + 2])
+        start = places[number]
+    tokens += [*haystack[start:], *wording.before, *name, *wording.between, *password[:-1]]
+    answers_P = torch.tensor(password)
+    choices_PC = torch.stack([_choices(wording.alphabet_A, answer, generator) for answer in password])
+    places_P = torch.arange(len(tokens) - len(password), len(tokens))
+    return Probe(torch.tensor(tokens), places_P, answers_P, choices_PC, depth)
+
+
+def _choices(alphabet_A: torch.Tensor, answer: int, generator: torch.Generator) -> torch.Tensor:
+    """The answer, and others drawn from the alphabet."""
+    others = alphabet_A[alphabet_A != answer]
+    drawn = torch.randperm(len(others), generator=generator)[: CHOICES - 1]
+    return torch.cat([torch.tensor([answer]), others[drawn]])

@@ -1,0 +1,114 @@
+"""Sequences with questions in them whose answers stand earlier in the sequence, and how well a model answers.
+
+Shapes: B probes in a batch, T tokens in a probe, Q questions of a probe, C choices for an answer, V token ids.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+
+from keyreduce.evaluation.perplexity import finite_logits
+
+
+class Probe(NamedTuple):
+    """One sequence with its questions.
+
+    Attributes:
+        tokens_T: the sequence (LongTensor).
+        places_Q: the places after which an answer is due, whether or not it is what comes next there.
+        answers_Q: the right token for each of them.
+        choices_QC: the tokens that an answer is chosen from, the right one among them, none of them twice.
+        depth: where in the text what is asked for stands, from 0 to 1; None where that means nothing.
+    """
+
+    tokens_T: torch.Tensor
+    places_Q: torch.Tensor
+    answers_Q: torch.Tensor
+    choices_QC: torch.Tensor
+    depth: float | None = None
+
+
+class Answer(NamedTuple):
+    """How well one question was answered.
+
+    Attributes:
+        accuracy: 1 where no token has a higher logit than the right one; shared equally among those that tie with it.
+        choice_accuracy: the same among the choices alone. A model that does not recall scores 1 in C.
+        rank: of the right token in the vocabulary, 1 the best; among equals the middle.
+        log_probability: of the right token, nats.
+    """
+
+    accuracy: float
+    choice_accuracy: float
+    rank: float
+    log_probability: float
+
+
+def judge(logits_QV: torch.Tensor, answers_Q: torch.Tensor, choices_QC: torch.Tensor) -> list[Answer]:
+    """Compare predictions with the right answers; ties, which are common in bfloat16, are nobody's luck."""
+    logits_QV = logits_QV.double()
+    right_Q1 = logits_QV.gather(1, answers_Q[:, None])
+    log_probabilities_Q = right_Q1[:, 0] - logits_QV.logsumexp(dim=1)
+    above_Q, beside_Q = _rivals(logits_QV, right_Q1)
+    choice_above_Q, choice_beside_Q = _rivals(logits_QV.gather(1, choices_QC), right_Q1)
+    columns = (
+        (above_Q == 0) / (1 + beside_Q),
+        (choice_above_Q == 0) / (1 + choice_beside_Q),
+        1 + above_Q + beside_Q / 2,
+        log_probabilities_Q,
+    )
+    return [Answer(*row) for row in torch.stack([column.double() for column in columns], dim=1).tolist()]
+
+
+def _rivals(logits_QC: torch.Tensor, right_Q1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many are above the right one, and how many others are its equals."""
+    return (logits_QC > right_Q1).sum(dim=1), (logits_QC == right_Q1).sum(dim=1) - 1
+
+
+@torch.no_grad()
+def ask(
+    model: torch.nn.Module,
+    probe_batches: Iterable[list[Probe]],
+    *,
+    name: str,
+    progress: Callable[[int], None] | None = None,
+) -> list[tuple[float | None, list[Answer]]]:
+    """Run probes through a model.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        probe_batches: lists of probes that run together, in a list all of one length.
+        name: what an error calls the model.
+        progress: called after each batch with its number of tokens.
+
+    Returns:
+        For each probe its depth and its answers.
+
+    Raises:
+        KeyreduceError: a logit is NaN or inf.
+    """
+    told = []
+    for batch in probe_batches:
+        tokens_BT = torch.stack([probe.tokens_T for probe in batch])
+        for logits_TV, probe in zip(finite_logits(model, tokens_BT, name), batch, strict=True):
+            logits_QV = logits_TV[probe.places_Q.to(logits_TV.device)].cpu()
+            told.append((probe.depth, judge(logits_QV, probe.answers_Q, probe.choices_QC)))
+        if progress is not None:
+            progress(tokens_BT.numel())
+    return told
+
+
+def average(probes: Iterable[list[Answer]]) -> dict:
+    """Return means over all answers, each rounded once, and ``all_right``: the share of probes without a mistake.
+
+    With the answers of a probe being the tokens of one text, ``all_right`` is how often greedy decoding would give it.
+    """
+    probes = list(probes)
+    answers = [answer for probe in probes for answer in probe]
+    means = {
+        name: math.fsum(answer[field] for answer in answers) / len(answers) for field, name in enumerate(Answer._fields)
+    }
+    all_right = sum(all(answer[0] == 1 for answer in probe) for probe in probes) / len(probes)
+    return {"probes": len(probes), "answers": len(answers), **means, "all_right": all_right}

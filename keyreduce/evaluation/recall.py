@@ -1,0 +1,150 @@
+"""Recall, which is what a smaller state loses first: by kind, by length and by number of pairs.
+
+Everything is drawn from a seed, each cell of the grid from its own, so that a cell does not depend on the others.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+
+from keyreduce.data.batches import bytes_per_token
+from keyreduce.data.text import TextSource
+from keyreduce.errors import KeyreduceError
+from keyreduce.evaluation import mqar, needle
+from keyreduce.evaluation.probes import Probe, ask, average
+from keyreduce.evaluation.processes import Processes
+from keyreduce.models.loading import LoadedModel
+
+KINDS = {"mqar": "multi-query associative recall", "needle": "a needle in a haystack"}
+
+
+class Cell(NamedTuple):
+    """One cell of the grid: probes of ``length`` tokens with ``pairs`` keys and values."""
+
+    kind: str
+    length: int
+    pairs: int
+
+
+@dataclass(frozen=True)
+class RecallSettings:
+    """What is asked: each of ``kinds`` at each of ``lengths`` with each number of ``pairs``, ``probes`` sequences each.
+
+    Raises:
+        KeyreduceError: a kind is unknown, or a number is below 1.
+    """
+
+    kinds: tuple[str, ...]
+    lengths: tuple[int, ...] = (256, 1024)
+    pairs: tuple[int, ...] = (1, 4, 16, 64)
+    probes: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise KeyreduceError(f"--recall {kind!r} is unknown; take {' or '.join(KINDS)}, or both with a comma")
+        for name in ("kinds", "lengths", "pairs"):
+            given = getattr(self, name)
+            if not given or len(set(given)) < len(given):
+                option = "--recall" if name == "kinds" else f"--recall-{name}"
+                raise KeyreduceError(f"{option} names nothing, or one thing twice")
+        if min(*self.lengths, *self.pairs, self.probes) < 1:
+            raise KeyreduceError("--recall-lengths, --recall-pairs and --recall-probes are at least 1")
+
+    def grid(self) -> Iterator[Cell]:
+        """Yield all cells, whether or not they have room for their pairs."""
+        return itertools.starmap(Cell, itertools.product(self.kinds, self.lengths, self.pairs))
+
+    def describe(self) -> dict:
+        """Return the settings as a JSON object."""
+        return asdict(self)
+
+
+class RecallProbes:
+    """The probes of one model's tokenizer; `cells` has those of the grid that have room for their pairs.
+
+    Args:
+        loaded: the model. What it never sees in text, such as special tokens, is in no probe.
+        text: haystacks.
+        settings: what to draw.
+
+    Raises:
+        KeyreduceError: nothing of the grid fits, or see `needle.Wording.of`.
+    """
+
+    def __init__(self, loaded: LoadedModel, text: TextSource, settings: RecallSettings):
+        self.loaded, self.text, self.settings = loaded, text, settings
+        self.symbols_S = bytes_per_token(loaded.tokenizer)[: loaded.model.config.vocab_size].nonzero()[:, 0]
+        self.wording = needle.Wording.of(loaded.tokenizer) if "needle" in settings.kinds else None
+        self.cells = [cell for cell in settings.grid() if self._fits(cell)]
+        self.left_out = [cell for cell in settings.grid() if cell not in self.cells]
+        if not self.cells:
+            raise KeyreduceError(
+                "no --recall-lengths has room for any --recall-pairs; give longer ones, or fewer pairs"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens all probes have."""
+        return sum(cell.length for cell in self.cells) * self.settings.probes
+
+    def _fits(self, cell: Cell) -> bool:
+        if cell.kind == "mqar":
+            return mqar.fits(cell.length, cell.pairs, len(self.symbols_S))
+        return self.wording.haystack(cell.length, cell.pairs) > 0
+
+    def draw(self, cell: Cell) -> Iterator[Probe]:
+        """Yield the probes of one cell, the same ones each time."""
+        digest = hashlib.sha256(f"{self.settings.seed} {cell.kind} {cell.length} {cell.pairs}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+        amounts = (cell.length, cell.pairs, self.settings.probes, generator)
+        if cell.kind == "mqar":
+            return mqar.draw(self.symbols_S, *amounts)
+        return needle.draw(self.text, self.loaded.tokenizer, self.wording, *amounts)
+
+    def ask(
+        self,
+        *,
+        batch_size: int,
+        processes: Processes = Processes(),
+        progress: Callable[[int], None] | None = None,
+    ) -> list[dict]:
+        """Run this process's share of the probes through the model.
+
+        Returns:
+            For each cell a JSON object: the cell, and ``told``, what `probes.ask` returns.
+
+        Raises:
+            KeyreduceError: a logit is NaN or inf, or the text is too short for a haystack.
+        """
+        found = []
+        for cell in self.cells:
+            probes = self.draw(cell)
+            batches = iter(lambda: list(itertools.islice(probes, batch_size)), [])  # noqa: B023 (used up right here)
+            told = ask(self.loaded.model, processes.own(batches), name=str(self.loaded.folder), progress=progress)
+            found.append({**cell._asdict(), "told": told})
+        return found
+
+
+def recall_figures(shares: Iterable[list[dict]]) -> dict[str, list[dict]]:
+    """Put together what all processes found: kind -> its cells, each with the averages of `probes.average`.
+
+    Cells of needles have them by depth too (``depths``).
+    """
+    figures: dict[str, list[dict]] = {}
+    for parts in zip(*shares, strict=True):
+        cell = {name: parts[0][name] for name in Cell._fields}
+        told = [one for part in parts for one in part["told"]]
+        averages = average(answers for _, answers in told)
+        depths = sorted({depth for depth, _ in told if depth is not None})
+        if depths:
+            averages["depths"] = [
+                {"depth": depth, **average(answers for at, answers in told if at == depth)} for depth in depths
+            ]
+        figures.setdefault(cell.pop("kind"), []).append({**cell, **averages})
+    return figures

@@ -1,0 +1,94 @@
+"""Text to windows of tokens, each of which says which of its tokens are scored and how many words they begin.
+
+Shapes: B rows in a batch, T tokens in a window, N tokens in a document.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from keyreduce.data.batches import separator_id
+
+_SPACE = re.compile(r"\s+")
+
+
+class Window(NamedTuple):
+    """Tokens that a model sees at once.
+
+    Attributes:
+        tokens_T: their ids (LongTensor).
+        words_T: how many words each of them begins (LongTensor); see `words_per_token`.
+        first: the place of the first token that is scored, at least 1; those before it are context alone.
+    """
+
+    tokens_T: torch.Tensor
+    words_T: torch.Tensor
+    first: int
+
+
+def words_per_token(document: str, ends_N: torch.Tensor) -> torch.Tensor:
+    """Return how many words each token of a document begins (LongTensor, N).
+
+    Words are counted as lm-evaluation-harness does for the word perplexity of its task wikitext: the pieces that
+    ``re.split(r"\\s+", document)`` gives, an empty one before a space at the start or after one at the end included.
+    A piece goes to the token that holds the first character of the space before it, or the document's first character.
+    So the numbers add up to what the harness counts, however the tokens are cut into windows.
+
+    Args:
+        document: the text.
+        ends_N: for each token, where in ``document`` it ends (LongTensor), not descending; at least one token.
+    """
+    begins = torch.tensor([0] + [space.start() for space in _SPACE.finditer(document)])
+    places = torch.searchsorted(ends_N, begins, right=True).clamp_(max=len(ends_N) - 1)
+    return torch.bincount(places, minlength=len(ends_N))
+
+
+def counted_tokens(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[torch.Tensor]:
+    """Yield each document's token ids and the words that each begins (LongTensor, ``[2, N]``), its separator first."""
+    separator = separator_id(tokenizer)
+    before = [] if separator is None else [separator]
+    for document in documents:
+        encoded = tokenizer(
+            document, add_special_tokens=False, truncation=False, verbose=False, return_offsets_mapping=True
+        )
+        tokens_N = torch.tensor(before + encoded["input_ids"], dtype=torch.long)
+        ends_N = torch.tensor([0] * len(before) + [end for _, end in encoded["offset_mapping"]], dtype=torch.long)
+        if len(tokens_N):
+            yield torch.stack([tokens_N, words_per_token(document, ends_N.cummax(dim=0).values)])
+
+
+def windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, length: int, stride: int) -> Iterator[Window]:
+    """Yield windows of all documents joined, each document preceded by the separator.
+
+    A window starts ``stride`` tokens after the one before it and scores its last ``stride`` tokens; the first window
+    scores all it has. That is the sliding window of Hugging Face's guide to perplexity, and the rolling one of
+    lm-evaluation-harness with ``max_seq_len = length - 1`` and ``context_len = length - stride``. A token with nothing
+    before it in its window cannot be scored: with ``stride = length``, where windows are the rows of
+    :func:`keyreduce.data.batches.token_rows`, the first of each; else the first of all.
+
+    Args:
+        documents: texts, taken one at a time.
+        tokenizer: a fast tokenizer; documents are encoded whole, without its own special tokens.
+        length: T, at least 2.
+        stride: 1 to ``length``.
+
+    Returns:
+        Windows of ``length`` tokens. What is left at the end is dropped, unless there is no other window: then it is
+        one, shorter than ``length``.
+    """
+    if not 1 <= stride <= length:
+        raise ValueError(f"stride is {stride}; it is at least 1 and at most the length of a window, {length}")
+    rest = torch.empty((2, 0), dtype=torch.long)
+    first = 1
+    is_first = True
+    for counted in counted_tokens(documents, tokenizer):
+        rest = torch.cat([rest, counted], dim=1)
+        while rest.shape[1] >= length:
+            yield Window(*rest[:, :length], first)
+            rest = rest[:, stride:]
+            first, is_first = max(1, length - stride), False
+    if is_first and rest.shape[1]:
+        yield Window(*rest, first)
