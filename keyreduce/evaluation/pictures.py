@@ -1,0 +1,216 @@
+"""Pictures of state rank, and of what pruning left: figures of matplotlib, to be saved as PNG.
+
+Colours are told apart by the colour-blind too: the maps are matplotlib's cividis and PuOr, the others are of Okabe &
+Ito's palette.
+
+Shapes: L layers, W value heads, P positions, X heads, R channels, K taps.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from keyreduce.evaluation.kept import Kept
+
+BLUE, VERMILION, YELLOW, PALE, BLACK = "#0072B2", "#D55E00", "#F0E442", "#DDDDDD", "#000000"
+_LINES = ((BLUE, "-"), (VERMILION, "--"))
+_DPI = 150
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
+    figure.savefig(path, format="png", dpi=_DPI)
+
+
+def draw_heat_map(models: Sequence[Mapping]) -> Figure:
+    """Draw the rank utilisation of each layer and head, the mean over positions; models side by side in one scale.
+
+    Args:
+        models: for each a ``label``, and ``layers`` with ``layer``, ``heads`` (their numbers in the dense model) and
+            ``utilisation``, for each head a number from 0 to 1 at each position: the report of ``keyreduce rank``.
+    """
+    layers = _layers(models)
+    heads = 1 + max(head for model in models for entry in model["layers"] for head in entry["heads"])
+    maps = []
+    for model in models:
+        percent_LW = np.full((len(layers), heads), np.nan)
+        for entry in model["layers"]:
+            percent_LW[layers.index(entry["layer"]), entry["heads"]] = 100 * np.mean(entry["utilisation"], axis=1)
+        maps.append(percent_LW)
+    top = max(np.nanmax(percent_LW) for percent_LW in maps)
+    cell = min(0.4, 9 / heads)
+    width, height = max(2.2, cell * heads), max(1.6, 0.26 * len(layers))
+    figure = Figure(figsize=(len(maps) * (width + 0.6) + 1.1, height + 1.3), layout="constrained")
+    panels = figure.subplots(1, len(maps), squeeze=False, sharey=True)[0]
+    for axes, model, percent_LW in zip(panels, models, maps, strict=True):
+        axes.patch.set(hatch="////", edgecolor="0.6")
+        image = axes.imshow(percent_LW, cmap="cividis", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
+        axes.set(title=model["label"], xlabel="value head")
+        _whole_ticks(axes, range(heads), axis="x")
+        if cell >= 0.38:
+            _write_figures(axes, percent_LW, top)
+    panels[0].set_ylabel("layer")
+    _whole_ticks(panels[0], layers, axis="y")
+    figure.colorbar(image, ax=panels, label="rank utilisation (%), mean along the sequence", pad=0.02, aspect=30)
+    if any(np.isnan(percent_LW).any() for percent_LW in maps):
+        figure.supxlabel("hatched: no such head", fontsize="small")
+    return figure
+
+
+def draw_curves(positions: Sequence[int], models: Sequence[Mapping]) -> Figure:
+    """Draw rank utilisation along the sequence, a panel a layer: the mean over its heads, and their range.
+
+    Args:
+        positions: after how many tokens.
+        models: as :func:`draw_heat_map` takes them, two at most.
+    """
+    layers = _layers(models)
+    columns = min(6, math.ceil(math.sqrt(len(layers))))
+    rows = math.ceil(len(layers) / columns)
+    figure = Figure(figsize=(max(7, 2.3 * columns + 0.4), 1.7 * rows + 1.0), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    for axes, layer in zip(panels, layers, strict=False):
+        for model, (colour, style) in zip(models, _LINES, strict=False):
+            for entry in model["layers"]:
+                if entry["layer"] == layer:
+                    percent_WP = 100 * np.array(entry["utilisation"])
+                    marker = "o" if len(positions) == 1 else None
+                    low_P, high_P = percent_WP.min(axis=0), percent_WP.max(axis=0)
+                    axes.fill_between(positions, low_P, high_P, color=colour, alpha=0.2, linewidth=0)
+                    axes.plot(positions, percent_WP.mean(axis=0), style, color=colour, marker=marker)
+        axes.set_title(f"layer {layer}", fontsize="medium")
+        axes.grid(alpha=0.3)
+    for axes in panels[len(layers) :]:
+        axes.set_visible(False)
+    for axes in panels[max(0, len(layers) - columns) : len(layers)]:
+        axes.tick_params(labelbottom=True)
+    panels[0].set(xlim=(0, None), ylim=(0, None))
+    figure.supxlabel("tokens read")
+    figure.supylabel("rank utilisation (%)")
+    handles = [
+        axes_line
+        for model, (colour, style) in zip(models, _LINES, strict=False)
+        for axes_line in panels[0].plot([], [], style, color=colour, label=f"{model['label']}: mean of the heads")
+    ] + [Patch(facecolor="0.5", alpha=0.3, label="range of the heads")]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize="small", frameon=False)
+    return figure
+
+
+def draw_kept_channels(kept: Mapping[int, Kept]) -> Figure:
+    """Draw which key and value channels of the dense model stay: a row a head, layer by layer.
+
+    Args:
+        kept: layer -> what stays, of at least one layer.
+    """
+    maps = {kind: {layer: _states(kind, one) for layer, one in kept.items()} for kind in ("key", "value")}
+    colours = {"removed": PALE, "kept": BLUE, "head removed": VERMILION, "projected together": YELLOW}
+    rows = max(sum(len(states_XR) for states_XR in by_layer.values()) for by_layer in maps.values())
+    figure = Figure(figsize=(11, min(14, max(2.0, 0.16 * rows)) + 1.3), layout="constrained")
+    seen = set()
+    for axes, (kind, by_layer) in zip(figure.subplots(1, 2), maps.items(), strict=True):
+        widest = max(states_XR.shape[1] for states_XR in by_layer.values())
+        all_states = np.full((sum(map(len, by_layer.values())), widest), np.nan)
+        start, middles = 0, []
+        for states_XR in by_layer.values():
+            all_states[start : start + len(states_XR), : states_XR.shape[1]] = states_XR
+            middles.append(start + (len(states_XR) - 1) / 2)
+            start += len(states_XR)
+            axes.axhline(start - 0.5, color="white", linewidth=1.5)
+        palette = ListedColormap(list(colours.values()))
+        axes.imshow(all_states, cmap=palette, vmin=-0.5, vmax=3.5, aspect="auto", interpolation="nearest")
+        shown = range(0, len(middles), math.ceil(len(middles) / 40))
+        axes.set_yticks([middles[number] for number in shown], [str(list(by_layer)[number]) for number in shown])
+        axes.set(xlabel=f"{kind} channel of a head", ylabel=f"layer (a row for each of its {kind} heads)")
+        axes.set_title(f"{kind} channels: {np.nansum(all_states == 1):,} of {np.isfinite(all_states).sum():,} kept")
+        seen |= set(all_states[np.isfinite(all_states)])
+    handles = [
+        Patch(facecolor=colour, label=name) for state, (name, colour) in enumerate(colours.items()) if state in seen
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def draw_filters(layer: int, filters: Mapping[str, np.ndarray], kept: Kept | None = None) -> Figure:
+    """Draw the convolution kernels of one layer: channels across, taps down, head under head.
+
+    Args:
+        layer: its number.
+        filters: name of a convolution -> its kernels ``[X, R, K]``, the oldest token's tap first.
+        kept: what pruning leaves; with it a black bar above the taps of a channel says that the channel stays.
+    """
+    taps = max(kernels_XRK.shape[2] for kernels_XRK in filters.values())
+    rows = max(len(kernels_XRK) for kernels_XRK in filters.values()) * (taps + 2)
+    top = max(np.abs(kernels_XRK).max() for kernels_XRK in filters.values())
+    widths = [1.8 if kernels_XRK.shape[1] == 1 else 4.2 for kernels_XRK in filters.values()]
+    figure = Figure(figsize=(max(7, sum(widths) + 1.2), min(12, max(2.0, 0.1 * rows)) + 1.3), layout="constrained")
+    panels = figure.subplots(1, len(filters), squeeze=False, width_ratios=widths)[0]
+    is_marked = False
+    for axes, (name, kernels_XRK) in zip(panels, filters.items(), strict=True):
+        X, R, K = kernels_XRK.shape
+        # A head's rows: a bar that says what stays, its taps, and nothing.
+        picture = np.full((X, K + 2, R), np.nan)
+        picture[:, 1 : K + 1] = kernels_XRK.swapaxes(1, 2)
+        style = dict(aspect="auto", interpolation="nearest")
+        image = axes.imshow(picture.reshape(-1, R), cmap="PuOr", vmin=-top, vmax=top, **style)
+        marks = _marks(name, R, kept)
+        if marks is not None:
+            bars = np.full((X, K + 2, R), np.nan)
+            bars[:, 0] = np.where(marks, 1.0, np.nan)
+            axes.imshow(bars.reshape(-1, R), cmap=ListedColormap([BLACK]), **style)
+            is_marked = True
+        axes.set_facecolor(PALE)
+        axes.set(title=f"convolution of {' and '.join(name)}", xlabel="channel of a head", ylabel="head")
+        axes.set_yticks([(K + 2) * head + (K + 1) / 2 for head in range(X)], [str(head) for head in range(X)])
+        if R == 1:
+            axes.set(xticks=[], xlabel="all channels alike", ylim=(rows - 0.5, -0.5))
+        if R == 1 and X == 1:
+            axes.set(yticks=[], ylabel="all heads alike")
+    figure.colorbar(image, ax=panels, label="weight", pad=0.02, aspect=30)
+    told = f"layer {layer}: the taps of each head, from the oldest token's (top) to the newest's"
+    figure.suptitle(told + ("; black bar: channel kept" if is_marked else ""), fontsize="medium")
+    return figure
+
+
+def _layers(models: Sequence[Mapping]) -> list[int]:
+    return sorted({entry["layer"] for model in models for entry in model["layers"]})
+
+
+def _whole_ticks(axes: Axes, labels: Sequence[int], *, axis: str) -> None:
+    """Label places 0, 1, ... of an axis, every second or third where they would run into each other."""
+    places = range(0, len(labels), math.ceil(len(labels) / 32))
+    getattr(axes, f"set_{axis}ticks")(list(places), [str(labels[place]) for place in places])
+
+
+def _write_figures(axes: Axes, percent_LW: np.ndarray, top: float) -> None:
+    for (row, column), percent in np.ndenumerate(percent_LW):
+        if np.isfinite(percent):
+            # The map is dark at its low end.
+            colour = "white" if percent < 0.55 * top else "black"
+            axes.text(column, row, f"{percent:.1f}", ha="center", va="center", fontsize=6.5, color=colour)
+
+
+def _states(kind: str, kept: Kept) -> np.ndarray:
+    """For each dense head and channel ``[X, R]``: 0 removed, 1 kept, 2 of a head that was removed, 3 projected."""
+    is_key, sizes = kind == "key", kept.before
+    heads, channels = (kept.key_heads, kept.key) if is_key else (kept.value_heads, kept.value)
+    shape = (sizes.key_heads, sizes.head_k_dim) if is_key else (sizes.value_heads, sizes.head_v_dim)
+    states_XR = np.full(shape, 2.0)
+    for place, head in enumerate(heads):
+        states_XR[head] = 3 if channels is None else 0
+        if channels is not None:
+            states_XR[head, channels[place]] = 1
+    return states_XR
+
+
+def _marks(name: str, num_channels: int, kept: Kept | None) -> np.ndarray | None:
+    """Which channels ``[X, R]`` of a convolution stay; None where that is not said channel by channel."""
+    if kept is None or num_channels == 1:
+        return None
+    states_XR = _states("value" if name == "v" else "key", kept)
+    return None if (states_XR == 3).any() else states_XR == 1
