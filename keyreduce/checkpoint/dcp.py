@@ -5,18 +5,23 @@ Training frameworks such as flame and torchtitan read and write DCP: a folder of
 """
 
 import contextlib
+import io
+import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from keyreduce.checkpoint.rewrite import EditedTensors, config_with_dtype
-from keyreduce.checkpoint.shards import torch_layout
+from keyreduce.checkpoint.shard_writer import copy_range, write_all, writing
+from keyreduce.checkpoint.shards import ByteRange, TensorSpec, torch_layout
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.checkpoint.writing import write_folder_files
 from keyreduce.errors import KeyreduceError
@@ -51,24 +56,75 @@ def write_dcp(
     with _without_checksums(), in_one_process(f"cannot write {target}"):
         dcp.save(
             {"model": described} if nested else described,
-            storage_writer=dcp.FileSystemWriter(target, sync_files=False),
-            planner=_StreamingPlanner(edited, nested, progress),
+            storage_writer=_StreamingWriter(target, edited, nested, progress),
             no_dist=True,
         )
     source.refuse_changed()
 
 
-class _StreamingPlanner(dcp.DefaultSavePlanner):
-    def __init__(self, edited: EditedTensors, nested: bool, progress: Callable[[int], None] | None):
-        super().__init__()
+class _StreamingWriter(dcp.FileSystemWriter):
+    """DCP's own writer but for the numbers: they are fetched one tensor at a time, and copied as bytes where they can.
+
+    As ``cp`` does, it leaves to the system when the disk gets what was written.
+    """
+
+    def __init__(self, target: Path, edited: EditedTensors, nested: bool, progress: Callable[[int], None] | None):
+        super().__init__(target, sync_files=False)
         self.edited, self.nested, self.progress = edited, nested, progress
 
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        key = write_item.index.fqn
-        tensor = self.edited.read(key.removeprefix("model.") if self.nested else key)
-        if self.progress is not None:
-            self.progress(tensor.nbytes)
-        return tensor
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+        name, results = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}", []
+        path = self.path / name
+        with writing(path), open(path, "wb", buffering=0) as file:
+            for item in plan.items:
+                begin, key = file.tell(), item.index.fqn
+                spec = self.edited.tensors[key.removeprefix("model.") if self.nested else key]
+                _save(self.edited.fetch(spec.name), spec, file)
+                length = file.tell() - begin
+                results.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
+                if self.progress is not None:
+                    self.progress(spec.nbytes)
+        written = Future()
+        written.set_result(results)
+        return written
+
+
+def _save(data: torch.Tensor | Sequence[ByteRange], spec: TensorSpec, file: io.FileIO) -> None:
+    """Append to a file what ``torch.save`` makes of a tensor, whose bytes may still be in other files."""
+    if isinstance(data, torch.Tensor):
+        torch.save(data, _Gap(file))
+        return
+    gap = _Gap(file)
+    with torch.serialization.skip_data():
+        torch.save(torch.empty(**torch_layout(spec)), gap)  # of memory that nobody touches
+    end = file.tell()
+    if spec.nbytes:
+        if gap.size != spec.nbytes:
+            raise ValueError(f"torch.save left {gap.size} bytes for {spec}")
+        file.seek(gap.begin)
+        for piece in data:
+            with open(piece.path, "rb", buffering=0) as source:
+                copy_range(source, file, piece.begin, piece.end)
+        file.seek(end)
+
+
+class _Gap:
+    """A file to ``torch.save`` into, which notes where it skipped the numbers of a tensor."""
+
+    def __init__(self, file: io.FileIO):
+        self.begin = self.size = 0
+        self._file = file
+
+    def write(self, data: bytes) -> int:
+        write_all(self._file, memoryview(data))
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.begin, self.size = self._file.tell(), offset
+        return self._file.seek(offset, whence)
+
+    def flush(self) -> None:
+        pass
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.utils import _create_file_view
@@ -121,9 +120,10 @@ class DcpCheckpoint(Checkpoint):
             return None
         path = self.path / info.relative_path
         try:
-            with open(path, "rb") as file, FakeTensorMode():
-                # Loading fake tensors reads no numbers, and tells where they are.
-                tensor = torch.load(_create_file_view(file, info.offset, info.length), weights_only=True)
+            with open(path, "rb") as file:
+                # Loading onto the meta device reads no numbers, and tells where they are.
+                view = _create_file_view(file, info.offset, info.length)
+                tensor = torch.load(view, map_location="meta", weights_only=True)
                 storage = tensor.untyped_storage()
                 begin = info.offset + storage._checkpoint_offset
         except OSError as error:

@@ -39,9 +39,9 @@ class ShardWriter:
         self._file: io.FileIO | None = None
 
     def __enter__(self) -> "ShardWriter":
-        with _writing(self.path):
+        with writing(self.path):
             self._file = open(self.path, "wb", buffering=0)
-            _write_all(self._file, memoryview(self._header))
+            write_all(self._file, memoryview(self._header))
         return self
 
     def write(self, name: str, data: torch.Tensor | Sequence[ByteRange]) -> None:
@@ -53,14 +53,14 @@ class ShardWriter:
             if (size := sum(piece.end - piece.begin for piece in data)) != spec.nbytes:
                 raise ValueError(f"tensor {name!r} takes {spec.nbytes} bytes, not {size}")
             for piece in data:
-                with _writing(self.path), open(piece.path, "rb", buffering=0) as source:
-                    _copy_range(source, self._file, piece.begin, piece.end)
+                with writing(self.path), open(piece.path, "rb", buffering=0) as source:
+                    copy_range(source, self._file, piece.begin, piece.end)
         else:
             if make_spec(name, data.dtype, data.shape) != spec:
                 raise ValueError(f"{spec} was announced, not {data.dtype} {tuple(data.shape)}")
             raw = data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            with _writing(self.path):
-                _write_all(self._file, memoryview(raw))
+            with writing(self.path):
+                write_all(self._file, memoryview(raw))
 
     def __exit__(self, exception_type, exception, traceback) -> None:
         with self._file:
@@ -86,19 +86,21 @@ def _format_header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turn the errors of the system into one line that says which file could not be written."""
     try:
         yield
     except OSError as error:
         raise KeyreduceError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _write_all(file: io.FileIO, data: memoryview) -> None:
+def write_all(file: io.FileIO, data: memoryview) -> None:
+    """Write all of ``data`` to an unbuffered file, which may take it in pieces."""
     while data:
         data = data[file.write(data) :]
 
 
-def _copy_range(source: io.FileIO, target: io.FileIO, begin: int, end: int) -> None:
+def copy_range(source: io.FileIO, target: io.FileIO, begin: int, end: int) -> None:
     """Append bytes [begin, end) of ``source`` to ``target``: by the kernel where it can, else in pieces."""
     if hasattr(os, "copy_file_range"):
         try:
@@ -113,5 +115,5 @@ def _copy_range(source: io.FileIO, target: io.FileIO, begin: int, end: int) -> N
         piece = source.read(min(_COPY_BYTES, end - begin))
         if not piece:
             raise OSError(errno.EIO, f"{source.name} ended early; it was changed while it was read")
-        _write_all(target, memoryview(piece))
+        write_all(target, memoryview(piece))
         begin += len(piece)
