@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -189,15 +190,18 @@ def _ended(entry: _Running) -> Outcome:
 
 
 def last_line(log: Path) -> str:
-    """Return the last line of a log that is not blank, without keyreduce's name before it; empty if there is none."""
+    """Return the last line of a log that is not blank; empty if there is none.
+
+    Of a line that keyreduce ended with it is the message alone, without a progress bar that may stand before it.
+    """
     try:
         with open(log, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").split("\n")
+            lines = re.split(r"[\r\n]", file.read().decode(errors="replace"))
     except OSError:
         return ""
     told = [line.strip() for line in lines if line.strip()]
-    return told[-1].removeprefix("keyreduce: ") if told else ""
+    return told[-1].partition("keyreduce: ")[2] or told[-1] if told else ""
 
 
 def _end(running: Sequence[_Running]) -> None:

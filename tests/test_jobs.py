@@ -188,6 +188,10 @@ def test_the_last_line_of_a_log(tmp_path):
     assert last_line(log) == ""
     log.write_bytes(b"x" * 100_000 + b"\nkeyreduce: bad \xff model\n\n  \n")
     assert last_line(log) == "bad \N{REPLACEMENT CHARACTER} model"
+    log.write_bytes(b"  1%| 1/9\r 50%| 5/9keyreduce: stopped\n")
+    assert last_line(log) == "stopped"
+    log.write_bytes(b"first\r second\r")
+    assert last_line(log) == "second"
 
 
 def test_keyreduce_itself_runs_as_a_job(tmp_path):
