@@ -1,10 +1,13 @@
 """One harness for every benchmark: contenders take turns, so that whatever slows the machine slows all of them."""
 
+import itertools
+import math
 import statistics
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from scipy.stats import binom
@@ -14,15 +17,22 @@ from torch.utils._pytree import tree_leaves
 _STEADY_CALLS = 3
 _STEADY_WITHIN = 0.05
 _CONFIDENCE = 0.95
+_CPU_CACHE = 32 << 20
 
 _Mark = float | torch.cuda.Event
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The seconds of each round of one contender."""
+    """The seconds of each round of one contender.
+
+    Attributes:
+        seconds: of each round.
+        warmup_seconds: what the calls before them took; the autotuning and compiling of kernels is in there.
+    """
 
     seconds: tuple[float, ...]
+    warmup_seconds: float = field(default=0.0, compare=False)
 
     @property
     def median(self) -> float:
@@ -38,6 +48,37 @@ class Timing:
         than 6 rounds cannot give 95%; the interval is then all of their range.
         """
         return _median_interval(self.seconds)
+
+    def divided(self, steps: int) -> "Timing":
+        """Return the times of one step where each round held ``steps`` of them."""
+        return Timing(tuple(seconds / steps for seconds in self.seconds), self.warmup_seconds)
+
+
+class PeakMemory(NamedTuple):
+    """Bytes that a call held at most, above what was held before it.
+
+    Attributes:
+        allocated: in tensors.
+        reserved: what PyTorch's allocator took from the device for them; None on a CPU, where nobody counts it.
+    """
+
+    allocated: int
+    reserved: int | None
+
+
+def rotated(function: Callable[..., object], inputs: Sequence[object]) -> Callable[[], object]:
+    """Return a function without arguments that gives ``function`` the next of the inputs at each call, in a circle."""
+    turns = itertools.cycle(inputs)
+    return lambda: function(next(turns))
+
+
+def copies_past_cache(size: int, device: torch.device, at_most: int = 64) -> int:
+    """Return how many inputs of ``size`` bytes to rotate, so that none is in the device's cache when its turn comes.
+
+    Together they are twice the L2 of a GPU, or 64 MiB on a CPU.
+    """
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _CPU_CACHE
+    return max(1, min(at_most, math.ceil(2 * cache / max(size, 1))))
 
 
 def ratio(a: Timing, b: Timing) -> tuple[float, tuple[float, float]]:
@@ -75,8 +116,11 @@ def interleave(
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; there is at least one")
-    for function in contenders.values():
+    warmup_seconds = {}
+    for name, function in contenders.items():
+        start = perf_counter()
         _warm_up(function, device, warmup)
+        warmup_seconds[name] = perf_counter() - start
     marks = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, function in contenders.items():
@@ -85,10 +129,12 @@ def interleave(
             progress(1)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return {name: Timing(tuple(_seconds(*pair) for pair in pairs)) for name, pairs in marks.items()}
+    return {
+        name: Timing(tuple(_seconds(*pair) for pair in pairs), warmup_seconds[name]) for name, pairs in marks.items()
+    }
 
 
-def peak_memory(function: Callable[[], object], device: torch.device) -> int:
+def peak_memory(function: Callable[[], object], device: torch.device) -> PeakMemory:
     """Call a function once and return the most memory it held, in bytes above what was held before.
 
     On CUDA by the statistics of PyTorch's allocator. On a CPU it is the tensors that operators returned and that were
@@ -97,14 +143,17 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> int:
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
+        torch.cuda.empty_cache()  # else what earlier calls left in reserve would serve this one
+        allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
         function()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return PeakMemory(
+            torch.cuda.max_memory_allocated(device) - allocated, torch.cuda.max_memory_reserved(device) - reserved
+        )
     with _LiveTensors() as live:
         function()
-    return live.peak
+    return PeakMemory(live.peak, None)
 
 
 class _LiveTensors(TorchDispatchMode):

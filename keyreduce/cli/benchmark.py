@@ -1,5 +1,6 @@
-"""``keyreduce benchmark``: dense against pruned, in time and memory."""
+"""``keyreduce benchmark``: dense against pruned, or one key size against another, in time and memory."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -7,15 +8,68 @@ import typer
 from keyreduce.cli import options
 
 
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in str(text).split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a whole number, or several with commas between") from None
+    if min(numbers) < 1:
+        raise typer.BadParameter(f"{text!r}: each number is at least 1")
+    return numbers
+
+
+_KINDS = "What to time"
+
+
 def benchmark(
     model: options.DenseModel = None,
     compressed: options.Compressed = None,
     work: options.Work = options.DEFAULT_WORK,
-    mixer: Annotated[bool, typer.Option("--mixer", help="Time one mixer layer: the default, all there is.")] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in the input.")] = 4,
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")] = 1024,
+    mixer: Annotated[
+        bool, typer.Option("--mixer", rich_help_panel=_KINDS, help="One mixer layer: the default.")
+    ] = False,
+    forward: Annotated[
+        bool, typer.Option("--forward", rich_help_panel=_KINDS, help="The whole model, reading a prompt.")
+    ] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode", rich_help_panel=_KINDS, help="One token at a time, through the cache.")
+    ] = False,
+    train_step: Annotated[
+        bool, typer.Option("--train-step", rich_help_panel=_KINDS, help="Forward, backward and optimizer.")
+    ] = False,
+    scaling: Annotated[
+        str | None,
+        typer.Option(
+            parser=_numbers, metavar="K,K,...", help="Random models of these key sizes instead, of the model's config."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="For --scaling: a config.json, or a folder that holds it.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in the input, but for --decode.")] = 4,
+    seq_len: Annotated[
+        str, typer.Option(parser=_numbers, metavar="T,T,...", help="Tokens in a sequence, but for --decode.")
+    ] = "1024",
+    decode_batch_sizes: Annotated[
+        str | None,
+        typer.Option(
+            parser=_numbers,
+            metavar="B,B,...",
+            help="For --decode: sequences at once.",
+            show_default="1,32,256 on a GPU, 1,8 on a CPU",
+        ),
+    ] = None,
+    max_batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="For --decode: where the search for the largest batch that fits ends; 0: no search.",
+            show_default="65536 on a GPU, 32 on a CPU",
+        ),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each model, taken in turns.")] = 30,
     output: options.Figures = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the figures, into a .png file.")] = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -23,60 +77,77 @@ def benchmark(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Time the mixer layer of the dense and of the pruned model side by side, on the same input."""
-    from keyreduce.benchmarking.mixer import benchmark_mixers
+    """Time the dense and the pruned model side by side, on the same input.
+
+    One mixer layer stands for all: where a model's layers differ in size, it is the first.
+    """
+    from keyreduce.benchmarking.report import Request, benchmark_report, total_rounds
+    from keyreduce.benchmarking.subjects import memory_errors_told, random_subjects, subjects_of
+    from keyreduce.cli.benchmark_tables import print_tables
     from keyreduce.cli.console import Console
     from keyreduce.cli.pair import load_pair
     from keyreduce.devices import pick_device, pick_dtype
+    from keyreduce.errors import KeyreduceError
     from keyreduce.workspace import Workspace, refuse_existing, refuse_unwritable, write_json
 
     console, workspace = Console(as_json=json), Workspace(work)
-    refuse_existing(output, overwrite)
+    if config is not None and scaling is None:
+        raise KeyreduceError("--config is for --scaling, which makes random models of it; name the key sizes")
+    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise KeyreduceError(f"--plot {plot}: its name ends in .png, .svg or .pdf")
+    for path in (output, plot):
+        refuse_existing(path, overwrite)
     refuse_unwritable(output or workspace.benchmark, folder=False)
+    if plot is not None:
+        refuse_unwritable(plot, folder=False)
     device = pick_device(device)
-    models = load_pair(console, model, compressed, workspace, device, pick_dtype(dtype, device))
-    with console.progress("timing", rounds, "rounds") as progress:
-        report = benchmark_mixers(
-            models, batch_size=batch_size, seq_len=seq_len, rounds=rounds, seed=seed, progress=progress
-        )
+    dtype = pick_dtype(dtype, device)
+    asked = {"mixer": mixer, "forward": forward, "decode": decode, "train_step": train_step}
+    kinds = [kind for kind, wanted in asked.items() if wanted] or ["mixer"]
+    on_gpu = device.type == "cuda"
+    if on_gpu and dtype.itemsize > 2 and kinds != ["decode"]:
+        raise KeyreduceError("fla's kernels for whole sequences refuse float32 on a GPU; take --dtype bfloat16")
+    if max_batch_size is None:
+        max_batch_size = 65536 if on_gpu else 32
+    request = Request(
+        kinds=kinds,
+        batch_size=batch_size,
+        seq_lens=seq_len,
+        decode_batch_sizes=decode_batch_sizes or ([1, 32, 256] if on_gpu else [1, 8]),
+        max_batch_size=max_batch_size,
+        rounds=rounds,
+        seed=seed,
+    )
+    with memory_errors_told("loading the models"):
+        if scaling is None:
+            subjects = subjects_of(load_pair(console, model, compressed, workspace, device, dtype))
+        else:
+            content, whole = _config(config, model), kinds != ["mixer"]
+            subjects = random_subjects(content, scaling, device, dtype, whole=whole, seed=seed)
+    with console.progress("timing", total_rounds(request, device), "rounds") as progress:
+        report = benchmark_report(subjects, request, progress)
     write_json(output or workspace.benchmark, report, overwrite=True)
-    _print(console, report)
+    for entry in report["models"]:
+        if not entry["layers_alike"]:
+            console.note(
+                f"{entry['label']}: its layers differ in size; where one layer is timed, that is layer {entry['layer']}"
+            )
+    print_tables(console, report)
     console.say(f"wrote {output or workspace.benchmark}")
+    if plot is not None:
+        from keyreduce.benchmarking.plot import plot_report
+
+        plot_report(report, plot)
+        console.say(f"wrote {plot}")
     console.result(report)
 
 
-def _print(console, report: dict) -> None:
-    from keyreduce.cli.console import mebibytes, scaled
+def _config(path: Path | None, model: str | None) -> dict:
+    """Return the config that random models are made of: the one named, else the model's own."""
+    from keyreduce.checkpoint.find import find_model
+    from keyreduce.checkpoint.folder import open_folder
+    from keyreduce.workspace import read_json
 
-    def spread(value: dict, factor: float = 1) -> str:
-        low, median, high = (f"{factor * value[name]:.3g}" for name in ("low", "median", "high"))
-        return f"{median} ({low}–{high})"
-
-    def times(ratio: float) -> str:
-        return f"{ratio:.2f}x"
-
-    dense, *pruned = report["models"]
-    header, columns = [""], []
-    rows = ["head_k_dim", "tokens/s", "latency, ms", "peak memory", "state per sequence"]
-    for entry in report["models"]:
-        header.append(entry["label"])
-        columns.append(
-            [
-                str(entry["head_k_dim"]),
-                scaled(entry["tokens_per_second"]),
-                spread(entry["latency_seconds"], 1e3),
-                mebibytes(entry["peak_memory_bytes"]),
-                mebibytes(entry["state_bytes_per_sequence"]),
-            ]
-        )
-    for entry in pruned:
-        header.append("dense / pruned")
-        keys = times(dense["head_k_dim"] / entry["head_k_dim"])
-        speed = spread(entry["speedup"])
-        columns.append([keys, "", speed, times(entry["memory_ratio"]), times(entry["state_ratio"])])
-    settings = report["settings"]
-    console.say(
-        f"one mixer layer, {settings['batch_size']} x {settings['seq_len']} tokens, {settings['dtype']}, "
-        f"{settings['device']}; {settings['rounds']} rounds in turns, median (95% interval)"
-    )
-    console.table("", header, [(name, *cells) for name, *cells in zip(rows, *columns, strict=True)])
+    if path is None:
+        return open_folder(find_model(model)).config
+    return read_json(path / "config.json" if path.is_dir() else path)

@@ -1,0 +1,200 @@
+"""How fast pruned key sizes are on a GPU: DeltaNet and Gated DeltaNet of hidden 2048, 16 heads, 128 value channels.
+
+    python benchmarks/h100.py [--output benchmarks/h100] [--only decode-32 ...]
+    python benchmarks/h100.py --table
+
+Each measurement is a file of its own below the output folder, and one that is there is not made again, so a run that
+was cut off goes on where it was. At the end, and with ``--table``, each architecture's files are put together into one
+JSON file and one picture, and the tables are printed as Markdown. Kernels are compiled by one process for each key size
+before anything is timed; which of their variants is best, the measuring process finds out by itself.
+"""
+
+import argparse
+import gc
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from keyreduce.benchmarking.plot import plot_report
+from keyreduce.benchmarking.report import Request, benchmark_report
+from keyreduce.benchmarking.subjects import Subject, random_subjects
+from keyreduce.cli.benchmark_tables import print_tables
+from keyreduce.cli.console import Console, scaled
+from keyreduce.workspace import read_json, write_json
+
+HERE = Path(__file__).parent
+CONFIGS = {name: HERE.parent / f"configs/benchmark/{name}-2048.json" for name in ("delta-net", "gated-deltanet")}
+KEY_SIZES = (128, 96, 64, 48, 32)
+
+# Whole sequences come in batches of 32,768 tokens. A step of training is last: it changes the weights.
+MEASUREMENTS = {
+    **{f"mixer-{length}": Request(("mixer",), 32768 // length, (length,)) for length in (2048, 8192)},
+    **{f"decode-{size}": Request(("decode",), decode_batch_sizes=(size,)) for size in (1, 32, 256)},
+    **{f"forward-{length}": Request(("forward",), 32768 // length, (length,)) for length in (2048, 8192)},
+    "largest-batch": Request(("decode",), decode_batch_sizes=(256,), max_batch_size=65536, scopes=()),
+    "train_step-2048": Request(("train_step",), 4, (2048,), rounds=15),
+}
+
+
+def main() -> None:
+    """Measure what is missing and put all together."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=HERE / "h100", help="the folder of the results")
+    parser.add_argument("--only", nargs="*", choices=MEASUREMENTS, default=list(MEASUREMENTS), metavar="NAME")
+    parser.add_argument("--config", nargs="*", choices=CONFIGS, default=list(CONFIGS), metavar="NAME")
+    parser.add_argument("--key-sizes", nargs="*", type=int, default=KEY_SIZES, metavar="K")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--table", action="store_true", help="measure nothing")
+    parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.compile:
+        compile_here(chosen)
+        return
+    if not chosen.table:
+        # The kernels of training take minutes more to compile and to tune: all else is measured before.
+        training = [name for name in chosen.only if MEASUREMENTS[name].kinds == ("train_step",)]
+        for stage in ([name for name in MEASUREMENTS if name in set(chosen.only) - set(training)], training):
+            measure(stage, chosen)
+    put_together(chosen.output)
+
+
+def measure(names: Sequence[str], chosen: argparse.Namespace) -> None:
+    """Make those of some measurements that are not there yet, for each architecture."""
+    todo = {
+        config: [name for name in names if not file_of(chosen.output, config, name).exists()]
+        for config in chosen.config
+    }
+    todo = {config: missing for config, missing in todo.items() if missing}
+    if torch.device(chosen.device).type == "cuda":
+        for config, missing in todo.items():
+            compile_kernels(config, missing, chosen)
+    start = time.perf_counter()
+    for config, missing in todo.items():
+        subjects = make_subjects(config, chosen)
+        for name in missing:
+            report = benchmark_report(subjects, MEASUREMENTS[name])
+            write_json(file_of(chosen.output, config, name), report)
+            tell(f"== {config} {name}, {time.perf_counter() - start:.0f} s after the first")
+            print_tables(Console(as_json=False), report)
+            sys.stdout.flush()
+
+
+def make_subjects(config: str, chosen: argparse.Namespace) -> list[Subject]:
+    """Return random models of an architecture, one for each key size."""
+    device = torch.device(chosen.device)
+    return random_subjects(read_json(CONFIGS[config]), chosen.key_sizes, device, torch.bfloat16, whole=True, seed=0)
+
+
+def compile_kernels(config: str, missing: Sequence[str], chosen: argparse.Namespace) -> None:
+    """Let one process for each key size run everything once, so that Triton's cache on the disk has the kernels."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    start = time.perf_counter()
+    # They disturb each other, so what they find to be the best variant must not be remembered.
+    environment = os.environ | {"FLA_CACHE_RESULTS": "0"}
+    command = [sys.executable, __file__, "--compile", "--config", config, "--only", *missing, "--device", chosen.device]
+    processes = {
+        keys: subprocess.Popen([*command, "--key-sizes", str(keys)], env=environment) for keys in chosen.key_sizes
+    }
+    try:
+        failed = [keys for keys, process in processes.items() if process.wait()]
+    finally:
+        for process in processes.values():
+            process.kill()
+    tell(f"== {config}: kernels compiled in {time.perf_counter() - start:.0f} s")
+    if failed:
+        tell(f"the processes for K={failed} failed; their kernels are compiled when they are warmed up")
+
+
+def compile_here(chosen: argparse.Namespace) -> None:
+    """Run everything once, with the same kernels and as little else as may be."""
+    for config in chosen.config:
+        subjects = make_subjects(config, chosen)
+        for name in chosen.only:
+            benchmark_report(subjects, replace(MEASUREMENTS[name], max_batch_size=0, rounds=1))
+
+
+def put_together(folder: Path) -> None:
+    """Write the JSON file and the picture of each architecture, and print its tables."""
+    for config in CONFIGS:
+        reports = {name: file_of(folder, config, name) for name in MEASUREMENTS}
+        reports = {name: read_json(path) for name, path in reports.items() if path.exists()}
+        if not reports:
+            continue
+        first = next(iter(reports.values()))
+        whole = {"settings": {}, "ceilings": {}, "warmup_seconds": {}, "models": first["models"]}
+        for name, report in reports.items():
+            for part in ("settings", "ceilings", "warmup_seconds"):
+                whole[part][name] = report[part]
+            for kind in ("mixer", "forward", "decode", "train_step", "largest_batch"):
+                if kind in report:
+                    whole[kind] = whole.get(kind, []) + report[kind]
+        write_json(folder / f"{config}.json", whole, overwrite=True)
+        plot_report(whole | {"settings": first["settings"]}, folder / f"{config}.png")
+        tell(f"\n### {config}: {first['settings']['device']}, {first['settings']['dtype']}\n")
+        for line in table(whole):
+            tell(line)
+
+
+def table(report: dict) -> Iterator[str]:
+    """Yield the lines of the Markdown tables: whole sequences, decoding, and the largest batch."""
+    sequences = [(kind, entry) for kind in ("mixer", "forward", "train_step") for entry in report.get(kind, [])]
+    if sequences:
+        yield "| | K | ms (95% interval) | speedup | peak memory, MiB | TFLOP/s |"
+        yield "|---|---|---|---|---|---|"
+    for kind, entry in sequences:
+        yield (
+            f"| {kind.replace('_', ' ')}, {entry['batch_size']} x {entry['seq_len']} | {entry['head_k_dim']} "
+            f"| {spread(entry['latency_seconds'], 1e3)} | {speedup(entry)} | {entry['peak_memory_bytes'] / 2**20:,.0f} "
+            f"| {entry['teraflops']:.0f} ({entry['compute_share']:.0%}) |"
+        )
+    if report.get("decode"):
+        yield ""
+        yield "| decode | batch | K | eager, us | graph, us (95% interval) | speedup | times the floor | GB/s |"
+        yield "|---|---|---|---|---|---|---|---|"
+    for entry in sorted(report.get("decode", []), key=lambda entry: entry["scope"]):
+        best = entry["graph"] or entry["eager"]
+        graph = spread(best["latency_seconds"], 1e6) if entry["graph"] else ""
+        yield (
+            f"| {entry['scope']} | {entry['batch_size']} | {entry['head_k_dim']} "
+            f"| {entry['eager']['latency_seconds']['median'] * 1e6:,.1f} | {graph} | {speedup(best)} "
+            f"| {best['times_floor']:.2f} | {best['gigabytes_per_second']:,.0f} ({best['bandwidth_share']:.0%}) |"
+        )
+    if report.get("largest_batch"):
+        yield ""
+        yield "| K | largest batch | ended by | tokens/s |"
+        yield "|---|---|---|---|"
+    for entry in report.get("largest_batch", []):
+        speed = scaled(entry["tokens_per_second"] or 0)
+        yield f"| {entry['head_k_dim']} | {entry['batch_size']:,} | {entry['ended_by']} | {speed} |"
+
+
+def spread(value: dict, factor: float) -> str:
+    """Return a median with its interval."""
+    low, median, high = (f"{factor * value[name]:.4g}" for name in ("low", "median", "high"))
+    return f"{median} ({low}-{high})"
+
+
+def speedup(entry: dict) -> str:
+    """Return what an entry gains over the first key size."""
+    return f"{entry['speedup']['median']:.2f}" if "speedup" in entry else "1"
+
+
+def file_of(folder: Path, config: str, measurement: str) -> Path:
+    """Return where a measurement is kept."""
+    return folder / config / f"{measurement}.json"
+
+
+def tell(message: str) -> None:
+    """Print at once, for whoever watches a log."""
+    print(message, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Decoding steps of a whole model, of one mixer layer, and of the delta-rule operator alone, ready to be timed.
+
+One token of context comes before: a delta-rule layer costs the same at every position, a softmax layer of a hybrid
+would not. Layers, their states and the operator's states are rotated past the cache of the device.
+
+Shapes: B sequences, D hidden.
+"""
+
+import contextlib
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from keyreduce.benchmarking.subjects import Subject
+from keyreduce.benchmarking.timing import copies_past_cache
+from keyreduce.benchmarking.work import mixer_work
+
+_TOKENS = 4
+
+
+class Steps(NamedTuple):
+    """Some decoding steps.
+
+    Attributes:
+        run: takes them.
+        count: how many they are.
+        reads: returns what holds the tensors that the next ``run`` starts from.
+    """
+
+    run: Callable[[], object]
+    count: int
+    reads: Callable[[], object]
+
+
+@torch.inference_mode()
+def model_steps(subject: Subject, batch_size: int, seed: int) -> Steps:
+    """Return steps of a whole model: it reads random tokens, and its cache goes from each step to the next."""
+    model, generator = subject.model, torch.Generator().manual_seed(seed)
+    tokens_B1 = torch.randint(model.config.vocab_size, (batch_size, 1), generator=generator).to(model.device)
+    cache = model(input_ids=tokens_B1, use_cache=True).past_key_values
+
+    @torch.inference_mode()
+    def run() -> None:
+        for _ in range(_TOKENS):
+            model(input_ids=tokens_B1, past_key_values=cache, use_cache=True)
+
+    return Steps(run, _TOKENS, lambda: [dict(state) for state in cache])
+
+
+@torch.inference_mode()
+def mixer_steps(subject: Subject, batch_size: int, seed: int) -> Steps:
+    """Return one step for each of several copies of the mixer, each with a cache of its own."""
+    from fla.models.utils import Cache
+
+    generator = torch.Generator().manual_seed(seed)
+    size = mixer_work(subject.mixer, subject.sizes, batch_size=batch_size, seq_len=1, cached=True).bytes
+    mixers = [copy.deepcopy(subject.mixer) for _ in range(copies_past_cache(size, subject.model.device))]
+    hidden_B1D = torch.randn(batch_size, 1, subject.model.config.hidden_size, generator=generator)
+    hidden_B1D = hidden_B1D.to(subject.model.device, subject.model.dtype)
+    caches = [Cache() for _ in mixers]
+
+    @torch.inference_mode()
+    def run() -> None:
+        for mixer, cache in zip(mixers, caches, strict=True):
+            mixer(hidden_states=hidden_B1D, past_key_values=cache, use_cache=True)
+
+    for mixer in mixers:
+        mixer.layer_idx = 0  # the first of its own cache
+    run()
+    return Steps(run, len(mixers), lambda: [dict(cache[0]) for cache in caches])
+
+
+@torch.inference_mode()
+def operator_steps(subject: Subject, batch_size: int, seed: int) -> Steps:
+    """Return one call of the delta-rule operator for each of several states, with what the mixer gives it."""
+    with _noted_calls(subject) as calls:
+        mixer_steps(subject, batch_size, seed).run()
+    operator, arguments = calls[-1]
+    first = arguments["initial_state"]
+    count = copies_past_cache(2 * first.numel() * first.element_size(), first.device, at_most=256)
+    states = [first, *(first.clone() for _ in range(count - 1))]
+
+    @torch.inference_mode()
+    def run() -> list:
+        # All results are kept until the end: a new state in the place of the last one would not leave the cache.
+        return [operator(**arguments | {"initial_state": state}) for state in states]
+
+    return Steps(run, count, lambda: states)
+
+
+STEPS: dict[str, Callable[[Subject, int, int], Steps]] = {
+    "model": model_steps,
+    "mixer": mixer_steps,
+    "operator": operator_steps,
+}
+
+
+@contextlib.contextmanager
+def _noted_calls(subject: Subject) -> Iterator[list]:
+    """Note the operators that the block makes mixers call, with their arguments."""
+    module, calls = sys.modules[type(subject.mixer).__module__], []
+
+    def noting(operator):
+        def call(**arguments):
+            calls.append((operator, arguments))
+            return operator(**arguments)
+
+        return call
+
+    with contextlib.ExitStack() as undo:
+        for name in subject.family.operators:
+            original = getattr(module, name)
+            undo.callback(setattr, module, name, original)
+            setattr(module, name, noting(original))
+        yield calls

@@ -1,0 +1,191 @@
+"""What is timed: models from checkpoints, or random ones of several key sizes made from one config."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from keyreduce.errors import KeyreduceError, reason
+from keyreduce.families import Family, family_of
+from keyreduce.families.table import MixerSizes
+from keyreduce.models.loading import LoadedModel, prepare_backend
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be timed, and its first delta-rule layer.
+
+    Attributes:
+        label: its name in tables.
+        model: in evaluation mode. It may hold fewer layers than ``config`` says, where one layer alone is timed.
+        family: its tables.
+        layer: the number of its first delta-rule layer; where layers differ in size it stands for none of the others.
+        config: the content of the whole model's config.json.
+        folder: where its checkpoint is; None if it is random.
+    """
+
+    label: str
+    model: PreTrainedModel
+    family: Family
+    layer: int
+    config: dict
+    folder: Path | None
+
+    @property
+    def mixer(self) -> torch.nn.Module:
+        """Its first delta-rule layer."""
+        return self.model.get_submodule(self.family.mixer.format(layer=self.layer))
+
+    @property
+    def sizes(self) -> MixerSizes:
+        """The sizes of that layer."""
+        return self.family.sizes(self.config, self.layer)
+
+    def describe(self) -> dict:
+        """Return its sizes as JSON; the bytes of state are those of all layers, in float32.
+
+        ``layers_alike`` says whether all its delta-rule layers have the sizes of the first.
+        """
+        return {
+            "label": self.label,
+            "folder": None if self.folder is None else str(self.folder),
+            "layer": self.layer,
+            **self.sizes._asdict(),
+            "state_bytes_per_sequence": self.family.state_bytes(self.config),
+            "mixer_parameters": sum(parameter.numel() for parameter in self.mixer.parameters()),
+            "layers_alike": len(set(self.family.layer_sizes(self.config).values())) == 1,
+        }
+
+
+def subjects_of(models: Mapping[str, LoadedModel]) -> list[Subject]:
+    """Return loaded models as subjects; the first is the one that the others are compared with.
+
+    Raises:
+        KeyreduceError: they differ in hidden size, device or dtype, or one has no delta-rule layer.
+    """
+    subjects = []
+    for label, loaded in models.items():
+        if subjects:
+            _check_alike(subjects[0], label, loaded.model)
+        config = loaded.model.config.to_dict()
+        layer = _first_layer(loaded.family, config, str(loaded.folder))
+        subjects.append(Subject(label, loaded.model, loaded.family, layer, config, loaded.folder))
+    return subjects
+
+
+def random_subjects(
+    config: Mapping,
+    key_sizes: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    whole: bool,
+    seed: int,
+) -> list[Subject]:
+    """Make random models from a config, one of each ``head_k_dim``; nothing else of it changes.
+
+    Args:
+        config: the content of a config.json.
+        key_sizes: of the models, in the order wanted.
+        device, dtype: of their weights.
+        whole: all layers; else only as many as it takes to have a delta-rule layer.
+        seed: of their weights.
+
+    Raises:
+        KeyreduceError: the config cannot say such a size, or no model is made of it.
+    """
+    family = family_of(config)
+    prepare_backend(device)
+    layer = _first_layer(family, config, "the config")
+    subjects = []
+    for keys in key_sizes:
+        sizes = {number: size._replace(head_k_dim=keys) for number, size in family.layer_sizes(config).items()}
+        resized = family.resized(config, sizes)
+        built = resized if whole else resized | {family.num_layers.name: layer + 1}
+        torch.manual_seed(seed)
+        try:
+            theirs = AutoConfig.for_model(**built)
+            with torch.device(device):
+                model = AutoModelForCausalLM.from_config(theirs, dtype=dtype).to(device).eval()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # A config that no model would have makes its constructor raise nearly anything.
+            raise KeyreduceError(f"no model of head_k_dim {keys} is made of the config: {reason(error)}") from error
+        subjects.append(Subject(f"K={keys}", model, family, layer, resized, None))
+    return subjects
+
+
+@contextlib.contextmanager
+def memory_errors_told(what: str) -> Iterator[None]:
+    """Turn the allocators' errors into one line.
+
+    Raises:
+        KeyreduceError: the block needed more memory than there is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise KeyreduceError(
+            f"{what} needs more memory than there is; take a smaller batch size or sequence length"
+        ) from error
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error says that a CPU or a GPU has no memory left."""
+    words = (
+        "can't allocate memory",
+        "not enough memory",
+        "invalid storage size",
+        "storage size calculation overflowed",
+    )
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)
+
+
+def refuse_beyond_memory(size: int, device: torch.device, what: str) -> None:
+    """Refuse what a CPU would be killed for: systems promise more memory than they have.
+
+    Raises:
+        KeyreduceError: ``size`` bytes are more than is free.
+    """
+    if size > available_memory(device):
+        raise KeyreduceError(f"{what} needs more memory than there is; take a smaller batch size or sequence length")
+
+
+def available_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _check_alike(first: Subject, label: str, model: PreTrainedModel) -> None:
+    properties = {
+        "hidden size": lambda model: model.config.hidden_size,
+        "device": lambda model: model.device,
+        "dtype": lambda model: model.dtype,
+    }
+    for name, read in properties.items():
+        ours, theirs = read(first.model), read(model)
+        if ours != theirs:
+            raise KeyreduceError(
+                f"{first.label} and {label} differ in {name} ({ours} and {theirs}), so their mixers cannot be compared "
+                f"on the same input; give models of one {name}"
+            )
+
+
+def _first_layer(family: Family, config: Mapping, name: str) -> int:
+    layers = family.mixer_layers(config)
+    if not layers:
+        raise KeyreduceError(f"{name} has no delta-rule layer to time; give a model that has one")
+    return layers[0]
