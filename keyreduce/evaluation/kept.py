@@ -52,6 +52,18 @@ def kept_channels(record: Mapping) -> dict[int, Kept]:
     return kept
 
 
+def is_cut_of(kept: Mapping[int, Kept], dense: Mapping[int, MixerSizes], pruned: Mapping[int, MixerSizes]) -> bool:
+    """Return whether a record can be that of a pruned model made from a dense one: whether their sizes are so.
+
+    Args:
+        kept: what the record says.
+        dense, pruned: layer -> sizes of the two models.
+    """
+    expected = {layer: (sizes, sizes) for layer, sizes in dense.items()}
+    expected |= {layer: (one.before, one.after) for layer, one in kept.items()}
+    return dense.keys() == pruned.keys() and expected == {layer: (dense[layer], pruned[layer]) for layer in dense}
+
+
 def _after(earlier: Kept | None, cut: Mapping) -> Kept:
     before, after = MixerSizes(**cut["before"]), MixerSizes(**cut["after"])
     group = before.value_heads // before.key_heads

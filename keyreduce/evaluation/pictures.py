@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from keyreduce.evaluation.kept import Kept
 
@@ -90,7 +91,8 @@ def draw_curves(positions: Sequence[int], models: Sequence[Mapping]) -> Figure:
         axes.set_visible(False)
     for axes in panels[max(0, len(layers) - columns) : len(layers)]:
         axes.tick_params(labelbottom=True)
-    panels[0].set(xlim=(0, None), ylim=(0, None))
+    top = max(max(map(max, entry["utilisation"])) for model in models for entry in model["layers"])
+    panels[0].set(xlim=(0, None), ylim=(0, 100 * top * 1.1))
     figure.supxlabel("tokens read")
     figure.supylabel("rank utilisation (%)")
     handles = [
@@ -126,7 +128,8 @@ def draw_kept_channels(kept: Mapping[int, Kept]) -> Figure:
         axes.imshow(all_states, cmap=palette, vmin=-0.5, vmax=3.5, aspect="auto", interpolation="nearest")
         shown = range(0, len(middles), math.ceil(len(middles) / 40))
         axes.set_yticks([middles[number] for number in shown], [str(list(by_layer)[number]) for number in shown])
-        axes.set(xlabel=f"{kind} channel of a head", ylabel=f"layer (a row for each of its {kind} heads)")
+        axes.set(xlabel=f"{kind} channel of a head", ylabel=f"layer, a row a {kind} head")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(f"{kind} channels: {np.nansum(all_states == 1):,} of {np.isfinite(all_states).sum():,} kept")
         seen |= set(all_states[np.isfinite(all_states)])
     handles = [
@@ -166,6 +169,7 @@ def draw_filters(layer: int, filters: Mapping[str, np.ndarray], kept: Kept | Non
             is_marked = True
         axes.set_facecolor(PALE)
         axes.set(title=f"convolution of {' and '.join(name)}", xlabel="channel of a head", ylabel="head")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_yticks([(K + 2) * head + (K + 1) / 2 for head in range(X)], [str(head) for head in range(X)])
         if R == 1:
             axes.set(xticks=[], xlabel="all channels alike", ylim=(rows - 0.5, -0.5))

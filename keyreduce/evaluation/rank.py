@@ -9,7 +9,7 @@ Shapes: B rows, T tokens, P positions, W value heads, K key channels, V value ch
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,23 @@ class StateRank:
     sequences: int
     sizes: Mapping[int, MixerSizes]
     utilisation: Mapping[int, torch.Tensor]
+
+    def to_json(self, heads: Mapping[int, Sequence[int]]) -> list[dict]:
+        """Return the layers as JSON objects: sizes, numbers of the heads, and each head's utilisation by position.
+
+        Args:
+            heads: layer -> what its value heads are to be called; those of other layers are counted.
+        """
+        return [
+            {
+                "layer": layer,
+                "head_k_dim": self.sizes[layer].head_k_dim,
+                "head_v_dim": self.sizes[layer].head_v_dim,
+                "heads": list(heads.get(layer, range(self.sizes[layer].value_heads))),
+                "utilisation": [[round(share, 6) for share in shares_P] for shares_P in mean_PW.T.tolist()],
+            }
+            for layer, mean_PW in self.utilisation.items()
+        ]
 
 
 def rank_utilisation(state_BWKV: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,55 @@
+"""The folder of pictures that ``keyreduce rank`` draws."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from keyreduce.errors import KeyreduceError
+from keyreduce.evaluation.filters import filters_of
+from keyreduce.evaluation.kept import Kept
+from keyreduce.evaluation.pictures import draw_curves, draw_filters, draw_heat_map, draw_kept_channels, save
+from keyreduce.models.loading import LoadedModel
+from keyreduce.workspace import appearing
+
+_OURS = re.compile(r"(rank-heat-map|rank-curves|kept-channels|filters-layer-\d+)\.png")
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Refuse a folder that holds what is no picture of ours: the folder is replaced as a whole.
+
+    Raises:
+        KeyreduceError: names the first such file.
+    """
+    others = sorted(path.name for path in folder.iterdir() if not _OURS.fullmatch(path.name)) if folder.is_dir() else []
+    if others:
+        raise KeyreduceError(
+            f"{folder} holds other files, such as {others[0]!r}, and pictures would replace it; give another folder"
+        )
+
+
+def draw_folder(folder: Path, report: Mapping, kept: Mapping[int, Kept], dense: LoadedModel) -> list[str]:
+    """Draw all pictures of a report; the folder appears whole or not at all, in place of an earlier one.
+
+    Args:
+        folder: where to.
+        report: with ``positions`` and ``models``, as :mod:`keyreduce.evaluation.pictures` takes them.
+        kept: layer -> what pruning left of the dense model; empty where that is not known.
+        dense: the model whose convolution kernels are drawn.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        KeyreduceError: the folder cannot be written.
+    """
+    with appearing(folder, folder=True, overwrite=True) as temporary:
+        save(draw_heat_map(report["models"]), temporary / "rank-heat-map.png")
+        save(draw_curves(report["positions"], report["models"]), temporary / "rank-curves.png")
+        if kept:
+            save(draw_kept_channels(kept), temporary / "kept-channels.png")
+        for layer in dense.family.mixer_layers(dense.model.config.to_dict()):
+            filters = {name: kernels.numpy() for name, kernels in filters_of(dense, layer).items()}
+            if filters:
+                save(draw_filters(layer, filters, kept.get(layer)), temporary / f"filters-layer-{layer:02}.png")
+        names = sorted(path.name for path in temporary.iterdir())
+    return names
