@@ -1,0 +1,8 @@
+"""The ways to repair a pruned model, by the names that ``--mode`` knows. Nothing heavy is imported here."""
+
+LEAST_SQUARES = "least-squares"
+RECONSTRUCT = "reconstruct"
+MODES = {
+    LEAST_SQUARES: "refit each layer's output projection in closed form to what the dense mixer gives",
+    RECONSTRUCT: "then fit each layer on its own, by gradient steps, to what the dense layer gives",
+}

@@ -1,0 +1,37 @@
+"""Whether two texts share what one of them is to be judged by: calibration and held-out text must be disjoint."""
+
+import hashlib
+from collections.abc import Iterator
+
+from keyreduce.data.text import DatasetText, TextSource
+from keyreduce.errors import KeyreduceError
+
+_SHORTEST = 40  # characters; a licence line or an empty stub may well be in both
+
+
+def refuse_overlap(calibration: TextSource, heldout: TextSource) -> None:
+    """Refuse a held-out text that shares a document with the calibration text.
+
+    Documents (a file is one, unless it holds rows) are compared whole, those of at least 40 characters; what is cut otherwise or changed is not seen, and
+    documents of a ``datasets`` name are not looked at, since that would fetch all of it.
+
+    Raises:
+        KeyreduceError: it is the same text, or a document is in both.
+    """
+    if calibration.identity == heldout.identity:
+        raise KeyreduceError("calibration and held-out text are the same; give different ones")
+    if isinstance(calibration, DatasetText) or isinstance(heldout, DatasetText):
+        return
+    seen = set(_digests(calibration))
+    count = sum(digest in seen for digest in _digests(heldout))
+    if count:
+        raise KeyreduceError(
+            f"{count:,} document{'s' if count > 1 else ''} of the held-out text "
+            f"{'are' if count > 1 else 'is'} in the calibration text too; give different ones"
+        )
+
+
+def _digests(text: TextSource) -> Iterator[bytes]:
+    for document in text.documents():
+        if len(document) >= _SHORTEST:
+            yield hashlib.blake2b(document.encode(errors="surrogatepass"), digest_size=16).digest()

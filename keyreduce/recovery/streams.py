@@ -1,0 +1,177 @@
+"""Two models walked through side by side, one block at a time: the dense one, and the pruned one under repair.
+
+Of each only one block is on the device at a time. What runs between blocks, the hidden states of all calibration rows,
+is kept on the CPU, once for each model. A block is called with the arguments that its own model gave it, recorded on a
+first pass over one batch of each shape, so that no architecture needs code of its own here.
+
+Shapes: B rows, T tokens, D hidden, C channels that the output projection receives.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from keyreduce.calibration.projections import projection_name
+from keyreduce.errors import KeyreduceError
+from keyreduce.families import Family
+
+
+class _Enough(Exception):
+    """Raised inside a forward pass when what it was run for has been seen."""
+
+
+@dataclass
+class Stream:
+    """One model's hidden states, between two blocks.
+
+    Attributes:
+        model: the model, on the CPU.
+        family: its table.
+        device: where blocks run.
+        hidden: what the next block gets, a ``[B, T, D]`` on the CPU for each batch.
+        arguments: what else the model gives to a block: (block, shape of the batch) -> keywords.
+    """
+
+    model: nn.Module
+    family: Family
+    device: torch.device
+    hidden: list[torch.Tensor]
+    arguments: dict[tuple[int, tuple[int, ...]], dict]
+
+    def block(self, layer: int) -> nn.Module:
+        """Return the block of a layer: mixer, MLP and their norms."""
+        return self.model.get_submodule(_block_path(self.family, layer))
+
+    def mixer(self, layer: int) -> nn.Module:
+        """Return the mixer of a layer."""
+        return self.model.get_submodule(self.family.mixer.format(layer=layer))
+
+    def projection(self, layer: int) -> nn.Linear:
+        """Return the output projection of a layer's mixer."""
+        return self.model.get_submodule(projection_name(self.family, layer, "output").rpartition(".")[0])
+
+    def run(self, layer: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Return what a layer's block, which is on the device, makes of a batch that is there too."""
+        found = self.block(layer)(hidden_BTD, **self.arguments[layer, tuple(hidden_BTD.shape[:2])])
+        return found[0] if isinstance(found, tuple) else found
+
+    def see_mixer(self, layer: int, hidden_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run a block up to the end of its mixer.
+
+        Returns:
+            What the mixer's output projection receives ``[B, T, C]``, and what the mixer gives ``[B, T, D]``.
+        """
+        seen = {}
+
+        def at_projection(module, args):
+            seen["input"] = args[0]
+
+        def at_mixer(module, args, output):
+            seen["output"] = output[0] if isinstance(output, tuple) else output
+            raise _Enough
+
+        with _hooks(
+            self.projection(layer).register_forward_pre_hook(at_projection),
+            self.mixer(layer).register_forward_hook(at_mixer),
+        ):
+            with contextlib.suppress(_Enough):
+                self.run(layer, hidden_BTD)
+        return seen["input"].reshape(*hidden_BTD.shape[:2], -1), seen["output"]
+
+    @torch.no_grad()
+    def advance(self, layer: int, *, keep_mixer: bool = False) -> list[torch.Tensor]:
+        """Replace the hidden states by what a layer's block, which is on the device, makes of them.
+
+        Args:
+            layer: the layer.
+            keep_mixer: whether to return what its mixer gave, ``[B, T, D]`` on the CPU for each batch.
+        """
+        kept: list[torch.Tensor] = []
+
+        def at_mixer(module, args, output):
+            kept.append((output[0] if isinstance(output, tuple) else output).cpu())
+
+        with _hooks(*([self.mixer(layer).register_forward_hook(at_mixer)] if keep_mixer else [])):
+            for place, hidden_BTD in enumerate(self.hidden):
+                self.hidden[place] = self.run(layer, hidden_BTD.to(self.device)).cpu()
+        return kept
+
+    @contextlib.contextmanager
+    def on_device(self, layer: int) -> Iterator[None]:
+        """While the block runs, a layer's block is on the device."""
+        block = self.block(layer).to(self.device)
+        try:
+            yield
+        finally:
+            block.to("cpu")
+
+
+@torch.no_grad()
+def open_stream(model: nn.Module, family: Family, batches: Sequence[torch.Tensor], device: torch.device) -> Stream:
+    """Return a model's stream before its first block.
+
+    Args:
+        model: a causal language model on the CPU.
+        family: its table.
+        batches: LongTensors ``[B, T]``.
+        device: where blocks are to run.
+
+    Raises:
+        KeyreduceError: blocks of the model hand on more than hidden states.
+    """
+    if getattr(model.config, "attnres_block_size", None) is not None:
+        raise KeyreduceError("blocks of a model with attention residuals cannot be repaired one by one")
+    stream = Stream(model, family, device, [], {})
+    blocks = [stream.block(layer) for layer in range(round(family.num_layers.read(model.config.to_dict())))]
+    shapes: set[tuple[int, ...]] = set()
+
+    def recorded(layer: int, block: nn.Module) -> Callable:
+        forward = block.forward
+
+        def call(*args, **kwargs):
+            hidden_BTD, *others = args or (kwargs.pop("hidden_states"),)
+            if others:
+                raise KeyreduceError(f"a block of {type(model).__name__} takes arguments that have no names")
+            if layer == 0:
+                stream.hidden.append(hidden_BTD.cpu())
+                if tuple(hidden_BTD.shape[:2]) in shapes:
+                    raise _Enough
+            stream.arguments[layer, tuple(hidden_BTD.shape[:2])] = kwargs
+            with stream.on_device(layer):
+                return forward(hidden_BTD, **kwargs)
+
+        return call
+
+    # What lies outside the blocks: embeddings, the last norm, rotary tables.
+    outside = [child for name, child in model.base_model.named_children() if not isinstance(child, nn.ModuleList)]
+    try:
+        for module in outside:
+            module.to(device)
+        for layer, block in enumerate(blocks):
+            block.forward = recorded(layer, block)
+        for tokens_BT in batches:
+            with contextlib.suppress(_Enough):
+                model.base_model(input_ids=tokens_BT.to(device), use_cache=False)
+            shapes.add(tuple(tokens_BT.shape))
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
+        for module in outside:
+            module.to("cpu")
+    return stream
+
+
+def _block_path(family: Family, layer: int) -> str:
+    return family.mixer.format(layer=layer).rpartition(".")[0]
+
+
+@contextlib.contextmanager
+def _hooks(*handles) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,95 @@
+"""A repaired checkpoint and its record, written whole or not at all."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from keyreduce.checkpoint.folder import open_folder
+from keyreduce.checkpoint.rewrite import rewrite
+from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.errors import KeyreduceError
+from keyreduce.recovery.modes import MODES
+from keyreduce.recovery.repair import Repaired
+from keyreduce.workspace import RECORD_NAME, appearing, read_json, write_json
+
+_CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True)
+class Replace:
+    """Put other numbers into a tensor; an :class:`keyreduce.checkpoint.rewrite.Edit`."""
+
+    tensor: torch.Tensor
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape, which stays."""
+        return shape
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the other numbers."""
+        return self.tensor
+
+
+def read_repairs(folder: Path) -> list[dict]:
+    """Return what a checkpoint folder records of its repairs, oldest first.
+
+    Raises:
+        KeyreduceError: the record is damaged.
+    """
+    path = folder / RECORD_NAME
+    repairs = (read_json(path) if path.is_file() else {}).get("repairs", [])
+    if not isinstance(repairs, list) or not all(isinstance(one, dict) and "inputs" in one for one in repairs):
+        raise KeyreduceError(f"{path} is damaged: it does not say what was repaired; remove it, or prune again")
+    return repairs
+
+
+def write_repaired(
+    pruned: Checkpoint,
+    repaired: Repaired,
+    target: Path,
+    *,
+    inputs: Mapping,
+    seconds: float,
+    command: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the pruned checkpoint with what a repair changed.
+
+    ``keyreduce.json`` gets an entry in ``repairs``: what the repair was made from, after how many pruning steps, and
+    its figures for each layer. The model card gets a paragraph.
+
+    Args:
+        pruned: the checkpoint that was repaired.
+        repaired: what came of it.
+        target: the folder to make.
+        inputs: what the repair was made from; equal inputs give an equal result, up to rounding.
+        seconds: how long it took.
+        command: the command line that asked for it.
+        overwrite: whether an existing one is replaced.
+
+    Raises:
+        KeyreduceError: see :func:`keyreduce.checkpoint.rewrite.rewrite`; or the target exists.
+    """
+    path = pruned.path / RECORD_NAME
+    record = read_json(path) if path.is_file() else {}
+    entry = {
+        "inputs": inputs,
+        "after_step": len(record.get("steps", [])),
+        "tokens": repaired.tokens,
+        "seconds": seconds,
+        **({"command": command} if command else {}),
+        "layers": {str(layer): figures for layer, figures in repaired.layers.items()},
+    }
+    record = record | {"repairs": [*read_repairs(pruned.path), entry]}
+    with appearing(target, folder=True, overwrite=overwrite) as temporary:
+        rewrite(pruned, temporary, edits={name: [Replace(tensor)] for name, tensor in repaired.tensors.items()})
+        write_json(temporary / RECORD_NAME, record | {"identity": open_folder(temporary).identity})
+        card = temporary / _CARD_NAME
+        if card.is_file():
+            mode = inputs["mode"]
+            told = f"- {mode}: {MODES.get(mode, '')}; {repaired.tokens:,} tokens of calibration text"
+            before = card.read_text(encoding="utf-8")
+            heading = "" if "## Repair\n" in before else "\n## Repair\n\n"
+            card.write_text(f"{before.rstrip()}\n{heading}{told}\n", encoding="utf-8")
