@@ -1,0 +1,271 @@
+"""Tasks of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), in this process."""
+
+import contextlib
+import copy
+import difflib
+import json
+import logging
+import math
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from keyreduce import __version__
+from keyreduce.checkpoint.folder import open_folder
+from keyreduce.errors import KeyreduceError, reason
+from keyreduce.models.loading import LoadedModel
+from keyreduce.workspace import RECORD_NAME, appearing, read_json
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+PAPER = "paper"
+# The tasks of arXiv:2602.04852, each with the metric that the tables of DeltaNet and its successors show of it.
+PAPER_TASKS = {
+    "wikitext": "word_perplexity",
+    "lambada_openai": "acc",
+    "piqa": "acc",
+    "hellaswag": "acc_norm",
+    "winogrande": "acc",
+    "arc_easy": "acc",
+    "arc_challenge": "acc_norm",
+}
+PROVENANCE = "keyreduce"
+
+_LIBRARIES = ("torch", "transformers", "flash-linear-attention", "lm_eval", "datasets")
+
+
+class Tasks(NamedTuple):
+    """Tasks that are known to be there: their names, and what makes them."""
+
+    names: tuple[str, ...]
+    manager: "TaskManager"
+
+
+class Figure(NamedTuple):
+    """One number of a task.
+
+    Attributes:
+        task: the task or group.
+        metric: the metric, with the filter after a comma unless that is ``none``.
+        value: the number; None where it is not finite or none at all.
+        stderr: its standard error, or None.
+    """
+
+    task: str
+    metric: str
+    value: float | None
+    stderr: float | None
+
+
+def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
+    """Look up tasks by name, without reading their data or any model; it takes seconds.
+
+    Args:
+        names: tasks, groups, tags, patterns such as ``mmlu_*``, or ``.yaml`` files. ``paper`` stands for the tasks of
+            the paper.
+        include_path: a folder with tasks of one's own, which go before those of the harness.
+
+    Raises:
+        KeyreduceError: the harness is not installed, there is no such folder or task, or this is one process of
+            several: the harness does not share out the work on a model that it is given.
+    """
+    _refuse_absent()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise KeyreduceError("tasks run in one process: leave out torchrun; --base takes several models at a time")
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None and not include_path.is_dir():
+        raise KeyreduceError(f"there is no folder {include_path} of tasks")
+    with _quiet():
+        manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    wanted = [one for name in names for one in (PAPER_TASKS if name == PAPER else [name])]
+    found = [task for name in wanted for task in _match(name, manager)]
+    if not found:
+        raise KeyreduceError("name a task of lm-evaluation-harness, or paper for those of the paper")
+    return Tasks(tuple(dict.fromkeys(found)), manager)
+
+
+def run_tasks(
+    loaded: LoadedModel,
+    tasks: Tasks,
+    *,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    batch_size: int = 1,
+    command: str | None = None,
+) -> dict:
+    """Run tasks on a model, as ``lm_eval --model hf`` would, with its seeds.
+
+    Args:
+        loaded: the model, on the device and in the dtype to use.
+        tasks: what :func:`find_tasks` found.
+        num_fewshot: examples before each question; None leaves it to the task.
+        limit: take only so many documents of each task, or that share of them where it is below 1.
+        batch_size: sequences that run at a time.
+        command: the command line that asked for it, for the record.
+
+    Returns:
+        The content of the results file that ``lm_eval --output_path`` writes, unchanged, and one more key,
+        ``keyreduce``: the model, its identity as in ``keyreduce.json``, versions and command.
+
+    Raises:
+        KeyreduceError: the harness stopped, such as where a task's data cannot be had; or a logit is NaN or inf.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise KeyreduceError(
+            "tasks run in one process: start keyreduce without torchrun, or use --base for many models"
+        )
+    _refuse_absent()
+    import lm_eval
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.models.huggingface import HFLM
+
+    provenance = _provenance(loaded, tasks, num_fewshot, limit, batch_size, command)
+    hook = loaded.model.register_forward_hook(_refuse_not_finite(loaded.folder))
+    try:
+        with _quiet(), tempfile.TemporaryDirectory(prefix="keyreduce-") as folder:
+            tracker = EvaluationTracker(output_path=str(Path(folder, "results.json")))
+            # A copy, since the harness gives the tokenizer a padding token where it has none.
+            subject = HFLM(pretrained=loaded.model, tokenizer=copy.deepcopy(loaded.tokenizer), batch_size=batch_size)
+            results = lm_eval.simple_evaluate(
+                model=subject,
+                model_args={"pretrained": str(loaded.folder), "dtype": str(loaded.model.dtype).removeprefix("torch.")},
+                tasks=list(tasks.names),
+                task_manager=tasks.manager,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                batch_size=batch_size,
+                device=str(loaded.model.device),
+                evaluation_tracker=tracker,
+            )
+            tracker.save_results_aggregated(results, results.pop("samples"))
+            written = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
+    except KeyreduceError:
+        raise
+    except Exception as error:
+        # Tasks are code and data of others, and the harness lets through whatever they raise.
+        raise KeyreduceError(f"lm-evaluation-harness stopped: {reason(error)}") from error
+    finally:
+        hook.remove()
+    if not written:
+        raise KeyreduceError("lm-evaluation-harness could not save its results; see that there is room for temporaries")
+    return written[0] | {PROVENANCE: provenance}
+
+
+def write_results(target: Path, results: dict, *, overwrite: bool = False) -> None:
+    """Write what :func:`run_tasks` returned as the harness formats it; it appears whole or not at all."""
+    with appearing(target, folder=False, overwrite=overwrite) as temporary:
+        temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
+def figures(results: dict) -> list[Figure]:
+    """Return all numbers of a results file, in its order."""
+    found = []
+    for task, entries in results["results"].items():
+        for key, value in entries.items():
+            metric, comma, filter_ = key.partition(",")
+            if comma and not metric.endswith("_stderr"):
+                stderr = entries.get(f"{metric}_stderr,{filter_}")
+                label = metric if filter_ == "none" else f"{metric},{filter_}"
+                found.append(Figure(task, label, _number(value), _number(stderr)))
+    return found
+
+
+def main_figures(found: Sequence[Figure]) -> list[Figure]:
+    """Return one number of each task: for a task of the paper the one that its tables show, else the first."""
+    by_task: dict[str, list[Figure]] = {}
+    for figure in found:
+        by_task.setdefault(figure.task, []).append(figure)
+    return [
+        next((figure for figure in of_task if figure.metric == PAPER_TASKS.get(task)), of_task[0])
+        for task, of_task in by_task.items()
+    ]
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _match(name: str, manager: "TaskManager") -> list[str]:
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise KeyreduceError(f"there is no file {name} of a task")
+        return [os.path.abspath(name)]
+    if found := manager.match_tasks([name]):
+        return sorted(found)
+    near = difflib.get_close_matches(name, manager.all_tasks, n=1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    raise KeyreduceError(
+        f"lm-evaluation-harness has no task {name!r}{meant} (lm_eval ls tasks lists them, --include-path adds a folder)"
+    )
+
+
+def _refuse_absent() -> None:
+    try:
+        import lm_eval  # noqa: F401
+        import lm_eval.models.huggingface  # noqa: F401
+    except ImportError as error:
+        raise KeyreduceError(
+            f"--tasks needs lm-evaluation-harness ({reason(error)}); pip install 'keyreduce[harness]'"
+        ) from error
+
+
+def _refuse_not_finite(folder: Path):
+    """Return a hook that refuses logits which a choice or a perplexity would hide."""
+
+    def check(module, arguments, output) -> None:
+        if not all(extreme.isfinite() for extreme in torch.aminmax(output.logits)):
+            raise KeyreduceError(
+                f"logits of {folder} are NaN or inf: the model is damaged, or its activations overflow this dtype "
+                "(try --dtype float32)"
+            )
+
+    return check
+
+
+def _provenance(
+    loaded: LoadedModel,
+    tasks: Tasks,
+    num_fewshot: int | None,
+    limit: float | None,
+    batch_size: int,
+    command: str | None,
+) -> dict:
+    record = loaded.folder / RECORD_NAME
+    dense = read_json(record).get("dense") if record.is_file() else None
+    return {
+        "model": str(loaded.folder),
+        "identity": open_folder(loaded.folder).identity,
+        **({"dense": dense} if dense is not None else {}),
+        "tasks": list(tasks.names),
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "batch_size": batch_size,
+        "versions": {
+            "keyreduce": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in _LIBRARIES},
+        },
+        **({"command": command} if command else {}),
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness's remarks to itself, and what it prints off stdout, which belongs to ``--json``."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logger.setLevel(level)
