@@ -101,5 +101,5 @@ def _work(subject: Subject, scope: str, batch_size: int) -> Work:
     if scope == "model":
         return model_work(subject.model, subject.family, batch_size=batch_size, seq_len=1, cached=True)
     if scope == "mixer":
-        return mixer_work(subject.mixer, subject.sizes, batch_size=batch_size, seq_len=1, cached=True)
+        return mixer_work(subject.mixer, subject.hidden, subject.sizes, batch_size=batch_size, seq_len=1, cached=True)
     return operator_work(subject.sizes, batch_size=batch_size, item=subject.model.dtype.itemsize)

@@ -46,8 +46,9 @@ def time_models(
         operations of a forward pass with all logits, and three times its bytes.
     """
     device = subjects[0].model.device
-    hidden, vocabulary = (getattr(subjects[0].model.config, name) for name in ("hidden_size", "vocab_size"))
-    size = batch_size * seq_len * subjects[0].model.dtype.itemsize * (hidden * 5 + (vocabulary if train else 0))
+    vocabulary = subjects[0].vocabulary
+    width = 5 * subjects[0].hidden + (vocabulary if train else 0)
+    size = batch_size * seq_len * width * subjects[0].model.dtype.itemsize
     refuse_beyond_memory(size, device, f"a batch of {batch_size} x {seq_len} tokens")
     generator = torch.Generator().manual_seed(seed)
     inputs = [torch.randint(vocabulary, (batch_size, seq_len), generator=generator).to(device) for _ in range(_INPUTS)]

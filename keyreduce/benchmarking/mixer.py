@@ -40,12 +40,12 @@ def time_mixers(
         One entry for each subject (:mod:`keyreduce.benchmarking.figures`).
     """
     model = subjects[0].model
-    size = batch_size * seq_len * model.config.hidden_size * model.dtype.itemsize
+    size = batch_size * seq_len * subjects[0].hidden * model.dtype.itemsize
     # The input, q, k, v and the output are there at once.
     refuse_beyond_memory(5 * size, model.device, f"a batch of {batch_size} x {seq_len} tokens")
     generator = torch.Generator().manual_seed(seed)
     inputs = [
-        torch.randn(batch_size, seq_len, model.config.hidden_size, generator=generator).to(model.device, model.dtype)
+        torch.randn(batch_size, seq_len, subjects[0].hidden, generator=generator).to(model.device, model.dtype)
         for _ in range(copies_past_cache(size, model.device, at_most=8))
     ]
     calls = {
@@ -55,7 +55,7 @@ def time_mixers(
     timings = interleave(calls, model.device, rounds=rounds, progress=progress)
     entries = []
     for subject in subjects:
-        work = mixer_work(subject.mixer, subject.sizes, batch_size=batch_size, seq_len=seq_len, cached=False)
+        work = mixer_work(subject.mixer, subject.hidden, subject.sizes, batch_size=batch_size, seq_len=seq_len, cached=False)
         shape = {"label": subject.label, "head_k_dim": subject.sizes.head_k_dim}
         shape |= {"batch_size": batch_size, "seq_len": seq_len}
         memory = peak_memory(calls[subject.label], model.device)

@@ -10,9 +10,11 @@ import contextlib
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import NamedTuple
 
 import torch
+from transformers import DynamicCache
 
 from keyreduce.benchmarking.subjects import Subject
 from keyreduce.benchmarking.timing import copies_past_cache
@@ -39,7 +41,7 @@ class Steps(NamedTuple):
 def model_steps(subject: Subject, batch_size: int, seed: int) -> Steps:
     """Return steps of a whole model: it reads random tokens, and its cache goes from each step to the next."""
     model, generator = subject.model, torch.Generator().manual_seed(seed)
-    tokens_B1 = torch.randint(model.config.vocab_size, (batch_size, 1), generator=generator).to(model.device)
+    tokens_B1 = torch.randint(subject.vocabulary, (batch_size, 1), generator=generator).to(model.device)
     cache = model(input_ids=tokens_B1, use_cache=True).past_key_values
 
     @torch.inference_mode()
@@ -47,30 +49,43 @@ def model_steps(subject: Subject, batch_size: int, seed: int) -> Steps:
         for _ in range(_TOKENS):
             model(input_ids=tokens_B1, past_key_values=cache, use_cache=True)
 
-    return Steps(run, _TOKENS, lambda: [dict(state) for state in cache])
+    return Steps(run, _TOKENS, lambda: _contents(cache))
 
 
 @torch.inference_mode()
 def mixer_steps(subject: Subject, batch_size: int, seed: int) -> Steps:
     """Return one step for each of several copies of the mixer, each with a cache of its own."""
-    from fla.models.utils import Cache
-
     generator = torch.Generator().manual_seed(seed)
-    size = mixer_work(subject.mixer, subject.sizes, batch_size=batch_size, seq_len=1, cached=True).bytes
-    mixers = [copy.deepcopy(subject.mixer) for _ in range(copies_past_cache(size, subject.model.device))]
-    hidden_B1D = torch.randn(batch_size, 1, subject.model.config.hidden_size, generator=generator)
+    work = mixer_work(subject.mixer, subject.hidden, subject.sizes, batch_size=batch_size, seq_len=1, cached=True)
+    mixers = [copy.deepcopy(subject.mixer) for _ in range(copies_past_cache(work.bytes, subject.model.device))]
+    hidden_B1D = torch.randn(batch_size, 1, subject.hidden, generator=generator)
     hidden_B1D = hidden_B1D.to(subject.model.device, subject.model.dtype)
-    caches = [Cache() for _ in mixers]
+    caches = [_empty_cache(subject) for _ in mixers]
 
     @torch.inference_mode()
     def run() -> None:
         for mixer, cache in zip(mixers, caches, strict=True):
-            mixer(hidden_states=hidden_B1D, past_key_values=cache, use_cache=True)
+            mixer(hidden_states=hidden_B1D, **cache)
 
-    for mixer in mixers:
-        mixer.layer_idx = 0  # the first of its own cache
     run()
-    return Steps(run, len(mixers), lambda: [dict(cache[0]) for cache in caches])
+    return Steps(run, len(mixers), lambda: [_contents(cache) for keywords in caches for cache in keywords.values()])
+
+
+def _empty_cache(subject: Subject) -> dict:
+    """Return what a mixer is to be called with so that it keeps its state: fla's layers and transformers' differ."""
+    if "cache_params" in signature(subject.mixer.forward).parameters:
+        return {"cache_params": DynamicCache(config=subject.model.config)}
+    from fla.models.utils import Cache
+
+    return {"past_key_values": Cache(), "use_cache": True}
+
+
+def _contents(cache: object) -> list[dict]:
+    """Return what each layer of a cache holds now, for a cache that lets go of it at the next step."""
+    return [
+        {name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
+        for layer in cache.layers
+    ]
 
 
 @torch.inference_mode()
@@ -78,7 +93,7 @@ def operator_steps(subject: Subject, batch_size: int, seed: int) -> Steps:
     """Return one call of the delta-rule operator for each of several states, with what the mixer gives it."""
     with _noted_calls(subject) as calls:
         mixer_steps(subject, batch_size, seed).run()
-    operator, arguments = calls[-1]
+    operator, operands, arguments = calls[-1]
     first = arguments["initial_state"]
     count = copies_past_cache(2 * first.numel() * first.element_size(), first.device, at_most=256)
     states = [first, *(first.clone() for _ in range(count - 1))]
@@ -86,7 +101,7 @@ def operator_steps(subject: Subject, batch_size: int, seed: int) -> Steps:
     @torch.inference_mode()
     def run() -> list:
         # All results are kept until the end: a new state in the place of the last one would not leave the cache.
-        return [operator(**arguments | {"initial_state": state}) for state in states]
+        return [operator(*operands, **arguments | {"initial_state": state}) for state in states]
 
     return Steps(run, count, lambda: states)
 
@@ -104,9 +119,9 @@ def _noted_calls(subject: Subject) -> Iterator[list]:
     module, calls = sys.modules[type(subject.mixer).__module__], []
 
     def noting(operator):
-        def call(**arguments):
-            calls.append((operator, arguments))
-            return operator(**arguments)
+        def call(*operands, **arguments):
+            calls.append((operator, operands, arguments))
+            return operator(*operands, **arguments)
 
         return call
 

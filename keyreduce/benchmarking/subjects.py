@@ -41,6 +41,16 @@ class Subject:
         return self.model.get_submodule(self.family.mixer.format(layer=self.layer))
 
     @property
+    def hidden(self) -> int:
+        """Its hidden size."""
+        return round(self.family.hidden.read(self.config))
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it knows."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    @property
     def sizes(self) -> MixerSizes:
         """The sizes of that layer."""
         return self.family.sizes(self.config, self.layer)
@@ -69,11 +79,10 @@ def subjects_of(models: Mapping[str, LoadedModel]) -> list[Subject]:
     """
     subjects = []
     for label, loaded in models.items():
-        if subjects:
-            _check_alike(subjects[0], label, loaded.model)
         config = loaded.model.config.to_dict()
         layer = _first_layer(loaded.family, config, str(loaded.folder))
         subjects.append(Subject(label, loaded.model, loaded.family, layer, config, loaded.folder))
+        _check_alike(subjects[0], subjects[-1])
     return subjects
 
 
@@ -105,7 +114,7 @@ def random_subjects(
     for keys in key_sizes:
         sizes = {number: size._replace(head_k_dim=keys) for number, size in family.layer_sizes(config).items()}
         resized = family.resized(config, sizes)
-        built = resized if whole else resized | {family.num_layers.name: layer + 1}
+        built = resized if whole else _first_layers(family, resized, layer + 1)
         torch.manual_seed(seed)
         try:
             theirs = AutoConfig.for_model(**built)
@@ -169,18 +178,29 @@ def available_memory(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _check_alike(first: Subject, label: str, model: PreTrainedModel) -> None:
+def _first_layers(family: Family, config: Mapping, count: int) -> dict:
+    """Return the config of the first layers alone; lists of ratios may be longer than a model."""
+    cut = dict(config)
+    family.num_layers.write(cut, {0: count}, count)
+    # A model that sees keeps its language model's config within its own; the line above has copied that.
+    for part in (cut, cut.get("text_config") or {}):
+        if isinstance(part.get("layer_types"), list):
+            part["layer_types"] = part["layer_types"][:count]
+    return cut
+
+
+def _check_alike(first: Subject, other: Subject) -> None:
     properties = {
-        "hidden size": lambda model: model.config.hidden_size,
-        "device": lambda model: model.device,
-        "dtype": lambda model: model.dtype,
+        "hidden size": lambda subject: subject.hidden,
+        "device": lambda subject: subject.model.device,
+        "dtype": lambda subject: subject.model.dtype,
     }
     for name, read in properties.items():
-        ours, theirs = read(first.model), read(model)
+        ours, theirs = read(first), read(other)
         if ours != theirs:
             raise KeyreduceError(
-                f"{first.label} and {label} differ in {name} ({ours} and {theirs}), so their mixers cannot be compared "
-                f"on the same input; give models of one {name}"
+                f"{first.label} and {other.label} differ in {name} ({ours} and {theirs}), so their mixers cannot be "
+                f"compared on the same input; give models of one {name}"
             )
 
 

@@ -5,9 +5,9 @@ The delta rule does, per token and value head, with a state of K x V:
 one token at a time 6KV: what the state holds for the key, the update, what it holds for the query;
 in chunks of C = 64 tokens 6KV + 6CK + 4CV: the same against the chunk's state, and the products within the chunk
 (k k^T, its inverse applied to k and to v, q k^T, and that applied to the values), triangles counted as squares.
-Short convolutions, norms, activations, and the scores of softmax layers are left out.
+Short convolutions, norms, activations, the scores of softmax layers, and what experts of a mixture compute are left out.
 
-Bytes are the least that must move: weights once, input and output once, and where there is a cache each state read and
+Bytes are the least that must move: weights once (all experts), input and output once, and where there is a cache each state read and
 written once. Activations between the kernels come on top, so a prefill never comes near the ceiling of bytes.
 """
 
@@ -28,16 +28,18 @@ class Work(NamedTuple):
     bytes: float
 
 
-def mixer_work(mixer: torch.nn.Module, sizes: MixerSizes, *, batch_size: int, seq_len: int, cached: bool) -> Work:
+def mixer_work(
+    mixer: torch.nn.Module, hidden: int, sizes: MixerSizes, *, batch_size: int, seq_len: int, cached: bool
+) -> Work:
     """Return what one mixer layer does with ``[batch_size, seq_len]`` tokens.
 
     Args:
         mixer: the layer.
+        hidden: the model's width.
         sizes: its sizes.
         batch_size, seq_len: of the input.
         cached: whether a state is read before and written after.
     """
-    hidden = mixer.o_proj.out_features
     tokens, item = batch_size * seq_len, next(mixer.parameters()).element_size()
     states = 2 * batch_size * 4 * sizes.state_elements if cached else 0
     flops = tokens * (2 * _linear_weights(mixer) + _delta_rule_flops(sizes, seq_len))
