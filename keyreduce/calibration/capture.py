@@ -6,7 +6,7 @@ different ways on different paths, but what reaches the delta-rule operator mean
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -15,6 +15,11 @@ from keyreduce.calibration.statistics import LayerStatistics, TaylorSums
 from keyreduce.calibration.taylor import differentiating
 from keyreduce.families import Family
 from keyreduce.models.loading import LoadedModel
+
+
+def operands(args: Sequence, kwargs: Mapping) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return q, k and v of a call of a delta-rule operator: fla's layers name them, those of transformers do not."""
+    return tuple(args[:3]) if args else (kwargs["q"], kwargs["k"], kwargs["v"])
 
 
 @torch.no_grad()
@@ -91,7 +96,7 @@ def watching(model: torch.nn.Module, family: Family) -> Iterator[dict[int, Layer
 
     def watched(operator):
         def call(*args, **kwargs):
-            running[0].add_operands(kwargs["q"], kwargs["k"], kwargs["v"])
+            running[0].add_operands(*operands(args, kwargs))
             return operator(*args, **kwargs)
 
         return call

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 import torch.nn.functional as F
 
-from keyreduce.calibration.projections import PROJECTIONS, projection_name
+from keyreduce.calibration.projections import PROJECTIONS, projection_name, projection_weight
 from keyreduce.calibration.statistics import TaylorSums
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import Family
@@ -32,19 +32,27 @@ def differentiating(
     Raises:
         KeyreduceError: a row has a single token, so that there is nothing to predict, or its loss is NaN or inf.
     """
-    places = [(layer, part) for layer in layers for part in PROJECTIONS]
-    weights = [model.get_parameter(projection_name(family, layer, part)) for layer, part in places]
-    summed = [torch.zeros_like(weight, dtype=_wide(weight)) for weight in weights]
+    sizes = family.layer_sizes(model.config.to_dict())
+    # Projections may share a weight.
+    names = {(layer, part): projection_name(family, layer, part) for layer in layers for part in PROJECTIONS}
+    weights = {name: model.get_parameter(name) for name in names.values()}
+    summed = {name: torch.zeros_like(weight, dtype=_wide(weight)) for name, weight in weights.items()}
+
+    def per_channel(layer: int, part: str, amount: torch.Tensor) -> torch.Tensor:
+        return projection_weight(family, sizes[layer], part, amount).sum(1)
 
     def run(tokens_BT: torch.Tensor) -> None:
         if tokens_BT.shape[1] < 2:
             raise KeyreduceError("gradients need rows of at least 2 tokens, the second to be predicted from the first")
         for tokens_T in tokens_BT:
-            gradients = torch.autograd.grad(_loss(model, tokens_T), weights)
-            for (layer, part), weight, total, gradient in zip(places, weights, summed, gradients, strict=True):
-                total += gradient
-                per_channel = _by_channel(weight.detach().double() * gradient, part).sum(1)
-                for form, amount in (("signed", per_channel), ("squared", per_channel.square())):
+            gradients = torch.autograd.grad(_loss(model, tokens_T), list(weights.values()))
+            effect = {}
+            for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+                summed[name] += gradient
+                effect[name] = weight.detach().double() * gradient
+            for (layer, part), name in names.items():
+                amount_C = per_channel(layer, part, effect[name])
+                for form, amount in (("signed", amount_C), ("squared", amount_C.square())):
                     sums = layers[layer].of(form, part)
                     sums += amount.view_as(sums)
 
@@ -52,12 +60,13 @@ def differentiating(
     try:
         for parameter, _ in asked:
             parameter.requires_grad_(False)
-        for weight in weights:
+        for weight in weights.values():
             weight.requires_grad_(True)
         yield run
-        for (layer, part), weight, total in zip(places, weights, summed, strict=True):
+        for (layer, part), name in names.items():
             sums = layers[layer].of("element", part)
-            sums.copy_(_by_channel((weight.detach().double() * total).abs(), part).sum(1).view_as(sums))
+            effect_CD = (weights[name].detach().double() * summed[name]).abs()
+            sums.copy_(per_channel(layer, part, effect_CD).view_as(sums))
     finally:
         for parameter, before in asked:
             parameter.requires_grad_(before)
@@ -74,11 +83,6 @@ def _loss(model: torch.nn.Module, tokens_T: torch.Tensor) -> torch.Tensor:
             "this dtype (try --dtype float32)"
         )
     return loss
-
-
-def _by_channel(weight: torch.Tensor, part: str) -> torch.Tensor:
-    """A projection's weight with one row a channel, ``[C, D]``."""
-    return weight.T if part == "output" else weight
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

@@ -1,20 +1,40 @@
 """The architectures that keyreduce knows, one table each."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from keyreduce.errors import KeyreduceError
+from keyreduce.families.axes import Axis, Joined, Part
 from keyreduce.families.delta_net import DELTA_NET
 from keyreduce.families.delta_net_2 import DELTA_NET_2
 from keyreduce.families.gated_deltanet import GATED_DELTANET
-from keyreduce.families.table import Family, MixerSizes, Part
+from keyreduce.families.olmo_hybrid import OLMO_HYBRID
+from keyreduce.families.qwen3_next import QWEN3_5, QWEN3_5_MOE, QWEN3_5_MOE_TEXT, QWEN3_5_TEXT, QWEN3_NEXT
+from keyreduce.families.table import Family, MixerSizes
 
-FAMILIES = {family.model_type: family for family in (DELTA_NET, DELTA_NET_2, GATED_DELTANET)}
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        DELTA_NET,
+        DELTA_NET_2,
+        GATED_DELTANET,
+        OLMO_HYBRID,
+        QWEN3_5,
+        QWEN3_5_MOE,
+        QWEN3_5_MOE_TEXT,
+        QWEN3_5_TEXT,
+        QWEN3_NEXT,
+    )
+}
 
-__all__ = ["FAMILIES", "Family", "MixerSizes", "Part", "family_of"]
+__all__ = ["FAMILIES", "Axis", "Family", "Joined", "MixerSizes", "Part", "family_of"]
 
 
-def family_of(config: Mapping) -> Family:
+def family_of(config: Mapping, names: Iterable[str] = ()) -> Family:
     """Return the table of the model that ``config`` (config.json as a mapping) describes.
+
+    Args:
+        config: the content of config.json.
+        names: the tensors of its checkpoint; the family's path of the mixer is that of the model without them.
 
     Raises:
         KeyreduceError: it is not one of :data:`FAMILIES`.
@@ -24,4 +44,4 @@ def family_of(config: Mapping) -> Family:
         raise KeyreduceError(
             f"model_type {model_type!r} is not of the DeltaNet family; keyreduce knows {', '.join(sorted(FAMILIES))}"
         )
-    return FAMILIES[model_type]
+    return FAMILIES[model_type].located(names)

@@ -1,7 +1,8 @@
 """DeltaNet, as fla ships it (arXiv:2406.06484)."""
 
+from keyreduce.families.fields import Field, Ratio
 from keyreduce.families.fla_tensors import FLA_TENSORS
-from keyreduce.families.table import Family, Field, Ratio
+from keyreduce.families.table import Family
 
 _HEADS, _HIDDEN = Field("num_heads", 16), Field("hidden_size", 2048)
 

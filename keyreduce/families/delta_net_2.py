@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
+from keyreduce.families.axes import Part
 from keyreduce.families.delta_net import DELTA_NET
 from keyreduce.families.fla_tensors import FLA_TENSORS
-from keyreduce.families.table import Part
 
 _CONVOLUTIONS = ("q_conv1d", "k_conv1d", "v_conv1d", "kv_conv1d")
 

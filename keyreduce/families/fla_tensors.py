@@ -1,6 +1,6 @@
 """The tensors that fla's delta-rule mixers have in common: separate projections, separate convolutions."""
 
-from keyreduce.families.table import Part
+from keyreduce.families.axes import Part
 
 FLA_TENSORS = {
     "q_proj.weight": (Part.QUERY, Part.HIDDEN),

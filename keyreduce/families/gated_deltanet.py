@@ -1,9 +1,17 @@
 """Gated DeltaNet, as fla ships it (arXiv:2412.06464)."""
 
+from keyreduce.families.axes import Part
+from keyreduce.families.fields import Field, Ratio
 from keyreduce.families.fla_tensors import FLA_TENSORS
-from keyreduce.families.table import Family, Field, Part, Ratio
+from keyreduce.families.table import Family
 
 _HEADS, _HEAD_DIM = Field("num_heads", 6), Field("head_dim", 256)
+
+GATED_TENSORS = FLA_TENSORS | {
+    "a_proj.weight": (Part.VALUE_HEAD, Part.HIDDEN),
+    "A_log": (Part.VALUE_HEAD,),
+    "dt_bias": (Part.VALUE_HEAD,),
+}
 
 GATED_DELTANET = Family(
     model_type="gated_deltanet",
@@ -15,10 +23,5 @@ GATED_DELTANET = Family(
     head_v_dim=Ratio("expand_v", 2.0, of=_HEAD_DIM),
     hidden=Field("hidden_size", 2048),
     num_layers=Field("num_hidden_layers", 21),
-    tensors=FLA_TENSORS
-    | {
-        "a_proj.weight": (Part.VALUE_HEAD, Part.HIDDEN),
-        "A_log": (Part.VALUE_HEAD,),
-        "dt_bias": (Part.VALUE_HEAD,),
-    },
+    tensors=GATED_TENSORS,
 )

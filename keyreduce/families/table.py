@@ -1,29 +1,17 @@
-"""What a family's table is made of: the parts that an axis can hold, and the config fields that say the sizes.
+"""What a family's table is made of: where the config says the sizes, and what the axes of the tensors hold.
 
 Names: H key heads, W value heads (a multiple of H), K key channels and V value channels of a head, D hidden.
 """
 
-import enum
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from keyreduce.errors import KeyreduceError
-
-
-class Part(enum.Enum):
-    """What one axis of a tensor of the mixer holds, in order."""
-
-    QUERY = "the K query channels of key head 0, then of head 1, ..."
-    KEY = "the K key channels of key head 0, then of head 1, ..."
-    VALUE = "the V value channels of value head 0, then of head 1, ..."
-    GATE = "the output gate of each value channel, in the same order"
-    SHARED_VALUE = "V value channels that all heads share"
-    VALUE_HEAD = "one entry for each value head"
-    HEAD_OR_ALL = "one entry for each key head, or a single one for all heads"
-    HIDDEN = "the model's hidden channels"
-    OTHER = "nothing that pruning touches: convolution taps and the like"
+from keyreduce.families.axes import Axis, Part
+from keyreduce.families.fields import Field, Ratio
+from keyreduce.families.layers import LayerTypes, SoftmaxList
 
 
 class MixerSizes(NamedTuple):
@@ -39,81 +27,22 @@ class MixerSizes(NamedTuple):
         """Numbers in the recurrent state of one sequence in one layer."""
         return self.value_heads * self.head_k_dim * self.head_v_dim
 
-
-@dataclass(frozen=True)
-class Field:
-    """A size that the config says outright, the same for all layers."""
-
-    name: str
-    default: "float | Field | None" = None
-    """What holds when the config does not have the field (or has null): a number, or what another field says."""
-
-    def read(self, config: Mapping, layer: int = 0) -> float:
-        """Return what ``config`` says of a layer."""
-        value = config.get(self.name)
-        if value is None and isinstance(self.default, Field):
-            return self.default.read(config, layer)
-        return _positive(self.name, self.default if value is None else value)
-
-    def write(self, config: dict, size_of: Mapping[int, int], num_layers: int) -> None:
-        """Let ``config`` say a size; ``size_of`` has the same one for every layer."""
-        config[self.name] = next(iter(size_of.values()))
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A size that the config says as a ratio: ``size = config[name] * config[of] / config[over]``.
-
-    Attributes:
-        name: the field that holds the ratio.
-        default: what holds when the config does not have it.
-        of, over: the fields it rests on.
-        per_layer: whether the field may also be a list with a ratio for each layer of the model.
-    """
-
-    name: str
-    default: float
-    of: Field
-    over: Field | None = None
-    per_layer: bool = False
-
-    def read(self, config: Mapping, layer: int = 0) -> float:
-        """Return what ``config`` says of a layer."""
-        return self._ratio(config, layer) * self._base(config)
-
-    def write(self, config: dict, size_of: Mapping[int, int], num_layers: int) -> None:
-        """Let ``config`` say the sizes: as one number where every layer has the same, else as a list."""
-        base = self._base(config)
-        ratio_of = {layer: _ratio_for(size, base) for layer, size in size_of.items()}
-        if len(set(ratio_of.values())) == 1:
-            config[self.name] = next(iter(ratio_of.values()))
-            return
-        # In a layer that has no mixer of this kind nobody reads it, but it is checked against the number of heads.
-        any_ratio = next(iter(ratio_of.values()))
-        config[self.name] = [ratio_of.get(layer, any_ratio) for layer in range(num_layers)]
-
-    def _ratio(self, config: Mapping, layer: int) -> float:
-        value = config.get(self.name)
-        if self.per_layer and isinstance(value, list):
-            if layer >= len(value):
-                raise KeyreduceError(f"config.json: {self.name} lists {len(value)} layers, not layer {layer}")
-            value = value[layer]
-        return _positive(self.name, self.default if value is None else value)
-
-    def _base(self, config: Mapping) -> float:
-        return self.of.read(config) / (self.over.read(config) if self.over else 1)
-
-
-def _positive(name: str, value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-        raise KeyreduceError(f"config.json: {name} is {value!r}, where a positive number belongs")
-    return value
-
-
-def _ratio_for(size: int, base: float) -> float:
-    ratio = size / base
-    # Models get the size back as int(ratio * base): a ratio rounded down would lose a channel there.
-    return math.nextafter(ratio, math.inf) if int(ratio * base) < size else ratio
+    @property
+    def lengths(self) -> dict[Part, int]:
+        """How many entries each part has that the mixer's sizes say."""
+        keys, values = self.key_heads * self.head_k_dim, self.value_heads * self.head_v_dim
+        return {
+            Part.QUERY: keys,
+            Part.KEY: keys,
+            Part.VALUE: values,
+            Part.GATE: values,
+            Part.DECAY: self.value_heads * self.head_k_dim,
+            Part.SHARED_VALUE: self.head_v_dim,
+            Part.VALUE_HEAD: self.value_heads,
+            Part.HEAD_OR_ALL: self.key_heads,
+            Part.DECAY_RANK: self.head_v_dim,
+            Part.GATE_RANK: self.head_v_dim,
+        }
 
 
 @dataclass(frozen=True)
@@ -122,16 +51,18 @@ class Family:
 
     Attributes:
         model_type: the ``model_type`` of its config.json.
-        mixer: the path of a layer's mixer in the model, with ``{layer}``.
-        operators: the delta-rule functions that the mixer's module calls by these names, with keywords ``q``, ``k``
-            (shape ``[B, T, H, K]``) and ``v`` (``[B, T, W, V]``).
+        mixer: the path of a layer's mixer in the model and in its checkpoints, with ``{layer}``.
+        operators: the delta-rule functions that the mixer's module calls by these names: with keywords ``q``, ``k``
+            (shape ``[B, T, H, K]``) and ``v`` (``[B, T, W, V]``), or with these as the first arguments.
         key_heads, value_heads, head_k_dim, head_v_dim: where the config says the sizes; a ratio may rest on a size
             before it, so they are written in this order.
         hidden, num_layers: where the config says the model's width and how many layers it has.
-        softmax: the config field that says which layers have softmax attention for a mixer: an object with a list
-            ``layers``, or a list of such objects.
-        shipped_by: what package has the model's class; serving engines know those of fla.
         tensors: name below the mixer -> what each axis holds. A model need not have all of them.
+        layers: how the config says which layers have a mixer.
+        shipped_by: what package has the model's class; serving engines know none of keyreduce's own.
+        elsewhere: other paths of a mixer in checkpoints, as in those of a larger model of which this is a part.
+        fixed: target -> why nothing can be cut of it; empty where everything can.
+        tied: why key and value channels of a head are as many before and after any cut, where they are.
     """
 
     model_type: str
@@ -143,9 +74,12 @@ class Family:
     head_v_dim: Field | Ratio
     hidden: Field
     num_layers: Field
-    tensors: Mapping[str, tuple[Part, ...]]
-    softmax: str = "attn"
+    tensors: Mapping[str, tuple[Axis, ...]]
+    layers: SoftmaxList | LayerTypes = SoftmaxList()
     shipped_by: str = "fla"
+    elsewhere: tuple[str, ...] = ()
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    tied: str | None = None
 
     def sizes(self, config: Mapping, layer: int = 0) -> MixerSizes:
         """Read the sizes of one layer's mixer from a config; only where a field is a list do layers differ.
@@ -196,17 +130,7 @@ class Family:
 
     def axis_sizes(self, config: Mapping, layer: int = 0) -> dict[Part, int]:
         """Return how long an axis of a layer's tensor is that holds a part; of others the config does not say it."""
-        sizes = self.sizes(config, layer)
-        return {
-            Part.QUERY: sizes.key_heads * sizes.head_k_dim,
-            Part.KEY: sizes.key_heads * sizes.head_k_dim,
-            Part.VALUE: sizes.value_heads * sizes.head_v_dim,
-            Part.GATE: sizes.value_heads * sizes.head_v_dim,
-            Part.SHARED_VALUE: sizes.head_v_dim,
-            Part.VALUE_HEAD: sizes.value_heads,
-            Part.HEAD_OR_ALL: sizes.key_heads,
-            Part.HIDDEN: round(self.hidden.read(config)),
-        }
+        return self.sizes(config, layer).lengths | {Part.HIDDEN: round(self.hidden.read(config))}
 
     def mixer_layers(self, config: Mapping) -> list[int]:
         """Return the numbers of the layers whose mixer holds a delta-rule state.
@@ -214,13 +138,16 @@ class Family:
         Raises:
             KeyreduceError: the config does not say which layers those are.
         """
-        specs = config.get(self.softmax) or []
-        specs = [specs] if isinstance(specs, Mapping) else specs
-        try:
-            softmax_layers = {layer for spec in specs for layer in spec["layers"]}
-        except (KeyError, TypeError):
-            raise KeyreduceError(f"config.json: {self.softmax} does not list the layers of softmax attention") from None
-        return [layer for layer in range(round(self.num_layers.read(config))) if layer not in softmax_layers]
+        return self.layers.mixer_layers(config, round(self.num_layers.read(config)))
+
+    def located(self, names: Iterable[str]) -> "Family":
+        """Return the family with the path under which tensors of these names hold its mixers."""
+        names = list(names)
+        for path in (self.mixer, *self.elsewhere):
+            start, end = path.split("{layer}")
+            if any(name.startswith(start) and f"{end}." in name for name in names):
+                return self if path == self.mixer else replace(self, mixer=path)
+        return self
 
     def tensor_name(self, layer: int, name: str) -> str:
         """Return the full name of a mixer's tensor."""
@@ -229,4 +156,3 @@ class Family:
     def state_bytes(self, config: Mapping) -> int:
         """Return the bytes of recurrent state that one sequence holds in all layers, in float32."""
         return 4 * sum(sizes.state_elements for sizes in self.layer_sizes(config).values())
-

@@ -95,7 +95,8 @@ def load_model(
         raise KeyreduceError(
             f"{folder} has no tokenizer that loads ({told}); put the tokenizer.json of the model there"
         ) from error
-    return LoadedModel(model, tokenizer, family, folder)
+    # Of a larger model the language model alone is loaded, and its mixers are elsewhere than in the checkpoint.
+    return LoadedModel(model, tokenizer, family_of(model.config.to_dict()), folder)
 
 
 def _check_weights(folder: Path, report: dict) -> None:

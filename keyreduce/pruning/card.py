@@ -125,7 +125,7 @@ def _describe(step: Mapping) -> str:
 
 def _loading(config: Mapping) -> list[str]:
     # Classes that fla ships need no code of the folder's, which may be anybody's; nor does code of another repository.
-    ours = family_of(config).shipped_by != "fla"
+    ours = family_of(config).shipped_by == "keyreduce"
     code = config.get("auto_map", {}).get("AutoModelForCausalLM", "--")
     custom = ours and isinstance(code, str) and "--" not in code
     return [

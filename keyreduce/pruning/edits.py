@@ -10,7 +10,11 @@ import torch
 
 from keyreduce.checkpoint.rewrite import Edit
 from keyreduce.families import Family, Part
+from keyreduce.families.axes import parts_of
+from keyreduce.families.layout import kept_places, places
 from keyreduce.pruning.plan import LayerCut
+
+_PROJECTED = {Part.QUERY, Part.KEY}
 
 
 @dataclass(frozen=True)
@@ -34,22 +38,33 @@ class Project:
     """Replace the K channels of each head along the first axis by R combinations of them.
 
     Attributes:
-        matrix_HKR: the coefficients; the first axis of the tensor is H x K long.
+        matrix_HKR: the coefficients; the first axis of the tensor is H x K long, if there is nothing else on it.
+        places: where there is: for each part of the axis the places of its entries before and after, and whether it
+            is one that is projected.
     """
 
     matrix_HKR: torch.Tensor
+    places: tuple[tuple[torch.Tensor, torch.Tensor, bool], ...] = ()
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape after the projection."""
         heads, _, rank = self.matrix_HKR.shape
-        return (heads * rank, *shape[1:])
+        return (sum(len(new_P) for _, new_P, _ in self.places) or heads * rank, *shape[1:])
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a new tensor of the same dtype, computed in float32 or better."""
-        heads, channels, _ = self.matrix_HKR.shape
-        wide = torch.promote_types(tensor.dtype, torch.float32)
-        rows_HKN = tensor.to(wide).reshape(heads, channels, -1)
-        return (self.matrix_HKR.to(wide).mT @ rows_HKN).reshape(self.shape(tuple(tensor.shape))).to(tensor.dtype)
+        if not self.places:
+            return self._mixed(tensor)
+        result = tensor.new_empty(self.shape(tuple(tensor.shape)))
+        for old_P, new_P, is_mixed in self.places:
+            result[new_P] = self._mixed(tensor[old_P]) if is_mixed else tensor[old_P]
+        return result
+
+    def _mixed(self, rows: torch.Tensor) -> torch.Tensor:
+        heads, channels, rank = self.matrix_HKR.shape
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        rows_HKN = rows.to(wide).reshape(heads, channels, -1)
+        return (self.matrix_HKR.to(wide).mT @ rows_HKN).reshape(heads * rank, *rows.shape[1:]).to(rows.dtype)
 
 
 @dataclass(frozen=True)
@@ -108,28 +123,39 @@ def layer_edits(
         shapes: tensor name -> shape, of the whole checkpoint; a model does not have all that its table lists.
         read: gives a tensor by its name; asked only for the norm's weight.
     """
-    index = _kept_entries(cut)
+    kept = _kept_entries(cut)
+    before = cut.before.lengths, cut.before.key_heads
+    # A projection comes after the choice of heads, and finds their channels whole.
+    middle = cut.after if cut.projection_HKR is None else cut.after._replace(head_k_dim=cut.before.head_k_dim)
+    middle, after = (middle.lengths, middle.key_heads), (cut.after.lengths, cut.after.key_heads)
     all_values = _is_whole(cut.value_WR, cut.before.head_v_dim)
     norm = None if all_values else _norm_weight(family, layer, shapes)
     edits: dict[str, list[Edit]] = {}
-    for short_name, parts in family.tensors.items():
+    for short_name, axes in family.tensors.items():
         name = family.tensor_name(layer, short_name)
         if name not in shapes:
             continue
         changes: list[Edit] = []
-        for axis, part in enumerate(parts):
+        for axis, part in enumerate(axes):
+            parts, length = parts_of(part), shapes[name][axis]
             if part is Part.VALUE and axis > 0 and norm is not None:
                 weight_V = read(norm).double() * (cut.before.head_v_dim / cut.after.head_v_dim) ** 0.5
                 changes.append(Scale(axis, weight_V.repeat(cut.before.value_heads)))
             if part is Part.SHARED_VALUE and norm is not None:
                 changes.append(Fill(1.0, cut.after.head_v_dim))
-            stands_for_all = part is Part.HEAD_OR_ALL and shapes[name][axis] == 1
-            if part in index and not stands_for_all and not _is_whole(index[part], shapes[name][axis]):
-                changes.append(Select(axis, index[part]))
-            if part in (Part.QUERY, Part.KEY) and cut.projection_HKR is not None:
+            stands_for_all = part is Part.HEAD_OR_ALL and length == 1
+            if kept.keys() >= set(parts) and not stands_for_all:
+                index = kept_places(part, kept, before, middle)
+                if not _is_whole(index, length):
+                    changes.append(Select(axis, index))
+            if cut.projection_HKR is not None and not _PROJECTED.isdisjoint(parts):
                 # A kernel is no vector of channels: of two mixed channels it is the weighted mean.
-                is_kernel = Part.OTHER in parts
-                changes.append(Project(cut.projection_HKR.square() if is_kernel else cut.projection_HKR))
+                matrix_HKR = cut.projection_HKR.square() if Part.OTHER in axes else cut.projection_HKR
+                moves = [
+                    (old_P, new_P, which in _PROJECTED)
+                    for (which, old_P), (_, new_P) in zip(places(part, *middle), places(part, *after), strict=True)
+                ]
+                changes.append(Project(matrix_HKR, tuple(moves) if len(parts) > 1 else ()))
         if changes:
             edits[name] = changes
     return edits
@@ -141,11 +167,14 @@ def _kept_entries(cut: LayerCut) -> dict[Part, torch.Tensor]:
     key_HR = channels.expand(len(cut.heads_H), -1) if cut.key_HR is None else cut.key_HR
     key = (cut.heads_H[:, None] * cut.before.head_k_dim + key_HR).flatten()
     value = (value_heads_W[:, None] * cut.before.head_v_dim + cut.value_WR).flatten()
+    group = cut.before.value_heads // cut.before.key_heads
+    decay = (value_heads_W[:, None] * cut.before.head_k_dim + key_HR.repeat_interleave(group, dim=0)).flatten()
     return {
         Part.QUERY: key,
         Part.KEY: key,
         Part.VALUE: value,
         Part.GATE: value,
+        Part.DECAY: decay,
         Part.VALUE_HEAD: value_heads_W,
         Part.HEAD_OR_ALL: cut.heads_H,
     }
@@ -156,5 +185,5 @@ def _is_whole(index_R: torch.Tensor, length: int) -> bool:
 
 
 def _norm_weight(family: Family, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    names = [family.tensor_name(layer, name) for name, parts in family.tensors.items() if Part.SHARED_VALUE in parts]
+    names = [family.tensor_name(layer, name) for name, axes in family.tensors.items() if Part.SHARED_VALUE in axes]
     return next((name for name in names if name in shapes), None)

@@ -22,10 +22,13 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from keyreduce.calibration.capture import operands
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError, reason
 from keyreduce.families import Family, Part, family_of
+from keyreduce.families.axes import parts_of
+from keyreduce.families.layout import places
 from keyreduce.models.loading import prepare_backend
 from keyreduce.pruning.plan import LayerCut, Plan
 
@@ -94,11 +97,11 @@ def compare_logits(
     Raises:
         KeyreduceError: one of them does not load.
     """
-    family, cut = family_of(source.config), open_folder(pruned)
+    family, cut = family_of(source.config, source.tensors), open_folder(pruned)
     # PyTorch's operators take float32 on any device, where fla's kernels do not.
     prepare_backend(device, gradients=True)
     model = _load(cut.config, _read_all(cut), device, dtype, pruned)
-    _match_eps(model, family, plan)
+    _match_eps(model, plan)
     generator = torch.Generator().manual_seed(seed)
     batches = [
         torch.randint(model.config.vocab_size, (_ROWS, length), generator=generator).to(device) for length in tokens
@@ -114,7 +117,7 @@ def compare_logits(
         for name, tensor in weights.items()
     }
     model = _load(source.config, weights, device, dtype, source.path)
-    with _masking(model, family, plan):
+    with _masking(model, plan):
         expected = [model(batch, use_cache=False).logits.cpu() for batch in batches]
     worst = [((one - other).abs().max() / other.std()) for one, other in zip(found, expected, strict=True)]
     return float(torch.stack(worst).max())  # of torch, which passes NaN on
@@ -131,6 +134,8 @@ def _load(
     try:
         their_config = AutoConfig.for_model(**config)
         model_class = AutoModelForCausalLM._model_mapping[type(their_config)]
+        if not isinstance(their_config, model_class.config_class):
+            their_config = their_config.get_text_config()  # the language model of a larger one
         model, report = model_class.from_pretrained(
             None, config=their_config, state_dict=weights, dtype=dtype, output_loading_info=True
         )
@@ -143,14 +148,17 @@ def _load(
     return model
 
 
-def _match_eps(model: PreTrainedModel, family: Family, plan: Plan) -> None:
+def _match_eps(model: PreTrainedModel, plan: Plan) -> None:
+    family = family_of(model.config.to_dict())
     for layer, cut in plan.layers.items():
         mixer = model.get_submodule(family.mixer.format(layer=layer))
-        for name, parts in family.tensors.items():
+        for name, axes in family.tensors.items():
             norm = getattr(mixer, name.split(".")[0], None)
-            if Part.SHARED_VALUE in parts and norm is not None:
+            if Part.SHARED_VALUE in axes and norm is not None:
                 before, after = cut.before, cut.after
-                norm.eps *= before.head_k_dim * before.head_v_dim / (after.head_k_dim * after.head_v_dim)
+                field = "eps" if hasattr(norm, "eps") else "variance_epsilon"
+                ratio = before.head_k_dim * before.head_v_dim / (after.head_k_dim * after.head_v_dim)
+                setattr(norm, field, getattr(norm, field) * ratio)
 
 
 def _project(weights: dict[str, torch.Tensor], family: Family, plan: Plan) -> None:
@@ -158,19 +166,23 @@ def _project(weights: dict[str, torch.Tensor], family: Family, plan: Plan) -> No
     for layer, cut in plan.layers.items():
         if cut.projection_HKR is None:
             continue
-        for short_name, parts in family.tensors.items():
+        for short_name, axes in family.tensors.items():
             name = family.tensor_name(layer, short_name)
-            if parts[0] not in (Part.QUERY, Part.KEY) or name not in weights:
+            if name not in weights or {Part.QUERY, Part.KEY}.isdisjoint(parts_of(axes[0])):
                 continue
-            old = weights[name]
+            old, new = weights[name], weights[name].clone()
             wide = torch.promote_types(old.dtype, torch.float32)
-            rows_HKN = old.to(wide).reshape(cut.before.key_heads, cut.before.head_k_dim, -1)
-            new_HKN = torch.zeros_like(rows_HKN)
-            for place, head in enumerate(cut.heads_H.tolist()):
-                basis_KR = cut.projection_HKR[place].to(wide)
-                basis_KR = basis_KR.square() if Part.OTHER in parts else basis_KR
-                new_HKN[head, : basis_KR.shape[1]] = basis_KR.T @ rows_HKN[head]
-            weights[name] = new_HKN.reshape(old.shape).to(old.dtype)
+            for part, place_P in places(axes[0], cut.before.lengths, cut.before.key_heads):
+                if part not in (Part.QUERY, Part.KEY):
+                    continue
+                rows_HKN = old[place_P].to(wide).reshape(cut.before.key_heads, cut.before.head_k_dim, -1)
+                new_HKN = torch.zeros_like(rows_HKN)
+                for place, head in enumerate(cut.heads_H.tolist()):
+                    basis_KR = cut.projection_HKR[place].to(wide)
+                    basis_KR = basis_KR.square() if Part.OTHER in axes else basis_KR
+                    new_HKN[head, : basis_KR.shape[1]] = basis_KR.T @ rows_HKN[head]
+                new[place_P] = new_HKN.reshape(len(place_P), *old.shape[1:]).to(old.dtype)
+            weights[name] = new
 
 
 def _fold(weights: dict[str, torch.Tensor], family: Family, plan: Plan) -> set[str]:
@@ -199,8 +211,9 @@ def _fold(weights: dict[str, torch.Tensor], family: Family, plan: Plan) -> set[s
 
 
 @contextlib.contextmanager
-def _masking(model: PreTrainedModel, family: Family, plan: Plan) -> Iterator[None]:
+def _masking(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     """Let the operators of a dense model see zeros where the cut one has nothing."""
+    family = family_of(model.config.to_dict())
     running: list[tuple[torch.Tensor, torch.Tensor]] = []
     sums_keys = model.config.to_dict().get("qk_norm") == "sum"
 
@@ -209,9 +222,11 @@ def _masking(model: PreTrainedModel, family: Family, plan: Plan) -> Iterator[Non
         return torch.nn.functional.normalize(operand_BTGC, p=1, dim=-1, eps=1e-6) if sums_keys else operand_BTGC
 
     def masked(operator):
-        def call(*, q, k, v, **rest):
+        def call(*args, **kwargs):
             key_GC, value_GC = running[0]
-            return operator(q=normed(q * key_GC), k=normed(k * key_GC), v=v * value_GC, **rest)
+            q, k, v = operands(args, kwargs)
+            q, k, v = normed(q * key_GC), normed(k * key_GC), v * value_GC
+            return operator(q, k, v, *args[3:], **{name: kwargs[name] for name in kwargs if name not in "qkv"})
 
         return call
 

@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from keyreduce.calibration.projections import projection_name
+from keyreduce.calibration.projections import projection_name, projection_weight
 from keyreduce.calibration.statistics import LayerStatistics, Statistics
 from keyreduce.checkpoint.rewrite import is_finite
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import Family, MixerSizes, Part, family_of
+from keyreduce.families.axes import length_of
 from keyreduce.pruning.budget import SIZE_OF, sizes_after
 from keyreduce.pruning.methods import LayerView, Method, Selection
 from keyreduce.pruning.plan import LayerCut, Plan, value_heads_of
@@ -97,7 +98,7 @@ def make_plan(
             it returns is no choice of that many.
     """
     check_method(source, method, list(keep))
-    family = family_of(source.config)
+    family = family_of(source.config, source.tensors)
     layers = family.layer_sizes(source.config)
     _check_shapes(source, family, list(layers))
     if statistics is not None:
@@ -195,10 +196,11 @@ def _view(
 ) -> LayerView:
     def projection(word: str) -> torch.Tensor:
         name = projection_name(family, layer, word)
-        weight = source.read(name).float()
+        # Of a weight that holds several projections, the others are not looked at.
+        weight = projection_weight(family, sizes, word, source.read(name)).float()
         if not is_finite(weight):
             raise KeyreduceError(f"tensor {name!r} of {source.path} holds NaN or inf: the checkpoint is damaged")
-        return weight.T.contiguous() if word == "output" else weight
+        return weight.contiguous()
 
     return LayerView(sizes, sums, projection)
 
@@ -224,16 +226,16 @@ def _check_shapes(source: Checkpoint, family: Family, layers: list[int]) -> None
                 f"{source.path} has no tensor {family.tensor_name(layer, next(iter(family.tensors)))!r}, nor any other "
                 f"of that mixer, which its config.json describes: they belong to different models"
             )
-        for short_name, parts in family.tensors.items():
+        for short_name, axes in family.tensors.items():
             name = family.tensor_name(layer, short_name)
             if name not in source.tensors:
                 continue
             shape = source.tensors[name].shape
             expected = tuple(
-                1 if part is Part.HEAD_OR_ALL and size == 1 else sizes.get(part, size)
-                for part, size in zip(parts, shape, strict=False)
+                1 if axis is Part.HEAD_OR_ALL and size == 1 else length_of(axis, sizes) or size
+                for axis, size in zip(axes, shape, strict=False)
             )
-            if len(shape) != len(parts) or shape != expected:
+            if len(shape) != len(axes) or shape != expected:
                 raise KeyreduceError(
                     f"tensor {name!r} of {source.path} is {list(shape)}, which is not what config.json says: "
                     "they belong to different models"

@@ -25,7 +25,7 @@ from keyreduce.workspace import PROJECTIONS_NAME, RECORD_NAME, appearing, read_j
 
 def plan_edits(source: Checkpoint, plan: Plan) -> dict[str, list[Edit]]:
     """Return tensor name -> its edits, for a whole checkpoint."""
-    family = family_of(source.config)
+    family = family_of(source.config, source.tensors)
     shapes = {name: spec.shape for name, spec in source.tensors.items()}
     edits: dict[str, list[Edit]] = {}
     for layer, cut in plan.layers.items():

@@ -37,7 +37,7 @@ def savings(source: Checkpoint, plan: Plan, edits: Mapping[str, Sequence[Edit]])
         plan: what stays.
         edits: the plan's edits.
     """
-    family = family_of(source.config)
+    family = family_of(source.config, source.tensors)
     prefixes = tuple(family.tensor_name(layer, "") for layer in plan.layers)
     mixer, model = [0, 0], [0, 0]
     for name, spec in source.tensors.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import FAMILIES as MODELS
 from tiny_models import build, draw_tokens
 
 from keyreduce.calibration.capture import collect, watching
@@ -104,7 +105,7 @@ def test_gated_deltanet_takes_its_fused_convolution_here():
     assert mixer._use_fused_qkv_conv(last_state=None, use_cache=False, cu_seqlens=None)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", MODELS)
 def test_the_way_rows_are_batched_changes_nothing(model_type):
     model, rows = loaded(build(model_type).double()), draw_tokens(4, 20)
     seen = []
@@ -147,7 +148,7 @@ def patched_state(model: torch.nn.Module) -> list:
     ]
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", MODELS)
 @torch.no_grad()
 def test_fla_is_left_as_it_was(model_type):
     model, tokens = build(model_type), draw_tokens(1, 8)
@@ -161,7 +162,7 @@ def test_fla_is_left_as_it_was(model_type):
     assert all(torch.equal(tensor, seen[name]) for name, tensor in layers[0].tensors().items())
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", MODELS)
 def test_fla_is_left_as_it_was_also_after_an_error(model_type):
     model = build(model_type)
     before = patched_state(model)

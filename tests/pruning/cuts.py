@@ -136,9 +136,12 @@ def load_with_biases(path: Path) -> PreTrainedModel:
 
 def set_eps(model: PreTrainedModel, eps: float) -> None:
     """Change the eps of the mixers' output norms."""
-    for layer in model.model.layers:
-        if hasattr(layer.attn, "o_norm"):
-            layer.attn.o_norm.eps = eps
+    family = FAMILIES[model.config.model_type]
+    for layer in family.mixer_layers(model.config.to_dict()):
+        mixer = model.get_submodule(family.mixer.format(layer=layer))
+        norm = getattr(mixer, "o_norm", getattr(mixer, "norm", None))
+        if norm is not None:
+            setattr(norm, "eps" if hasattr(norm, "eps") else "variance_epsilon", eps)
 
 
 def statistics_of(source: Checkpoint, *, seed: int = 0, tokens: int = 40) -> Statistics:
@@ -223,8 +226,10 @@ def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
         return on_operand(plan.layers[running[-1]], what, operand)
 
     def operator(name: str):
-        def call(*, q, k, v, **rest):
-            return before[name](q=mask(q, "key"), k=mask(k, "key"), v=mask(v, "value"), **rest)
+        def call(*args, **rest):
+            # fla's layers name the operands, those of transformers do not.
+            q, k, v = args or (rest.pop("q"), rest.pop("k"), rest.pop("v"))
+            return before[name](mask(q, "key"), mask(k, "key"), mask(v, "value"), **rest)
 
         return call
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cuts import config_of, cut, plan_of
 from huggingface_hub import ModelCard
+from tiny_models import FAMILIES as MODELS
 from tiny_models import tensors_of
 from transformers import AutoModelForCausalLM
 
@@ -51,7 +52,7 @@ def drawn_card(**changes) -> str:
     return model_card({"model_type": "delta_net"}, record | changes, saved)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", MODELS)
 def test_the_hub_reads_its_front_matter(tiny_folder, pruned, model_type):
     card = ModelCard(card_of(pruned(tiny_folder(model_type), 5)))
     assert card.data.library_name == "transformers"
@@ -65,7 +66,7 @@ def test_only_a_name_on_the_hub_is_a_base_model(dense, base):
     assert ModelCard(drawn_card(dense=dense)).data.base_model == (dense if base else None)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", MODELS)
 def test_the_table_is_that_of_the_files(tiny_folder, tmp_path, model_type):
     source = open_folder(tiny_folder(model_type))
     plan = plan_of(source, {"key": 5, "value": 6, "head": 1})

@@ -27,15 +27,16 @@ from cuts import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import FAMILIES as MODELS
 from tiny_models import draw_tokens, tensors_of
 
-from keyreduce.families import FAMILIES, family_of
+from keyreduce.families import family_of
 from keyreduce.pruning.budget import SIZE_OF
 from keyreduce.pruning.methods import METHODS, TARGETS
 from keyreduce.pruning.plan import LayerCut, Plan
 
 TARGET_SETS = [targets for count in (1, 2, 3) for targets in itertools.combinations(TARGETS, count)]
-ALL = pytest.mark.parametrize("model_type", FAMILIES)
+ALL = pytest.mark.parametrize("model_type", MODELS)
 GROUPED = {"gated_deltanet": {"num_v_heads": 8, "head_dim": 8}}
 EPS = 1e-30
 

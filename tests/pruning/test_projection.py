@@ -24,10 +24,10 @@ from cuts import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import FAMILIES as MODELS
 from tiny_models import draw_tokens, tensors_of
 
 from keyreduce.checkpoint.folder import open_folder
-from keyreduce.families import FAMILIES
 from keyreduce.pruning.plan import LayerCut, Plan
 
 EPS = 1e-30
@@ -164,7 +164,7 @@ def test_shared_kernels_are_not_touched(tmp_path, options):
     assert all(torch.equal(after[name], before[name]) for name in kernels)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", MODELS)
 def test_projections_are_kept_beside_the_checkpoint(tmp_path, model_type):
     """Of every step, also of those before the last."""
     source = store(build(model_type, {}), tmp_path / "source")

@@ -5,17 +5,17 @@ import torch
 from cuts import build, configs, cut, folder, numbers, plan_of, store
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import FAMILIES as MODELS
 from tiny_models import draw_tokens, tensors_of
 from transformers import AutoModelForCausalLM
 
-from keyreduce.families import FAMILIES
 from keyreduce.pruning.prune import plan_edits
 from keyreduce.pruning.savings import Savings, savings
 
 pytestmark = pytest.mark.filterwarnings("ignore:ShortConvolution is crucial")
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", MODELS)
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.data())
 @torch.no_grad()

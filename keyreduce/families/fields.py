@@ -1,0 +1,118 @@
+"""Where a config says a size: outright, or as a ratio of others; at its top, or in a section of a larger model's."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from keyreduce.errors import KeyreduceError
+
+
+@dataclass(frozen=True)
+class Field:
+    """A size that the config says outright, the same for all layers.
+
+    Attributes:
+        name: the field.
+        default: what holds when the config does not have it (or has null): a number, or what another field says.
+        section: the field of a larger model's config that holds the language model's; a config without it is the
+            language model's own.
+        also: ``(section, name)`` of a second place that may say the size, and is believed where both do.
+    """
+
+    name: str
+    default: "float | Field | Ratio | None" = None
+    section: str | None = None
+    also: tuple[str, str] | None = None
+
+    def read(self, config: Mapping, layer: int = 0) -> float:
+        """Return what ``config`` says of a layer.
+
+        Raises:
+            KeyreduceError: it is no positive number.
+        """
+        second = self._second(config)
+        if second is not None:
+            return _positive(f"{self.also[0]}.{self.also[1]}", second[self.also[1]])
+        value = self._within(config).get(self.name)
+        if value is None and isinstance(self.default, Field | Ratio):
+            return self.default.read(config, layer)
+        return _positive(self.name, self.default if value is None else value)
+
+    def write(self, config: dict, size_of: Mapping[int, int], num_layers: int) -> None:
+        """Let ``config`` say a size; ``size_of`` has the same one for all layers. What it nests is copied."""
+        size = next(iter(size_of.values()))
+        second = self._second(config)
+        if second is not None:
+            config[self.also[0]] = {**second, self.also[1]: size}
+            if self.name not in config:
+                return
+        if self.section in config:
+            config[self.section] = {**config[self.section], self.name: size}
+        else:
+            config[self.name] = size
+
+    def _within(self, config: Mapping) -> Mapping:
+        section = config.get(self.section, config) if self.section else config
+        if not isinstance(section, Mapping):
+            raise KeyreduceError(f"config.json: {self.section} is {section!r}, where an object belongs")
+        return section
+
+    def _second(self, config: Mapping) -> Mapping | None:
+        section = config.get(self.also[0]) if self.also else None
+        return section if isinstance(section, Mapping) and self.also[1] in section else None
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A size that the config says as a ratio: ``size = config[name] * config[of] / config[over]``.
+
+    Attributes:
+        name: the field that holds the ratio.
+        default: what holds when the config does not have it.
+        of, over: the fields it rests on.
+        per_layer: whether the field may also be a list with a ratio for each layer of the model.
+    """
+
+    name: str
+    default: float
+    of: Field
+    over: Field | None = None
+    per_layer: bool = False
+
+    def read(self, config: Mapping, layer: int = 0) -> float:
+        """Return what ``config`` says of a layer."""
+        return self._ratio(config, layer) * self._base(config)
+
+    def write(self, config: dict, size_of: Mapping[int, int], num_layers: int) -> None:
+        """Let ``config`` say the sizes: as one number where every layer has the same, else as a list."""
+        base = self._base(config)
+        ratio_of = {layer: _ratio_for(size, base) for layer, size in size_of.items()}
+        if len(set(ratio_of.values())) == 1:
+            config[self.name] = next(iter(ratio_of.values()))
+            return
+        # In a layer that has no mixer of this kind nobody reads it, but it is checked against the number of heads.
+        any_ratio = next(iter(ratio_of.values()))
+        config[self.name] = [ratio_of.get(layer, any_ratio) for layer in range(num_layers)]
+
+    def _ratio(self, config: Mapping, layer: int) -> float:
+        value = config.get(self.name)
+        if self.per_layer and isinstance(value, list):
+            if layer >= len(value):
+                raise KeyreduceError(f"config.json: {self.name} lists {len(value)} layers, not layer {layer}")
+            value = value[layer]
+        return _positive(self.name, self.default if value is None else value)
+
+    def _base(self, config: Mapping) -> float:
+        return self.of.read(config) / (self.over.read(config) if self.over else 1)
+
+
+def _positive(name: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        raise KeyreduceError(f"config.json: {name} is {value!r}, where a positive number belongs")
+    return value
+
+
+def _ratio_for(size: int, base: float) -> float:
+    ratio = size / base
+    # Models get the size back as int(ratio * base): a ratio rounded down would lose a channel there.
+    return math.nextafter(ratio, math.inf) if int(ratio * base) < size else ratio

@@ -1,0 +1,76 @@
+"""Tiny random hybrids of the families that transformers ships, and their checkpoints as those of the real ones are."""
+
+from pathlib import Path
+
+import torch
+from tiny_models import VOCABULARY, edit_tensors, save
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from keyreduce.families import FAMILIES
+
+_COMMON = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=3,
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    initializer_range=0.15,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=6,
+    bos_token_id=256,
+    eos_token_id=256,
+    pad_token_id=0,
+)
+_EXPERTS = dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8)
+_VISION = dict(
+    depth=1, hidden_size=8, intermediate_size=8, num_heads=2, out_hidden_size=32, num_position_embeddings=4,
+    patch_size=2,
+)  # fmt: skip
+LANGUAGE = {
+    "qwen3_next": _COMMON | _EXPERTS | dict(head_dim=8),
+    "qwen3_5_text": _COMMON | dict(head_dim=8),
+    "qwen3_5_moe_text": _COMMON | _EXPERTS | dict(head_dim=8),
+    "olmo_hybrid": _COMMON,
+}
+SEEING = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+HYBRIDS = (*LANGUAGE, *SEEING)
+
+
+def build(model_type: str, *, seed: int = 0, **changes) -> PreTrainedModel:
+    """Return a random float32 model in evaluation mode, of which no parameter is trivial; changes are of its sizes."""
+    torch.manual_seed(seed)
+    if model_type in SEEING:
+        text = LANGUAGE[SEEING[model_type]] | changes
+        config = AutoConfig.for_model(model_type, text_config=text, vision_config=_VISION)
+        model = AutoModelForImageTextToText.from_config(config)
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **LANGUAGE[model_type] | changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            if name.endswith(("A_log", "dt_bias")):
+                parameter.uniform_(-2, 1)
+    return model.eval()
+
+
+def store(model: PreTrainedModel, folder: Path, **options) -> Path:
+    """Save a model as its makers do, with a tokenizer of bytes, and return the folder."""
+    save(model, folder, **options)
+    if model.config.model_type == "olmo_hybrid":
+        edit_tensors(folder, lambda tensors: _split_convolutions(tensors, model.config))
+    return folder
+
+
+def _split_convolutions(tensors: dict[str, torch.Tensor], config) -> None:
+    """transformers joins what files have apart, and when it saves cuts it into thirds, whatever they hold."""
+    sizes = FAMILIES["olmo_hybrid"].sizes(config.to_dict())
+    lengths = [sizes.key_heads * sizes.head_k_dim] * 2 + [sizes.value_heads * sizes.head_v_dim]
+    for layer in FAMILIES["olmo_hybrid"].mixer_layers(config.to_dict()):
+        names = [f"model.layers.{layer}.linear_attn.{which}_conv1d.weight" for which in "qkv"]
+        joined = torch.cat([tensors[name] for name in names])
+        tensors |= {name: part.contiguous() for name, part in zip(names, joined.split(lengths), strict=True)}
