@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_models import FAMILIES as MODELS
 from tiny_models import build, draw_tokens
 
 from keyreduce.errors import KeyreduceError
@@ -107,7 +108,7 @@ def test_utilisation_is_that_of_a_plain_float64_recurrence(variant, seq_len, eve
         assert expected_BPW.std() > 1e-3
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", MODELS)
 @torch.no_grad()
 def test_what_the_model_computes_stays_the_same(model_type):
     model, tokens = build(model_type).double(), draw_tokens(2, 70)
@@ -170,7 +171,7 @@ def test_hybrid_models_are_measured_where_they_have_a_state():
     assert all(mean_PW.all() for mean_PW in found.utilisation.values())
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", MODELS)
 def test_fla_is_left_as_it_was_also_after_an_error(model_type):
     model = build(model_type)
     module = sys.modules[type(model.model.layers[0].attn).__module__]
