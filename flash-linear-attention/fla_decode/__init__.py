@@ -1,0 +1,12 @@
+"""A Triton kernel for decoding with the delta rule: it takes the place of fla's recurrent kernels for one token.
+
+    import fla_decode
+    fla_decode.enable()   # from here on fla's models decode by it on CUDA; fla_decode.disable() takes it back
+
+A step is bound by reading and writing the state, and the kernel is laid out for that. It is off unless asked for.
+"""
+
+from fla_decode.registry import UnsupportedVersionError, disable, enable, is_enabled
+from fla_decode.step import Tiling, decode_step
+
+__all__ = ["Tiling", "UnsupportedVersionError", "decode_step", "disable", "enable", "is_enabled"]

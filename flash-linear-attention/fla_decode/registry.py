@@ -1,0 +1,173 @@
+"""Where the kernel stands in for fla's, and which calls it takes.
+
+Two functions of fla, which its layers and transformers' models come to in every decoding step, get fla's own dispatcher
+around them, if they do not have it already; there the kernel is registered. What it does not cover goes on to fla.
+"""
+
+import importlib
+import sys
+
+import torch
+
+from fla_decode.step import MAX_KEY_CHANNELS, decode_step
+
+TESTED_VERSIONS = "0.6.0"
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_is_placed = False
+_is_enabled = False
+_is_inplace = False
+
+
+class UnsupportedVersionError(ImportError):
+    """The installed fla lacks a function or a hook that the kernel needs."""
+
+
+def enable(*, inplace: bool = False) -> None:
+    """Let fla's models and those of transformers decode by the kernel, on CUDA, where no gradient is asked for.
+
+    With ``inplace`` the new state is written over the old one. fla's caches drop the old one anyway; a program that
+    keeps it, to go back to it, must not ask for this. Calling it again changes nothing but this choice.
+
+    Raises:
+        UnsupportedVersionError: the installed fla lacks what the kernel needs, or its dispatch is switched off.
+    """
+    global _is_enabled, _is_inplace, _is_placed
+    if not _is_placed:
+        _place_all()
+        _is_placed = True
+    _is_enabled, _is_inplace = True, inplace
+
+
+def disable() -> None:
+    """Leave every call to fla again."""
+    global _is_enabled
+    _is_enabled = False
+
+
+def is_enabled() -> bool:
+    """Return whether decoding steps go to the kernel."""
+    return _is_enabled
+
+
+def fused_recurrent_delta_rule(
+    q, k, v, beta=None, scale=None, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False,
+    cu_seqlens=None,
+):  # fmt: skip
+    """fla's function of that name, for the calls that `takes_ungated` takes."""
+    output, state = decode_step(
+        q, k, v, beta, initial_state, scale=scale, normalize=use_qk_l2norm_in_kernel, inplace=_is_inplace
+    )
+    return output.to(q.dtype), state
+
+
+def fused_recurrent_gated_delta_rule_fwd(
+    q, k, v, g=None, gk=None, gv=None, beta=None, A_log=None, dt_bias=None, scale=None, initial_state=None,
+    output_final_state=False, use_qk_l2norm_in_kernel=False, use_beta_sigmoid_in_kernel=False,
+    allow_neg_eigval=False, state_v_first=False, cu_seqlens=None,
+):  # fmt: skip
+    """fla's function of that name, for the calls that `takes_gated` takes."""
+    return decode_step(
+        q, k, v, beta, initial_state,
+        scale=scale, gate_B1W=g, A_log_W=A_log, dt_bias_W=dt_bias, normalize=use_qk_l2norm_in_kernel,
+        beta_is_logit=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval, state_v_first=state_v_first,
+        inplace=_is_inplace,
+    )  # fmt: skip
+
+
+def takes_ungated(
+    q, k, v, beta=None, scale=None, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False,
+    cu_seqlens=None,
+) -> tuple[bool, str | None]:  # fmt: skip
+    """Tell fla's dispatcher whether the kernel takes this call, and if not, why."""
+    reason = _refusal(q, k, v, beta, initial_state, output_final_state, cu_seqlens)
+    return reason is None, reason
+
+
+def takes_gated(
+    q, k, v, g=None, gk=None, gv=None, beta=None, A_log=None, dt_bias=None, scale=None, initial_state=None,
+    output_final_state=False, use_qk_l2norm_in_kernel=False, use_beta_sigmoid_in_kernel=False,
+    allow_neg_eigval=False, state_v_first=False, cu_seqlens=None,
+) -> tuple[bool, str | None]:  # fmt: skip
+    """The same for the gated rule."""
+    reason = _refusal(q, k, v, beta, initial_state, output_final_state, cu_seqlens)
+    if reason is None and (gk is not None or gv is not None):
+        reason = "the decay is per channel"
+    return reason is None, reason
+
+
+def _refusal(q, k, v, beta, initial_state, output_final_state, cu_seqlens) -> str | None:
+    """Return why a call is left to fla; None if it is not."""
+    if not _is_enabled:
+        return "the decode kernel is switched off"
+    if not q.is_cuda:
+        return f"tensors are on {q.device.type}"
+    if q.shape[1] != 1 or cu_seqlens is not None:
+        return "more than one token, or packed sequences"
+    if initial_state is None or not output_final_state:
+        return "no state to read, or none to write"
+    if beta is None or beta.ndim != 3:
+        return "beta is absent or per channel"
+    if k.shape[-1] > MAX_KEY_CHANNELS or v.shape[2] % k.shape[2]:
+        return f"more than {MAX_KEY_CHANNELS} key channels, or value heads that key heads do not divide"
+    if any(tensor.dtype not in _DTYPES for tensor in (q, k, v, beta, initial_state)):
+        return "a dtype that is not one of float32, bfloat16, float16"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, beta, initial_state)):
+        return "a gradient is asked for"
+    return None
+
+
+# fla module -> (its function, ours, which calls ours takes). The first is held by name in the modules of layers; the
+# second is looked up at each call, also for models that took hold of fla's public function before `enable()`.
+PLACES = {
+    "fla.ops.delta_rule.fused_recurrent": (
+        "fused_recurrent_delta_rule",
+        fused_recurrent_delta_rule,
+        takes_ungated,
+    ),
+    "fla.ops.gated_delta_rule.fused_recurrent": (
+        "fused_recurrent_gated_delta_rule_fwd",
+        fused_recurrent_gated_delta_rule_fwd,
+        takes_gated,
+    ),
+}
+
+
+def _place_all() -> None:
+    try:
+        from fla.backends import BaseBackend, dispatch, register
+
+        originals = {name: getattr(importlib.import_module(name), place[0]) for name, place in PLACES.items()}
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedVersionError(
+            f"the decode kernel works with flash-linear-attention {TESTED_VERSIONS}; the installed one lacks "
+            f"something it needs ({error}): pip install flash-linear-attention=={TESTED_VERSIONS}"
+        ) from error
+    if getattr(importlib.import_module("fla.backends"), "_DISPATCH_DISABLED", False):
+        raise UnsupportedVersionError(
+            "FLA_DISABLE_BACKEND_DISPATCH=1 switches off the registry that the decode kernel needs: unset it"
+        )
+
+    class DecodeBackend(BaseBackend):
+        backend_type = "decode"
+        # After fla_torch, which takes a call on CUDA only where it was asked to.
+        priority = 0
+
+    for module_name, (name, implementation, verifier) in PLACES.items():
+        original = originals[module_name]
+        place = {"backend": DecodeBackend, "verifier": verifier}
+        try:
+            register(original, **place)(implementation)
+        except KeyError:
+            # Nobody has dispatched it yet.
+            _replace(original, name, dispatch(original))
+            register(original, **place)(implementation)
+
+
+def _replace(original, name, dispatched) -> None:
+    """Put the dispatched function at every name under which a loaded module holds the original."""
+    for module in list(sys.modules.values()):
+        for attribute, value in list(getattr(module, "__dict__", {}).items()):
+            if value is original:
+                setattr(module, attribute, dispatched)

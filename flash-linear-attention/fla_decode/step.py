@@ -1,0 +1,110 @@
+"""One decoding step: which tiles the kernel takes, and the launch.
+
+Shapes: B sequences, H key heads, W value heads (a multiple of H), K key channels, V value channels.
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import triton
+
+from fla_decode.kernel import decode_kernel
+
+MAX_KEY_CHANNELS = 256
+
+
+class Tiling(NamedTuple):
+    """How the kernel takes the state: value channels of a tile, warps of a program, and three choices of traffic.
+
+    ``streams`` marks the state in the cache as not needed again. ``pipeline`` tiles are on their way at once in each
+    of ``programs`` programs for each multiprocessor; with 0 a program steps one tile.
+    """
+
+    block_v: int
+    warps: int
+    streams: bool = True
+    pipeline: int = 0
+    programs: int = 0
+
+
+def choose_tiling(K: int, V: int, *, heads: int, state_v_first: bool) -> Tiling:
+    """Return the tiling for a state of ``heads`` (sequences times value heads) times K times V."""
+    block_v = min(32, triton.next_power_of_2(V))
+    numbers = sum(split_channels(K)) * block_v
+    return Tiling(block_v, min(8, max(1, numbers // 1024)))
+
+
+def split_channels(K: int) -> tuple[int, int]:
+    """Return the two sides, powers of two (the second may be 0), that cover K channels with the least left over."""
+    whole = triton.next_power_of_2(K)
+    head = whole // 2
+    tail = max(4, triton.next_power_of_2(K - head)) if head else whole
+    return (whole, 0) if tail >= head else (head, tail)
+
+
+def decode_step(
+    query_B1HK: torch.Tensor,
+    key_B1HK: torch.Tensor,
+    value_B1WV: torch.Tensor,
+    beta_B1W: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    scale: float | None = None,
+    gate_B1W: torch.Tensor | None = None,
+    A_log_W: torch.Tensor | None = None,
+    dt_bias_W: torch.Tensor | None = None,
+    normalize: bool = False,
+    beta_is_logit: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    inplace: bool = False,
+    tiling: Tiling | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Step the delta rule by one token, without gradients (arXiv:2406.06484; gated: arXiv:2412.06464).
+
+    Args:
+        query_B1HK: queries; K at most `MAX_KEY_CHANNELS`.
+        key_B1HK: keys.
+        value_B1WV: values; each key head serves W / H value heads that lie side by side.
+        beta_B1W: writing strengths.
+        state: the state before, ``[B, W, K, V]``, or ``[B, W, V, K]`` with ``state_v_first``.
+        scale: factor of the output, by default ``K ** -0.5``.
+        gate_B1W: log decay; None for the ungated rule. With ``A_log_W`` what precedes the gate.
+        A_log_W: with it the log decay is ``-exp(A_log) softplus(gate + dt_bias)``.
+        dt_bias_W: see there; None for 0.
+        normalize: divide queries and keys by ``sqrt(sum of squares + 1e-6)`` first.
+        beta_is_logit: the writing strength is the sigmoid of beta.
+        allow_neg_eigval: double that.
+        state_v_first: the layout of both states.
+        inplace: write the new state over the old one, if that is contiguous float32.
+        tiling: how to take the state, by default what `choose_tiling` says.
+
+    Returns:
+        Output ``[B, 1, W, V]`` in the dtype of the values, and the new state, float32, laid out as the old one.
+    """
+    B, _, H, K = key_B1HK.shape
+    W, V = value_B1WV.shape[2:]
+    tensors = (query_B1HK, key_B1HK, value_B1WV, beta_B1W, gate_B1W, A_log_W, dt_bias_W)
+    query, key, value, beta, gate, A_log, dt_bias = (t if t is None else t.contiguous() for t in tensors)
+    new_state = torch.empty_like(state, dtype=torch.float32, memory_format=torch.contiguous_format)
+    if inplace and state.dtype == torch.float32 and state.is_contiguous():
+        new_state = state
+    state = state.contiguous()
+    output = torch.empty_like(value)
+    tiling = tiling or choose_tiling(K, V, heads=B * W, state_v_first=state_v_first)
+    head, tail = split_channels(K)
+    tiles = programs = B * W * triton.cdiv(V, tiling.block_v)
+    if tiling.pipeline:
+        processors = torch.cuda.get_device_properties(state.device).multi_processor_count
+        programs = min(tiles, processors * tiling.programs)
+    with torch.cuda.device(state.device) if state.is_cuda else contextlib.nullcontext():
+        decode_kernel[(programs,)](
+            query, key, value, beta, gate, A_log, dt_bias, state, new_state, output,
+            K**-0.5 if scale is None else scale, tiles,
+            H=H, W=W, K=K, V=V, HEAD=head, TAIL=tail, BLOCK_V=tiling.block_v,
+            HAS_GATE=gate is not None, IS_GATE_RAW=A_log is not None, HAS_DT_BIAS=dt_bias is not None,
+            NORMALIZE=normalize, BETA_IS_LOGIT=beta_is_logit, DOUBLE_BETA=allow_neg_eigval, V_FIRST=state_v_first,
+            POLICY="evict_first" if tiling.streams else "", PIPELINE=tiling.pipeline, num_warps=tiling.warps,
+        )  # fmt: skip
+    return output, new_state
