@@ -6,6 +6,8 @@ import typer
 
 from keyreduce.cli import options
 
+_RECALL = "Recall"
+
 
 def evaluate(
     model: options.DenseModel = None,
@@ -20,6 +22,33 @@ def evaluate(
     ] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 4,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 1024,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens from one row's start to the next one's; only the last N of a row are scored.",
+            show_default="--seq-len: no overlap",
+        ),
+    ] = None,
+    recall: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KINDS",
+            rich_help_panel=_RECALL,
+            help="Measure recall too: mqar (multi-query associative recall), needle (in a haystack of the text), "
+            "or mqar,needle.",
+        ),
+    ] = None,
+    recall_lengths: Annotated[
+        str, typer.Option(metavar="T,...", rich_help_panel=_RECALL, help="Tokens in a sequence.")
+    ] = "256,1024",
+    recall_pairs: Annotated[
+        str, typer.Option(metavar="N,...", rich_help_panel=_RECALL, help="Keys with a value in a sequence.")
+    ] = "1,4,16,64",
+    recall_probes: Annotated[
+        int, typer.Option(min=1, rich_help_panel=_RECALL, help="Sequences for each length and number of pairs.")
+    ] = 16,
     output: options.Figures = None,
     seed: options.Seed = 0,
     device: options.Device = None,
@@ -28,58 +57,99 @@ def evaluate(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure held-out perplexity and bits per byte of the dense and of the pruned model.
+    """Measure held-out perplexity, and recall, of the dense and of the pruned model.
 
-    Text is taken in its own order, so --seed changes nothing here.
+    Text is taken in its own order: --seed draws what --recall asks, and changes nothing else. Under torchrun the
+    batches are shared out among the processes, and the figures stay the same.
     """
     from keyreduce.cli.console import Console
+    from keyreduce.cli.eval_recall import recall_settings, show_recall, tell_left_out
     from keyreduce.cli.pair import load_pair
     from keyreduce.data.text import text_source
     from keyreduce.devices import pick_device, pick_dtype
-    from keyreduce.evaluation.perplexity import evaluate as measure
+    from keyreduce.evaluation.perplexity import check_lengths, text_costs, total
+    from keyreduce.evaluation.processes import Processes
+    from keyreduce.evaluation.recall import RecallProbes, recall_figures
     from keyreduce.workspace import Workspace, refuse_existing, refuse_unwritable, write_json
 
-    console, workspace = Console(as_json=json), Workspace(work)
-    refuse_existing(output, overwrite)
-    refuse_unwritable(output or workspace.evaluation, folder=False)
-    source = text_source(text or (), dataset, dataset_config, split, default="heldout")
-    device = pick_device(device)
-    models = load_pair(console, model, compressed, workspace, device, pick_dtype(dtype, device))
+    console, workspace, processes = Console(as_json=json), Workspace(work), Processes.of_torchrun()
+    console.errors.quiet = console.tables.quiet = processes.rank > 0
+    target = output or workspace.evaluation
     num_rows = num_batches * batch_size or None
-    report = {"text": source.describe(), "seq_len": seq_len, "models": []}
-    for label, loaded in models.items():
-        with console.progress(f"measuring {label}", (num_rows or 0) * seq_len or None, "tokens") as progress:
-            cost, is_short = measure(
-                loaded, source, seq_len=seq_len, batch_size=batch_size, num_rows=num_rows, progress=progress
-            )
-        if is_short:
+
+    def measure() -> dict:
+        """Do what is this process's share: everything that can fail but writing the report."""
+        refuse_existing(output, overwrite)
+        refuse_unwritable(target, folder=False)
+        check_lengths(seq_len, stride or seq_len)
+        asked = recall and recall_settings(recall, recall_lengths, recall_pairs, recall_probes, seed)
+        source = text_source(text or (), dataset, dataset_config, split, default="heldout")
+        on = pick_device(processes.device(device))
+        found = {"text": source.describe(), "recall": asked and asked.describe(), "models": []}
+        for label, loaded in load_pair(console, model, compressed, workspace, on, pick_dtype(dtype, on)).items():
+            tokens = (num_rows or 0) * seq_len // processes.number or None
+            with console.progress(f"measuring {label}", tokens, "tokens") as progress:
+                rows = text_costs(
+                    loaded,
+                    source,
+                    seq_len=seq_len,
+                    stride=stride,
+                    batch_size=batch_size,
+                    num_rows=num_rows,
+                    processes=processes,
+                    progress=progress,
+                )
+            entry = {"label": label, "folder": str(loaded.folder), "rows": rows}
+            if asked:
+                probes = RecallProbes(loaded, source, asked)
+                if not found["models"]:
+                    tell_left_out(console, probes.left_out)
+                with console.progress(f"asking {label}", probes.tokens // processes.number, "tokens") as progress:
+                    entry["recall"] = probes.ask(batch_size=batch_size, processes=processes, progress=progress)
+            found["models"].append(entry)
+        return found
+
+    shares = processes.gather(measure)
+    if processes.rank:
+        return
+    report = {"text": shares[0]["text"], "seq_len": seq_len, "stride": stride or seq_len, "models": []}
+    if shares[0]["recall"]:
+        report["recall"] = shares[0]["recall"]
+    for parts in zip(*(share["models"] for share in shares), strict=True):
+        cost = total(row for part in parts for row in part["rows"])
+        if cost.predictions < seq_len - 1:
             console.note(f"the text is shorter than one sequence: {cost.predictions + 1} tokens instead of {seq_len}")
-        report["models"].append(
-            {
-                "label": label,
-                "folder": str(loaded.folder),
-                "perplexity_per_token": cost.perplexity,
-                "bits_per_byte": cost.bits_per_byte,
-                "predictions": cost.predictions,
-            }
-        )
-    dense = report["models"][0]
-    for entry in report["models"][1:]:
-        entry["perplexity_increase"] = entry["perplexity_per_token"] / dense["perplexity_per_token"] - 1
-    write_json(output or workspace.evaluation, report, overwrite=True)
-    rows = [
-        (
-            entry["label"],
-            f"{entry['perplexity_per_token']:.4f}",
-            f"{entry['bits_per_byte']:.4f}",
-            f"{100 * entry['perplexity_increase']:+.1f}%" if "perplexity_increase" in entry else "",
-        )
-        for entry in report["models"]
-    ]
+        entry = {"label": parts[0]["label"], "folder": parts[0]["folder"], **cost.figures()}
+        if "recall" in parts[0]:
+            entry["recall"] = recall_figures(part["recall"] for part in parts)
+        report["models"].append(entry)
+    _compare(report["models"])
+    write_json(target, report, overwrite=True)
+    _show_perplexity(console, report)
+    if "recall" in report:
+        show_recall(console, report["models"])
+    console.say(f"wrote {target}")
+    console.result(report)
+
+
+def _compare(entries: list[dict]) -> None:
+    dense = entries[0]["perplexity_per_token"]
+    for entry in entries[1:]:
+        cost = entry["perplexity_per_token"]
+        entry["perplexity_increase"] = cost / dense - 1 if cost and dense else None
+
+
+def _show_perplexity(console, report: dict) -> None:
+    names = ("perplexity_per_token", "perplexity_per_word", "bits_per_byte")
+    rows = []
+    for entry in report["models"]:
+        row = [entry["label"]]
+        row += ["" if entry[name] is None else f"{entry[name]:,.4f}" for name in names]
+        increase = entry.get("perplexity_increase")
+        rows.append([*row, "" if increase is None else f"{increase:+.1%}"])
+    how = "" if report["stride"] == report["seq_len"] else f", one every {report['stride']}"
     console.table(
-        f"{dense['predictions']:,} predictions in rows of {seq_len} tokens",
-        ("", "perplexity per token", "bits per byte", "perplexity over dense"),
+        f"{report['models'][0]['predictions']:,} predictions in rows of {report['seq_len']} tokens{how}",
+        ("", *(name.replace("_", " ") for name in names), "perplexity over dense"),
         rows,
     )
-    console.say(f"wrote {output or workspace.evaluation}")
-    console.result(report)

@@ -12,18 +12,18 @@ from collections.abc import Iterator
 
 import torch
 
-from keyreduce.evaluation.probes import Probe
+from keyreduce.evaluation.probes import CHOICES, Probe, choices
 
 _POWER = 0.01  # of the law of the gaps, as in the paper's experiments
 
 
 def fits(length: int, pairs: int, symbols: int) -> bool:
     """Whether a sequence of that length has room for the pairs and the questions, and the vocabulary for the roles."""
-    return pairs >= 1 and length >= 4 * pairs and symbols > 2 * pairs
+    return pairs >= 1 and length >= 4 * pairs and symbols >= 2 * pairs + CHOICES
 
 
 def draw(symbols_S: torch.Tensor, length: int, pairs: int, number: int, generator: torch.Generator) -> Iterator[Probe]:
-    """Yield ``number`` sequences of N questions each, to be chosen from the N values.
+    """Yield ``number`` sequences of N questions each. Other values are the first choices beside the right one.
 
     Args:
         symbols_S: the token ids to draw from, each once.
@@ -44,4 +44,13 @@ def draw(symbols_S: torch.Tensor, length: int, pairs: int, number: int, generato
         tokens_T[: 2 * pairs : 2], tokens_T[1 : 2 * pairs : 2] = keys_N, values_N
         places_N = 2 * pairs + 2 * torch.multinomial(weights, pairs, generator=generator)
         tokens_T[places_N] = keys_N
-        yield Probe(tokens_T, places_N, values_N, values_N.expand(pairs, pairs))
+        yield Probe(tokens_T, places_N, values_N, _choices(values_N, rest, generator))
+
+
+def _choices(values_N: torch.Tensor, rest: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    rows = []
+    for value in values_N.tolist():
+        rivals = values_N[torch.randperm(len(values_N), generator=generator)]
+        others = rest[torch.randperm(len(rest), generator=generator)[:CHOICES]]
+        rows.append(choices(value, rivals.tolist(), others.tolist()))
+    return torch.stack(rows)

@@ -19,9 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from keyreduce.data.batches import separator_id, token_rows
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
-from keyreduce.evaluation.probes import Probe
+from keyreduce.evaluation.probes import CHOICES, Probe, choices
 
-CHOICES = 8
 DEPTHS = (0.0, 1 / 3, 2 / 3, 1.0)
 _WORD = re.compile("[\u0120\u2581][a-z]{3,8}")  # with the space before it, as byte-level BPE and SentencePiece mark it
 _ENOUGH_WORDS = 256
@@ -83,8 +82,8 @@ def draw(
 ) -> Iterator[Probe]:
     """Yield ``number`` sequences of one password, each of whose P tokens is chosen from C.
 
-    The depth of the sentence that is asked for goes round `DEPTHS`; the others stand anywhere. The text is taken in its
-    own order, from the start again where it ends.
+    The depth of the sentence that is asked for goes round `DEPTHS`; the others stand anywhere, and their passwords are
+    the first choices beside the right one. The text is taken in its own order, from the start again where it ends.
 
     Raises:
         KeyreduceError: the text is shorter than one haystack.
@@ -119,13 +118,16 @@ def _hide(haystack: list[int], wording: Wording, depth: float, pairs: int, gener
         start = places[number]
     tokens += [*haystack[start:], *wording.before, *name, *wording.between, *password[:-1]]
     answers_P = torch.tensor(password)
-    choices_PC = torch.stack([_choices(wording.alphabet_A, answer, generator) for answer in password])
+    rivals_NP = names_and_passwords[3::2]
+    choices_PC = torch.stack(
+        [
+            choices(answer, [rival[place] for rival in rivals_NP], _shuffled(wording.alphabet_A, generator))
+            for place, answer in enumerate(password)
+        ]
+    )
     places_P = torch.arange(len(tokens) - len(password), len(tokens))
     return Probe(torch.tensor(tokens), places_P, answers_P, choices_PC, depth)
 
 
-def _choices(alphabet_A: torch.Tensor, answer: int, generator: torch.Generator) -> torch.Tensor:
-    """The answer, and others drawn from the alphabet."""
-    others = alphabet_A[alphabet_A != answer]
-    drawn = torch.randperm(len(others), generator=generator)[: CHOICES - 1]
-    return torch.cat([torch.tensor([answer]), others[drawn]])
+def _shuffled(alphabet_A: torch.Tensor, generator: torch.Generator) -> list[int]:
+    return alphabet_A[torch.randperm(len(alphabet_A), generator=generator)].tolist()

@@ -5,7 +5,7 @@ Shapes: B rows in a batch, T tokens in a row, V token ids.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import NamedTuple
 
@@ -71,6 +71,16 @@ class Perplexity:
     def bits_per_byte(self) -> float:
         """Bits per byte of text, which compares models of different tokenizers."""
         return self.nats / math.log(2) / self.bytes
+
+    def figures(self) -> dict:
+        """Return the three ways and what they are made of, as a JSON object: null is what no float holds."""
+        figures = {
+            "perplexity_per_token": self.perplexity,
+            "perplexity_per_word": self.word_perplexity,
+            "bits_per_byte": self.bits_per_byte,
+        }
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        return {**finite, **asdict(self)}
 
 
 def _exponential(nats: float) -> float:
@@ -160,6 +170,18 @@ def measure_rows(
     return Perplexity.of(window_costs(model, batches, bytes_V, name=name, progress=progress))
 
 
+def check_lengths(seq_len: int, stride: int) -> None:
+    """Refuse lengths that leave nothing to predict.
+
+    Raises:
+        KeyreduceError: names the option.
+    """
+    if seq_len < 2:
+        raise KeyreduceError(f"rows of {seq_len} token leave nothing to predict; give --seq-len 2 or more")
+    if not 1 <= stride <= seq_len:
+        raise KeyreduceError(f"--stride is {stride}; it is at least 1 and at most --seq-len, {seq_len}")
+
+
 def text_costs(
     loaded: LoadedModel,
     text: TextSource,
@@ -190,10 +212,7 @@ def text_costs(
         KeyreduceError: the lengths make no sense, a logit is NaN or inf, or the text cannot be read.
     """
     stride = seq_len if stride is None else stride
-    if seq_len < 2:
-        raise KeyreduceError(f"rows of {seq_len} token leave nothing to predict; give --seq-len 2 or more")
-    if not 1 <= stride <= seq_len:
-        raise KeyreduceError(f"--stride is {stride}; it is at least 1 and at most --seq-len, {seq_len}")
+    check_lengths(seq_len, stride)
     taken = islice(windows(text.documents(), loaded.tokenizer, seq_len, stride), num_rows)
     batches = iter(lambda: list(islice(taken, batch_size)), [])
     return window_costs(

@@ -3,6 +3,7 @@
 Shapes: B probes in a batch, T tokens in a probe, Q questions of a probe, C choices for an answer, V token ids.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -10,6 +11,8 @@ from typing import NamedTuple
 import torch
 
 from keyreduce.evaluation.perplexity import finite_logits
+
+CHOICES = 8
 
 
 class Probe(NamedTuple):
@@ -19,7 +22,8 @@ class Probe(NamedTuple):
         tokens_T: the sequence (LongTensor).
         places_Q: the places after which an answer is due, whether or not it is what comes next there.
         answers_Q: the right token for each of them.
-        choices_QC: the tokens that an answer is chosen from, the right one among them, none of them twice.
+        choices_QC: the tokens that an answer is chosen from, the right one among them, none of them twice
+            (`choices`).
         depth: where in the text what is asked for stands, from 0 to 1; None where that means nothing.
     """
 
@@ -35,7 +39,7 @@ class Answer(NamedTuple):
 
     Attributes:
         accuracy: 1 where no token has a higher logit than the right one; shared equally among those that tie with it.
-        choice_accuracy: the same among the choices alone. A model that does not recall scores 1 in C.
+        choice_accuracy: the same among the choices alone. A model that knows nothing of the probe scores 1 in C.
         rank: of the right token in the vocabulary, 1 the best; among equals the middle.
         log_probability: of the right token, nats.
     """
@@ -44,6 +48,18 @@ class Answer(NamedTuple):
     choice_accuracy: float
     rank: float
     log_probability: float
+
+
+def choices(answer: int, rivals: Iterable[int], others: Iterable[int]) -> torch.Tensor:
+    """Return `CHOICES` tokens (LongTensor, C): the answer, then as many of its rivals as there are, then others.
+
+    Args:
+        answer: the right token.
+        rivals: answers to other questions of the probe, which a model must tell apart from this one.
+        others: enough other tokens.
+    """
+    distinct = dict.fromkeys(itertools.chain([answer], rivals, others))
+    return torch.tensor(list(itertools.islice(distinct, CHOICES)))
 
 
 def judge(logits_QV: torch.Tensor, answers_Q: torch.Tensor, choices_QC: torch.Tensor) -> list[Answer]:

@@ -1,4 +1,6 @@
+import importlib.util
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from keyreduce.checkpoint.find import DEFAULT_MODEL, SHIPPED
 from keyreduce.data.batches import bytes_per_token
 from keyreduce.data.text import FileText
 from keyreduce.errors import KeyreduceError
-from keyreduce.evaluation.perplexity import Perplexity, evaluate, measure_rows
+from keyreduce.evaluation.perplexity import Perplexity, evaluate, measure_rows, text_costs, total
+from keyreduce.evaluation.processes import Processes
 from keyreduce.families import FAMILIES
 from keyreduce.models.loading import LoadedModel
 
@@ -42,9 +45,13 @@ def text(tmp_path) -> FileText:
     return FileText([tmp_path])
 
 
+def joined_bytes() -> list[int]:
+    """The tokens, from the definition: a token is a byte, and 256 goes before each document."""
+    return [token for document in DOCUMENTS for token in [SEPARATOR, *document.encode()]]
+
+
 def rows_of_bytes(seq_len: int) -> list[list[int]]:
-    """The rows, from the definition: a token is a byte, and 256 goes before each document."""
-    joined = [token for document in DOCUMENTS for token in [SEPARATOR, *document.encode()]]
+    joined = joined_bytes()
     return [joined[start : start + seq_len] for start in range(0, len(joined) - seq_len + 1, seq_len)]
 
 
@@ -78,6 +85,81 @@ def test_cost_agrees_with_the_definition(model_type, batch_size, text):
     assert sum(ticks) == len(rows) * SEQ_LEN
 
 
+@pytest.mark.parametrize("stride", [1, 31, SEQ_LEN - 1])
+def test_strided_cost_agrees_with_the_definition(stride, text):
+    """Each token is predicted from the tokens of its window, the earliest that scores it; one at a time, in float64."""
+    loaded, tokens = tiny("delta_net"), joined_bytes()
+    num_rows = 3 + 40 // stride
+    starts = [number * stride for number in range(num_rows) if number * stride + SEQ_LEN <= len(tokens)]
+    nats, end = 0.0, 1
+    for start in starts:
+        with torch.no_grad():
+            log_probabilities = (
+                loaded.model(torch.tensor([tokens[start : start + SEQ_LEN]])).logits[0].double().log_softmax(dim=-1)
+            )
+        for place in range(end, start + SEQ_LEN):
+            nats -= float(log_probabilities[place - start - 1, tokens[place]])
+        end = start + SEQ_LEN
+    cost, _ = evaluate(loaded, text, seq_len=SEQ_LEN, stride=stride, batch_size=4, num_rows=num_rows)
+    assert cost.predictions == end - 1
+    assert cost.bytes == sum(token != SEPARATOR for token in tokens[1:end])
+    assert cost.nats == pytest.approx(nats, rel=1e-5)
+
+
+def test_more_context_costs_less_of_a_model_that_needs_it(tmp_path):
+    """A model that copies what stood 40 tokens before: the stride is what leaves it that in sight."""
+
+    class Copying(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.device_of_it = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, input_ids, use_cache):
+            logits_BTV = torch.zeros(*input_ids.shape, VOCABULARY)
+            logits_BTV[:, 39:].scatter_(2, input_ids[:, : max(0, input_ids.shape[1] - 39), None], 20.0)
+            return type("Output", (), {"logits": logits_BTV})
+
+    (tmp_path / "text.txt").write_text("0123456789abcdefghijABCDEFGHIJ!?.,;:-+*/" * 9)
+    loaded = tiny("delta_net")._replace(model=Copying())
+    plain, short, long = (
+        evaluate(loaded, FileText([tmp_path]), seq_len=60, stride=stride, batch_size=2, num_rows=None)[0].perplexity
+        for stride in (60, 30, 10)
+    )
+    assert plain > 3 * short > 9 * long
+
+
+def test_words_are_counted_as_the_harness_counts_them(tmp_path):
+    """lm-evaluation-harness's own functions on one document, all of which is scored, in one row and in two windows."""
+    metrics = pytest.importorskip("lm_eval.api.metrics")
+    package = Path(importlib.util.find_spec("lm_eval").origin).parent
+    spec = importlib.util.spec_from_file_location("wikitext", package / "tasks" / "wikitext" / "preprocess_wikitext.py")
+    spec.loader.exec_module(wikitext := importlib.util.module_from_spec(spec))
+    document = " = A title = \n two  words, é\u3000四 .\n"
+    (tmp_path / "page.txt").write_text(document)
+    loaded, tokens = tiny("delta_net"), [SEPARATOR, *document.encode()]
+    with torch.no_grad():
+        log_probabilities = loaded.model(torch.tensor([tokens])).logits[0].double().log_softmax(dim=-1)
+    log_likelihood = sum(float(row[token]) for row, token in zip(log_probabilities, tokens[1:], strict=False))
+    theirs = wikitext.process_results({"page": document}, [log_likelihood])
+    cost, _ = evaluate(loaded, FileText([tmp_path]), seq_len=len(tokens), batch_size=1, num_rows=None)
+    assert cost.words == theirs["word_perplexity"][1] == len(re.split(r"\s+", document)) == 11
+    assert cost.word_perplexity == pytest.approx(metrics.weighted_perplexity([theirs["word_perplexity"]]), rel=1e-4)
+    assert cost.bits_per_byte == pytest.approx(metrics.bits_per_byte([theirs["bits_per_byte"]]), rel=1e-5)
+    half = (len(tokens) + 1) // 2
+    assert len(tokens) == 2 * half - 1
+    cost, _ = evaluate(loaded, FileText([tmp_path]), seq_len=half, stride=half - 1, batch_size=2, num_rows=None)
+    assert (cost.predictions, cost.words) == (len(tokens) - 1, 11)
+
+
+@pytest.mark.parametrize("number", [2, 4, 99])
+def test_any_number_of_processes_measures_the_same_to_the_last_bit(number, loaded, text):
+    settings = {"seq_len": SEQ_LEN, "stride": 50, "batch_size": 2, "num_rows": 9}
+    expected, _ = evaluate(loaded, text, **settings)
+    shares = [text_costs(loaded, text, **settings, processes=Processes(rank, number)) for rank in range(number)]
+    assert sum(bool(share) for share in shares) == min(number, 5)
+    assert total(row for share in reversed(shares) for row in share) == expected
+
+
 def test_only_so_many_rows_are_taken(loaded, text):
     cost, _ = evaluate(loaded, text, seq_len=SEQ_LEN, batch_size=2, num_rows=3)
     expected = slow_cost(loaded.model, rows_of_bytes(SEQ_LEN)[:3])
@@ -101,6 +183,15 @@ def test_figures_of_a_known_cost():
     assert cost.perplexity == pytest.approx(256)
     assert cost.bits_per_byte == pytest.approx(80 / 9)
     assert Perplexity(nats=1e6, predictions=1, bytes=1).perplexity == math.inf
+    assert Perplexity(nats=12 * math.log(2), predictions=9, bytes=9, words=4).word_perplexity == pytest.approx(8)
+
+
+def test_what_no_float_holds_is_null_in_json():
+    figures = Perplexity(nats=800.0, predictions=2, bytes=9, words=1).figures()
+    assert figures["perplexity_per_token"] == pytest.approx(math.exp(400))
+    assert figures["perplexity_per_word"] is None
+    assert Perplexity(nats=1.0, predictions=2, bytes=9, words=0).figures()["perplexity_per_word"] is None
+    assert (figures["nats"], figures["predictions"], figures["bytes"], figures["words"]) == (800.0, 2, 9, 1)
 
 
 def test_uniform_predictions_cost_the_logarithm_of_the_vocabulary(loaded, text):
@@ -111,6 +202,12 @@ def test_uniform_predictions_cost_the_logarithm_of_the_vocabulary(loaded, text):
 
 def test_no_rows_cost_nothing(loaded):
     assert measure_rows(loaded.model, [], bytes_per_token(loaded.tokenizer), name="m") == Perplexity(0.0, 0, 0)
+
+
+@pytest.mark.parametrize("stride", [0, -1, SEQ_LEN + 1])
+def test_a_stride_beyond_the_row_is_refused(loaded, text, stride):
+    with pytest.raises(KeyreduceError, match=f"--stride is {stride}; it is at least 1 and at most --seq-len, 72"):
+        evaluate(loaded, text, seq_len=SEQ_LEN, stride=stride, batch_size=2, num_rows=None)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
