@@ -1,0 +1,210 @@
+"""The table of a sweep as Markdown, CSV and LaTeX, and as text cells for the page."""
+
+import csv
+import dataclasses
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from keyreduce.sweep.recipe import NO_REPAIR
+from keyreduce.sweep.results import Figure, Results, Row
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "±": r"$\pm$",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': "''",
+}
+
+
+class Section(NamedTuple):
+    """The table of one model.
+
+    Attributes:
+        title: what stands over it.
+        header: of its columns; the first ones name, those after ``names`` are figures.
+        names: how many columns name.
+        rows: cells, a list for each way of pruning.
+        best: numbers of the rows with the lowest perplexity of their target and ratio.
+    """
+
+    title: str
+    header: list[str]
+    names: int
+    rows: list[list[str]]
+    best: set[int]
+
+
+def sections(results: Results) -> list[Section]:
+    """Return a table for each model, in text cells."""
+    return [_section(results, model) for model in dict.fromkeys([*results.dense, *(row.model for row in results.rows)])]
+
+
+def notes(results: Results) -> list[str]:
+    """Return what is to be said below the tables, sentence by sentence."""
+    said = []
+    counts = {row.seeds for row in results.rows}
+    if counts - {1}:
+        least, most = min(counts), max(counts)
+        seeds = f"{most} seeds" if least == most else f"{least} to {most} seeds"
+        said.append(f"Mean ± sample standard deviation over {seeds}.")
+    said.append("Bold: the lowest perplexity of its target and share removed.")
+    said.append(
+        "State: bytes of recurrent state, over the dense model's. Seconds: wall time of prune, repair included."
+    )
+    timing = results.record.get("timing")
+    if results.kinds and timing:
+        told = f"Speedups: time of the dense model over the pruned one's, on {results.record.get('device', '?')}"
+        told += f"; mixer and forward with {timing['batch_size']} x {timing['seq_len']} tokens"
+        if "decode" in results.kinds:
+            told += f", decode with {max(timing['decode_batch_sizes'])} sequences"
+        several = " and several processes at once, which disturb each other" if _is_disturbed(results.record) else ""
+        said.append(f"{told}{several}.")
+    return said
+
+
+def markdown(results: Results) -> str:
+    """Return all tables as Markdown."""
+    parts = []
+    for section in sections(results):
+        header = [_pipe(name) for name in section.header]
+        rule = ["---"] * section.names + ["---:"] * (len(header) - section.names)
+        lines = [header, rule]
+        for number, cells in enumerate(section.rows):
+            lines.append([_bold_markdown(section, number, column, _pipe(cell)) for column, cell in enumerate(cells)])
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        parts.append(f"**{_pipe(section.title)}**\n\n{table}")
+    parts.append(" ".join(notes(results)))
+    if results.missing:
+        parts.append("Without a result:\n\n" + "\n".join(f"- {title}: {why}" for title, why in results.missing.items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(results: Results) -> str:
+    """Return all tables as LaTeX, for the packages booktabs and, where they are wide, graphicx."""
+    parts = ["% Needs \\usepackage{booktabs} and \\usepackage{graphicx}."]
+    for section in sections(results):
+        columns = "l" * section.names + "r" * (len(section.header) - section.names)
+        lines = [_latex_line(section.header), r"\midrule"]
+        for number, cells in enumerate(section.rows):
+            if number and cells[0] != section.rows[number - 1][0]:
+                lines.append(r"\addlinespace")
+            escaped = [_escape(cell) for cell in cells]
+            if number in section.best:
+                escaped[_PERPLEXITY] = rf"\textbf{{{escaped[_PERPLEXITY]}}}"
+            lines.append(" & ".join(escaped) + r" \\")
+        body = "\n".join(lines)
+        caption = _escape(f"{section.title}. {' '.join(notes(results))}")
+        parts.append(
+            f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n"
+            f"\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%\n"
+            f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}}}\n\\end{{table}}"
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def as_csv(results: Results) -> str:
+    """Return all figures, unrounded, a line for each way of pruning; a spread that there is not is an empty cell."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    plain = ("model", "target", "method", "label", "repair", "ratio", "seeds", "dense", "state")
+    figures = ("perplexity", "increase", "bits_per_byte", "seconds")
+    kinds = results.kinds
+    header = [*plain[:-2], "dense_perplexity", "state_share"]
+    for name in (*figures, *(f"{kind}_speedup" for kind in kinds)):
+        header += [name, f"{name}_spread"]
+    writer.writerow(header)
+    for row in results.rows:
+        cells = [getattr(row, name) for name in plain]
+        nothing = Figure(math.nan, None)
+        for figure in (*(getattr(row, name) for name in figures), *(row.speedups.get(kind, nothing) for kind in kinds)):
+            cells += list(figure)
+        writer.writerow(["" if cell is None or cell != cell else cell for cell in cells])
+    return file.getvalue()
+
+
+_PERPLEXITY = 4  # the column that is set in bold
+
+
+def _section(results: Results, model: str) -> Section:
+    rows = [row for row in results.rows if row.model == model]
+    kinds = results.kinds
+    header = ["target", "method", "repair", "removed", "perplexity", "over dense", "bits per byte", "state"]
+    header += [f"{kind} speedup" for kind in kinds] + ["seconds"]
+    lowest: dict[tuple, tuple[float, int]] = {}
+    for number, row in enumerate(rows):
+        of = (row.target, row.ratio)
+        lowest[of] = min(lowest.get(of, (math.inf, -1)), (row.perplexity.mean, number))
+    title = model
+    if model in results.dense:
+        perplexity, bits = results.dense[model]
+        title += f" (dense: perplexity {number_of(perplexity)}, {bits:.3f} bits per byte)"
+    return Section(title, header, 3, [_cells(row, kinds) for row in rows], {number for _, number in lowest.values()})
+
+
+def _cells(row: Row, kinds: Sequence[str]) -> list[str]:
+    return [
+        row.target,
+        row.label,
+        "" if row.repair == NO_REPAIR else row.repair,
+        f"{100 * row.ratio:g}%",
+        _with_spread(row.perplexity, number_of),
+        _with_spread(row.increase, lambda share: f"{100 * share:,.1f}", signed=True) + "%",
+        _with_spread(row.bits_per_byte, lambda bits: f"{bits:.3f}"),
+        "" if math.isnan(row.state) else f"{100 * row.state:.0f}%",
+        *(_with_spread(row.speedups[kind], lambda x: f"{x:.2f}") if kind in row.speedups else "" for kind in kinds),
+        _with_spread(row.seconds, lambda seconds: f"{seconds:.1f}"),
+    ]
+
+
+def number_of(perplexity: float) -> str:
+    """Return a perplexity with as many digits as tell something."""
+    if perplexity < 100:
+        return f"{perplexity:.3f}"
+    return f"{perplexity:,.1f}" if perplexity < 10_000 else f"{perplexity:.3g}"
+
+
+def _with_spread(figure: Figure, form, *, signed: bool = False) -> str:
+    sign = "+" if signed and figure.mean >= 0 else ""
+    spread = "" if figure.spread is None else f" ± {form(figure.spread)}"
+    return f"{sign}{form(figure.mean)}{spread}"
+
+
+def _is_disturbed(record: dict) -> bool:
+    return not str(record.get("device", "")).startswith("cuda") and record.get("jobs", 1) > 1
+
+
+def _bold_markdown(section: Section, number: int, column: int, cell: str) -> str:
+    return f"**{cell}**" if column == _PERPLEXITY and number in section.best else cell
+
+
+def _pipe(text: str) -> str:
+    """Escape what ends a cell, or starts emphasis inside a name such as ``a_b_c``."""
+    return re.sub(r"([|\\`*_<])", r"\\\1", text)
+
+
+def _escape(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def _latex_line(cells: Sequence[str]) -> str:
+    return " & ".join(_escape(cell) for cell in cells) + r" \\"
+
+
+def as_json(results: Results) -> dict:
+    """Return all figures as JSON: ``dense``, ``rows`` and what is ``missing``."""
+    rows = []
+    for row in results.rows:
+        entry = dataclasses.asdict(row)
+        entry |= {name: value._asdict() for name, value in vars(row).items() if isinstance(value, Figure)}
+        entry["speedups"] = {kind: figure._asdict() for kind, figure in row.speedups.items()}
+        rows.append({name: None if value != value else value for name, value in entry.items()})
+    dense = {model: {"perplexity": costs[0], "bits_per_byte": costs[1]} for model, costs in results.dense.items()}
+    return {"dense": dense, "rows": rows, "missing": results.missing}
