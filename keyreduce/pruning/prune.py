@@ -15,7 +15,8 @@ from keyreduce.checkpoint.rewrite import Edit, rewrite
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
-from keyreduce.models.skeleton import Skeleton
+from keyreduce.models.rehearsal import rehearse_loading
+from keyreduce.models.skeleton import Skeleton, UnknownArchitecture
 from keyreduce.pruning.card import model_card
 from keyreduce.pruning.edits import layer_edits
 from keyreduce.pruning.plan import Plan
@@ -105,13 +106,22 @@ def write_pruned(
         )
         written = open_folder(temporary)
         if skeleton is not None:
-            skeleton.check(written.config, {name: spec.shape for name, spec in written.tensors.items()}, target)
+            _check_tensors(skeleton, written, target)
         write_json(temporary / RECORD_NAME, record | {"identity": written.identity})
         _add_projections(temporary, len(steps), plan)
         _write_card(temporary, written.config, record, saved)
         if verify is not None:
             verify(temporary)
     return saved
+
+
+def _check_tensors(skeleton: Skeleton, written: Checkpoint, target: Path) -> None:
+    shapes = {name: spec.shape for name, spec in written.tensors.items()}
+    try:
+        skeleton.check(written.config, shapes, target)
+    except UnknownArchitecture:
+        # The files of some models name or divide their tensors otherwise than the model does.
+        rehearse_loading(written.config, shapes, target)
 
 
 def read_record(folder: Path) -> dict:
