@@ -91,7 +91,7 @@ def rank(
     write_json(target, report, overwrite=True)
     console.table(
         f"rank utilisation of {found.sequences:,} sequences of {found.positions[-1]:,} tokens, mean of the heads",
-        ("layer", *(f"{label}: {column}" for label in models for column in ("K x V", "mean", "at the end"))),
+        ("layer", *(column for label in models for column in (f"{label}: K x V", "mean", "at end"))),
         _table(report["models"]),
     )
     console.say(f"wrote {target}, and {len(names)} pictures in {folder}")

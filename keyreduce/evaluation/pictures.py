@@ -58,7 +58,7 @@ def draw_heat_map(models: Sequence[Mapping]) -> Figure:
             _write_figures(axes, percent_LW, top)
     panels[0].set_ylabel("layer")
     _whole_ticks(panels[0], layers, axis="y")
-    figure.colorbar(image, ax=panels, label="rank utilisation (%), mean along the sequence", pad=0.02, aspect=30)
+    figure.colorbar(image, ax=panels, label="rank utilisation (%)\nmean along the sequence", pad=0.02, aspect=30)
     if any(np.isnan(percent_LW).any() for percent_LW in maps):
         figure.supxlabel("hatched: no such head", fontsize="small")
     return figure
@@ -129,7 +129,7 @@ def draw_kept_channels(kept: Mapping[int, Kept]) -> Figure:
         shown = range(0, len(middles), math.ceil(len(middles) / 40))
         axes.set_yticks([middles[number] for number in shown], [str(list(by_layer)[number]) for number in shown])
         axes.set(xlabel=f"{kind} channel of a head", ylabel=f"layer, a row a {kind} head")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.set_title(f"{kind} channels: {np.nansum(all_states == 1):,} of {np.isfinite(all_states).sum():,} kept")
         seen |= set(all_states[np.isfinite(all_states)])
     handles = [
@@ -169,7 +169,7 @@ def draw_filters(layer: int, filters: Mapping[str, np.ndarray], kept: Kept | Non
             is_marked = True
         axes.set_facecolor(PALE)
         axes.set(title=f"convolution of {' and '.join(name)}", xlabel="channel of a head", ylabel="head")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.set_yticks([(K + 2) * head + (K + 1) / 2 for head in range(X)], [str(head) for head in range(X)])
         if R == 1:
             axes.set(xticks=[], xlabel="all channels alike", ylim=(rows - 0.5, -0.5))
