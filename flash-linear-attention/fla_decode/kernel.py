@@ -92,8 +92,8 @@ def decode_kernel(
         for turn in tl.range(0, tl.cdiv(tiles - program, programs), num_stages=PIPELINE):
             _step(
                 program + turn * programs, query_BHK, key_BHK, value_BWV, beta_BW, gate_BW, A_log_W, dt_bias_W, state,
-                new_state, output_BWV, scale, H, W, K, V, HEAD, TAIL, BLOCK_V, HAS_GATE, IS_GATE_RAW, HAS_DT_BIAS, NORMALIZE,
-                BETA_IS_LOGIT, DOUBLE_BETA, V_FIRST, POLICY,
+                new_state, output_BWV, scale, H, W, K, V, HEAD, TAIL, BLOCK_V, HAS_GATE, IS_GATE_RAW, HAS_DT_BIAS,
+                NORMALIZE, BETA_IS_LOGIT, DOUBLE_BETA, V_FIRST, POLICY,
             )  # fmt: skip
 
 
