@@ -55,7 +55,9 @@ def time_mixers(
     timings = interleave(calls, model.device, rounds=rounds, progress=progress)
     entries = []
     for subject in subjects:
-        work = mixer_work(subject.mixer, subject.hidden, subject.sizes, batch_size=batch_size, seq_len=seq_len, cached=False)
+        work = mixer_work(
+            subject.mixer, subject.hidden, subject.sizes, batch_size=batch_size, seq_len=seq_len, cached=False
+        )
         shape = {"label": subject.label, "head_k_dim": subject.sizes.head_k_dim}
         shape |= {"batch_size": batch_size, "seq_len": seq_len}
         memory = peak_memory(calls[subject.label], model.device)

@@ -14,7 +14,7 @@ from inspect import signature
 from typing import NamedTuple
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from keyreduce.benchmarking.subjects import Subject
 from keyreduce.benchmarking.timing import copies_past_cache
@@ -60,27 +60,27 @@ def mixer_steps(subject: Subject, batch_size: int, seed: int) -> Steps:
     mixers = [copy.deepcopy(subject.mixer) for _ in range(copies_past_cache(work.bytes, subject.model.device))]
     hidden_B1D = torch.randn(batch_size, 1, subject.hidden, generator=generator)
     hidden_B1D = hidden_B1D.to(subject.model.device, subject.model.dtype)
-    caches = [_empty_cache(subject) for _ in mixers]
+    keyword, caches = _empty_caches(subject, len(mixers))
 
     @torch.inference_mode()
     def run() -> None:
         for mixer, cache in zip(mixers, caches, strict=True):
-            mixer(hidden_states=hidden_B1D, **cache)
+            mixer(hidden_states=hidden_B1D, use_cache=True, **{keyword: cache})
 
     run()
-    return Steps(run, len(mixers), lambda: [_contents(cache) for keywords in caches for cache in keywords.values()])
+    return Steps(run, len(mixers), lambda: [_contents(cache) for cache in caches])
 
 
-def _empty_cache(subject: Subject) -> dict:
-    """Return what a mixer is to be called with so that it keeps its state: fla's layers and transformers' differ."""
+def _empty_caches(subject: Subject, count: int) -> tuple[str, list[Cache]]:
+    """Return what a mixer takes its cache as, and caches of its kind: fla's layers and transformers' differ."""
     if "cache_params" in signature(subject.mixer.forward).parameters:
-        return {"cache_params": DynamicCache(config=subject.model.config)}
-    from fla.models.utils import Cache
+        return "cache_params", [DynamicCache(config=subject.model.config) for _ in range(count)]
+    from fla.models.utils import Cache as TheirCache
 
-    return {"past_key_values": Cache(), "use_cache": True}
+    return "past_key_values", [TheirCache() for _ in range(count)]
 
 
-def _contents(cache: object) -> list[dict]:
+def _contents(cache: Cache) -> list[dict]:
     """Return what each layer of a cache holds now, for a cache that lets go of it at the next step."""
     return [
         {name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
@@ -91,9 +91,9 @@ def _contents(cache: object) -> list[dict]:
 @torch.inference_mode()
 def operator_steps(subject: Subject, batch_size: int, seed: int) -> Steps:
     """Return one call of the delta-rule operator for each of several states, with what the mixer gives it."""
-    with _noted_calls(subject) as calls:
+    with _last_call(subject) as calls:
         mixer_steps(subject, batch_size, seed).run()
-    operator, operands, arguments = calls[-1]
+    ((operator, operands, arguments),) = calls
     first = arguments["initial_state"]
     count = copies_past_cache(2 * first.numel() * first.element_size(), first.device, at_most=256)
     states = [first, *(first.clone() for _ in range(count - 1))]
@@ -114,14 +114,16 @@ STEPS: dict[str, Callable[[Subject, int, int], Steps]] = {
 
 
 @contextlib.contextmanager
-def _noted_calls(subject: Subject) -> Iterator[list]:
-    """Note the operators that the block makes mixers call, with their arguments."""
+def _last_call(subject: Subject) -> Iterator[list]:
+    """Note the last operator that the block makes a mixer call, with its arguments."""
     module, calls = sys.modules[type(subject.mixer).__module__], []
 
     def noting(operator):
-        def call(*operands, **arguments):
-            calls.append((operator, operands, arguments))
-            return operator(*operands, **arguments)
+        def call(*operands, initial_state=None, **arguments):
+            # A cache may write the next state into the place of this one.
+            state = None if initial_state is None else initial_state.clone()
+            calls[:] = [(operator, operands, arguments | {"initial_state": state})]
+            return operator(*operands, initial_state=initial_state, **arguments)
 
         return call
 

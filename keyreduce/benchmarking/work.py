@@ -5,10 +5,12 @@ The delta rule does, per token and value head, with a state of K x V:
 one token at a time 6KV: what the state holds for the key, the update, what it holds for the query;
 in chunks of C = 64 tokens 6KV + 6CK + 4CV: the same against the chunk's state, and the products within the chunk
 (k k^T, its inverse applied to k and to v, q k^T, and that applied to the values), triangles counted as squares.
-Short convolutions, norms, activations, the scores of softmax layers, and what experts of a mixture compute are left out.
+Short convolutions, norms, activations, the scores of softmax layers, and what experts of a mixture compute are left
+out.
 
-Bytes are the least that must move: weights once (all experts), input and output once, and where there is a cache each state read and
-written once. Activations between the kernels come on top, so a prefill never comes near the ceiling of bytes.
+Bytes are the least that must move: weights once (all experts), input and output once, and where there is a cache each
+state read and written once. Activations between the kernels come on top, so a prefill never comes near the ceiling of
+bytes.
 """
 
 from typing import NamedTuple

@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from keyreduce.benchmarking import timing
-from keyreduce.benchmarking.timing import Timing, interleave, peak_memory, ratio
+from keyreduce.benchmarking.timing import (
+    PeakMemory,
+    Timing,
+    copies_past_cache,
+    interleave,
+    peak_memory,
+    ratio,
+    rotated,
+)
 
 CPU = torch.device("cpu")
 
@@ -99,11 +107,37 @@ def test_peak_memory_of_a_cpu_is_that_of_tensors_alive_at_once():
         del second
         return third + 1  # 4,000 and 4,000
 
-    assert peak_memory(function, CPU) == 8_000
-    assert peak_memory(lambda: None, CPU) == 0
-    assert peak_memory(lambda: held.view(10, 100), CPU) == 0
+    assert peak_memory(function, CPU) == PeakMemory(8_000, None)
+    assert peak_memory(lambda: None, CPU).allocated == 0
+    assert peak_memory(lambda: held.view(10, 100), CPU).allocated == 0
     with torch.inference_mode():
-        assert peak_memory(function, CPU) == 8_000
+        assert peak_memory(function, CPU).allocated == 8_000
+
+
+def test_warm_up_is_timed_apart(machine):
+    timings = interleave({"a": machine.contender("a", 64.0, 8.0, 4.0), "b": machine.contender("b", 1.0)}, CPU, rounds=2)
+    assert {name: timing.warmup_seconds for name, timing in timings.items()} == {"a": 64.0 + 8.0 + 4 * 4.0, "b": 4.0}
+
+
+def test_time_of_one_step_of_several():
+    timing = Timing((2.0, 4.0), warmup_seconds=10.0).divided(4)
+    assert (timing.seconds, timing.warmup_seconds) == ((0.5, 1.0), 10.0)
+
+
+def test_inputs_are_rotated():
+    seen = []
+    call = rotated(seen.append, ["a", "b", "c"])
+    for _ in range(4):
+        call()
+    assert seen == ["a", "b", "c", "a"]
+
+
+@pytest.mark.parametrize(
+    ("size", "copies"), [(0, 64), (1 << 20, 64), (3 << 20, 22), (64 << 20, 1), (65 << 20, 1), (1 << 40, 1)]
+)
+def test_rotated_inputs_fill_the_cache_twice(size, copies):
+    assert copies_past_cache(size, CPU) == copies
+    assert copies_past_cache(size, CPU, at_most=8) == min(copies, 8)
 
 
 @pytest.mark.gpu
@@ -113,4 +147,5 @@ def test_cuda_times_and_memory():
     timings = interleave({"short": lambda: short @ short, "long": lambda: long @ long}, device, rounds=10)
     assert all(seconds > 0 for seconds in timings["short"].seconds)
     assert ratio(timings["long"], timings["short"])[0] > 2
-    assert peak_memory(lambda: torch.ones(size, dtype=torch.uint8, device=device), device) == size
+    peak = peak_memory(lambda: torch.ones(size, dtype=torch.uint8, device=device), device)
+    assert peak.allocated == size <= peak.reserved

@@ -1,0 +1,42 @@
+"""Tiny random models to be timed, on one thread."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import build
+
+from keyreduce.benchmarking.ceilings import Ceilings
+from keyreduce.benchmarking.subjects import Subject, subjects_of
+from keyreduce.families import FAMILIES
+from keyreduce.models.loading import LoadedModel
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Threads that wait for each other at every small operation are slow where other processes want the cores too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def loaded() -> Callable[..., LoadedModel]:
+    """A function: a tiny random model of a family as one that was loaded, with changes to its config."""
+    return lambda model_type="delta_net", **changes: LoadedModel(
+        build(model_type, **changes), None, FAMILIES[model_type], Path(model_type)
+    )
+
+
+@pytest.fixture
+def pair(loaded) -> list[Subject]:
+    """A DeltaNet of 16 key channels, and one of 8."""
+    return subjects_of({"dense": loaded(), "pruned": loaded(expand_k=0.5)})
+
+
+@pytest.fixture
+def ceilings() -> Ceilings:
+    """A device of 1 GB/s and 1 GFLOP/s."""
+    return Ceilings(1e9, 1e9)

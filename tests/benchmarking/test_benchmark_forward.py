@@ -1,0 +1,56 @@
+import pytest
+import torch
+
+from keyreduce.benchmarking.forward import time_models
+from keyreduce.benchmarking.subjects import subjects_of
+from keyreduce.benchmarking.work import model_work
+from keyreduce.errors import KeyreduceError
+
+SETTINGS = {"batch_size": 2, "seq_len": 70, "rounds": 3, "seed": 0}
+
+
+def test_a_prefill_fills_a_cache_and_computes_one_row_of_logits(pair, ceilings):
+    asked, returned = [], []
+    for subject in pair:
+        subject.model.register_forward_pre_hook(lambda _, args, kwargs: asked.append(kwargs), with_kwargs=True)
+        subject.model.register_forward_hook(lambda _, args, outputs: returned.append(outputs))
+    ticks = []
+    before = {name: tensor.clone() for name, tensor in pair[0].model.state_dict().items()}
+    entries = time_models(pair, ceilings, **SETTINGS, progress=ticks.append)
+    assert sum(ticks) == 3
+    assert all(outputs.logits.shape == (2, 1, 264) for outputs in returned)
+    assert all(outputs.past_key_values.get_seq_length() == 70 for outputs in returned)
+    assert len({tuple(kwargs["input_ids"].flatten().tolist()) for kwargs in asked}) == 4
+    for entry, subject in zip(entries, pair, strict=True):
+        work = model_work(subject.model, subject.family, batch_size=2, seq_len=70, cached=False)
+        seconds = entry["latency_seconds"]["median"]
+        assert entry["compute_share"] == pytest.approx(work.flops / seconds / 1e9)
+        assert entry["tokens_per_second"] == pytest.approx(140 / seconds)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pair[0].model.state_dict().items())
+
+
+def test_a_step_of_training_is_forward_backward_and_optimizer(pair, ceilings):
+    before = {name: tensor.detach().clone() for name, tensor in pair[0].model.named_parameters()}
+    forward = time_models(pair, ceilings, **SETTINGS)
+    train = time_models(pair, ceilings, **SETTINGS, train=True)
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in pair[0].model.named_parameters())
+    assert not pair[0].model.training
+    head = 2 * 2 * 69 * pair[0].model.lm_head.weight.numel()
+    work = model_work(pair[0].model, pair[0].family, batch_size=2, seq_len=70, cached=False)
+    for entry, flops in ((forward[0], work.flops), (train[0], 3 * (work.flops + head))):
+        assert entry["teraflops"] == pytest.approx(flops / entry["latency_seconds"]["median"] / 1e12)
+    assert train[0]["peak_memory_bytes"] > forward[0]["peak_memory_bytes"]
+
+
+def test_a_hybrid_trains_after_a_prefill(loaded, ceilings):
+    """What rotary embeddings remember of a prefill must not be in the way of gradients."""
+    subjects = subjects_of({"hybrid": loaded(attn={"layers": [0], "num_heads": 2})})
+    time_models(subjects, ceilings, **SETTINGS)
+    (entry,) = time_models(subjects, ceilings, **SETTINGS, train=True)
+    assert entry["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_batch_beyond_all_memory_is_one_line(pair, ceilings, train):
+    with pytest.raises(KeyreduceError, match="needs more memory than there is"):
+        time_models(pair, ceilings, **SETTINGS | {"batch_size": 10**12}, train=train)

@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from keyreduce.benchmarking import mixer
+from keyreduce.benchmarking.mixer import time_mixers
+from keyreduce.benchmarking.subjects import subjects_of
+from keyreduce.benchmarking.timing import PeakMemory, Timing
+from keyreduce.errors import KeyreduceError
+
+SETTINGS = {"batch_size": 2, "seq_len": 80, "rounds": 7, "seed": 0}
+
+
+def test_figures_are_in_order(pair, ceilings):
+    entries = time_mixers(pair, ceilings, **SETTINGS)
+    assert [(entry["label"], entry["head_k_dim"]) for entry in entries] == [("dense", 16), ("pruned", 8)]
+    for entry in entries:
+        latency = entry["latency_seconds"]
+        assert 0 < latency["low"] <= latency["median"] <= latency["high"]
+        assert entry["tokens_per_second"] == pytest.approx(2 * 80 / latency["median"])
+        assert entry["warmup_seconds"] > 0
+        assert entry["peak_memory_bytes"] > 2 * 80 * 32 * 4
+        assert entry["peak_reserved_bytes"] is None
+    assert "speedup" not in entries[0]
+    assert entries[1]["memory_ratio"] > 1
+
+
+def test_ratios_are_taken_round_by_round_and_shares_of_the_ceilings(pair, ceilings, monkeypatch):
+    timings = {"dense": Timing((6.0, 60.0, 8.0)), "pruned": Timing((3.0, 20.0, 8.0))}
+    remaining = iter((PeakMemory(300, 512), PeakMemory(200, 256)))
+    monkeypatch.setattr(mixer, "interleave", lambda contenders, device, **settings: timings)
+    monkeypatch.setattr(mixer, "peak_memory", lambda function, device: next(remaining))
+    dense, pruned = time_mixers(pair, ceilings, **SETTINGS)
+    assert pruned["speedup"] == {"median": 2.0, "low": 1.0, "high": 3.0}
+    assert pruned["latency_seconds"] == {"median": 8.0, "low": 3.0, "high": 20.0}
+    assert pruned["tokens_per_second"] == 20.0
+    assert (dense["peak_memory_bytes"], pruned["peak_reserved_bytes"], pruned["memory_ratio"]) == (300, 256, 1.5)
+    for entry in (dense, pruned):
+        assert entry["gigabytes_per_second"] == pytest.approx(entry["bandwidth_share"])
+        assert 1e3 * entry["teraflops"] == pytest.approx(entry["compute_share"])
+    # Weights once, input and output once.
+    moved = 4 * (sum(parameter.numel() for parameter in pair[0].mixer.parameters()) + 2 * 2 * 80 * 32)
+    assert dense["gigabytes_per_second"] == pytest.approx(moved / 8.0 / 1e9)
+
+
+def test_every_mixer_gets_the_same_inputs_in_turn(loaded, ceilings):
+    subjects = subjects_of({"dense": loaded(), "hybrid": loaded(attn={"layers": [0], "num_heads": 2})})
+    seen = {subject.label: [] for subject in subjects}
+    for subject in subjects:
+        subject.mixer.register_forward_pre_hook(
+            lambda _, args, kwargs, label=subject.label: seen[label].append(kwargs["hidden_states"]), with_kwargs=True
+        )
+    ticks = []
+    time_mixers(subjects, ceilings, **SETTINGS, progress=ticks.append)
+    assert sum(ticks) == SETTINGS["rounds"]
+    generator = torch.Generator().manual_seed(0)
+    expected = [torch.randn(2, 80, 32, generator=generator) for _ in range(8)]
+    for inputs in seen.values():
+        assert len(inputs) >= SETTINGS["rounds"]
+        assert all(torch.equal(hidden_BTD, expected[call % 8]) for call, hidden_BTD in enumerate(inputs))
+        assert inputs[0].is_inference()
+
+
+def test_a_batch_beyond_all_memory_is_one_line(pair, ceilings):
+    with pytest.raises(KeyreduceError, match="a batch of 1000000000000 x 80 tokens needs more memory"):
+        time_mixers(pair, ceilings, **SETTINGS | {"batch_size": 10**12})
