@@ -61,8 +61,8 @@ class Family:
         layers: how the config says which layers have a mixer.
         shipped_by: what package has the model's class; serving engines know none of keyreduce's own.
         elsewhere: other paths of a mixer in checkpoints, as in those of a larger model of which this is a part.
-        fixed: target -> why nothing can be cut of it; empty where everything can.
-        tied: why key and value channels of a head are as many before and after any cut, where they are.
+        fixed: a size -> why it cannot change, where one cannot.
+        tied: where a head has always as many key as value channels, why, and what to ask for.
     """
 
     model_type: str
@@ -122,6 +122,18 @@ class Family:
             if self.sizes(changed, layer) != layer_sizes:
                 raise KeyreduceError(f"a {self.model_type} config cannot say the sizes {tuple(layer_sizes)}")
         return changed
+
+    def check_cut(self, before: MixerSizes, after: MixerSizes) -> None:
+        """Refuse sizes that no model of this family can have.
+
+        Raises:
+            KeyreduceError: with the reason.
+        """
+        for name, reason in self.fixed.items():
+            if getattr(before, name) != getattr(after, name):
+                raise KeyreduceError(f"{self.model_type} cannot be cut in {name}: {reason}")
+        if self.tied and after.head_k_dim != after.head_v_dim:
+            raise KeyreduceError(f"{self.tied}, and not {after.head_k_dim} and {after.head_v_dim}")
 
     @property
     def per_layer(self) -> set[str]:

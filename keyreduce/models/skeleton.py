@@ -188,6 +188,9 @@ def describe(config: Mapping) -> Wanted:
         their_config = transformers.AutoConfig.for_model(**config)
         if type(their_config) not in transformers.AutoModelForCausalLM._model_mapping:
             raise UnknownArchitecture(f"transformers has no language model of model_type {model_type!r}")
+        their_class = transformers.AutoModelForCausalLM._model_mapping[type(their_config)]
+        if not isinstance(their_config, their_class.config_class):
+            raise UnknownArchitecture(f"transformers loads but a part of model_type {model_type!r} as a language model")
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(their_config)
     except KeyreduceError:

@@ -95,7 +95,7 @@ class Budget:
 
         Raises:
             KeyreduceError: see :func:`keep_count`; or its config cannot say sizes layer by layer, or the method is no
-                projection.
+                projection; or the family has the size tied to something that stays.
         """
         if self.variance is not None and (method.moments is None or self.targets != ["key"]):
             raise KeyreduceError("--variance goes with --method pca --target key; give --ratio or --keep")
@@ -106,8 +106,13 @@ class Budget:
                 "--allocate energy could not be loaded; of the known architectures delta_net_2 alone has one for each"
             )
         if self.variance is None:
-            self._uniform(config)
+            numbers = self._uniform(config)
+            for layer, sizes in family.layer_sizes(config).items():
+                keep = {target: number_of[layer] for target, number_of in numbers.items()}
+                family.check_cut(sizes, sizes_after(sizes, keep))
             return
+        if family.tied:
+            raise KeyreduceError(f"--variance chooses key sizes alone, and {family.tied}")
         for sizes in family.layer_sizes(config).values():
             keep_count("key", sizes.head_k_dim, ratio=Fraction(0), keep=None, multiple_of=self.multiple_of)
 

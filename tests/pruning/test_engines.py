@@ -1,7 +1,8 @@
 import pytest
 
+from keyreduce.errors import KeyreduceError
 from keyreduce.families import FAMILIES, MixerSizes
-from keyreduce.pruning.engines import ENGINES, suited_engines
+from keyreduce.pruning.engines import ENGINES, check_engine, suited_engines
 
 FLA = FAMILIES["delta_net"]
 TRITON = {"fla", "vLLM (Triton)"}
@@ -45,3 +46,58 @@ def test_no_engine_knows_what_fla_does_not_ship():
     suited, unsuited = suited_engines(FAMILIES["delta_net_2"], [MixerSizes(2, 2, 64, 64)])
     assert not suited
     assert "delta_net_2" in unsuited[0]
+
+
+def test_models_of_transformers_run_there_at_any_size():
+    suited, _ = suited_engines(FAMILIES["qwen3_next"], [MixerSizes(2, 4, 31, 128)])
+    assert suited == ["transformers", "fla", "vLLM (Triton)"]
+
+
+def keep(key=None, value=None, layers=range(3)):
+    numbers = {"key": key, "value": value}
+    return {target: dict.fromkeys(layers, number) for target, number in numbers.items() if number}
+
+
+QWEN = {
+    "model_type": "qwen3_5_text", "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("engine", "numbers"),
+    [
+        ("fla", keep(97)), ("vllm", keep(97)), ("transformers", keep(97)), ("sglang", keep(64)), ("mlx", keep(96)),
+        ("llama.cpp", keep(64, 64)),
+    ],
+)  # fmt: skip
+def test_sizes_that_an_engine_runs_pass(engine, numbers):
+    check_engine(engine, QWEN, numbers)
+
+
+@pytest.mark.parametrize(
+    ("engine", "numbers", "told"),
+    [
+        ("sglang", keep(96), "--keep one of 1, 2, 4, 8, 16, 32, 64, 128$"),
+        ("mlx", keep(48), "leaves 48 key and 128 value channels a head; with --target key, --keep one of 32, 64"),
+        ("llama.cpp", keep(64), "--target key, --keep one of 128$"),
+        ("llama.cpp", keep(48, 48), "--target key,value, --keep one of 128,128 64,64 32,32 16,16$"),
+        ("sglang", keep(64, 96), "--target key,value, --keep one of 128,128 64,128"),
+        ("vLLM", keep(64), "take one of fla, vllm, sglang, mlx, llama.cpp, transformers"),
+    ],
+)
+def test_other_sizes_are_refused_and_the_right_ones_named(engine, numbers, told):
+    with pytest.raises(KeyreduceError, match=told):
+        check_engine(engine, QWEN, numbers)
+
+
+def test_one_layer_that_does_not_fit_is_enough():
+    numbers = keep(64)
+    numbers["key"][2] = 48
+    with pytest.raises(KeyreduceError, match="leaves 48"):
+        check_engine("mlx", QWEN, numbers)
+
+
+def test_no_engine_is_asked_for_an_architecture_of_ours():
+    with pytest.raises(KeyreduceError, match="it does not know delta_net_2"):
+        check_engine("fla", {"model_type": "delta_net_2"}, {})
