@@ -32,7 +32,7 @@ def choose_tiling(K: int, V: int, *, heads: int, state_v_first: bool) -> Tiling:
     """Return the tiling for a state of ``heads`` (sequences times value heads) times K times V."""
     block_v = min(32, triton.next_power_of_2(V))
     numbers = sum(split_channels(K)) * block_v
-    return Tiling(block_v, min(8, max(1, numbers // 1024)))
+    return Tiling(block_v, min(8, triton.next_power_of_2(max(1, numbers // 1024))))
 
 
 def split_channels(K: int) -> tuple[int, int]:
