@@ -1,0 +1,109 @@
+"""Run the decode kernel in Triton's interpreter, which must be chosen before Triton is imported: a program of its own.
+
+It prints the relative errors of several steps in a row against the definition in float64, as JSON. Run by
+``test_decode_kernel.py``.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+import warnings
+
+os.environ["TRITON_INTERPRET"] = "1"
+warnings.filterwarnings("ignore")
+
+import fla_decode  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from delta_rule_reference import draw_inputs, reference_delta_rule, relative_error  # noqa: E402
+from fla_decode import registry  # noqa: E402
+
+# K, V, key heads, value heads, tiling: one side a power of two, two sides, neither, and more than one tile.
+SIZES = {
+    "whole": (8, 8, 1, 1, None),
+    "two parts": (12, 5, 1, 2, None),
+    "odd": (23, 40, 2, 4, None),
+    "long": (96, 16, 1, 1, fla_decode.Tiling(8, 2)),
+    "several tiles a program": (12, 20, 1, 3, fla_decode.Tiling(4, 1, False, 2, 2)),
+}
+RULES = ("ungated", "gated", "raw")
+STEPS = 2
+
+
+def decode(size: str, rule: str, state_v_first: bool, inplace: bool, dtype: torch.dtype) -> list[float]:
+    """Return the relative errors of the outputs and of the last state after `STEPS` steps."""
+    K, V, H, W, tiling = SIZES[size]
+    query, key, value, beta, log_decay, state = draw_inputs(
+        1, B=2, T=STEPS, H=H, W=W, K=K, V=V, gated=rule != "ungated"
+    )
+    query, key, value, beta = (tensor.to(dtype) for tensor in (query, key, value, beta))
+    options = dict(scale=0.3, state_v_first=state_v_first, inplace=inplace, tiling=tiling)
+    expected = dict(query=query, key=key, beta=beta, log_decay=log_decay)
+    if rule == "raw":
+        # The raw gate is what the log decay was; large enough at one place for softplus to be its argument.
+        log_decay[0, 0, 0] = 40.0
+        A_log, dt_bias = torch.linspace(-3, -2, W), torch.linspace(-1, 1, W)
+        options |= dict(A_log_W=A_log, dt_bias_W=dt_bias, normalize=True, beta_is_logit=True, allow_neg_eigval=True)
+        expected["log_decay"] = -A_log.double().exp() * F.softplus(log_decay.double() + dt_bias.double())
+        expected["beta"] = 2 * beta.double().sigmoid()
+        for name in ("query", "key"):
+            vector = expected[name].double()
+            expected[name] = vector / (vector.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    output_reference, state_reference = reference_delta_rule(
+        expected["query"], expected["key"], value, expected["beta"], expected["log_decay"],
+        scale=0.3, initial_state=state,
+    )  # fmt: skip
+    state = (state.mT if state_v_first else state).contiguous()
+    outputs = []
+    for t in range(STEPS):
+        before, copied = state, state.clone()
+        gate = None if log_decay is None else log_decay[:, t : t + 1]
+        step = (tensor[:, t : t + 1] for tensor in (query, key, value, beta))
+        output, state = fla_decode.decode_step(*step, state, gate_B1W=gate, **options)
+        assert output.dtype == dtype and state.dtype == torch.float32
+        assert (state is before) == inplace
+        assert inplace or torch.equal(before, copied)
+        outputs.append(output)
+    state = state.mT if state_v_first else state
+    return [relative_error(torch.cat(outputs, dim=1), output_reference), relative_error(state, state_reference)]
+
+
+def dispatch() -> dict[str, float]:
+    """Return the errors of fla's functions where tensors pass for tensors on CUDA, and how often ours was called."""
+    import fla.ops
+    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+
+    fla_decode.enable()
+    torch.Tensor.is_cuda = property(lambda tensor: True)
+    torch.cuda.device = lambda device: contextlib.nullcontext()
+    calls, step = [], registry.decode_step
+    registry.decode_step = lambda *arguments, **options: calls.append(options) or step(*arguments, **options)
+    query, key, value, beta, log_decay, state = draw_inputs(2, B=2, T=1, H=1, W=1, K=6, V=4)
+    found = {}
+    with torch.no_grad():
+        options = dict(initial_state=state, output_final_state=True)
+        result = fla.ops.fused_recurrent_delta_rule(query, key, value, beta, scale=0.5, **options)
+        reference = reference_delta_rule(query, key, value, beta, scale=0.5, initial_state=state)
+        found["ungated"] = max(map(relative_error, result, reference))
+        options["initial_state"] = state.mT.contiguous()
+        output, last = fused_recurrent_gated_delta_rule(
+            query, key, value, g=log_decay, beta=beta, state_v_first=True, **options
+        )
+        reference = reference_delta_rule(query, key, value, beta, log_decay, scale=6**-0.5, initial_state=state)
+        found["gated"] = max(map(relative_error, (output, last.mT), reference))
+    found["calls"] = len(calls)
+    return found
+
+
+if __name__ == "__main__":
+    torch.cuda.get_device_properties = lambda device: type("Properties", (), {"multi_processor_count": 1})()
+    errors = {}
+    for index, (size, rule) in enumerate(itertools.product(SIZES, RULES)):
+        # Three rules, so each size and each rule comes with both layouts, in place and not.
+        v_first, inplace = index % 2 == 0, index % 4 < 2
+        name = f"{size}, {rule}, {'v first' if v_first else 'k first'}, {'in place' if inplace else 'new'}"
+        errors[name] = decode(size, rule, v_first, inplace, torch.float32)
+    half = decode("odd", "gated", False, False, torch.bfloat16)
+    json.dump({"float32": errors, "bfloat16": half, "dispatch": dispatch()}, sys.stdout)

@@ -1,0 +1,259 @@
+"""The decode kernel: in Triton's interpreter against the definition, which calls it takes, and on a GPU against fla."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fla.ops
+import fla_decode
+import fla_torch
+import pytest
+import torch
+from delta_rule_reference import draw_inputs, reference_delta_rule, relative_error
+from fla.layers import delta_net
+from fla.models import DeltaNetConfig, DeltaNetForCausalLM, GatedDeltaNetConfig, GatedDeltaNetForCausalLM
+from fla.ops.gated_delta_rule import fused_recurrent, fused_recurrent_gated_delta_rule
+from fla_decode import registry, step
+from torch._subclasses import FakeTensorMode
+
+
+@pytest.fixture
+def enabled():
+    fla_decode.enable()
+    yield
+    fla_decode.disable()
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """What the kernel gives in Triton's interpreter, without a GPU."""
+    program = Path(__file__).with_name("decode_interpreted.py")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def test_steps_equal_the_definition(interpreted):
+    assert len(interpreted["float32"]) == 15
+    assert {name: errors for name, errors in interpreted["float32"].items() if not max(errors) < 1e-6} == {}
+
+
+def test_half_precision_rounds_only_the_output(interpreted):
+    # bfloat16 keeps 8 bits; the interpreter cuts the others off.
+    output, state = interpreted["bfloat16"]
+    assert output < 2**-7
+    assert state < 1e-6
+
+
+def test_functions_of_fla_come_to_the_kernel(interpreted):
+    assert interpreted["dispatch"]["calls"] == 2
+    assert max(interpreted["dispatch"]["ungated"], interpreted["dispatch"]["gated"]) < 1e-6
+
+
+@pytest.mark.parametrize("K", range(1, 257))
+def test_two_powers_of_two_cover_the_key_channels(K):
+    head, tail = step.split_channels(K)
+    assert all(side == 0 or math.log2(side).is_integer() for side in (head, tail))
+    assert head + tail >= K
+    assert tail == 0 or (head < K and tail < head)
+    assert head + tail <= 2 ** math.ceil(math.log2(max(K, 4)))
+
+
+def test_common_sizes_waste_no_channel():
+    assert [sum(step.split_channels(K)) for K in (32, 48, 64, 80, 96, 128, 192)] == [32, 48, 64, 80, 96, 128, 192]
+
+
+@pytest.mark.parametrize("K", [1, 20, 32, 64, 96, 128, 256])
+@pytest.mark.parametrize("V", [1, 64, 127, 128, 512])
+@pytest.mark.parametrize("heads", [1, 1024, 10**6])
+@pytest.mark.parametrize("state_v_first", [False, True])
+def test_every_size_has_a_tiling(K, V, heads, state_v_first):
+    tiling = step.choose_tiling(K, V, heads=heads, state_v_first=state_v_first)
+    assert math.log2(tiling.block_v).is_integer() and math.log2(tiling.warps).is_integer()
+    # More would not stay in registers.
+    assert sum(step.split_channels(K)) * tiling.block_v <= 64 * 32 * tiling.warps
+
+
+def fake_call(**changes):
+    """Return the arguments of a decoding step, on CUDA as far as Python can tell."""
+    with FakeTensorMode():
+        arguments = dict(q=(2, 1, 3, 8), k=(2, 1, 3, 8), v=(2, 1, 3, 4), beta=(2, 1, 3), initial_state=(2, 3, 8, 4))
+        arguments = {name: torch.empty(shape, device="cuda") for name, shape in arguments.items()}
+    return arguments | {"output_final_state": True} | changes
+
+
+def fake_tensor(*shape, device="cuda", **options):
+    with FakeTensorMode():
+        return torch.empty(*shape, device=device, **options)
+
+
+def test_a_decoding_step_is_taken(enabled):
+    assert registry.takes_ungated(**fake_call()) == (True, None)
+    assert registry.takes_gated(**fake_call(g=fake_tensor(2, 1, 3), A_log=fake_tensor(3)))[0]
+    half = {name: fake_tensor(2, 1, 3, 8, dtype=torch.bfloat16) for name in ("q", "k")}
+    assert registry.takes_ungated(**fake_call(**half))[0]
+
+
+@pytest.mark.parametrize(
+    "reason, changes",
+    [
+        ("on cpu", {"q": torch.empty(2, 1, 3, 8)}),
+        ("more than one token", {"q": fake_tensor(2, 5, 3, 8)}),
+        ("packed", {"cu_seqlens": fake_tensor(3)}),
+        ("no state", {"initial_state": None}),
+        ("none to write", {"output_final_state": False}),
+        ("beta is absent", {"beta": None}),
+        ("per channel", {"beta": fake_tensor(2, 1, 3, 4)}),
+        ("256 key channels", {"k": fake_tensor(2, 1, 3, 257)}),
+        ("do not divide", {"v": fake_tensor(2, 1, 4, 4)}),
+        ("dtype", {"v": fake_tensor(2, 1, 3, 4, dtype=torch.float64)}),
+        ("gradient", {"v": fake_tensor(2, 1, 3, 4, requires_grad=True)}),
+    ],
+)
+def test_what_it_does_not_cover_is_left_to_fla(enabled, reason, changes):
+    for takes in (registry.takes_ungated, registry.takes_gated):
+        taken, why = takes(**fake_call(**changes))
+        assert not taken
+        assert reason in why
+
+
+def test_gates_per_channel_are_left_to_fla(enabled):
+    for name in ("gk", "gv"):
+        assert registry.takes_gated(**fake_call(**{name: fake_tensor(2, 1, 3, 8)})) == (
+            False, "the decay is per channel",
+        )  # fmt: skip
+
+
+def test_without_gradients_leaves_are_no_matter(enabled):
+    with torch.no_grad():
+        assert registry.takes_ungated(**fake_call(v=fake_tensor(2, 1, 3, 4, requires_grad=True)))[0]
+
+
+def test_it_is_off_unless_asked_for():
+    assert not fla_decode.is_enabled()
+    assert registry.takes_ungated(**fake_call()) == (False, "the decode kernel is switched off")
+    fla_decode.enable()
+    assert fla_decode.is_enabled()
+    fla_decode.disable()
+    assert not registry.takes_gated(**fake_call())[0]
+
+
+def test_on_a_cpu_nothing_changes(enabled, monkeypatch):
+    monkeypatch.setattr(registry, "decode_step", lambda *_, **__: pytest.fail("the kernel was called"))
+    query, key, value, beta, log_decay, state = draw_inputs(0, B=2, T=1, H=2, W=2, K=6, V=5)
+    options = dict(initial_state=state, output_final_state=True)
+    output, last = delta_net.fused_recurrent_delta_rule(query, key, value, beta, scale=0.5, **options)
+    expected = reference_delta_rule(query, key, value, beta, scale=0.5, initial_state=state)
+    assert max(map(relative_error, (output, last), expected)) < 1e-6
+    output, last = fused_recurrent_gated_delta_rule(query, key, value, g=log_decay, beta=beta, scale=0.5, **options)
+    expected = reference_delta_rule(query, key, value, beta, log_decay, scale=0.5, initial_state=state)
+    assert max(map(relative_error, (output, last), expected)) < 1e-6
+
+
+def test_it_shares_the_names_with_the_other_backend(enabled):
+    held = delta_net.fused_recurrent_delta_rule, fused_recurrent.fused_recurrent_gated_delta_rule_fwd
+    fla_torch.enable()
+    fla_decode.enable(inplace=True)
+    assert held[0] is delta_net.fused_recurrent_delta_rule is fla.ops.fused_recurrent_delta_rule
+    assert held[1] is fused_recurrent.fused_recurrent_gated_delta_rule_fwd
+
+
+def run_python(program, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_other_backend_may_come_later():
+    program = """
+import fla_decode, torch
+fla_decode.enable()
+import fla_torch
+fla_torch.enable()
+from fla.layers.delta_net import fused_recurrent_delta_rule
+from fla.ops import fused_recurrent_gated_delta_rule
+x = torch.ones(1, 1, 1, 2)
+options = dict(initial_state=torch.zeros(1, 1, 2, 2), output_final_state=True, scale=1.0)
+print(fused_recurrent_delta_rule(x, x, x, x[..., 0], **options)[0].tolist())
+print(fused_recurrent_gated_delta_rule(x, x, x, beta=x[..., 0], **options)[0].tolist())
+"""
+    process = run_python(program)
+    assert process.stdout.splitlines() == ["[[[[2.0, 2.0]]]]"] * 2, process.stderr
+
+
+def test_a_registry_that_is_switched_off_is_named():
+    process = run_python("import fla_decode; fla_decode.enable()", FLA_DISABLE_BACKEND_DISPATCH="1")
+    last_line = process.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("fla_decode.registry.UnsupportedVersionError: FLA_DISABLE_BACKEND_DISPATCH=1")
+    assert last_line.endswith("unset it")
+
+
+@pytest.mark.parametrize("name", [(module, place[0]) for module, place in registry.PLACES.items()])
+def test_a_version_that_works_is_named_where_a_function_is_missing(monkeypatch, name):
+    monkeypatch.setattr(registry, "_is_placed", False)
+    monkeypatch.delattr(sys.modules[name[0]], name[1])
+    with pytest.raises(fla_decode.UnsupportedVersionError, match=f"{name[1]}.*flash-linear-attention==0.6.0"):
+        fla_decode.enable()
+    assert not fla_decode.is_enabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state_v_first", [False, True])
+@pytest.mark.parametrize("K, V", [(128, 128), (96, 128), (64, 128), (32, 128), (57, 80), (256, 127), (4, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_steps_equal_the_definition(K, V, state_v_first, dtype):
+    inputs = draw_inputs(K, B=3, T=4, H=2, W=4, K=K, V=V, device="cuda")
+    query, key, value, beta = (tensor.to(dtype) for tensor in inputs[:4])
+    log_decay, state = inputs[4:]
+    cpu = [tensor.cpu() for tensor in (query, key, value, beta, log_decay)]
+    expected = reference_delta_rule(*cpu, scale=K**-0.5, initial_state=state.cpu())
+    state, outputs = (state.mT if state_v_first else state).contiguous(), []
+    for t in range(4):
+        arguments = (tensor[:, t : t + 1] for tensor in (query, key, value, beta))
+        output, state = fla_decode.decode_step(
+            *arguments, state, gate_B1W=log_decay[:, t : t + 1], state_v_first=state_v_first
+        )
+        outputs.append(output)
+    assert relative_error(torch.cat(outputs, dim=1).cpu(), expected[0]) < (1e-6 if dtype == torch.float32 else 2**-8)
+    assert relative_error((state.mT if state_v_first else state).cpu(), expected[1]) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("family", ["delta_net", "gated_deltanet"])
+@torch.no_grad()
+def test_on_a_gpu_models_decode_by_it(monkeypatch, family, inplace):
+    sizes = dict(hidden_size=96, num_hidden_layers=2, vocab_size=50, num_heads=2, initializer_range=0.2)
+    torch.manual_seed(0)
+    if family == "delta_net":
+        model = DeltaNetForCausalLM(DeltaNetConfig(**sizes))
+    else:
+        model = GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**sizes, head_dim=24, expand_v=2, num_v_heads=4))
+    model = model.eval().cuda()
+    ids = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(1)).cuda()
+
+    def decode():
+        prefill = model(ids[:, :6], use_cache=True)
+        logits, cache = [prefill.logits], prefill.past_key_values
+        for t in range(6, 12):
+            result = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+            logits, cache = [*logits, result.logits], result.past_key_values
+        return torch.cat(logits, dim=1)
+
+    expected, steps, ours = decode(), [], registry.decode_step
+    monkeypatch.setattr(registry, "decode_step", lambda *a, **b: steps.append(b["inplace"]) or ours(*a, **b))
+    fla_decode.enable(inplace=inplace)
+    try:
+        actual = decode()
+    finally:
+        fla_decode.disable()
+    assert steps == [inplace] * 12
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
