@@ -48,11 +48,11 @@ def show_recall(console: "Console", entries: list[dict]) -> None:
     for kind, cells in entries[0]["recall"].items():
         rows = []
         for number, cell in enumerate(cells):
-            label = f"{cell['length']:,} tokens, {cell['pairs']} {'pair' if cell['pairs'] == 1 else 'pairs'}"
+            place = (f"{cell['length']:,}", str(cell["pairs"]))
             for entry in entries:
                 told = entry["recall"][kind][number]
                 shares = (f"{told[name]:.1%}" for name in ("accuracy", "choice_accuracy"))
-                rows.append((label, entry["label"], *shares, f"{told['rank']:,.1f}", f"{told['log_probability']:.2f}"))
-                label = ""
-        header = ("", "", "right", f"right of {CHOICES}", "mean rank", "log-probability")
+                rows.append((*place, entry["label"], *shares, f"{told['rank']:,.1f}", f"{told['log_probability']:.2f}"))
+                place = ("", "")
+        header = ("tokens", "pairs", "", "right", f"right of {CHOICES}", "mean rank", "log-probability")
         console.table(f"{KINDS[kind]}, {cells[0]['probes']} sequences a row", header, rows)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from keyreduce.data.batches import separator_id, token_rows
+from keyreduce.data.batches import document_tokens, separator_id
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.probes import CHOICES, Probe, choices
@@ -91,14 +91,34 @@ def draw(
     size = wording.haystack(length, pairs)
     if not size:
         raise ValueError(f"{pairs} sentences do not fit {length} tokens")
-    haystacks = list(itertools.islice(token_rows(text.documents(), tokenizer, size), number))
-    if len(haystacks[0]) < size:
-        raise KeyreduceError(
-            f"the text has {len(haystacks[0])} tokens, and a haystack of {length} takes {size}; "
-            "give more text, or a smaller --recall-lengths"
-        )
+    haystacks = _haystacks(text, tokenizer, size, number)
     for haystack_N, depth in zip(itertools.islice(itertools.cycle(haystacks), number), itertools.cycle(DEPTHS)):
         yield _hide(haystack_N.tolist(), wording, depth, pairs, generator)
+
+
+def _haystacks(text: TextSource, tokenizer: PreTrainedTokenizerFast, size: int, number: int) -> list[torch.Tensor]:
+    """Cut at most ``number`` haystacks of ``size`` tokens from the documents, joined by line feeds.
+
+    A separator between them would tell the model to forget what was before.
+    """
+    documents = (document + "\n" for document in text.documents())
+    separators = 0 if separator_id(tokenizer) is None else 1
+    rest_N = torch.empty(0, dtype=torch.long)
+    found: list[torch.Tensor] = []
+    for tokens_N in document_tokens(documents, tokenizer):
+        *complete, rest_N = torch.cat([rest_N, tokens_N[separators:]]).split(size)
+        found += complete
+        if len(rest_N) == size:
+            found.append(rest_N)
+            rest_N = rest_N[:0]
+        if len(found) >= number:
+            break
+    if not found:
+        raise KeyreduceError(
+            f"the text has {len(rest_N)} tokens, too few for a haystack of {size}; "
+            "give more text, or smaller --recall-lengths"
+        )
+    return found[:number]
 
 
 def _hide(haystack: list[int], wording: Wording, depth: float, pairs: int, generator: torch.Generator) -> Probe:
