@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fla.backends
 import fla.ops
 import fla_decode
 import fla_torch
@@ -20,6 +21,12 @@ from fla_decode import registry, step
 from torch._subclasses import FakeTensorMode
 
 
+def run_python(*arguments):
+    """Run a fresh interpreter and return the finished process."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
 @pytest.fixture
 def enabled():
     fla_decode.enable()
@@ -30,9 +37,7 @@ def enabled():
 @pytest.fixture(scope="module")
 def interpreted():
     """What the kernel gives in Triton's interpreter, without a GPU."""
-    program = Path(__file__).with_name("decode_interpreted.py")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
+    process = run_python(Path(__file__).with_name("decode_interpreted.py"))
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
 
@@ -162,16 +167,6 @@ def test_it_shares_the_names_with_the_other_backend(enabled):
     assert held[1] is fused_recurrent.fused_recurrent_gated_delta_rule_fwd
 
 
-def run_python(program, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_the_other_backend_may_come_later():
     program = """
 import fla_decode, torch
@@ -185,15 +180,16 @@ options = dict(initial_state=torch.zeros(1, 1, 2, 2), output_final_state=True, s
 print(fused_recurrent_delta_rule(x, x, x, x[..., 0], **options)[0].tolist())
 print(fused_recurrent_gated_delta_rule(x, x, x, beta=x[..., 0], **options)[0].tolist())
 """
-    process = run_python(program)
+    process = run_python("-c", program)
     assert process.stdout.splitlines() == ["[[[[2.0, 2.0]]]]"] * 2, process.stderr
 
 
-def test_a_registry_that_is_switched_off_is_named():
-    process = run_python("import fla_decode; fla_decode.enable()", FLA_DISABLE_BACKEND_DISPATCH="1")
-    last_line = process.stderr.strip().splitlines()[-1]
-    assert last_line.startswith("fla_decode.registry.UnsupportedVersionError: FLA_DISABLE_BACKEND_DISPATCH=1")
-    assert last_line.endswith("unset it")
+def test_a_registry_that_is_switched_off_is_named(monkeypatch):
+    monkeypatch.setattr(registry, "_is_placed", False)
+    monkeypatch.setattr(fla.backends, "_DISPATCH_DISABLED", True)
+    with pytest.raises(fla_decode.UnsupportedVersionError, match="FLA_DISABLE_BACKEND_DISPATCH=1.*unset it"):
+        fla_decode.enable()
+    assert not fla_decode.is_enabled()
 
 
 @pytest.mark.parametrize("name", [(module, place[0]) for module, place in registry.PLACES.items()])
