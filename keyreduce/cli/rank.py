@@ -41,6 +41,7 @@ def rank(
     """
     from itertools import islice
 
+    from keyreduce.checkpoint.folder import open_folder
     from keyreduce.cli.console import Console
     from keyreduce.cli.pair import load_pair
     from keyreduce.data.batches import batches, token_rows
@@ -86,7 +87,7 @@ def rank(
     if found.positions[-1] < seq_len:
         console.note(f"the text is shorter than one sequence: {found.positions[-1]} tokens instead of {seq_len}")
     with console.progress("drawing", None, "pictures"):
-        names = draw_folder(folder, report, kept, models["dense"])
+        names = draw_folder(folder, report, kept, open_folder(models["dense"].folder))
     report["pictures"] = [str(folder / name) for name in names]
     write_json(target, report, overwrite=True)
     console.table(

@@ -5,33 +5,39 @@ Shapes: C channels of all heads, X heads (or one for all), R channels of a head,
 
 import torch
 
-from keyreduce.families import Part
-from keyreduce.models.loading import LoadedModel
+from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.families import Part, family_of
+from keyreduce.families.axes import parts_of
 
-_HEADS_AND_CHANNELS = {
-    Part.QUERY: ("key_heads", "head_k_dim"),
-    Part.KEY: ("key_heads", "head_k_dim"),
-    Part.VALUE: ("value_heads", "head_v_dim"),
-}
+_WORDS = {Part.QUERY: "q", Part.KEY: "k", Part.VALUE: "v"}
 
 
-def filters_of(loaded: LoadedModel, layer: int) -> dict[str, torch.Tensor]:
+def filters_of(source: Checkpoint, layer: int) -> dict[str, torch.Tensor]:
     """Return the learned kernels of one layer, the oldest token's tap first.
 
+    Args:
+        source: the checkpoint that has them.
+        layer: a layer with a mixer.
+
     Returns:
-        ``q``, ``k``, ``v`` (``kv`` where one convolution serves both) -> float32 ``[X, R, L]`` on the CPU. R is 1 where
-        the channels of a head share a kernel. Convolutions without a learned kernel are left out.
+        ``q``, ``k``, ``v`` (``kv`` where one convolution serves both) -> float32 ``[X, R, L]``. R is 1 where the
+        channels of a head share a kernel. Convolutions without a learned kernel are left out.
+
+    Raises:
+        KeyreduceError: a tensor cannot be read.
     """
-    sizes = loaded.family.sizes(loaded.model.config.to_dict(), layer)
-    mixer = loaded.model.get_submodule(loaded.family.mixer.format(layer=layer))
-    parameters, found = dict(mixer.named_parameters()), {}
-    for name, axes in loaded.family.tensors.items():
-        if axes[1:] != (Part.OTHER, Part.OTHER) or name not in parameters:
+    family = family_of(source.config).located(source.tensors)
+    sizes, found = family.sizes(source.config, layer), {}
+    heads_of = {"q": sizes.key_heads, "k": sizes.key_heads, "v": sizes.value_heads}
+    for short_name, axes in family.tensors.items():
+        name = family.tensor_name(layer, short_name)
+        if axes[1:] != (Part.OTHER, Part.OTHER) or name not in source.tensors:
             continue
-        kernels_CL = parameters[name].detach().float().cpu()[:, 0]
-        if axes[0] in _HEADS_AND_CHANNELS:
-            shape = [getattr(sizes, size) for size in _HEADS_AND_CHANNELS[axes[0]]]
-        else:
-            shape = [len(kernels_CL), 1]
-        found[name.split("_")[0]] = kernels_CL.unflatten(0, shape)
+        kernels_CL, parts = source.read(name).float()[:, 0], parts_of(axes[0])
+        if parts == (Part.HEAD_OR_ALL,):
+            found[short_name.split("_")[0]] = kernels_CL[:, None]
+            continue
+        for part, one_CL in zip(parts, kernels_CL.split([sizes.lengths[part] for part in parts]), strict=True):
+            word = _WORDS[part]
+            found[word] = one_CL.unflatten(0, (heads_of[word], -1))
     return found

@@ -4,11 +4,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.filters import filters_of
 from keyreduce.evaluation.kept import Kept
 from keyreduce.evaluation.pictures import draw_curves, draw_filters, draw_heat_map, draw_kept_channels, save
-from keyreduce.models.loading import LoadedModel
+from keyreduce.families import family_of
 from keyreduce.workspace import appearing
 
 _OURS = re.compile(r"(rank-heat-map|rank-curves|kept-channels|filters-layer-\d+)\.png")
@@ -27,14 +28,14 @@ def refuse_other_files(folder: Path) -> None:
         )
 
 
-def draw_folder(folder: Path, report: Mapping, kept: Mapping[int, Kept], dense: LoadedModel) -> list[str]:
+def draw_folder(folder: Path, report: Mapping, kept: Mapping[int, Kept], dense: Checkpoint) -> list[str]:
     """Draw all pictures of a report; the folder appears whole or not at all, in place of an earlier one.
 
     Args:
         folder: where to.
         report: with ``positions`` and ``models``, as :mod:`keyreduce.evaluation.pictures` takes them.
         kept: layer -> what pruning left of the dense model; empty where that is not known.
-        dense: the model whose convolution kernels are drawn.
+        dense: the checkpoint whose convolution kernels are drawn.
 
     Returns:
         The names of the files.
@@ -47,7 +48,7 @@ def draw_folder(folder: Path, report: Mapping, kept: Mapping[int, Kept], dense: 
         save(draw_curves(report["positions"], report["models"]), temporary / "rank-curves.png")
         if kept:
             save(draw_kept_channels(kept), temporary / "kept-channels.png")
-        for layer in dense.family.mixer_layers(dense.model.config.to_dict()):
+        for layer in family_of(dense.config).mixer_layers(dense.config):
             filters = {name: kernels.numpy() for name, kernels in filters_of(dense, layer).items()}
             if filters:
                 save(draw_filters(layer, filters, kept.get(layer)), temporary / f"filters-layer-{layer:02}.png")

@@ -138,7 +138,9 @@ def _looking(
     running: list[int] = []
 
     def in_parts(operator):
-        def call(**arguments):
+        def call(*operands, **arguments):
+            # fla's layers name them, those of transformers do not.
+            arguments |= zip("qkv", operands, strict=False)
             length = arguments["q"].shape[1]
             outputs, state, start = [], arguments.pop("initial_state", None), 0
             wants_state = arguments.pop("output_final_state", False)
@@ -149,7 +151,8 @@ def _looking(
                     else argument
                     for name, argument in arguments.items()
                 }
-                output_BTWV, state = operator(**part, initial_state=state, output_final_state=True)
+                first = [part.pop(name) for name in "qkv"[: len(operands)]]
+                output_BTWV, state = operator(*first, **part, initial_state=state, output_final_state=True)
                 look(running[0], place, state)
                 outputs.append(output_BTWV)
                 start = end

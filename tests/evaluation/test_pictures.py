@@ -3,21 +3,23 @@
 Shapes: X heads, R channels, K taps.
 """
 
+import hybrid_models
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 from tiny_models import build
+from tiny_models import save as save_model
 
+from keyreduce.checkpoint.folder import open_folder
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation import pictures
 from keyreduce.evaluation.filters import filters_of
 from keyreduce.evaluation.kept import Kept
 from keyreduce.evaluation.picture_folder import draw_folder, refuse_other_files
 from keyreduce.evaluation.pictures import draw_curves, draw_filters, draw_heat_map, draw_kept_channels, save
-from keyreduce.families import FAMILIES, MixerSizes
-from keyreduce.models.loading import LoadedModel
+from keyreduce.families import MixerSizes
 
 POSITIONS = [4, 8, 10]
 # Layer 1 has softmax attention; the pruned model has lost head 1 of layer 2.
@@ -165,15 +167,10 @@ def test_projected_and_shared_filters_have_no_marks():
     assert shared.axes[0].get_ylim() == shared.axes[1].get_ylim()
 
 
-def tiny(model_type: str, **changes) -> LoadedModel:
-    return LoadedModel(build(model_type, **changes), None, FAMILIES[model_type], None)
-
-
 @pytest.mark.parametrize("model_type", ["delta_net", "gated_deltanet"])
-def test_filters_of_a_model(model_type):
-    loaded = tiny(model_type)
-    mixer = loaded.model.model.layers[1].attn
-    found = filters_of(loaded, 1)
+def test_filters_of_a_checkpoint(tiny_folder, model_type):
+    mixer = build(model_type).model.layers[1].attn
+    found = filters_of(open_folder(tiny_folder(model_type)), 1)
     assert list(found) == ["q", "k", "v"]
     for name, kernels_XRK in found.items():
         channels = mixer.head_v_dim if name == "v" else mixer.head_k_dim
@@ -182,6 +179,21 @@ def test_filters_of_a_model(model_type):
         for head, kernels_RK in enumerate(kernels_XRK):
             for channel, kernel_K in enumerate(kernels_RK):
                 assert torch.equal(kernel_K, weight_C1K[head * channels + channel, 0])
+
+
+@pytest.mark.parametrize("model_type", hybrid_models.HYBRIDS)
+def test_filters_of_hybrids(tmp_path, model_type):
+    model = hybrid_models.build(model_type)
+    text_model = model.model.language_model if model_type in hybrid_models.SEEING else model.model
+    found = filters_of(open_folder(hybrid_models.store(model, tmp_path)), 2)
+    kernels_C1K = text_model.layers[2].linear_attn.conv1d.weight
+    assert {name: tuple(kernels.shape[:2]) for name, kernels in found.items()} == {
+        "q": (2, 8),
+        "k": (2, 8),
+        "v": (4, 6),
+    }
+    joined = torch.cat([found[name].flatten(0, 1) for name in "qkv"])
+    assert torch.equal(joined, kernels_C1K[:, 0])
 
 
 @pytest.mark.filterwarnings("ignore:ShortConvolution is crucial")
@@ -194,8 +206,8 @@ def test_filters_of_a_model(model_type):
         ("delta_net_2", {"shift_only_conv": True, "conv_scaled_shift": True}, {}),
     ],
 )
-def test_filters_of_models_that_share_kernels_or_have_none(model_type, changes, shapes):
-    found = filters_of(tiny(model_type, **changes), 0)
+def test_filters_of_models_that_share_kernels_or_have_none(tmp_path, model_type, changes, shapes):
+    found = filters_of(open_folder(save_model(build(model_type, **changes), tmp_path)), 0)
     assert {name: tuple(kernels.shape) for name, kernels in found.items()} == shapes
 
 
@@ -207,8 +219,9 @@ def test_a_picture_is_a_png_of_the_figures_size(models, tmp_path):
     assert (width, height) == (pytest.approx(expected[0], abs=1), pytest.approx(expected[1], abs=1))
 
 
-def test_the_folder_is_replaced_as_a_whole(models, tmp_path):
-    folder, report, dense = tmp_path / "pictures", {"positions": POSITIONS, "models": models}, tiny("delta_net")
+def test_the_folder_is_replaced_as_a_whole(models, tmp_path, tiny_folder):
+    folder, report = tmp_path / "pictures", {"positions": POSITIONS, "models": models}
+    dense = open_folder(tiny_folder("delta_net"))
     sizes = MixerSizes(2, 2, 16, 16)
     kept = {1: Kept(sizes, sizes, [0, 1], [0, 1], [list(range(16))] * 2, [list(range(16))] * 2)}
     names = draw_folder(folder, report, kept, dense)

@@ -8,6 +8,7 @@ import sys
 import weakref
 from pathlib import Path
 
+import hybrid_models
 import numpy as np
 import pytest
 import torch
@@ -39,14 +40,15 @@ def loaded(model: torch.nn.Module) -> LoadedModel:
 def operands_of(model: torch.nn.Module, tokens_BT: torch.Tensor) -> list[dict]:
     """What the operator of each layer is called with."""
     family, seen = FAMILIES[model.config.model_type], []
-    module = sys.modules[type(model.model.layers[0].attn).__module__]
+    mixer = model.get_submodule(family.mixer.format(layer=0))
+    module = sys.modules[type(mixer).__module__]
     with pytest.MonkeyPatch.context() as patch:
         for name in family.operators:
             operator = getattr(module, name)
 
-            def call(operator=operator, **arguments):
-                seen.append(arguments)
-                return operator(**arguments)
+            def call(*first, operator=operator, **arguments):
+                seen.append(arguments | dict(zip("qkv", first, strict=False)))
+                return operator(*first, **arguments)
 
             patch.setattr(module, name, call)
         model.model(tokens_BT, use_cache=False)
@@ -69,8 +71,10 @@ def utilisation_along(arguments: dict, positions: tuple[int, ...]) -> np.ndarray
     if given.get("use_beta_sigmoid_in_kernel"):
         beta_BTW = sigmoid(beta_BTW) * (2 if given["allow_neg_eigval"] else 1)
     decay_BTW = np.ones((B, T, W))
-    if "g" in given:
+    if given.get("use_gate_in_kernel"):
         decay_BTW = np.exp(-np.exp(given["A_log"]) * np.log1p(np.exp(given["g"] + given["dt_bias"])))
+    elif "g" in given:
+        decay_BTW = np.exp(given["g"])
     group = W // key_BTHK.shape[2]
     found = np.zeros((B, len(positions), W))
     for row in range(B):
@@ -119,6 +123,24 @@ def test_what_the_model_computes_stays_the_same(model_type):
     hook.remove()
     torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(model.model(tokens, use_cache=False).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("model_type", hybrid_models.LANGUAGE)
+@torch.no_grad()
+def test_hybrids_of_transformers(model_type):
+    model, tokens = hybrid_models.build(model_type), draw_tokens(2, 70)
+    expected = model.model(tokens, use_cache=False).last_hidden_state
+    outputs = []
+    hook = model.model.register_forward_hook(lambda module, args, output: outputs.append(output.last_hidden_state))
+    found = measure_rank(loaded(model), [tokens], 32)
+    hook.remove()
+    torch.testing.assert_close(outputs[0], expected, rtol=1e-4, atol=1e-4)
+    seen = operands_of(model, tokens)
+    assert sorted(found.utilisation) == [0, 2]
+    for arguments, mean_PW in zip(seen, found.utilisation.values(), strict=True):
+        expected_PW = utilisation_along(arguments, found.positions).mean(axis=0)
+        assert expected_PW.shape == (3, 4)
+        np.testing.assert_allclose(mean_PW, expected_PW, rtol=1e-4)
 
 
 def test_known_states():
