@@ -1,6 +1,5 @@
 """How many sequences a model can write at once, and how fast it is then: where a smaller state pays most."""
 
-import gc
 from collections.abc import Sequence
 
 import torch
@@ -46,7 +45,6 @@ def time_largest_batch(subjects: Sequence[Subject], *, start: int, at_most: int,
 def _step_seconds(subject: Subject, batch_size: int, rounds: int) -> float | str:
     """Return how long a decoding step takes, or why there is none."""
     device = subject.model.device
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif 4 * batch_size * subject.family.state_bytes(subject.config) > available_memory(device):

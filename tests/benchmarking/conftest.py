@@ -22,6 +22,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def few_copies(monkeypatch):
+    """A cache so small that two copies of what is decoded are rotated."""
+    monkeypatch.setattr("keyreduce.benchmarking.steps.copies_past_cache", lambda size, device, at_most=64: 2)
+
+
 @pytest.fixture
 def loaded() -> Callable[..., LoadedModel]:
     """A function: a tiny random model of a family as one that was loaded, with changes to its config."""

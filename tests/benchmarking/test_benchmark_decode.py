@@ -16,12 +16,6 @@ MODEL_TYPES = ("delta_net", "delta_net_2", "gated_deltanet")
 SETTINGS = {"batch_size": 3, "scopes": SCOPES, "rounds": 3, "seed": 0}
 
 
-@pytest.fixture(autouse=True)
-def few_copies(monkeypatch):
-    """A cache so small that two copies are rotated."""
-    monkeypatch.setattr("keyreduce.benchmarking.steps.copies_past_cache", lambda size, device, at_most=64: 2)
-
-
 @pytest.fixture(params=[*MODEL_TYPES, "qwen3_next"])
 def subject(request, loaded):
     """A tiny model of each family, and of one whose layers are those of transformers."""

@@ -1,0 +1,92 @@
+import json
+
+import pytest
+import torch
+
+from keyreduce.benchmarking import report as module
+from keyreduce.benchmarking.ceilings import Ceilings, measure_ceilings
+from keyreduce.benchmarking.plot import plot_report
+from keyreduce.benchmarking.report import KINDS, Request, benchmark_report, total_rounds
+from keyreduce.benchmarking.timing import Timing
+from keyreduce.errors import KeyreduceError
+
+REQUEST = Request(
+    KINDS, batch_size=2, seq_lens=(5, 70), decode_batch_sizes=(1, 2), max_batch_size=4, rounds=2, scopes=("mixer",)
+)
+
+
+@pytest.fixture
+def quick_ceilings(monkeypatch):
+    """A device of 1 GB/s and 1 GFLOP/s, without measuring."""
+    monkeypatch.setattr(module, "measure_ceilings", lambda device, dtype: Ceilings(1e9, 1e9))
+
+
+@pytest.fixture
+def report(pair, quick_ceilings) -> dict:
+    """All kinds of measurement of two tiny models."""
+    return benchmark_report(pair, REQUEST)
+
+
+def test_report_is_json_and_says_what_was_run(pair, quick_ceilings):
+    ticks = []
+    report = benchmark_report(pair, REQUEST, ticks.append)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert sum(ticks) == total_rounds(REQUEST, torch.device("cpu")) == 2 * (2 + 2 + 2 + 2)
+    settings = report["settings"]
+    assert (settings["kinds"], settings["seq_len"], settings["decode_batch_sizes"]) == (list(KINDS), [5, 70], [1, 2])
+    assert (settings["dtype"], settings["device_type"]) == ("float32", "cpu")
+    assert "CPU" in settings["device"]
+    assert settings["versions"]["torch"] == torch.__version__
+    assert report["ceilings"] == {"bytes_per_second": 1e9, "flops_per_second": 1e9}
+    for kind in ("mixer", "forward", "train_step"):
+        assert [(entry["label"], entry["seq_len"]) for entry in report[kind]] == [
+            (label, seq_len) for seq_len in (5, 70) for label in ("dense", "pruned")
+        ]
+    assert [(entry["batch_size"], entry["label"]) for entry in report["decode"]] == [
+        (size, label) for size in (1, 2) for label in ("dense", "pruned")
+    ]
+    assert [entry["batch_size"] for entry in report["largest_batch"]] == [4, 4]
+    assert [entry.get("state_ratio") for entry in report["models"]] == [None, 2.0]
+    warmed = [entry for kind in ("mixer", "forward", "train_step") for entry in report[kind]]
+    warmed += [entry["eager"] for entry in report["decode"]]
+    assert report["warmup_seconds"] == pytest.approx(sum(entry["warmup_seconds"] for entry in warmed))
+
+
+def test_what_was_not_asked_for_is_not_there(pair, quick_ceilings):
+    report = benchmark_report(pair, Request(("decode",), decode_batch_sizes=(1,), rounds=1, scopes=("operator",)))
+    assert not {"mixer", "forward", "train_step", "largest_batch"} & report.keys()
+    assert {entry["scope"] for entry in report["decode"]} == {"operator"}
+
+
+def test_memory_that_ends_is_one_line(pair, quick_ceilings):
+    with pytest.raises(KeyreduceError, match="needs more memory than there is; take a smaller batch size"):
+        benchmark_report(pair, Request(("mixer",), batch_size=10**30, rounds=1))
+
+
+def test_ceilings_are_those_of_a_copy_and_a_product(monkeypatch):
+    ran = []
+
+    def interleave(contenders, device, **settings):
+        ran.extend(contenders)
+        assert torch.isfinite(contenders["product"]()).all()
+        return {"copy": Timing((0.5,)), "product": Timing((2.0,))}
+
+    monkeypatch.setattr("keyreduce.benchmarking.ceilings.interleave", interleave)
+    ceilings = measure_ceilings(torch.device("cpu"), torch.float32)
+    assert ran == ["copy", "product"]
+    assert ceilings == (2 * (128 << 20) / 0.5, 2 * 1024**3 / 2.0)
+
+
+def test_pictures_show_each_measurement(report, tmp_path):
+    plot_report(report, tmp_path / "all.svg")
+    drawn = (tmp_path / "all.svg").read_text()
+    for text in ("mixer, 5 tokens", "train step, 70 tokens", "Decode, one mixer layer", "batch 2", "CPU"):
+        assert text in drawn
+    graph = report["decode"][0]["eager"]
+    decode = [entry | {"graph": graph} for entry in report["decode"]]
+    plot_report({"settings": report["settings"], "decode": decode}, tmp_path / "decode.svg")
+    drawn = (tmp_path / "decode.svg").read_text()
+    assert "CUDA graph" in drawn
+    assert "tokens" not in drawn
+    plot_report({"settings": report["settings"], "mixer": report["mixer"]}, tmp_path / "mixer.png")
+    assert (tmp_path / "mixer.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,89 @@
+"""benchmarks/h100.py, with small models on a CPU."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from keyreduce.benchmarking.ceilings import Ceilings
+from keyreduce.benchmarking.subjects import random_subjects
+
+REPOSITORY = Path(__file__).parents[2]
+SMALL = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "vocab_size": 50}
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """A function: run the script with arguments, for small models of its configs."""
+    monkeypatch.setattr("keyreduce.benchmarking.report.measure_ceilings", lambda device, dtype: Ceilings(1e9, 1e9))
+    spec = importlib.util.spec_from_file_location("h100", REPOSITORY / "benchmarks/h100.py")
+    h100 = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(h100)
+    for name, path in h100.CONFIGS.items():
+        config = json.loads(path.read_text()) | SMALL
+        config |= {"num_v_heads": 2, "head_dim": 16} if "num_v_heads" in config else {}
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+        monkeypatch.setitem(h100.CONFIGS, name, tmp_path / f"{name}.json")
+    for name, request in h100.MEASUREMENTS.items():
+        small = {"batch_size": 1, "seq_lens": (request.seq_lens[0] // 1024,), "rounds": 1}
+        small |= {"decode_batch_sizes": (1,), "max_batch_size": min(request.max_batch_size, 2)}
+        monkeypatch.setitem(h100.MEASUREMENTS, name, replace(request, **small))
+
+    def run(*arguments: str):
+        given = ["h100.py", "--device", "cpu", "--key-sizes", "16", "8", "--output", str(tmp_path / "out"), *arguments]
+        monkeypatch.setattr(sys, "argv", given)
+        h100.main()
+
+    run.module = h100
+    return run
+
+
+@pytest.mark.parametrize("name", ["delta-net", "gated-deltanet"])
+def test_configs_have_the_sizes_that_the_script_promises(script, name):
+    config = json.loads((REPOSITORY / f"configs/benchmark/{name}-2048.json").read_text())
+    with torch.device("meta"):
+        subjects = random_subjects(
+            config, script.module.KEY_SIZES, torch.device("meta"), torch.bfloat16, whole=False, seed=0
+        )
+    assert [tuple(subject.sizes) for subject in subjects] == [(16, 16, keys, 128) for keys in (128, 96, 64, 48, 32)]
+    assert {subject.hidden for subject in subjects} == {2048}
+
+
+def test_measurements_are_made_once_and_put_together(script, tmp_path, capsys, monkeypatch):
+    script("--only", "mixer-2048", "decode-32", "largest-batch")
+    out = tmp_path / "out"
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*.*")}
+    assert files == {
+        f"{config}{end}"
+        for config in ("delta-net", "gated-deltanet")
+        for end in (".json", ".png", "/mixer-2048.json", "/decode-32.json", "/largest-batch.json")
+    }
+    whole = json.loads((out / "delta-net.json").read_text())
+    assert [entry["head_k_dim"] for entry in whole["mixer"]] == [16, 8]
+    assert {entry["scope"] for entry in whole["decode"]} == {"model", "mixer", "operator"}
+    assert [entry["batch_size"] for entry in whole["largest_batch"]] == [2, 2]
+    assert whole["settings"].keys() == whole["ceilings"].keys() == {"mixer-2048", "decode-32", "largest-batch"}
+    told = capsys.readouterr().out
+    assert "### gated-deltanet" in told
+    assert "| mixer, 1 x 2 | 8 |" in told
+    assert "| 8 | 2 | bound |" in told
+    monkeypatch.setattr(script.module, "benchmark_report", lambda *arguments: pytest.fail("measured again"))
+    script("--only", "mixer-2048", "decode-32", "largest-batch")
+    script("--table")
+    assert "| operator | 1 | 8 |" in capsys.readouterr().out
+
+
+def test_training_comes_after_all_else_and_compiling_writes_nothing(script, tmp_path, capsys):
+    script("--compile", "--only", "train_step-2048", "mixer-8192", "--config", "delta-net", "--key-sizes", "8")
+    assert not (tmp_path / "out").exists()
+    script("--only", "train_step-2048", "mixer-8192")
+    told = [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("==")]
+    assert told == [
+        f"== {config} {name}"
+        for name in ("mixer-8192", "train_step-2048")
+        for config in ("delta-net", "gated-deltanet")
+    ]

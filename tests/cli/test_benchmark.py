@@ -1,0 +1,121 @@
+"""``keyreduce benchmark``, on tiny models."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import build, save
+
+from keyreduce.benchmarking.ceilings import Ceilings
+
+QUICK = ("--batch-size", 1, "--seq-len", 8, "--rounds", 2)
+REPORT = Path("keyreduce-out/benchmark.json")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A device of 1 GB/s and 1 GFLOP/s, without measuring; a small cache; one thread."""
+    monkeypatch.setattr("keyreduce.benchmarking.steps.copies_past_cache", lambda size, device, at_most=64: 2)
+    monkeypatch.setattr("keyreduce.benchmarking.report.measure_ceilings", lambda device, dtype: Ceilings(1e9, 1e9))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def pruned(tmp_path):
+    """A model as ``prune`` leaves one, with a record of where it came from that says nothing."""
+    folder = save(build("delta_net", expand_k=0.5), tmp_path / "pruned")
+    (folder / "keyreduce.json").write_text("{}")
+    return folder
+
+
+def test_dense_and_pruned_side_by_side(keyreduce, tiny_folder, pruned):
+    result = keyreduce("benchmark", *QUICK, "--model", tiny_folder("delta_net"), "--compressed", pruned, "--json")
+    report = result.json()
+    assert report == json.loads(REPORT.read_text())
+    assert [(entry["label"], entry["head_k_dim"]) for entry in report["mixer"]] == [("dense", 16), ("pruned", 8)]
+    assert report["models"][1]["folder"] == str(pruned)
+    for told in (
+        "one mixer layer, 1 x 8 tokens",
+        "dense / pruned",
+        "head_k_dim",
+        "2.00x",
+        "TFLOP/s",
+        "compiled and tuned",
+    ):
+        assert told in result.err
+
+
+def test_all_kinds_in_one_call(keyreduce, tiny_folder):
+    result = keyreduce(
+        "benchmark", "--mixer", "--forward", "--decode", "--train-step", "--scaling", "16,8,4", *QUICK,
+        "--model", tiny_folder("gated_deltanet"), "--decode-batch-sizes", "1,2", "--max-batch-size", 2,
+        "--plot", "figures.png", "--json",
+    )  # fmt: skip
+    report = result.json()
+    assert [entry["label"] for entry in report["models"]] == ["K=16", "K=8", "K=4"]
+    assert [len(report[kind]) for kind in ("mixer", "forward", "train_step", "decode")] == [3, 3, 3, 2 * 3 * 3]
+    assert Path("figures.png").read_bytes().startswith(b"\x89PNG")
+    for told in (
+        "the whole model, 1 x 8 tokens", "a step of training", "decoding, the delta-rule operator alone, 2 sequences",
+        "launched by Python:", "times floor", "the largest batch that fits", "bound",
+    ):  # fmt: skip
+        assert told in result.err
+    assert "CUDA graph" not in result.err
+
+
+def test_scaling_takes_a_config_alone(keyreduce, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(build("delta_net").config.to_dict()))
+    for path in (config, tmp_path):
+        report = keyreduce("benchmark", "--scaling", "8", "--config", path, *QUICK, "--json").json()
+        assert [(entry["label"], entry["folder"]) for entry in report["models"]] == [("K=8", None)]
+
+
+def test_layers_that_differ_are_told(keyreduce, tmp_path):
+    config = build("delta_net_2").config.to_dict() | {"expand_k": [0.5, 1.0]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    folder = save(build("delta_net_2", expand_k=[0.5, 1.0]), tmp_path / "uneven")
+    told = keyreduce("benchmark", *QUICK, "--model", folder)
+    assert told.code == 0
+    assert "dense: its layers differ in size; where one layer is timed, that is layer 0" in told.err
+    assert "differ" not in keyreduce("benchmark", "--scaling", "8", *QUICK, "--config", tmp_path).err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--scaling", "8,x"), "'8,x' is not a whole number, or several with commas between"),
+        (("--scaling", "8,0"), "'8,0': each number is at least 1"),
+        (("--seq-len", ""), "'' is not a whole number"),
+        (("--config", "config.json"), "--config is for --scaling"),
+        (("--scaling", "8", "--config", "nowhere"), "there is no file nowhere"),
+        (("--plot", "figures.txt"), "--plot figures.txt: its name ends in .png, .svg or .pdf"),
+        (("--batch-size", 10**12), "a batch of 1000000000000 x 8 tokens needs more memory than there is"),
+        (("--decode", "--decode-batch-sizes", 10**12), "decoding 1000000000000 sequences needs more memory"),
+        (("--forward", "--seq-len", 10**12), "a batch of 1 x 1000000000000 tokens needs more memory"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(keyreduce, tiny_folder, arguments, message):
+    result = keyreduce("benchmark", *QUICK, "--model", tiny_folder("delta_net"), *arguments)
+    assert (result.code, result.out) == (2, "")
+    last = result.err.strip().splitlines()[-1]
+    assert message in last
+    assert "Traceback" not in result.err
+    assert list(Path().iterdir()) == []
+
+
+def test_what_exists_is_not_replaced_unasked(keyreduce, tiny_folder):
+    given = ("benchmark", *QUICK, "--model", tiny_folder("delta_net"))
+    for option in ("--output", "--plot"):
+        path = Path("figures.svg")
+        path.write_text("mine")
+        result = keyreduce(*given, option, path)
+        assert result.code == 2
+        assert "--overwrite" in result.err
+        assert path.read_text() == "mine"
+        assert keyreduce(*given, option, path, "--overwrite").code == 0
+        assert path.read_text() != "mine"
