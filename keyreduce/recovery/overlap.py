@@ -12,8 +12,9 @@ _SHORTEST = 40  # characters; a licence line or an empty stub may well be in bot
 def refuse_overlap(calibration: TextSource, heldout: TextSource) -> None:
     """Refuse a held-out text that shares a document with the calibration text.
 
-    Documents (a file is one, unless it holds rows) are compared whole, those of at least 40 characters; what is cut otherwise or changed is not seen, and
-    documents of a ``datasets`` name are not looked at, since that would fetch all of it.
+    Documents (a file is one, unless it holds rows) are compared whole, those of at least 40 characters. What is cut
+    otherwise or changed is not seen, and documents of a ``datasets`` name are not looked at, since that would fetch
+    all of it.
 
     Raises:
         KeyreduceError: it is the same text, or a document is in both.

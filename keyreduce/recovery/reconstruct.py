@@ -16,7 +16,6 @@ import torch
 from keyreduce.errors import KeyreduceError
 from keyreduce.recovery.streams import Stream
 
-
 SCOPES = ("mixer", "block")
 
 

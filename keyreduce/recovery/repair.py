@@ -77,10 +77,9 @@ def check_pair(dense: Checkpoint, pruned: Checkpoint) -> None:
         "vocabulary": lambda config: config.get("vocab_size"),
     }
     for what, read in known.items():
-        if read(dense.config) != read(pruned.config):
-            raise KeyreduceError(
-                f"{pruned.path} was not pruned from {dense.path}: {what} {read(pruned.config)}, not {read(dense.config)}"
-            )
+        of_dense, of_pruned = read(dense.config), read(pruned.config)
+        if of_dense != of_pruned:
+            raise KeyreduceError(f"{pruned.path} was not pruned from {dense.path}: {what} {of_pruned}, not {of_dense}")
 
 
 def repair(

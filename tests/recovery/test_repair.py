@@ -1,0 +1,211 @@
+"""Repair of tiny random models of all families, checked from outside: with hooks on whole models."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import FAMILIES, build, save, tensors_of
+from transformers import AutoModelForCausalLM
+
+from keyreduce.calibration.run import Settings
+from keyreduce.checkpoint.folder import open_folder
+from keyreduce.data.batches import batches, token_rows
+from keyreduce.data.text import FileText
+from keyreduce.errors import KeyreduceError
+from keyreduce.models.loading import load_model
+from keyreduce.recovery.reconstruct import Steps
+from keyreduce.recovery.repair import make_steps, repair
+from keyreduce.recovery.writing import write_repaired
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(num_batches=8, batch_size=2, seq_len=80)
+TARGETS = [{"key": 6}, {"value": 6}, {"head": 1}, {"key": 5, "value": 7, "head": 1}]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> FileText:
+    drawn = np.random.default_rng(0).integers(32, 127, 4000).astype(np.uint8)
+    (tmp_path / "text.txt").write_bytes(drawn.tobytes())
+    return FileText([tmp_path / "text.txt"])
+
+
+@pytest.fixture
+def repaired(tmp_path, text):
+    """A function: the folder of a pruned model, repaired, and the figures."""
+
+    def run(dense: Path, pruned: Path, steps: Steps | None = None, settings: Settings = SETTINGS):
+        sources = open_folder(dense), open_folder(pruned)
+        result = repair(*sources, text, settings, steps=steps, device=CPU)
+        inputs = {"mode": "least-squares" if steps is None else "reconstruct"}
+        target = tmp_path / f"{pruned.name}-repaired"
+        write_repaired(sources[1], result, target, inputs=inputs, seconds=1.0, overwrite=True)
+        return target, result
+
+    return run
+
+
+def run_hooked(folder: Path, text: FileText) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+    """What each output projection of a whole model receives, and what it gives, in rows."""
+    loaded = load_model(folder, CPU, torch.float32)
+    received, given = {}, {}
+    with contextlib.ExitStack() as undo, torch.no_grad():
+        for layer, block in enumerate(loaded.model.model.layers):
+
+            def hook(module, args, output, layer=layer):
+                received.setdefault(layer, []).append(args[0].flatten(0, 1).double())
+                given.setdefault(layer, []).append(output.flatten(0, 1).double())
+
+            undo.callback(block.attn.o_proj.register_forward_hook(hook).remove)
+        rows = token_rows(text.documents(SETTINGS.seed), loaded.tokenizer, SETTINGS.seq_len)
+        for batch in batches(rows, SETTINGS.batch_size, SETTINGS.num_batches):
+            loaded.model(batch, use_cache=False)
+    return tuple({layer: torch.cat(parts) for layer, parts in found.items()} for found in (received, given))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("keep", TARGETS, ids=str)
+def test_each_layer_is_the_least_squares_fit_on_the_repaired_path(pruned_pair, repaired, text, model_type, keep):
+    dense, pruned = pruned_pair(build(model_type), **keep)
+    folder, result = repaired(dense, pruned)
+    _, wanted = run_hooked(dense, text)
+    received, given = run_hooked(folder, text)
+    _, before = run_hooked(pruned, text)
+    for layer, inputs_NC in received.items():
+        best, *_ = np.linalg.lstsq(inputs_NC.numpy(), wanted[layer].numpy(), rcond=None)
+        missing = (wanted[layer] - given[layer]).square().sum().item()
+        least = np.square(wanted[layer].numpy() - inputs_NC.numpy() @ best).sum()
+        # The penalty costs a little, which held-out rows repay.
+        assert least * (1 - 1e-6) <= missing <= 1.05 * least
+        share = missing / wanted[layer].square().sum().item()
+        assert result.layers[layer]["missing_after"] == pytest.approx(share, rel=1e-2)
+        assert result.layers[layer]["missing_before"] > share
+    # The first layer's inputs are those of the pruned model.
+    share = ((wanted[0] - before[0]).square().sum() / wanted[0].square().sum()).item()
+    assert result.layers[0]["missing_before"] == pytest.approx(share, rel=1e-3)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_where_all_is_kept_nothing_changes(tmp_path, repaired, model_type):
+    dense = save(build(model_type), tmp_path / "dense")
+    folder, result = repaired(dense, save(build(model_type), tmp_path / "same"))
+    assert result.tensors == {}
+    assert all(figures["missing_before"] == figures["missing_after"] == 0 for figures in result.layers.values())
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "same" / "model.safetensors").read_bytes()
+
+
+def test_only_output_projections_change_and_the_folder_is_an_ordinary_one(pruned_pair, repaired):
+    dense, pruned = pruned_pair(build("delta_net").bfloat16(), key=6)
+    folder, result = repaired(dense, pruned)
+    before, after = tensors_of(pruned), tensors_of(folder)
+    changed = {name for name, tensor in after.items() if not tensor.equal(before[name])}
+    assert changed == {f"model.layers.{layer}.attn.o_proj.weight" for layer in (0, 1)} == result.tensors.keys()
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert (folder / "config.json").read_bytes() == (pruned / "config.json").read_bytes()
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values())
+    for name, tensor in model.state_dict().items():
+        assert tensor.equal(after.get(name, after["model.embeddings.weight"]))
+
+
+def test_a_layer_that_says_nothing_ends_well(pruned_pair, repaired):
+    """With no values the projection receives zeros: there is nothing to fit on."""
+    model = build("delta_net")
+    with torch.no_grad():
+        model.model.layers[0].attn.v_proj.weight.zero_()
+    dense, pruned = pruned_pair(model, key=6)
+    _, result = repaired(dense, pruned)
+    assert "model.layers.0.attn.o_proj.weight" not in result.tensors
+    assert result.layers[0]["missing_after"] == 0
+    assert 0 < result.layers[1]["missing_after"] < result.layers[1]["missing_before"]
+
+
+def test_a_hybrid_keeps_its_softmax_layers(pruned_pair, repaired):
+    model = build("delta_net", num_hidden_layers=3, attn={"layers": [1], "num_heads": 2})
+    dense, pruned = pruned_pair(model, key=6)
+    _, result = repaired(dense, pruned)
+    assert result.tensors.keys() == {f"model.layers.{layer}.attn.o_proj.weight" for layer in (0, 2)}
+
+
+FEW = Settings(num_batches=2, batch_size=2, seq_len=70)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "scope"), [("delta_net", "mixer"), ("delta_net_2", "block"), ("gated_deltanet", "block")]
+)
+def test_gradient_steps_come_nearer_and_stay_in_their_layer(pruned_pair, repaired, model_type, scope):
+    dense, pruned = pruned_pair(build(model_type), key=6)
+    _, result = repaired(dense, pruned, Steps(32, 3e-3, scope), FEW)
+    for layer, figures in result.layers.items():
+        assert figures["error_last"] < 0.95 * figures["error_first"]
+        names = {name for name in result.tensors if f"layers.{layer}." in name}
+        assert any("q_proj" in name for name in names)
+        assert any(".mlp." in name for name in names) == (scope == "block")
+    assert not {name for name in result.tensors if "layers" not in name}
+
+
+def test_gradient_steps_bring_the_first_mixer_nearer_than_least_squares(pruned_pair, repaired, text):
+    dense, pruned = pruned_pair(build("delta_net", num_hidden_layers=1), key=6)
+    folder, _ = repaired(dense, pruned, Steps(32, 3e-3, "mixer"))
+    plain = repaired(dense, pruned)[1].layers[0]["missing_after"]
+    wanted, given = (run_hooked(path, text)[1][0] for path in (dense, folder))
+    assert ((wanted - given).square().sum() / wanted.square().sum()).item() < 0.95 * plain
+
+
+def test_gradient_steps_repeat(pruned_pair, repaired):
+    dense, pruned = pruned_pair(build("delta_net"), key=6)
+    one, other = (repaired(dense, pruned, Steps(8, 1e-3, "block"), FEW)[1] for _ in range(2))
+    assert one.tensors.keys() == other.tensors.keys()
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(other.tensors[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_that_run_away_are_refused(pruned_pair, repaired):
+    dense, pruned = pruned_pair(build("delta_net"), key=6)
+    with pytest.raises(KeyreduceError, match="give a lower --lr"):
+        repaired(dense, pruned, Steps(20, 1e18, "block"), FEW)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "told"),
+    [
+        ("magic", {}, "take one of least-squares, reconstruct"),
+        ("least-squares", {"lr": 1.0}, "takes no --lr"),
+        ("reconstruct", {"scope": "model"}, "take one of mixer, block"),
+        ("reconstruct", {"lr": 0.0}, "above 0"),
+        ("reconstruct", {"steps": 0}, "at least 1"),
+    ],
+)
+def test_modes_that_do_not_exist_are_refused(mode, options, told):
+    with pytest.raises(KeyreduceError, match=told):
+        make_steps(mode, options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        (dict(hidden_size=64), "hidden size"),
+        (dict(num_hidden_layers=3), "number of layers"),
+        (dict(vocab_size=300), "vocabulary"),
+    ],
+)
+def test_models_that_do_not_belong_together_are_refused(tmp_path, repaired, changes, what):
+    one, other = (save(build("delta_net", **sizes), tmp_path / str(len(sizes))) for sizes in ({}, changes))
+    with pytest.raises(KeyreduceError, match=f"was not pruned from .*{what}"):
+        repaired(other, one)
+
+
+def test_the_record_and_the_card_tell_of_the_repair(pruned_pair, repaired):
+    dense, pruned = pruned_pair(build("delta_net"), key=6)
+    folder, _ = repaired(dense, pruned)
+    before, record = (json.loads((path / "keyreduce.json").read_text()) for path in (pruned, folder))
+    (entry,) = record["repairs"]
+    assert (entry["inputs"], entry["after_step"], entry["tokens"]) == ({"mode": "least-squares"}, 1, 8 * 2 * 80)
+    assert entry["layers"].keys() == {"0", "1"}
+    assert (record["steps"], record["dense"]) == (before["steps"], before["dense"])
+    assert record["identity"] == open_folder(folder).identity != before["identity"]
+    card = (folder / "README.md").read_text()
+    assert card.startswith((pruned / "README.md").read_text().rstrip())
+    assert "## Repair" in card and "least-squares" in card
