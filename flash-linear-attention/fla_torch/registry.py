@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from fla_torch import activations, attention, convolution, cross_entropy, normalization, operators, rotary
+from fla_torch import activations, attention, convolution, cross_entropy, kda, normalization, operators, rotary
 
 TESTED_VERSIONS = "0.6.0"
 
@@ -35,10 +35,14 @@ DISPATCHED = {
     "fla.modules.fused_cross_entropy.ops": (cross_entropy, ("cross_entropy_fwd", "cross_entropy_bwd")),
     "fla.modules.fused_linear_cross_entropy.ops": (cross_entropy, ("fused_linear_cross_entropy_bwd",)),
     "fla.modules.rotary.ops": (rotary, ("rotary_embedding_fwdbwd",)),
+    "fla.ops.kda.chunk": (kda, ("chunk_kda",)),
 }  # fmt: skip
 
 # Dispatched by fla under the name of an operation, where a backend is a class with a method for each function.
-DISPATCHED_OPERATION = "gated_delta_rule"
+DISPATCHED_OPERATIONS = {
+    "gated_delta_rule": operators.chunk_gated_delta_rule,
+    "kda": kda.fused_recurrent_kda_fwd,
+}
 
 # fla module -> (what it does not dispatch, ours). The first two are held by name in the modules of layers. The
 # others are looked up at each call, by the module itself and through the class, so that models of transformers
@@ -110,6 +114,7 @@ def _check_version() -> None:
         wanted = [(module, name) for module, (_, names) in DISPATCHED.items() for name in names]
         wanted += [(module, name.split(".")[0]) for module, (name, _) in UNDISPATCHED.items()]
         wanted.append(("fla.ops.gated_delta_rule.chunk", "chunk_gated_delta_rule"))
+        wanted.append(("fla.ops.kda.fused_recurrent", "fused_recurrent_kda_fwd"))
         wanted.append((SOFTMAX_MODULE, "flash_attn_func"))
         missing += [f"{module}.{name}" for module, name in wanted if not hasattr(importlib.import_module(module), name)]
     except ImportError as error:
@@ -141,10 +146,9 @@ def _register() -> None:
         for name in names:
             place(inspect.unwrap(getattr(module, name)), getattr(ours, name))
 
-    class TorchOperation(TorchBackend):
-        chunk_gated_delta_rule = staticmethod(operators.chunk_gated_delta_rule)
-
-    register(DISPATCHED_OPERATION, verifier=is_taken)(TorchOperation)
+    for operation, implementation in DISPATCHED_OPERATIONS.items():
+        methods = {implementation.__name__: staticmethod(implementation)}
+        register(operation, verifier=is_taken)(type("TorchOperation", (TorchBackend,), methods))
 
     for module_name, (path, implementation) in UNDISPATCHED.items():
         module = importlib.import_module(module_name)
