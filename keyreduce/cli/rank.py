@@ -24,7 +24,10 @@ def rank(
     every: Annotated[int, typer.Option(min=1, help="Look at the states after so many tokens each.")] = 64,
     output: options.Figures = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="The pictures, as PNG.", show_default="in --work")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="The pictures, as PNG; --overwrite replaces them too.", show_default="in --work"
+        ),
     ] = None,
     seed: options.Seed = 0,
     device: options.Device = None,
