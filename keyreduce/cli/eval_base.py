@@ -1,5 +1,6 @@
 """``keyreduce eval --base``: every checkpoint below a folder, several at a time."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,8 +33,32 @@ Jobs = Annotated[
     ),
 ]
 
+_TITLES = {
+    "perplexity_per_token": "perplexity",
+    "perplexity_increase": "over dense",
+    "bits_per_byte": "bits per byte",
+}
+_GIVEN = ("COMMANDLINE", "ENVIRONMENT")
 # What is not handed on to the processes, since it is about this one, or is chosen for each.
 _OWN = {"base", "compressed", "debug", "device", "jobs", "json", "model", "output", "overwrite", "work"}
+
+
+def chosen_base(context: typer.Context, base: Path | None) -> Path | None:
+    """Return the folder to measure; None where ``--compressed`` names one model, which overrules the variable of this.
+
+    Raises:
+        KeyreduceError: both are given by word; or this is one process of several, each of which would measure all.
+    """
+    from keyreduce.errors import KeyreduceError
+
+    by_word = {name for name in ("base", "compressed") if _source(context, name) == "COMMANDLINE"}
+    if len(by_word) == 2:
+        raise KeyreduceError("--base measures a folder of models and --compressed one: give one of the two")
+    if base is None or "compressed" in by_word:
+        return None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise KeyreduceError("--base starts processes of its own: leave out torchrun, and see --jobs")
+    return base
 
 
 def evaluate_base(
@@ -96,9 +121,8 @@ def handed_on(context: typer.Context) -> list[str]:
     """Return the options of a command as they were given, by word or by variable, without those of this process."""
     arguments: list[str] = []
     for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name)
         value = context.params.get(parameter.name)
-        if parameter.name in _OWN or value is None or source is None or source.name.startswith("DEFAULT"):
+        if parameter.name in _OWN or value is None or _source(context, parameter.name) not in _GIVEN:
             continue
         if isinstance(value, bool):
             arguments += [parameter.opts[0] if value else parameter.secondary_opts[0]]
@@ -106,6 +130,11 @@ def handed_on(context: typer.Context) -> list[str]:
         for one in value if isinstance(value, list | tuple) else [value]:
             arguments += [parameter.opts[0], str(one)]
     return arguments
+
+
+def _source(context: typer.Context, name: str) -> str:
+    source = context.get_parameter_source(name)
+    return "" if source is None else source.name
 
 
 def _variables(context: typer.Context) -> list[str]:
@@ -154,15 +183,18 @@ def _compare(entries: list[dict], dense: str) -> None:
 
 
 def _print(console: "Console", entries: list[dict]) -> None:
-    columns = list(dict.fromkeys(name for entry in entries for name in entry["figures"]))
+    """One row a model, and a column for each figure, but for perplexity per word, which is in the files."""
+    found = dict.fromkeys(name for entry in entries for name in entry["figures"])
+    columns = [name for name in _TITLES if name in found]
+    columns += [name for name in found if name not in _TITLES and name != "perplexity_per_word"]
     rows = []
     for entry in entries:
         values = (_told(name, entry["figures"].get(name)) for name in columns)
         rows.append((entry["name"], *values, entry["state"]))
-    console.table(f"{len(entries)} models", ("", *(name.replace("_", " ") for name in columns), ""), rows)
+    console.table(f"{len(entries)} models", ("", *(_TITLES.get(name, name) for name in columns), ""), rows)
 
 
 def _told(name: str, value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:+.1%}" if name.endswith("_increase") else f"{value:,.4f}"
+    return f"{value:+.1%}" if name == "perplexity_increase" else f"{value:,.4f}"

@@ -1,5 +1,6 @@
 """``keyreduce eval --tasks``: lm-evaluation-harness on the models that eval compares."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,13 @@ if TYPE_CHECKING:
     from keyreduce.cli.console import Console
     from keyreduce.evaluation.harness import Tasks as FoundTasks
     from keyreduce.models.loading import LoadedModel
+
+
+def _above_zero(limit: float | None) -> float | None:
+    if limit is not None and not 0 < limit < math.inf:
+        raise typer.BadParameter("it must be above 0")
+    return limit
+
 
 _PANEL = "Tasks of lm-evaluation-harness"
 Tasks = Annotated[
@@ -33,7 +41,7 @@ NumFewshot = Annotated[
 Limit = Annotated[
     float | None,
     typer.Option(
-        min=0.0,
+        callback=_above_zero,
         metavar="N",
         rich_help_panel=_PANEL,
         help="Only so many documents of each task, or that share of them where it is below 1.",

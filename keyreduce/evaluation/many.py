@@ -17,6 +17,7 @@ from keyreduce.workspace import read_json, refuse_unwritable, write_json
 
 INPUTS = "inputs"
 
+_COSTS = ("perplexity_per_token", "perplexity_per_word", "bits_per_byte")
 # The harness's bars would fill the logs.
 _ENVIRONMENT = {"TQDM_MININTERVAL": "60"}
 
@@ -157,7 +158,7 @@ def measure_all(
 def figures_of(report: dict) -> dict[str, float]:
     """Return the figures that a table shows of a result: those of its first model, and one for each task."""
     (entry, *_) = report["models"]
-    found = {name: value for name, value in entry.items() if isinstance(value, float)}
+    found = {name: entry[name] for name in _COSTS if entry.get(name) is not None}
     for figure in main_figures([Figure(**figure) for figure in entry.get("tasks", [])]):
         if figure.value is not None:
             found[f"{figure.task} {figure.metric}"] = figure.value

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from tiny_models import build, edit_tensors, save
 
 from keyreduce.checkpoint.dcp import write_dcp
@@ -136,6 +137,7 @@ def slow_cost(model: torch.nn.Module, context: list[int], continuation: list[int
 @pytest.mark.parametrize("model_type", ["delta_net", "gated_deltanet", "delta_net_2"])
 def test_figures_agree_with_the_definition(everything, tiny_folder, model_type):
     loaded = load(tiny_folder(model_type))
+    loaded.tokenizer.pad_token = None
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
     results = run_tasks(loaded, of(everything, "own_choice", "own_pages"), batch_size=3)
     found = {(figure.task, figure.metric): figure.value for figure in figures(results)}
@@ -160,6 +162,7 @@ def test_figures_agree_with_the_definition(everything, tiny_folder, model_type):
     assert found["own_pages", "bits_per_byte"] == pytest.approx(-cost / num_bytes / math.log(2), rel=1e-5)
     after = loaded.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert loaded.tokenizer.pad_token is None
 
 
 def test_what_is_written_is_what_the_harness_writes(everything, tiny_folder, tmp_path, monkeypatch):
@@ -353,6 +356,18 @@ def test_text_is_written_as_it_is(tmp_path):
     assert (tmp_path / "results.json").read_text() == json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     with pytest.raises(KeyreduceError, match="exists"):
         write_results(tmp_path / "results.json", content)
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "nan", "inf"])
+def test_a_limit_must_leave_something(limit):
+    app = typer.Typer()
+
+    @app.command()
+    def body(limit: eval_tasks.Limit = None) -> None:
+        raise AssertionError(limit)
+
+    with pytest.raises(typer.BadParameter, match="above 0"):
+        app(["--limit", limit], standalone_mode=False)
 
 
 def test_the_table_of_two_models(everything, tiny_folder, tmp_path, capsys, monkeypatch):

@@ -204,7 +204,7 @@ def test_figures_of_a_result():
 @pytest.fixture
 def command(base, tmp_path, monkeypatch):
     """A function that runs a command with some of eval's options, and returns its context and what was raised."""
-    for name in ("COMPRESSED_BASE", "BASE_MODEL_DIR", "NUM_BATCHES"):
+    for name in ("COMPRESSED_BASE", "COMPRESSED_MODEL", "BASE_MODEL_DIR", "NUM_BATCHES"):
         monkeypatch.delenv(name, raising=False)
     text = tmp_path / "text.txt"
     text.write_text("x" * 100)
@@ -213,6 +213,7 @@ def command(base, tmp_path, monkeypatch):
         def body(
             context: typer.Context,
             model: options.DenseModel = None,
+            compressed: options.Compressed = None,
             work: options.Work = tmp_path / "work",
             text: options.Text = None,
             num_batches: Annotated[int, typer.Option(envvar="NUM_BATCHES")] = 8,
@@ -225,6 +226,7 @@ def command(base, tmp_path, monkeypatch):
             jobs: eval_base.Jobs = None,
         ) -> None:
             seen["arguments"] = eval_base.handed_on(context)
+            seen["base"] = base = eval_base.chosen_base(context, base)
             if base is not None:
                 eval_base.evaluate_base(
                     Console(as_json=json),
@@ -294,6 +296,19 @@ def test_the_command_measures_a_folder(command, base, tmp_path, calls, capsys, m
     states = {entry["name"]: entry for entry in json.loads((tmp_path / "work" / "eval.json").read_text())["models"]}
     assert states["b"]["state"] == "failed" and states["b"]["message"] == "it is too large"
     assert states["deep/a"]["state"] == "measured"
+
+
+def test_one_model_by_word_overrules_the_variable_of_a_folder(command, base, monkeypatch):
+    monkeypatch.setenv("COMPRESSED_BASE", str(base))
+    assert command("--compressed", "one")["base"] is None
+    with pytest.raises(KeyreduceError, match="give one of the two"):
+        command("--compressed", "one", "--base", str(base))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command("--compressed", "one")["base"] is None
+    with pytest.raises(KeyreduceError, match="leave out torchrun"):
+        command()
+    monkeypatch.delenv("COMPRESSED_BASE")
+    assert command()["base"] is None
 
 
 def test_a_process_measures_the_model(tmp_path, monkeypatch):
