@@ -20,7 +20,7 @@ import typer
 from keyreduce import cli
 from keyreduce.errors import KeyreduceError
 from keyreduce.sweep.record import FAILURE_NAME, LOG_NAME, RESULT_NAME, TASK_NAME
-from keyreduce.sweep.runs import CHECKPOINT_NAME, DCP_NAME
+from keyreduce.sweep.runs import CHECKPOINT_NAME, CUT_NAME, DCP_NAME
 from keyreduce.workspace import RECORD_NAME, read_json, write_json
 
 _INTERRUPTED = 130
@@ -28,7 +28,12 @@ _INTERRUPTED = 130
 
 def run_folders(folders: Sequence[Path]) -> None:
     """Do the runs of some folders; each leaves there its result, or why it has none."""
-    import keyreduce.models.loading  # noqa: F401  (what takes seconds to import is no part of a step's time)
+    from keyreduce.checkpoint.find import find_model
+    from keyreduce.checkpoint.folder import open_folder
+    from keyreduce.models.skeleton import describe
+
+    # What takes seconds to import is no part of a step's time: this imports it.
+    describe(open_folder(find_model(None)).config)
 
     commands = typer.main.get_command(cli.app).commands.values()
     for variable in {parameter.envvar for command in commands for parameter in command.params if parameter.envvar}:
@@ -51,7 +56,7 @@ def run_folder(folder: Path) -> None:
             if (folder / CHECKPOINT_NAME / RECORD_NAME).is_file():
                 shutil.copyfile(folder / CHECKPOINT_NAME / RECORD_NAME, folder / RECORD_NAME)
             if not task["keep_checkpoints"]:
-                for name in (CHECKPOINT_NAME, DCP_NAME):
+                for name in (CUT_NAME, CHECKPOINT_NAME, DCP_NAME):
                     shutil.rmtree(folder / name, ignore_errors=True)
             write_json(folder / RESULT_NAME, {"settings": task["settings"], "steps": steps}, overwrite=True)
         except Exception as error:

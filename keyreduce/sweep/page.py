@@ -21,7 +21,7 @@ tr.first td { border-top: 1px solid #8888; }
 .name { text-align: left; }
 img { max-width: 100%; height: auto; background: #fff; }
 pre { overflow-x: auto; font-size: .85rem; background: #8881; padding: .7rem; }
-.missing { color: #b00020; }
+.failed { color: #b00020; }
 """
 
 
@@ -35,9 +35,11 @@ def page(results: Results, pictures: Mapping[str, Path]) -> str:
     record = results.record
     title = f"Sweep {Path(str(record.get('recipe', ''))).name}".strip()
     parts = [f"<h1>{escape(title)}</h1>"]
-    if results.missing:
-        items = "".join(f"<li>{escape(run)}: {escape(why)}</li>" for run, why in results.missing.items())
-        parts.append(f'<div class="missing"><p>Without a result:</p><ul>{items}</ul></div>')
+    if results.failed:
+        items = "".join(f"<li>{escape(run)}: {escape(why)}</li>" for run, why in results.failed.items())
+        parts.append(f'<div class="failed"><p>Failed:</p><ul>{items}</ul></div>')
+    if results.waiting:
+        parts.append(f"<p>Runs that are not done yet: {len(results.waiting)}.</p>")
     for shown, path in pictures.items():
         data = base64.b64encode(path.read_bytes()).decode()
         parts.append(f'<h2>{escape(shown)}</h2>\n<img alt="{escape(shown)}" src="data:image/png;base64,{data}">')

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
@@ -12,12 +11,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from keyreduce.sweep.recipe import NO_REPAIR
 from keyreduce.sweep.results import Results, Row, pareto_front
 
-# Okabe and Ito's colours, which the colour-blind tell apart, without their yellow, which is pale on white.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "osD^vP*Xp<>h"
+# Okabe and Ito's colours, which the colour-blind tell apart, with brown for their yellow, which is pale on white.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D46")
+_MARKERS = "osD^vPXp<>hd"
 _LINES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 _LEGEND_INCHES = 2.3
-_LOGARITHMIC_FROM = 2.0  # times as much at the top as at the bottom
+_LOGARITHMIC_FROM = 3.0  # times as much at the top as at the bottom
+_DENSE = {"color": "0.35", "marker": "*", "markersize": 11, "linestyle": ""}
 _AXES = {
     "mixer": "mixer layer, times as fast as dense",
     "forward": "whole model, times as fast as dense",
@@ -26,8 +26,8 @@ _AXES = {
 }
 
 
-def plot_perplexity(results: Results, path: Path) -> None:
-    """Draw perplexity against the share removed: a panel for each model and target, into a PNG file."""
+def draw_perplexity(results: Results) -> Canvas:
+    """Draw perplexity against the share removed: a panel for each model and target, bars for the spread over seeds."""
     models = list(dict.fromkeys(row.model for row in results.rows))
     targets = list(dict.fromkeys(row.target for row in results.rows))
     style = _Style(results.rows)
@@ -56,11 +56,11 @@ def plot_perplexity(results: Results, path: Path) -> None:
             axes.set_xticks([0, *(100 * ratio for ratio in sorted({row.ratio for row in rows}))])
             axes.set(title=f"{model}, {target}", xlabel=f"share of {target} removed, %", ylabel="perplexity per token")
             _scale(axes, [dense, *(row.perplexity.mean for row in rows)])
-    figure.savefig(path, dpi=130)
+    return figure
 
 
-def plot_pareto(results: Results, path: Path) -> None:
-    """Draw perplexity against what was timed, or against the state's size where nothing was, into a PNG file.
+def draw_pareto(results: Results) -> Canvas:
+    """Draw perplexity against what was timed, or against the state's size where nothing was.
 
     The front is the line through what nothing else beats in both: what is left of it is as good, but slower.
     """
@@ -84,15 +84,15 @@ def plot_pareto(results: Results, path: Path) -> None:
                     fillstyle=style.fill(row.repair),
                     **style.marker(row.label),
                 )
-            axes.plot(1.0, dense, color="0.35", marker="s", markersize=8, linestyle="")
+            axes.plot(1.0, dense, **_DENSE)
             front = pareto_front(points)
             axes.plot(*zip(*(points[number] for number in front), strict=True), color="0.35", linewidth=1, zorder=0)
-            words = ["dense", *(f"{row.target + ' ' if several else ''}{100 * row.ratio:g}%" for row in rows)]
+            words = ["", *(f"{row.target + ' ' if several else ''}{100 * row.ratio:g}%" for row in rows)]
             _label_front(axes, [points[number] for number in front], [words[number] for number in front])
             axes.set(title=model, xlabel=_AXES[kind], ylabel="perplexity per token")
             axes.margins(x=0.12, y=0.1)
             _scale(axes, [cost for _, cost in points])
-    figure.savefig(path, dpi=130)
+    return figure
 
 
 class _Style:
@@ -128,6 +128,7 @@ class _Style:
                     look = {"linestyle": "", "marker": "o", "fillstyle": self.fill(repair)}
                 handles.append(Line2D([], [], color="black", label=word, **look))
         if front:
+            handles.append(Line2D([], [], label="dense", **_DENSE))
             handles.append(Line2D([], [], color="0.35", linewidth=1, label="Pareto front"))
         else:
             handles.append(Line2D([], [], color="0.5", linewidth=0.8, label="dense"))
@@ -138,6 +139,7 @@ def _panels(rows: int, columns: int, style: _Style, *, front: bool = False) -> t
     handles = style.legend(front=front)
     height = max(3.6 * rows, 0.25 * len(handles) + 0.6)
     figure = Canvas(figsize=(4.6 * columns + _LEGEND_INCHES, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     panels = figure.subplots(rows, columns, squeeze=False)
     figure.legend(handles=handles, loc="outside right center", fontsize=9, frameon=False)
     for axes in panels.flat:
@@ -155,13 +157,14 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
     if ratio < _LOGARITHMIC_FROM:
         return
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if ratio > 1000 else (1, 2, 5), numticks=20))
+    steps = (1, 1.5, 2, 3, 4, 6, 8) if ratio < 10 else (1, 2, 5) if ratio < 1000 else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=20))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _label_front(axes: Axes, points: Sequence[tuple[float, float]], words: Sequence[str]) -> None:
-    """Write words beside the points of a front, which rises to the right: above them on their left is free."""
+    """Write words beside the points of a front, which rises to the right: below them on their right is free."""
     for (gain, cost), word in zip(points, words, strict=True):
         axes.annotate(word, (gain, cost), xytext=(5, -11), textcoords="offset points", fontsize=8, color="0.25")
 

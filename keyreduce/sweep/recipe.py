@@ -40,11 +40,12 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.pruning.budget import Budget
 from keyreduce.pruning.methods import method_named
 from keyreduce.pruning.planning import check_options
+from keyreduce.recovery.modes import MODES
 from keyreduce.sweep.fields import check_filled, check_kind, check_list, check_table
 
 NO_REPAIR = "none"
-REPAIRS = (NO_REPAIR, "least-squares", "reconstruct")
-"""What ``keyreduce prune --recover`` takes, and the word for leaving it out."""
+REPAIRS = (NO_REPAIR, *MODES)
+"""What ``keyreduce recover --mode`` takes, and the word for leaving it out."""
 KINDS = ("mixer", "forward", "decode")
 _MOST_SEED = 2**32 - 1
 _SIZES = dict.fromkeys(("num_batches", "batch_size", "seq_len"), int)
@@ -87,6 +88,15 @@ class Timing(NamedTuple):
     decode_batch_sizes: tuple[int, ...] = (8,)
 
 
+class Recovery(NamedTuple):
+    """How much text a repair takes, and how many gradient steps a layer, where it makes any; None leaves them to it."""
+
+    num_batches: int
+    batch_size: int
+    seq_len: int
+    steps: int | None = None
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A sweep.
@@ -97,6 +107,7 @@ class Recipe:
         calibration, heldout: how much text for the sums, and for measuring.
         per_seed: whether each seed has calibration text of its own.
         convert: whether pruned models are also written as distributed checkpoints.
+        recovery: what repairs work with.
         timing: what is timed; None for nothing.
         cells: what is done to each model.
     """
@@ -107,6 +118,7 @@ class Recipe:
     heldout: Settings
     per_seed: bool
     convert: bool
+    recovery: Recovery
     timing: Timing | None
     cells: list[Cell]
 
@@ -137,7 +149,7 @@ def read_recipe(path: Path) -> Recipe:
         "",
         content,
         {"calibration": dict, "heldout": dict, "prune": list},
-        {"models": list, "seeds": list, "convert": bool, "benchmark": dict},
+        {"models": list, "seeds": list, "convert": bool, "recover": dict, "benchmark": dict},
     )
     check_filled(path, "", content, ("prune",))
     seeds = content.get("seeds", [0])
@@ -153,13 +165,15 @@ def read_recipe(path: Path) -> Recipe:
         calibration = dict(calibration)
         per_seed = calibration.pop("per_seed")
         check_kind(path, "calibration.per_seed", per_seed, bool)
+    settings = _settings(path, "calibration", calibration)
     return Recipe(
         models,
         seeds,
-        _settings(path, "calibration", calibration),
+        settings,
         heldout,
         per_seed,
         content.get("convert", True),
+        _recovery(path, content["recover"]) if "recover" in content else Recovery(*settings[:3]),
         _timing(path, content["benchmark"]) if "benchmark" in content else None,
         [cell for table in content["prune"] for cell in _cells(path, table)],
     )
@@ -186,6 +200,14 @@ def _settings(path: Path, name: str, table: Mapping) -> Settings:
     except KeyreduceError as error:
         raise KeyreduceError(f"{path}: {name}: {error}") from None
     return settings
+
+
+def _recovery(path: Path, table: Mapping) -> Recovery:
+    check_table(path, "recover.", table, _SIZES, {"steps": int})
+    if table.get("steps", 1) < 1:
+        raise KeyreduceError(f"{path}: recover.steps is {table['steps']}; it is at least 1")
+    _settings(path, "recover", {name: table[name] for name in _SIZES})
+    return Recovery(**table)
 
 
 def _timing(path: Path, table: Mapping) -> Timing:

@@ -38,7 +38,7 @@ class Row:
         increase: perplexity over that of the dense model, minus 1.
         bits_per_byte: of held-out text.
         state: bytes of recurrent state, as a share of the dense model's.
-        seconds: wall time of ``keyreduce prune``, the repair included.
+        seconds: wall time of ``keyreduce prune``, and of ``keyreduce recover`` after it.
         speedups: what was timed -> the dense model's time into the pruned one's.
     """
 
@@ -65,13 +65,15 @@ class Results(NamedTuple):
         record: its ``sweep.json``.
         rows: in the recipe's order.
         dense: model -> perplexity per token and bits per byte, of those that were measured.
-        missing: title -> why, of the runs without a result.
+        failed: title -> why, of the runs that failed.
+        waiting: titles of the runs that are not done yet.
     """
 
     record: dict
     rows: list[Row]
     dense: dict[str, tuple[float, float]]
-    missing: dict[str, str]
+    failed: dict[str, str]
+    waiting: list[str]
 
     @property
     def kinds(self) -> list[str]:
@@ -88,11 +90,16 @@ def read_results(root: Path) -> Results:
     root, record = Path(root), read_sweep(root)
     dense: dict[str, tuple[float, float]] = {}
     groups: dict[tuple, list[dict]] = {}
-    missing: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    waiting: list[str] = []
     for run in record["runs"]:
         folder = root / run["folder"]
         if not is_done(folder):
-            missing[run["title"]] = failure_of(folder) or "not done yet"
+            why = failure_of(folder)
+            if why is None:
+                waiting.append(run["title"])
+            else:
+                failed[run["title"]] = why
             continue
         try:
             steps = read_json(folder / RESULT_NAME)["steps"]
@@ -106,7 +113,7 @@ def read_results(root: Path) -> Results:
                 f"{folder / RESULT_NAME} is damaged; remove that folder, and run keyreduce sweep again"
             ) from error
     rows = [_row(key, runs, dense[key[0]][0]) for key, runs in groups.items() if key[0] in dense]
-    return Results(record, rows, dense, missing)
+    return Results(record, rows, dense, failed, waiting)
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[int]:
@@ -137,7 +144,7 @@ def _figures(steps: Mapping) -> dict:
         "perplexity": perplexity,
         "bits": bits,
         "state": after / before,
-        "seconds": steps["prune"]["seconds"],
+        "seconds": sum(steps[name]["seconds"] for name in ("prune", "recover") if name in steps),
         "speedups": _speedups(steps["benchmark"]["result"]) if "benchmark" in steps else {},
     }
 

@@ -19,6 +19,7 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.jobs import Job, Outcome
 from keyreduce.pruning.methods import method_named
 from keyreduce.pruning.planning import check_method
+from keyreduce.recovery.overlap import refuse_overlap
 from keyreduce.sweep.recipe import Recipe
 from keyreduce.sweep.record import FAILURE_NAME, RESULT_NAME, SWEEP_NAME, TASK_NAME, failure_of, is_done
 from keyreduce.sweep.runs import PRUNED, Model, Place, Run, Texts, plan_runs
@@ -63,7 +64,7 @@ def plan_sweep(
     """
     if not recipe.models:
         raise KeyreduceError("the recipe names no models; give them with --model")
-    _refuse_overlap(calibration, heldout)
+    refuse_overlap(calibration, heldout)
     models = []
     for name in recipe.models:
         source = open_model(name)
@@ -227,20 +228,6 @@ def _locked(root: Path) -> Iterator[None]:
         except BlockingIOError:
             raise KeyreduceError(f"another sweep is at work in {root}; wait for it, or give another --output") from None
         yield
-
-
-def _refuse_overlap(calibration: TextSource, heldout: TextSource) -> None:
-    if calibration.identity == heldout.identity:
-        raise KeyreduceError("calibration and held-out text are the same; give different ones")
-    paths = [
-        [Path(os.path.realpath(path)) for path in text.describe().get("paths", ())] for text in (calibration, heldout)
-    ]
-    for ours in paths[0]:
-        for theirs in paths[1]:
-            if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
-                raise KeyreduceError(
-                    f"{ours} is both calibration and held-out text, or in the other; give different ones"
-                )
 
 
 def _short(name: str, names: Sequence[str]) -> str:

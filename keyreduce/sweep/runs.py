@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 from keyreduce import __version__
 from keyreduce.calibration.run import Settings
-from keyreduce.sweep.recipe import NO_REPAIR, Cell, Recipe
+from keyreduce.recovery.modes import RECONSTRUCT
+from keyreduce.sweep.recipe import NO_REPAIR, Cell, Recipe, Recovery
 
 CALIBRATION, DENSE, PRUNED = "calibration", "dense", "pruned"
 CALIBRATION_NAME = "calibration.safetensors"
+CUT_NAME = "cut"
 CHECKPOINT_NAME = "checkpoint"
 DCP_NAME = "dcp"
 
@@ -106,6 +108,7 @@ class _Planner(NamedTuple):
 
     def pruned(self, model: Model, cell: Cell, seed: int) -> Run:
         calibration = self._calibration(model, self.recipe.calibration_seed(seed))
+        is_repaired = cell.repair != NO_REPAIR
         timing = self.recipe.timing
         settings = {
             "model": model.identity,
@@ -115,11 +118,15 @@ class _Planner(NamedTuple):
             "heldout": self._measured(),
             "timing": timing and timing._asdict(),
             "convert": self.recipe.convert,
+            **({"recovery": [self.calibration.identity, *self.recipe.recovery]} if is_repaired else {}),
         }
         words = (cell.target.replace(",", "+"), cell.label, cell.ratio, cell.repair, f"seed{seed}")
         folder = self._folder("runs", model, words, settings)
         checkpoint = self.root / folder / CHECKPOINT_NAME
-        steps = {"prune": self._prune(model, cell, seed, calibration, checkpoint)}
+        cut = self.root / folder / CUT_NAME if is_repaired else checkpoint
+        steps = {"prune": self._prune(model, cell, seed, calibration, cut)}
+        if is_repaired:
+            steps["recover"] = self._recover(model, cell, self.recipe.calibration_seed(seed), cut, checkpoint)
         if self.recipe.convert:
             steps["convert"] = ["convert-dcp", str(checkpoint), str(self.root / folder / DCP_NAME), "--json"]
         if timing:
@@ -134,7 +141,7 @@ class _Planner(NamedTuple):
             "repair": cell.repair,
             "seed": seed,
         }
-        repair = "" if cell.repair == NO_REPAIR else f", {cell.repair}"
+        repair = f", {cell.repair}" if is_repaired else ""
         title = f"{model.name}, {100 * cell.ratio:g}% of {cell.target} by {cell.label}{repair}, seed {seed}"
         return Run(PRUNED, title, folder, settings, steps, about, (calibration.folder,))
 
@@ -168,8 +175,14 @@ class _Planner(NamedTuple):
         command = ["prune", "--model", model.path, "--method", cell.method, "--target", cell.target]
         command += ["--ratio", str(cell.ratio), "--seed", str(seed), "--calibration", str(sums)]
         command += [part for option in cell.changed_options.items() for part in ("--set", _setting(*option))]
-        if cell.repair != NO_REPAIR:
-            command += ["--recover", cell.repair, *_text(self.calibration)]
+        return [*command, "--device", self.place.device, "--output", str(checkpoint), "--json"]
+
+    def _recover(self, model: Model, cell: Cell, seed: int, cut: Path, checkpoint: Path) -> list[str]:
+        recovery = self.recipe.recovery
+        command = ["recover", "--mode", cell.repair, "--compressed", str(cut), "--model", model.path]
+        command += [*_sizes(recovery), "--seed", str(seed), *_text(self.calibration)]
+        if cell.repair == RECONSTRUCT and recovery.steps is not None:
+            command += ["--steps", str(recovery.steps)]
         return [*command, "--device", self.place.device, "--output", str(checkpoint), "--json"]
 
     def _benchmark(self, model: Model, folder: str, checkpoint: Path) -> list[str]:
@@ -213,7 +226,7 @@ def slug(*words: object) -> str:
     return re.sub(r"[^\w.+]+", "-", "-".join(map(str, words))).strip("-")[:120]
 
 
-def _sizes(settings: Settings) -> list[str]:
+def _sizes(settings: Settings | Recovery) -> list[str]:
     numbers = {"--num-batches": settings.num_batches, "--batch-size": settings.batch_size}
     return [
         part for option, number in (*numbers.items(), ("--seq-len", settings.seq_len)) for part in (option, str(number))

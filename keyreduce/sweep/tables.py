@@ -5,7 +5,7 @@ import dataclasses
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from keyreduce.sweep.recipe import NO_REPAIR
@@ -57,7 +57,7 @@ def notes(results: Results) -> list[str]:
         said.append(f"Mean ± sample standard deviation over {seeds}.")
     said.append("Bold: the lowest perplexity of its target and share removed.")
     said.append(
-        "State: bytes of recurrent state, over the dense model's. Seconds: wall time of prune, repair included."
+        "State: bytes of recurrent state, over the dense model's. Seconds: wall time of prune, and of recover after it."
     )
     timing = results.record.get("timing")
     if results.kinds and timing:
@@ -82,8 +82,11 @@ def markdown(results: Results) -> str:
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         parts.append(f"**{_pipe(section.title)}**\n\n{table}")
     parts.append(" ".join(notes(results)))
-    if results.missing:
-        parts.append("Without a result:\n\n" + "\n".join(f"- {title}: {why}" for title, why in results.missing.items()))
+    if results.failed:
+        failed = [f"- {_pipe(title)}: {_pipe(why)}" for title, why in results.failed.items()]
+        parts.append("Failed:\n\n" + "\n".join(failed))
+    if results.waiting:
+        parts.append(f"Runs that are not done yet: {len(results.waiting)}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -156,25 +159,30 @@ def _cells(row: Row, kinds: Sequence[str]) -> list[str]:
         "" if row.repair == NO_REPAIR else row.repair,
         f"{100 * row.ratio:g}%",
         _with_spread(row.perplexity, number_of),
-        _with_spread(row.increase, lambda share: f"{100 * share:,.1f}", signed=True) + "%",
-        _with_spread(row.bits_per_byte, lambda bits: f"{bits:.3f}"),
+        _with_spread(row.increase, _decimals(1, 100), signed=True) + "%",
+        _with_spread(row.bits_per_byte, _decimals(3)),
         "" if math.isnan(row.state) else f"{100 * row.state:.0f}%",
-        *(_with_spread(row.speedups[kind], lambda x: f"{x:.2f}") if kind in row.speedups else "" for kind in kinds),
-        _with_spread(row.seconds, lambda seconds: f"{seconds:.1f}"),
+        *(_with_spread(row.speedups[kind], _decimals(2)) if kind in row.speedups else "" for kind in kinds),
+        _with_spread(row.seconds, _decimals(1)),
     ]
 
 
-def number_of(perplexity: float) -> str:
-    """Return a perplexity with as many digits as tell something."""
-    if perplexity < 100:
-        return f"{perplexity:.3f}"
-    return f"{perplexity:,.1f}" if perplexity < 10_000 else f"{perplexity:.3g}"
+def number_of(perplexity: float, like: float | None = None) -> str:
+    """Return a perplexity with as many digits as tell something; a spread with as many as its mean has."""
+    size = perplexity if like is None else like
+    if size < 1e6:
+        return f"{perplexity:,.{3 if size < 100 else 1 if size < 10_000 else 0}f}"
+    return f"{perplexity:.3g}"
 
 
-def _with_spread(figure: Figure, form, *, signed: bool = False) -> str:
+def _with_spread(figure: Figure, form: Callable[..., str], *, signed: bool = False) -> str:
     sign = "+" if signed and figure.mean >= 0 else ""
-    spread = "" if figure.spread is None else f" ± {form(figure.spread)}"
+    spread = "" if figure.spread is None else f" ± {form(figure.spread, figure.mean)}"
     return f"{sign}{form(figure.mean)}{spread}"
+
+
+def _decimals(number: int, factor: float = 1) -> Callable[..., str]:
+    return lambda value, _=None: f"{factor * value:,.{number}f}"
 
 
 def _is_disturbed(record: dict) -> bool:
@@ -186,8 +194,8 @@ def _bold_markdown(section: Section, number: int, column: int, cell: str) -> str
 
 
 def _pipe(text: str) -> str:
-    """Escape what ends a cell, or starts emphasis inside a name such as ``a_b_c``."""
-    return re.sub(r"([|\\`*_<])", r"\\\1", text)
+    """Escape what ends a cell, or is no plain text."""
+    return re.sub(r"([|\\`*<])", r"\\\1", text)
 
 
 def _escape(text: str) -> str:
@@ -199,7 +207,7 @@ def _latex_line(cells: Sequence[str]) -> str:
 
 
 def as_json(results: Results) -> dict:
-    """Return all figures as JSON: ``dense``, ``rows`` and what is ``missing``."""
+    """Return all figures as JSON: ``dense``, ``rows``, what has ``failed`` and what is ``waiting``."""
     rows = []
     for row in results.rows:
         entry = dataclasses.asdict(row)
@@ -207,4 +215,4 @@ def as_json(results: Results) -> dict:
         entry["speedups"] = {kind: figure._asdict() for kind, figure in row.speedups.items()}
         rows.append({name: None if value != value else value for name, value in entry.items()})
     dense = {model: {"perplexity": costs[0], "bits_per_byte": costs[1]} for model, costs in results.dense.items()}
-    return {"dense": dense, "rows": rows, "missing": results.missing}
+    return {"dense": dense, "rows": rows, "failed": results.failed, "waiting": results.waiting}
