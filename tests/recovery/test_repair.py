@@ -65,8 +65,11 @@ def run_hooked(folder: Path, text: FileText) -> tuple[dict[int, torch.Tensor], d
     return tuple({layer: torch.cat(parts) for layer, parts in found.items()} for found in (received, given))
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-@pytest.mark.parametrize("keep", TARGETS, ids=str)
+@pytest.mark.parametrize(
+    ("model_type", "keep"),
+    [("delta_net", keep) for keep in TARGETS] + [("delta_net_2", TARGETS[3]), ("gated_deltanet", TARGETS[3])],
+    ids=str,
+)
 def test_each_layer_is_the_least_squares_fit_on_the_repaired_path(pruned_pair, repaired, text, model_type, keep):
     dense, pruned = pruned_pair(build(model_type), **keep)
     folder, result = repaired(dense, pruned)
@@ -148,8 +151,8 @@ def test_gradient_steps_come_nearer_and_stay_in_their_layer(pruned_pair, repaire
 
 def test_gradient_steps_bring_the_first_mixer_nearer_than_least_squares(pruned_pair, repaired, text):
     dense, pruned = pruned_pair(build("delta_net", num_hidden_layers=1), key=6)
-    folder, _ = repaired(dense, pruned, Steps(32, 3e-3, "mixer"))
     plain = repaired(dense, pruned)[1].layers[0]["missing_after"]
+    folder, _ = repaired(dense, pruned, Steps(32, 3e-3, "mixer"))
     wanted, given = (run_hooked(path, text)[1][0] for path in (dense, folder))
     assert ((wanted - given).square().sum() / wanted.square().sum()).item() < 0.95 * plain
 
