@@ -31,6 +31,13 @@ def evaluate(
             show_default="--seq-len: no overlap",
         ),
     ] = None,
+    by_document: Annotated[
+        bool,
+        typer.Option(
+            "--by-document",
+            help="Score each document on its own and all of it, as lm-evaluation-harness does; else all are joined.",
+        ),
+    ] = False,
     recall: Annotated[
         str | None,
         typer.Option(
@@ -81,7 +88,7 @@ def evaluate(
         """Do what is this process's share: everything that can fail but writing the report."""
         refuse_existing(output, overwrite)
         refuse_unwritable(target, folder=False)
-        check_lengths(seq_len, stride or seq_len)
+        check_lengths(seq_len, stride, by_document=by_document)
         asked = recall and recall_settings(recall, recall_lengths, recall_pairs, recall_probes, seed)
         source = text_source(text or (), dataset, dataset_config, split, default="heldout")
         on = pick_device(processes.device(device))
@@ -94,6 +101,7 @@ def evaluate(
                     source,
                     seq_len=seq_len,
                     stride=stride,
+                    by_document=by_document,
                     batch_size=batch_size,
                     num_rows=num_rows,
                     processes=processes,
@@ -112,12 +120,18 @@ def evaluate(
     shares = processes.gather(measure)
     if processes.rank:
         return
-    report = {"text": shares[0]["text"], "seq_len": seq_len, "stride": stride or seq_len, "models": []}
+    report = {
+        "text": shares[0]["text"],
+        "seq_len": seq_len,
+        "stride": check_lengths(seq_len, stride, by_document=by_document),
+        "by_document": by_document,
+        "models": [],
+    }
     if shares[0]["recall"]:
         report["recall"] = shares[0]["recall"]
     for parts in zip(*(share["models"] for share in shares), strict=True):
         cost = total(row for part in parts for row in part["rows"])
-        if cost.predictions < seq_len - 1:
+        if cost.predictions < seq_len - 1 and not by_document:
             console.note(f"the text is shorter than one sequence: {cost.predictions + 1} tokens instead of {seq_len}")
         entry = {"label": parts[0]["label"], "folder": parts[0]["folder"], **cost.figures()}
         if "recall" in parts[0]:
@@ -147,7 +161,8 @@ def _show_perplexity(console, report: dict) -> None:
         row += ["" if entry[name] is None else f"{entry[name]:,.4f}" for name in names]
         increase = entry.get("perplexity_increase")
         rows.append([*row, "" if increase is None else f"{increase:+.1%}"])
-    how = "" if report["stride"] == report["seq_len"] else f", one every {report['stride']}"
+    how = f", one every {report['stride']}" if report["stride"] < report["seq_len"] else ""
+    how += ", each document on its own" if report["by_document"] else ""
     console.table(
         f"{report['models'][0]['predictions']:,} predictions in rows of {report['seq_len']} tokens{how}",
         ("", *(name.replace("_", " ") for name in names), "perplexity over dense"),

@@ -16,7 +16,7 @@ from keyreduce.data.batches import bytes_per_token
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.processes import Processes
-from keyreduce.evaluation.windows import Window, windows
+from keyreduce.evaluation.windows import Window, alike, document_windows, windows
 from keyreduce.models.loading import LoadedModel
 
 
@@ -62,8 +62,8 @@ class Perplexity:
     def word_perplexity(self) -> float:
         """Perplexity per word, lm-evaluation-harness's ``word_perplexity``; inf where it is beyond a float.
 
-        The harness scores each document on its own, and no separator: for one document, all of which is scored, the
-        two agree. NaN where no word begins.
+        The two agree where all of each document is scored, on its own (``by_document``). Where documents are joined,
+        their separators cost too. NaN where no word begins.
         """
         return _exponential(self.nats / self.words) if self.words else math.nan
 
@@ -170,16 +170,19 @@ def measure_rows(
     return Perplexity.of(window_costs(model, batches, bytes_V, name=name, progress=progress))
 
 
-def check_lengths(seq_len: int, stride: int) -> None:
-    """Refuse lengths that leave nothing to predict.
+def check_lengths(seq_len: int, stride: int | None, *, by_document: bool = False) -> int:
+    """Refuse lengths that leave nothing to predict, and return the stride; see `text_costs`.
 
     Raises:
         KeyreduceError: names the option.
     """
     if seq_len < 2:
         raise KeyreduceError(f"rows of {seq_len} token leave nothing to predict; give --seq-len 2 or more")
-    if not 1 <= stride <= seq_len:
-        raise KeyreduceError(f"--stride is {stride}; it is at least 1 and at most --seq-len, {seq_len}")
+    most, called = (seq_len - 1, "below") if by_document else (seq_len, "at most")
+    stride = most if stride is None else stride
+    if not 1 <= stride <= most:
+        raise KeyreduceError(f"--stride is {stride}; it is at least 1 and {called} --seq-len, {seq_len}")
+    return stride
 
 
 def text_costs(
@@ -190,10 +193,11 @@ def text_costs(
     batch_size: int,
     num_rows: int | None,
     stride: int | None = None,
+    by_document: bool = False,
     processes: Processes = Processes(),
     progress: Callable[[int], None] | None = None,
 ) -> list[RowCost]:
-    """Measure a model on text, cut into windows as `windows` does.
+    """Measure a model on text, cut into windows as `windows` does, or `document_windows`.
 
     Args:
         loaded: the model.
@@ -201,7 +205,8 @@ def text_costs(
         seq_len: T, the tokens in a window.
         batch_size: windows that run at a time; it does not change the figure, but for rounding.
         num_rows: take only so many windows; None takes them all.
-        stride: how far apart windows start; None is ``seq_len``, where they do not overlap.
+        stride: how far apart windows start; None is as far as can be.
+        by_document: whether each document is on its own, as lm-evaluation-harness scores it; else all are joined.
         processes: which share of the batches is done here.
         progress: called after each batch with its number of tokens.
 
@@ -211,13 +216,12 @@ def text_costs(
     Raises:
         KeyreduceError: the lengths make no sense, a logit is NaN or inf, or the text cannot be read.
     """
-    stride = seq_len if stride is None else stride
-    check_lengths(seq_len, stride)
-    taken = islice(windows(text.documents(), loaded.tokenizer, seq_len, stride), num_rows)
-    batches = iter(lambda: list(islice(taken, batch_size)), [])
+    stride = check_lengths(seq_len, stride, by_document=by_document)
+    cut = document_windows if by_document else windows
+    taken = islice(cut(text.documents(), loaded.tokenizer, seq_len, stride), num_rows)
     return window_costs(
         loaded.model,
-        processes.own(batches),
+        processes.own(alike(taken, batch_size)),
         bytes_per_token(loaded.tokenizer),
         name=str(loaded.folder),
         progress=progress,
@@ -244,6 +248,7 @@ def evaluate(
     batch_size: int,
     num_rows: int | None,
     stride: int | None = None,
+    by_document: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Perplexity, bool]:
     """Measure a model on text in this process alone; see `text_costs` for what is given.
@@ -261,7 +266,8 @@ def evaluate(
         batch_size=batch_size,
         num_rows=num_rows,
         stride=stride,
+        by_document=by_document,
         progress=progress,
     )
     cost = total(rows)
-    return cost, cost.predictions < seq_len - 1
+    return cost, not by_document and cost.predictions < seq_len - 1

@@ -5,6 +5,7 @@ Shapes: B rows in a batch, T tokens in a window, N tokens in a document.
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import groupby, islice
 from typing import NamedTuple
 
 import torch
@@ -82,8 +83,7 @@ def windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, length
     if not 1 <= stride <= length:
         raise ValueError(f"stride is {stride}; it is at least 1 and at most the length of a window, {length}")
     rest = torch.empty((2, 0), dtype=torch.long)
-    first = 1
-    is_first = True
+    first, is_first = 1, True
     for counted in counted_tokens(documents, tokenizer):
         rest = torch.cat([rest, counted], dim=1)
         while rest.shape[1] >= length:
@@ -92,3 +92,38 @@ def windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, length
             first, is_first = max(1, length - stride), False
     if is_first and rest.shape[1]:
         yield Window(*rest, first)
+
+
+def document_windows(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, length: int, stride: int
+) -> Iterator[Window]:
+    """Yield windows of each document on its own, preceded by the separator, so that each of its tokens is scored once.
+
+    They are those of lm-evaluation-harness's ``loglikelihood_rolling`` with ``max_seq_len = length - 1`` and
+    ``context_len = length - stride``: of a document the first window scores all it has, a further one ``stride`` tokens
+    more, and the last one what is left. No separator is scored.
+
+    Args:
+        documents, tokenizer: see `windows`.
+        length: the most tokens in a window, at least 2.
+        stride: 1 to ``length - 1``.
+
+    Returns:
+        Windows of ``length`` tokens, or of a whole document where that is shorter.
+    """
+    if not 1 <= stride < length:
+        raise ValueError(f"stride is {stride}; it is at least 1 and below the length of a window, {length}")
+    for counted in counted_tokens(documents, tokenizer):
+        scored, total = 1, counted.shape[1]
+        while scored < total:
+            end = min(total, length if scored == 1 else scored + stride)
+            start = max(0, end - length)
+            yield Window(*counted[:, start:end], scored - start)
+            scored = end
+
+
+def alike(found: Iterable[Window], batch_size: int) -> Iterator[list[Window]]:
+    """Yield lists of at most ``batch_size`` windows that follow each other and have the same length."""
+    for _, same in groupby(found, key=lambda window: len(window.tokens_T)):
+        while batch := list(islice(same, batch_size)):
+            yield batch

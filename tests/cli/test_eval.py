@@ -42,6 +42,19 @@ def test_a_stride_scores_fewer_tokens_of_each_row(eval_tiny):
     assert "79 predictions in rows of 64 tokens, one every 16" in eval_tiny("--stride", 16).out
 
 
+def test_documents_on_their_own(eval_tiny):
+    Path("pages.jsonl").write_text('{"text": "one page"}\n{"text": "and another"}\n')
+    arguments = ("--text", "pages.jsonl", "--by-document")
+    result = eval_tiny(*arguments, "--json")
+    report = result.json()
+    assert (report["stride"], report["by_document"]) == (63, True)
+    (entry,) = report["models"]
+    assert (entry["predictions"], entry["bytes"], entry["words"]) == (19, 19, 4)
+    assert "shorter than one sequence" not in result.err
+    assert "rows of 64 tokens, one every 63, each document on its own" in eval_tiny(*arguments).out
+    assert "below --seq-len, 64" in eval_tiny(*arguments, "--stride", 64).err
+
+
 def test_text_without_a_space_has_no_perplexity_per_word(eval_tiny):
     Path("text.txt").write_text("x" * 500)
     entry = eval_tiny("--text", "text.txt", "--json").json()["models"][0]

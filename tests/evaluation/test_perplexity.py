@@ -128,35 +128,49 @@ def test_more_context_costs_less_of_a_model_that_needs_it(tmp_path):
     assert plain > 3 * short > 9 * long
 
 
-def test_words_are_counted_as_the_harness_counts_them(tmp_path):
-    """lm-evaluation-harness's own functions on one document, all of which is scored, in one row and in two windows."""
+def test_documents_cost_what_the_harness_makes_of_them(tmp_path):
+    """lm-evaluation-harness's own windows, counts and averages, on its log-likelihoods taken one by one in float64."""
+    harness = pytest.importorskip("lm_eval.utils")
     metrics = pytest.importorskip("lm_eval.api.metrics")
     package = Path(importlib.util.find_spec("lm_eval").origin).parent
     spec = importlib.util.spec_from_file_location("wikitext", package / "tasks" / "wikitext" / "preprocess_wikitext.py")
     spec.loader.exec_module(wikitext := importlib.util.module_from_spec(spec))
-    document = " = A title = \n two  words, é\u3000四 .\n"
-    (tmp_path / "page.txt").write_text(document)
-    loaded, tokens = tiny("delta_net"), [SEPARATOR, *document.encode()]
-    with torch.no_grad():
-        log_probabilities = loaded.model(torch.tensor([tokens])).logits[0].double().log_softmax(dim=-1)
-    log_likelihood = sum(float(row[token]) for row, token in zip(log_probabilities, tokens[1:], strict=False))
-    theirs = wikitext.process_results({"page": document}, [log_likelihood])
-    cost, _ = evaluate(loaded, FileText([tmp_path]), seq_len=len(tokens), batch_size=1, num_rows=None)
-    assert cost.words == theirs["word_perplexity"][1] == len(re.split(r"\s+", document)) == 11
-    assert cost.word_perplexity == pytest.approx(metrics.weighted_perplexity([theirs["word_perplexity"]]), rel=1e-4)
-    assert cost.bits_per_byte == pytest.approx(metrics.bits_per_byte([theirs["bits_per_byte"]]), rel=1e-5)
-    half = (len(tokens) + 1) // 2
-    assert len(tokens) == 2 * half - 1
-    cost, _ = evaluate(loaded, FileText([tmp_path]), seq_len=half, stride=half - 1, batch_size=2, num_rows=None)
-    assert (cost.predictions, cost.words) == (len(tokens) - 1, 11)
+    pages = [" = A title = \n two  words, é\u3000四 .\n", "x", *DOCUMENTS]
+    for number, page in enumerate(pages):
+        (tmp_path / f"{number}.txt").write_text(page)
+    loaded, theirs = tiny("delta_net"), []
+    for page in pages:
+        log_likelihood = 0.0
+        for context, predicted in harness.get_rolling_token_windows(list(page.encode()), SEPARATOR, 40, 1):
+            with torch.no_grad():
+                logits_TV = loaded.model(torch.tensor([context])).logits[0].double()
+            log_probabilities_TV = logits_TV[-len(predicted) :].log_softmax(dim=-1)
+            log_likelihood += sum(float(log_probabilities_TV[place, token]) for place, token in enumerate(predicted))
+        theirs.append(wikitext.process_results({"page": page}, [log_likelihood]))
+    cost, is_short = evaluate(loaded, FileText([tmp_path]), seq_len=41, batch_size=3, num_rows=None, by_document=True)
+    assert not is_short
+    assert cost.words == sum(page["word_perplexity"][1] for page in theirs)
+    assert cost.bytes == cost.predictions == sum(len(page.encode()) for page in pages)
+    of_words = metrics.weighted_perplexity([page["word_perplexity"] for page in theirs])
+    assert cost.word_perplexity == pytest.approx(of_words, rel=1e-4)
+    bits = metrics.bits_per_byte([page["bits_per_byte"] for page in theirs])
+    assert cost.bits_per_byte == pytest.approx(bits, rel=1e-5)
 
 
-@pytest.mark.parametrize("number", [2, 4, 99])
-def test_any_number_of_processes_measures_the_same_to_the_last_bit(number, loaded, text):
-    settings = {"seq_len": SEQ_LEN, "stride": 50, "batch_size": 2, "num_rows": 9}
+def test_one_document_in_one_row_is_the_same_either_way(loaded, tmp_path):
+    (tmp_path / "page.txt").write_text(DOCUMENTS[2])
+    settings = {"seq_len": len(DOCUMENTS[2]) + 1, "batch_size": 1, "num_rows": None}
+    joined, _ = evaluate(loaded, FileText([tmp_path]), **settings)
+    assert joined == evaluate(loaded, FileText([tmp_path]), **settings, by_document=True)[0]
+    assert joined.words == len(re.split(r"\s+", DOCUMENTS[2]))
+
+
+@pytest.mark.parametrize(("number", "by_document"), [(2, False), (4, False), (99, False), (4, True)])
+def test_any_number_of_processes_measures_the_same_to_the_last_bit(number, by_document, loaded, text):
+    settings = {"seq_len": SEQ_LEN, "stride": 50, "batch_size": 2, "num_rows": 9, "by_document": by_document}
     expected, _ = evaluate(loaded, text, **settings)
     shares = [text_costs(loaded, text, **settings, processes=Processes(rank, number)) for rank in range(number)]
-    assert sum(bool(share) for share in shares) == min(number, 5)
+    assert sum(bool(share) for share in shares) == min(number, 6 if by_document else 5)
     assert total(row for share in reversed(shares) for row in share) == expected
 
 
@@ -208,6 +222,8 @@ def test_no_rows_cost_nothing(loaded):
 def test_a_stride_beyond_the_row_is_refused(loaded, text, stride):
     with pytest.raises(KeyreduceError, match=f"--stride is {stride}; it is at least 1 and at most --seq-len, 72"):
         evaluate(loaded, text, seq_len=SEQ_LEN, stride=stride, batch_size=2, num_rows=None)
+    with pytest.raises(KeyreduceError, match="--stride is 72; it is at least 1 and below --seq-len, 72"):
+        evaluate(loaded, text, seq_len=SEQ_LEN, stride=SEQ_LEN, batch_size=2, num_rows=None, by_document=True)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from keyreduce.checkpoint.find import DEFAULT_MODEL, SHIPPED
 from keyreduce.data.batches import token_rows
-from keyreduce.evaluation.windows import counted_tokens, windows
+from keyreduce.evaluation.windows import alike, counted_tokens, document_windows, windows
 
 SEPARATOR = 256
 BYTES = AutoTokenizer.from_pretrained(SHIPPED / DEFAULT_MODEL)
@@ -99,13 +99,40 @@ def test_overlapping_windows_are_those_of_the_harness(length, stride):
         assert tokens_T[first:].tolist() == predicted
 
 
+@pytest.mark.parametrize(("length", "stride"), [(9, 4), (9, 8), (30, 1), (2, 1), (500, 499)])
+def test_windows_of_documents_are_those_of_the_harness(length, stride):
+    harness = pytest.importorskip("lm_eval.utils")
+    theirs = [
+        pair
+        for document in DOCUMENTS
+        for pair in harness.get_rolling_token_windows(
+            list(document.encode()), SEPARATOR, max_seq_len=length - 1, context_len=length - stride
+        )
+    ]
+    ours = list(document_windows(DOCUMENTS, BYTES, length, stride))
+    for (tokens_T, _, first), (context, predicted) in zip(ours, theirs, strict=True):
+        # Of a last window the harness takes the inputs that fill it up, of which some are predicted too.
+        assert tokens_T[:-1].tolist() == context
+        assert tokens_T[first:].tolist() == predicted
+    words = sum(int(words_T[first:].sum()) for _, words_T, first in ours)
+    assert words == sum(len(re.split(r"\s+", document)) for document in DOCUMENTS)
+
+
+def test_a_batch_is_of_one_length():
+    found = list(document_windows(DOCUMENTS, BYTES, 30, 29))
+    batches = list(alike(found, 2))
+    assert [id(window) for batch in batches for window in batch] == [id(window) for window in found]
+    assert all(1 <= len(batch) <= 2 and len({len(window.tokens_T) for window in batch}) == 1 for batch in batches)
+    assert {len(batch) for batch in batches} == {1, 2}
+
+
 def test_text_shorter_than_a_window_is_one():
     (window,) = windows(["ab", "c"], BYTES, 9, 3)
     assert (window.tokens_T.tolist(), window.first) == ([SEPARATOR, 97, 98, SEPARATOR, 99], 1)
     assert list(windows(["ab"], BYTES, 3, 1)) != []
 
 
-@pytest.mark.parametrize("stride", [0, 10])
-def test_a_stride_beyond_the_window_is_refused(stride):
+@pytest.mark.parametrize(("cut", "stride"), [(windows, 0), (windows, 10), (document_windows, 0), (document_windows, 9)])
+def test_a_stride_beyond_the_window_is_refused(cut, stride):
     with pytest.raises(ValueError, match="stride"):
-        next(windows(DOCUMENTS, BYTES, 9, stride))
+        next(cut(DOCUMENTS, BYTES, 9, stride))
