@@ -38,6 +38,19 @@ LANGUAGE = {
 }
 SEEING = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 HYBRIDS = (*LANGUAGE, *SEEING)
+_ATTENTION = dict(kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4)
+CHANNEL_DECAY = {
+    "kda": dict(
+        hidden_size=32, num_heads=2, num_v_heads=4, head_dim=8, expand_v=0.75, num_hidden_layers=3,
+        intermediate_size=32, vocab_size=VOCABULARY, initializer_range=0.15, bos_token_id=256, eos_token_id=256,
+        attn={"layers": [1], "num_heads": 2},
+    ),
+    "kimi_linear": {name: value for name, value in _COMMON.items() if not name.startswith("linear")}
+    | _ATTENTION
+    | dict(num_key_value_heads=2, linear_num_heads=2, linear_head_dim=8)
+    | dict(moe_intermediate_size=8, num_experts=2, num_experts_per_token=1),
+}  # fmt: skip
+"""Those whose key channels decay each in its own time."""
 
 
 def build(model_type: str, *, seed: int = 0, **changes) -> PreTrainedModel:
@@ -48,7 +61,8 @@ def build(model_type: str, *, seed: int = 0, **changes) -> PreTrainedModel:
         config = AutoConfig.for_model(model_type, text_config=text, vision_config=_VISION)
         model = AutoModelForImageTextToText.from_config(config)
     else:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **LANGUAGE[model_type] | changes))
+        sizes = (LANGUAGE | CHANNEL_DECAY)[model_type] | changes
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

@@ -5,6 +5,7 @@ Shapes: H key heads, W value heads, K key channels, V value channels, R kept, N 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,6 +16,8 @@ from keyreduce.families.layout import kept_places, places
 from keyreduce.pruning.plan import LayerCut
 
 _PROJECTED = {Part.QUERY, Part.KEY}
+_RANKS = {Part.DECAY_RANK: Part.DECAY, Part.GATE_RANK: Part.GATE}
+"""What reaches its channels through a bottleneck -> these channels."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,46 @@ class Fill:
         return torch.full((self.length,), self.value, dtype=tensor.dtype)
 
 
+@dataclass(frozen=True)
+class Narrow:
+    """Narrow a bottleneck ``outer @ inner`` to the best product of a lower rank.
+
+    Of a singular value decomposition of the product, with the rows of ``outer`` that stay, the R largest values stay:
+    no product of rank R is nearer in the Frobenius norm (Eckart and Young 1936). Each factor takes their square roots.
+
+    Attributes:
+        rank: R.
+        is_outer: whether the tensor is the one whose columns are the bottleneck, or the one whose rows are.
+        other: gives the other one, whole.
+        rows_N: the rows of ``outer`` that stay; of the tensor itself, if it is that one, they were selected before.
+    """
+
+    rank: int
+    is_outer: bool
+    other: Callable[[], torch.Tensor]
+    rows_N: torch.Tensor
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape with R in the place of the bottleneck's width."""
+        return (shape[0], self.rank) if self.is_outer else (self.rank, shape[1])
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a new tensor of the same dtype, computed in float64."""
+        outer_NV, inner_VD = (tensor, self.other()) if self.is_outer else (self.other()[self.rows_N], tensor)
+        # Through triangular factors the decomposition is of a matrix of the bottleneck's size.
+        left_NV, upper_VV = torch.linalg.qr(outer_NV.double())
+        right_DV, other_upper_VV = torch.linalg.qr(inner_VD.double().T)
+        u_VR, values_R, v_RV = torch.linalg.svd(upper_VV @ other_upper_VV.T, full_matrices=False)
+        u_VR, values_R, v_RV = u_VR[:, : self.rank], values_R[: self.rank].sqrt(), v_RV[: self.rank]
+        result = left_NV @ u_VR * values_R if self.is_outer else values_R[:, None] * (v_RV @ right_DV.T)
+        return self._filled(result).to(tensor.dtype)
+
+    def _filled(self, result: torch.Tensor) -> torch.Tensor:
+        """The result with zeros where a product of few rows or columns has a lower rank than asked for."""
+        missing = self.rank - result.shape[1 if self.is_outer else 0]
+        return torch.nn.functional.pad(result, (0, missing) if self.is_outer else (0, 0, 0, missing))
+
+
 def layer_edits(
     family: Family,
     layer: int,
@@ -114,14 +157,15 @@ def layer_edits(
     square over the channels that are left. So the weight is folded into the columns of the output projection, where
     each head can keep channels of its own, and with it ``sqrt(V / R)``, since the mean is now over R channels instead
     of V, of which the others were zero; the norm's weight becomes one. That is exact, up to the norm's eps and the
-    rounding of the projection to its dtype, also with an output gate.
+    rounding of the projection to its dtype, also with an output gate. A bottleneck that is as wide as a head's values
+    is narrowed with them, which is no longer exact.
 
     Args:
         family: its table says what each axis of each tensor holds.
         layer: the layer's number.
         cut: what stays of it.
         shapes: tensor name -> shape, of the whole checkpoint; a model does not have all that its table lists.
-        read: gives a tensor by its name; asked only for the norm's weight.
+        read: gives a tensor by its name; asked for the norm's weight, and for bottlenecks when their edits are made.
     """
     kept = _kept_entries(cut)
     before = cut.before.lengths, cut.before.key_heads
@@ -148,6 +192,16 @@ def layer_edits(
                 index = kept_places(part, kept, before, middle)
                 if not _is_whole(index, length):
                     changes.append(Select(axis, index))
+            if part in _RANKS and not all_values:
+                inner, outer = (family.tensor_name(layer, found) for found in _bottleneck(family, part))
+                changes.append(
+                    Narrow(
+                        cut.after.head_v_dim,
+                        is_outer=axis == 1,
+                        other=partial(read, inner if axis == 1 else outer),
+                        rows_N=kept[_RANKS[part]],
+                    )
+                )
             if cut.projection_HKR is not None and not _PROJECTED.isdisjoint(parts):
                 # A kernel is no vector of channels: of two mixed channels it is the weighted mean.
                 matrix_HKR = cut.projection_HKR.square() if Part.OTHER in axes else cut.projection_HKR
@@ -182,6 +236,13 @@ def _kept_entries(cut: LayerCut) -> dict[Part, torch.Tensor]:
 
 def _is_whole(index_R: torch.Tensor, length: int) -> bool:
     return index_R.shape[-1] == length and bool((index_R == torch.arange(length)).all())
+
+
+def _bottleneck(family: Family, part: Part) -> tuple[str, str]:
+    """The names of the weights before and after a bottleneck."""
+    (inner,) = (name for name, axes in family.tensors.items() if axes[0] is part)
+    (outer,) = (name for name, axes in family.tensors.items() if axes[1:] == (part,))
+    return inner, outer
 
 
 def _norm_weight(family: Family, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -30,6 +30,7 @@ from keyreduce.families import Family, Part, family_of
 from keyreduce.families.axes import parts_of
 from keyreduce.families.layout import places
 from keyreduce.models.loading import prepare_backend
+from keyreduce.pruning.edits import Narrow, layer_edits
 from keyreduce.pruning.plan import LayerCut, Plan
 
 # The second is longer than what fla leaves to its recurrent operator.
@@ -111,6 +112,7 @@ def compare_logits(
     weights = _read_all(source)
     _project(weights, family, plan)
     unit = _fold(weights, family, plan)
+    _narrow(weights, source, family, plan)
     # What was cast on the way is compared with what was cast alike.
     weights = {
         name: tensor.to(cut.read(name).dtype) if name in cut.tensors and name not in unit else tensor
@@ -183,6 +185,20 @@ def _project(weights: dict[str, torch.Tensor], family: Family, plan: Plan) -> No
                     new_HKN[head, : basis_KR.shape[1]] = basis_KR.T @ rows_HKN[head]
                 new[place_P] = new_HKN.reshape(len(place_P), *old.shape[1:]).to(old.dtype)
             weights[name] = new
+
+
+def _narrow(weights: dict[str, torch.Tensor], source: Checkpoint, family: Family, plan: Plan) -> None:
+    """Give bottlenecks the rank of the cut one's, with zeros in the place of the rest."""
+    shapes = {name: spec.shape for name, spec in source.tensors.items()}
+    for layer, cut in plan.layers.items():
+        for name, edits in layer_edits(family, layer, cut, shapes, source.read).items():
+            for edit in edits:
+                if isinstance(edit, Narrow):
+                    rows = edit.rows_N if edit.is_outer else slice(None)
+                    narrowed = edit.apply(weights[name][rows])
+                    weights[name] = torch.zeros_like(weights[name])
+                    places = (rows, slice(edit.rank)) if edit.is_outer else (slice(edit.rank), slice(None))
+                    weights[name][places] = narrowed
 
 
 def _fold(weights: dict[str, torch.Tensor], family: Family, plan: Plan) -> set[str]:

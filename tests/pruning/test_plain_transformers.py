@@ -12,6 +12,7 @@ from tiny_models import draw_tokens
 
 from keyreduce.checkpoint.folder import open_folder
 
+MODEL_TYPES = (*hybrid_models.HYBRIDS, "kimi_linear")
 # transformers finds out what is installed from the names of packages: one that cannot be imported is none.
 PLAIN = """
 import importlib.util, json, sys
@@ -49,9 +50,9 @@ print(json.dumps({"found": found, "modules": modules}))
 @torch.no_grad()
 def test_prefill_equals_decode_and_both_equal_what_fla_computes(tmp_path):
     tokens, folders = draw_tokens(1, 9), []
-    for model_type in hybrid_models.HYBRIDS:
+    for model_type in MODEL_TYPES:
         source = open_folder(hybrid_models.store(hybrid_models.build(model_type), tmp_path / model_type))
-        plan = plan_of(source, {"key": 5, "value": 4, "head": 1})
+        plan = plan_of(source, {"key": 5, "value": 5, "head": 1})
         folders.append(cut(source, plan, tmp_path / f"{model_type}-cut"))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
@@ -62,7 +63,7 @@ def test_prefill_equals_decode_and_both_equal_what_fla_computes(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["modules"] == []
-    assert len(result["found"]) == len(hybrid_models.HYBRIDS)
+    assert len(result["found"]) == len(MODEL_TYPES)
     for folder, found in zip(folders, result["found"], strict=True):
         model = load(folder, torch.float32)
         logits = model(tokens, use_cache=False).logits

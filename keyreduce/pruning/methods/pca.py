@@ -37,6 +37,10 @@ def _select(layer: LayerView, keep: int, generator, *, include_queries: bool) ->
 
 
 def _unfit(config: Mapping) -> str | None:
+    from keyreduce.families import Part, family_of
+
+    if any(Part.DECAY in axes for axes in family_of(config).tensors.values()):
+        return "pca mixes key channels, and here each decays in its own time; take a method that selects them, as rrqr"
     if config.get("qk_norm", "l2") != "l2":
         return (
             f"pca rotates queries and keys, and qk_norm {config['qk_norm']!r} is not that of the rotated ones; "

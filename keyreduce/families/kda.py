@@ -1,0 +1,67 @@
+"""Kimi Delta Attention (arXiv:2510.26692): the gated delta rule with a decay for each key channel.
+
+As fla ships it (``kda``), and as transformers ships Kimi Linear, whose config has one size for keys and values alike.
+The decay and the output gate reach their channels through a bottleneck that is as wide as a head's values.
+"""
+
+from keyreduce.families.axes import Part
+from keyreduce.families.fields import Field, Ratio
+from keyreduce.families.fla_tensors import FLA_TENSORS
+from keyreduce.families.layers import LayerTypes
+from keyreduce.families.table import Family
+
+_HEADS, _HEAD_DIM = Field("num_heads", 16), Field("head_dim", 128)
+_UNGATED = {name: axes for name, axes in FLA_TENSORS.items() if name != "g_proj.weight"}
+
+KDA = Family(
+    model_type="kda",
+    mixer="model.layers.{layer}.attn",
+    operators=("chunk_kda", "fused_recurrent_kda"),
+    key_heads=_HEADS,
+    value_heads=Field("num_v_heads", _HEADS),
+    head_k_dim=_HEAD_DIM,
+    head_v_dim=Ratio("expand_v", 1.0, of=_HEAD_DIM),
+    hidden=Field("hidden_size", 2048),
+    num_layers=Field("num_hidden_layers", 24),
+    tensors=_UNGATED
+    | {
+        "f_proj.0.weight": (Part.DECAY_RANK, Part.HIDDEN),
+        "f_proj.1.weight": (Part.DECAY, Part.DECAY_RANK),
+        "g_proj.0.weight": (Part.GATE_RANK, Part.HIDDEN),
+        "g_proj.1.weight": (Part.GATE, Part.GATE_RANK),
+        "g_proj.1.bias": (Part.GATE,),
+        "A_log": (Part.VALUE_HEAD,),
+        "dt_bias": (Part.DECAY,),
+    },
+)
+
+_SECTION = "linear_attn_config"
+_KIMI_HEADS = Field("linear_num_heads", 32, also=(_SECTION, "num_heads"))
+_KIMI_HEAD_DIM = Field("linear_head_dim", 128, also=(_SECTION, "head_dim"))
+
+KIMI_LINEAR = Family(
+    model_type="kimi_linear",
+    mixer="model.layers.{layer}.self_attn",
+    operators=("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention"),
+    key_heads=_KIMI_HEADS,
+    value_heads=_KIMI_HEADS,
+    head_k_dim=_KIMI_HEAD_DIM,
+    head_v_dim=_KIMI_HEAD_DIM,
+    hidden=Field("hidden_size", 2304),
+    num_layers=Field("num_hidden_layers", 27),
+    tensors={name: axes for name, axes in _UNGATED.items() if not name.endswith("conv1d.bias")}
+    | {
+        "f_a_proj.weight": (Part.DECAY_RANK, Part.HIDDEN),
+        "f_b_proj.weight": (Part.DECAY, Part.DECAY_RANK),
+        "g_a_proj.weight": (Part.GATE_RANK, Part.HIDDEN),
+        "g_b_proj.weight": (Part.GATE, Part.GATE_RANK),
+        "A_log": (Part.OTHER, Part.OTHER, Part.VALUE_HEAD, Part.OTHER),
+        "dt_bias": (Part.DECAY,),
+    },
+    layers=LayerTypes(first=4, listed=_SECTION),
+    shipped_by="transformers",
+    tied=(
+        "a kimi_linear config says one size for the key and the value channels of a head: "
+        "cut both alike, with --target key,value and one --keep"
+    ),
+)
