@@ -129,7 +129,7 @@ def benchmark(
     write_json(output or workspace.benchmark, report, overwrite=True)
     for entry in report["models"]:
         if not entry["layers_alike"]:
-            console.note(
+            console.say(
                 f"{entry['label']}: its layers differ in size; where one layer is timed, that is layer {entry['layer']}"
             )
     print_tables(console, report)

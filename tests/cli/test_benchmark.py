@@ -81,8 +81,8 @@ def test_layers_that_differ_are_told(keyreduce, tmp_path):
     folder = save(build("delta_net_2", expand_k=[0.5, 1.0]), tmp_path / "uneven")
     told = keyreduce("benchmark", *QUICK, "--model", folder)
     assert told.code == 0
-    assert "dense: its layers differ in size; where one layer is timed, that is layer 0" in told.err
-    assert "differ" not in keyreduce("benchmark", "--scaling", "8", *QUICK, "--config", tmp_path).err
+    assert "dense: its layers differ in size; where one layer is timed, that is layer 0" in told.out
+    assert "differ" not in keyreduce("benchmark", "--scaling", "8", *QUICK, "--config", tmp_path).out
 
 
 @pytest.mark.parametrize(
