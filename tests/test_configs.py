@@ -1,0 +1,70 @@
+"""Every recipe and every model config of configs/ is read by what is to read it."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from keyreduce.families import family_of
+from keyreduce.models.skeleton import describe
+from keyreduce.pruning.methods import method_named
+from keyreduce.pruning.planning import check_method
+from keyreduce.sweep.recipe import read_recipe
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = sorted((CONFIGS / "sweep").glob("*.toml"))
+MODELS = sorted((CONFIGS / "models").glob("*.json"))
+# Parameters and tensors: of the published delta_net-1.3B-100B as its model card and file have them.
+PUBLISHED = {"delta-net-1.3b": (1_365_677_056, 339)}
+SIZES = {"340m": (330e6, 410e6), "1.3b": (1.25e9, 1.45e9)}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_parse(path):
+    recipe = read_recipe(path)
+    assert recipe.cells and recipe.models
+
+
+def test_there_are_recipes_and_configs_of_both_sizes():
+    assert {"340m", "1.3b", "quality", "quick", "methods"} <= {path.stem for path in RECIPES}
+    of_size = {size: {path.stem for path in MODELS if path.stem.endswith(size)} for size in SIZES}
+    for size, names in of_size.items():
+        assert names == {f"delta-net-{size}", f"gated-deltanet-{size}", f"delta-net-2-{size}"}
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_model_configs(path):
+    config = json.loads(path.read_text())
+    theirs = AutoConfig.for_model(**config)
+    for name in ("hidden_size", "num_hidden_layers", "num_heads", "vocab_size"):
+        assert getattr(theirs, name) == config[name]
+    wanted = describe(config)
+    assert not wanted.tied
+    parameters = sum(math.prod(shape) for shape in wanted.shapes.values())
+    least, most = SIZES[path.stem.rsplit("-", 1)[1]]
+    assert least < parameters < most
+    if path.stem in PUBLISHED:
+        assert (parameters, len(wanted.shapes)) == PUBLISHED[path.stem]
+    family = family_of(config)
+    sizes = family.layer_sizes(config)
+    assert len(sizes) == config["num_hidden_layers"]
+    assert {size.head_k_dim for size in sizes.values()} <= {128, 256}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_recipes_of_a_size_can_prune_each_model_of_it(size):
+    recipe = read_recipe(CONFIGS / "sweep" / f"{size}.toml")
+    for path in (path for path in MODELS if path.stem.endswith(size)):
+        source = _Described(json.loads(path.read_text()), path)
+        for cell in recipe.cells:
+            check_method(source, method_named(cell.method), cell.budget.targets)
+            cell.budget.check(source.config, method_named(cell.method))
+
+
+class _Described:
+    """What `check_method` looks at of a checkpoint."""
+
+    def __init__(self, config: dict, path: Path):
+        self.config, self.path = config, path
