@@ -13,6 +13,7 @@ from keyreduce.data.batches import batches, token_rows
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
 from keyreduce.models.loading import load_model
+from keyreduce.models.quantized import refuse_quantized
 
 _MOST = 10**9  # beyond any text, and far below where counting itself fails
 
@@ -84,10 +85,11 @@ def calibrate(
         note: told where the text is shorter than was asked for.
 
     Raises:
-        KeyreduceError: the model does not load, the text is empty (with gradients, of one token), or weights,
-            activations, losses or gradients are NaN or inf.
+        KeyreduceError: the model is quantised or does not load, the text is empty (with gradients, of one token), or
+            weights, activations, losses or gradients are NaN or inf.
     """
     settings.check(gradients=gradients)
+    refuse_quantized(source)
     loaded = load_model(source.path, device, dtype, gradients=gradients)
     rows = token_rows(text.documents(settings.seed), loaded.tokenizer, settings.seq_len)
     first_row = next(rows)

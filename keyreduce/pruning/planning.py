@@ -11,6 +11,7 @@ from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import Family, MixerSizes, Part, family_of
 from keyreduce.families.axes import length_of
+from keyreduce.models.quantized import refuse_quantized
 from keyreduce.pruning.budget import SIZE_OF, sizes_after
 from keyreduce.pruning.methods import LayerView, Method, Selection
 from keyreduce.pruning.plan import LayerCut, Plan, value_heads_of
@@ -20,10 +21,12 @@ def check_method(source: Checkpoint, method: Method, targets: list[str]) -> None
     """Refuse what a method cannot do, before any work.
 
     Raises:
-        KeyreduceError: it does not choose one of the targets, or cannot prune this model, or nothing can.
+        KeyreduceError: it does not choose one of the targets, or cannot prune this model, or nothing can; or the model
+            is quantised.
     """
     if not family_of(source.config).mixer_layers(source.config):
         raise KeyreduceError(f"{source.path} has no layer with a recurrent state, so there is nothing to prune")
+    refuse_quantized(source)
     for target in targets:
         if target not in method.select:
             known = " and ".join(f"--target {name}" for name in method.select)

@@ -1,0 +1,41 @@
+"""Quantised checkpoints: recognised from their headers, and refused where it is the mixers that are quantised."""
+
+import re
+
+from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.errors import KeyreduceError
+from keyreduce.families import family_of
+
+# As safetensors calls them. Whatever has fewer bits, or none behind the point, stands for other numbers.
+_PLAIN = {"F64", "F32", "F16", "BF16"}
+# What quantisers call the tensors that they put beside a weight.
+_COMPANION = re.compile(r"(scale|zero|qweight|pack|g_idx)[^.]*$")
+
+
+def refuse_quantized(source: Checkpoint) -> None:
+    """Refuse a checkpoint whose mixers are quantised; where other parts are, a cut leaves them as they are.
+
+    Scales belong to blocks of channels, 128 x 128 or 1 x 128 in most formats, and packed numbers lie eight in a word:
+    channels that stay are of many blocks, so that no scale of a cut tensor would be right.
+
+    Raises:
+        KeyreduceError: names the first such tensor.
+    """
+    family = family_of(source.config, source.tensors)
+    prefixes = tuple(family.tensor_name(layer, "") for layer in family.mixer_layers(source.config))
+    for name, spec in source.tensors.items():
+        if not name.startswith(prefixes):
+            continue
+        short = next(name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix))
+        if spec.dtype not in _PLAIN or (short not in family.tensors and _COMPANION.search(short)):
+            raise KeyreduceError(
+                f"{source.path} is quantised{_format(source.config)}: tensor {name!r} ({spec.dtype}) holds numbers or "
+                "scales of blocks of channels, which a cut would divide; prune the unquantised checkpoint, and then "
+                "quantise the result"
+            )
+
+
+def _format(config) -> str:
+    settings = config.get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    return f" ({method})" if isinstance(method, str) else ""
