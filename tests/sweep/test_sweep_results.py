@@ -1,0 +1,93 @@
+"""Figures of a sweep against numpy, and the Pareto front against its definition."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made_up import DENSE, factor, make_up, speedup
+
+from keyreduce.errors import KeyreduceError
+from keyreduce.sweep.results import Figure, pareto_front, read_results
+
+
+def test_figures_are_means_and_spreads_over_seeds(tmp_path):
+    results = read_results(make_up(tmp_path))
+    assert results.dense == {model: (cost, cost / 4) for model, cost in DENSE.items()}
+    assert len(results.rows) == 2 * 3 * 3 * 2
+    methods = list(dict.fromkeys(row.label for row in results.rows))
+    assert methods == ["rrqr", "wanda", "taylor (form squared)"]
+    for row in results.rows:
+        repaired = row.repair != "none"
+        factors = np.array([factor(methods.index(row.label), row.ratio, repaired, seed) for seed in range(3)])
+        assert row.seeds == 3
+        assert row.perplexity == pytest.approx(
+            (DENSE[row.model] * factors.mean(), DENSE[row.model] * factors.std(ddof=1))
+        )
+        assert row.increase == pytest.approx((factors.mean() - 1, factors.std(ddof=1)))
+        assert row.bits_per_byte.mean == pytest.approx(DENSE[row.model] * factors.mean() / 4)
+        # What prune took, seed by seed, and what recover took.
+        assert row.seconds == pytest.approx((2.0 + (10.0 if repaired else 0.0), 1.0))
+        assert row.state == pytest.approx(1 - row.ratio)
+        # Of decoding, the whole model with the most sequences.
+        assert {kind: figure.mean for kind, figure in row.speedups.items()} == dict.fromkeys(
+            ("mixer", "decode"), speedup(row.ratio)
+        )
+    assert results.kinds == ["mixer", "decode"]
+    assert (results.failed, results.waiting) == ({}, [])
+
+
+def test_a_cuda_graph_is_what_decoding_is_judged_by(tmp_path):
+    root = make_up(tmp_path, ratios=(0.5,), repairs=("none",), seeds=(0,), methods=("l1",), models=("one-model",))
+    (path,) = root.glob("runs/*/result.json")
+    result = json.loads(path.read_text())
+    for entry in result["steps"]["benchmark"]["result"]["decode"]:
+        if entry["label"] == "pruned" and entry["scope"] == "model":
+            entry["graph"] = {"speedup": {"median": 7.0}}
+    path.write_text(json.dumps(result))
+    (row,) = read_results(root).rows
+    assert row.speedups["decode"].mean == 7.0
+
+
+def test_runs_that_failed_or_are_not_done(tmp_path):
+    root = make_up(tmp_path, seeds=(0, 1), models=("one-model",))
+    gone, failed = sorted(root.glob("runs/*-0.25-none-*"))[:2]
+    (gone / "result.json").unlink()
+    (failed / "result.json").unlink()
+    (failed / "failure.json").write_text('{"message": "it was too hot"}')
+    results = read_results(root)
+    assert len(results.failed) == len(results.waiting) == 1
+    assert list(results.failed.values()) == ["it was too hot"]
+    assert len(results.rows) == 3 * 3 * 2 - 1  # both were the seeds of one way
+    (root / "dense/one-model/result.json").unlink()
+    assert read_results(root).rows == []  # without the dense model there is nothing to compare with
+
+
+def test_a_single_seed_has_no_spread_and_an_infinite_perplexity_neither():
+    assert Figure.of([3.0]) == (3.0, None)
+    assert Figure.of([1.0, math.inf]) == (math.inf, None)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"steps": {}}', '{"steps": {"eval": {"result": {"models": []}}}}', "{}", '{"steps": 3}']
+)
+def test_a_result_that_is_damaged(tmp_path, content):
+    root = make_up(tmp_path, seeds=(0,), models=("one-model",))
+    next(root.glob("runs/*/result.json")).write_text(content)
+    with pytest.raises(KeyreduceError, match="is damaged; remove that folder"):
+        read_results(root)
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12))
+def test_the_front_is_what_nothing_beats(points):
+    front = pareto_front(points)
+    chosen = [points[number] for number in front]
+    assert chosen == sorted(chosen)
+
+    def beaten(gain, cost) -> bool:
+        return any(g >= gain and c <= cost and (g, c) != (gain, cost) for g, c in points)
+
+    assert set(chosen) == {point for point in points if not beaten(*point)}
+    assert len(set(chosen)) == len(chosen)

@@ -1,0 +1,181 @@
+"""Doing the runs of a sweep: what is done stays done, what fails is told, and the others go on."""
+
+import fcntl
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from keyreduce.errors import KeyreduceError
+from keyreduce.jobs import Job, Outcome
+from keyreduce.sweep.record import failure_of, is_done, read_sweep
+from keyreduce.sweep.run import run_sweep
+from keyreduce.sweep.runs import CALIBRATION, DENSE, PRUNED, Run
+
+
+def runs_of(pruned: int) -> list[Run]:
+    """A dense model, a calibration, and runs that need it."""
+    first = [
+        Run(DENSE, "dense", "dense/a", {"number": -2}, {"eval": ["eval"]}, {"model": "a"}),
+        Run(CALIBRATION, "calibration", "calibration/a", {"number": -1}, {"calibrate": ["calibrate"]}, {"model": "a"}),
+    ]
+    others = [
+        Run(
+            PRUNED,
+            f"run {number}",
+            f"runs/{number}",
+            {"number": number},
+            {"prune": ["prune"]},
+            {"model": "a"},
+            ("calibration/a",),
+        )
+        for number in range(pruned)
+    ]
+    return [*first, *others]
+
+
+class Engine:
+    """Does runs as the worker would, but for those that are to fail, or at which its process is to die."""
+
+    def __init__(self, *, fails: Sequence[str] = (), dies: Sequence[str] = ()):
+        self.fails, self.dies = set(fails), set(dies)
+        self.jobs: list[list[str]] = []
+        self.done: list[str] = []
+
+    def __call__(self, jobs: Sequence[Job]) -> list[Outcome]:
+        return [self._do(job) for job in jobs]
+
+    def _do(self, job: Job) -> Outcome:
+        folders = [Path(argument) for argument in job.argv[3:]]
+        self.jobs.append([folder.name for folder in folders])
+        for folder in folders:
+            name = f"{folder.parent.name}/{folder.name}"
+            task = json.loads((folder / "task.json").read_text())
+            if name in self.dies:
+                return Outcome(job, -9, 1.0, "it was ended by SIGKILL")
+            if name in self.fails:
+                (folder / "failure.json").write_text(json.dumps({"message": f"{name} went wrong"}))
+                continue
+            self.done.append(name)
+            (folder / "result.json").write_text(json.dumps({"settings": task["settings"], "steps": {}}))
+        return Outcome(job, 0, 1.0, "")
+
+
+@pytest.fixture
+def sweep(tmp_path) -> Callable:
+    """A function: do runs in the folder ``sweep``; returns what failed and how far progress went."""
+
+    def run(runs: Sequence[Run], engine: Engine, **options):
+        counts: list[int] = []
+        failures = run_sweep(
+            runs,
+            tmp_path / "sweep",
+            about={"recipe": "r"},
+            engine=engine,
+            progress=counts.append,
+            **{"workers": 1} | options,
+        )
+        return {failure.run.folder: failure.message for failure in failures}, sum(counts)
+
+    return run
+
+
+def test_all_runs_are_done_those_first_that_others_need(sweep, tmp_path):
+    runs, engine = runs_of(10), Engine()
+    assert sweep(runs[::-1], engine) == ({}, 12)
+    assert set(engine.done[:2]) == {"dense/a", "calibration/a"}
+    assert sorted(engine.done) == sorted(run.folder for run in runs)
+    # A process does several runs, but not too many.
+    assert [len(names) for names in engine.jobs] == [2, 8, 2]
+    record = read_sweep(tmp_path / "sweep")
+    assert record["recipe"] == "r"
+    assert [run["folder"] for run in record["runs"]] == [run.folder for run in runs[::-1]]
+
+
+def test_several_workers_share_the_runs(sweep):
+    engine = Engine()
+    sweep(runs_of(10), engine, workers=4)
+    assert [len(names) for names in engine.jobs] == [1, 1, 3, 3, 3, 1]
+
+
+def test_what_is_done_is_not_done_again(sweep):
+    sweep(runs_of(3), Engine())
+    engine = Engine()
+    assert sweep(runs_of(5), engine) == ({}, 7)
+    assert engine.done == ["runs/3", "runs/4"]
+    engine = Engine()
+    assert sweep(runs_of(5), engine) == ({}, 7)
+    assert engine.jobs == []
+    engine = Engine()
+    sweep(runs_of(5), engine, again=True)
+    assert len(engine.done) == 7
+
+
+def test_a_run_that_fails_leaves_the_others_alone_and_is_tried_again(sweep, tmp_path):
+    failures, count = sweep(runs_of(4), Engine(fails=["runs/1"]))
+    assert failures == {"runs/1": "runs/1 went wrong"}
+    assert count == 6
+    engine = Engine()
+    assert sweep(runs_of(4), engine) == ({}, 6)
+    assert engine.done == ["runs/1"]
+    assert failure_of(tmp_path / "sweep" / "runs" / "1") is None
+
+
+def test_a_process_that_dies_takes_one_run_with_it(sweep, tmp_path):
+    engine = Engine(dies=["runs/1", "runs/3"])
+    failures, count = sweep(runs_of(6), engine)
+    assert failures == dict.fromkeys(["runs/1", "runs/3"], "it was ended by SIGKILL")
+    assert count == 8
+    assert [number for number in range(6) if not is_done(tmp_path / "sweep" / "runs" / str(number))] == [1, 3]
+    assert failure_of(tmp_path / "sweep" / "runs" / "3") == "it was ended by SIGKILL"
+
+
+def test_without_its_calibration_a_run_fails_too(sweep, tmp_path):
+    engine = Engine(fails=["calibration/a"])
+    failures, count = sweep(runs_of(2), engine)
+    assert failures["calibration/a"] == "calibration/a went wrong"
+    assert failures["runs/0"] == failures["runs/1"] == "its calibration failed: calibration/a went wrong"
+    assert count == 4
+    assert engine.done == ["dense/a"]
+    assert sweep(runs_of(2), Engine()) == ({}, 4)
+
+
+def test_an_interruption_keeps_what_is_done(sweep, tmp_path):
+    class Interrupted(Engine):
+        def _do(self, job):
+            super()._do(job)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(runs_of(2), Interrupted(dies=["calibration/a"]))
+    assert is_done(tmp_path / "sweep" / "dense" / "a")
+    engine = Engine()
+    assert sweep(runs_of(2), engine) == ({}, 4)
+    assert "dense/a" not in engine.done
+
+
+def test_two_sweeps_in_one_folder(sweep, tmp_path):
+    sweep(runs_of(1), Engine())
+    with open(tmp_path / "sweep" / ".sweep.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(KeyreduceError, match="another sweep is at work in"):
+            sweep(runs_of(1), Engine())
+    assert sweep(runs_of(1), Engine()) == ({}, 3)
+
+
+def test_a_folder_that_holds_something_else(sweep, tmp_path):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "thesis.txt").write_text("precious")
+    with pytest.raises(KeyreduceError, match="holds other things than a sweep"):
+        sweep(runs_of(1), Engine())
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["thesis.txt"]
+
+
+def test_folders_that_are_no_sweep(tmp_path):
+    with pytest.raises(KeyreduceError, match=r"holds no sweep\.json; give the folder that keyreduce sweep has written"):
+        read_sweep(tmp_path)
+    for content in ("{}", '{"runs": [1]}', '{"runs": [{}]}'):
+        (tmp_path / "sweep.json").write_text(content)
+        with pytest.raises(KeyreduceError, match="is damaged: it lists no runs"):
+            read_sweep(tmp_path)
