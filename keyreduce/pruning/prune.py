@@ -98,7 +98,7 @@ def write_pruned(
         rewrite(
             source,
             temporary,
-            config=family.resized(source.config, plan.after),
+            config=_with_flat_rope(family.resized(source.config, plan.after)) if edits else source.config,
             edits=edits,
             dtype=dtype,
             max_shard_size=max_shard_size,
@@ -113,6 +113,14 @@ def write_pruned(
         if verify is not None:
             verify(temporary)
     return saved
+
+
+def _with_flat_rope(config: dict) -> dict:
+    """The config with what it nests in ``rope_parameters`` also at its top, where mlx-lm alone looks for it."""
+    nested = config.get("rope_parameters")
+    nested = nested if isinstance(nested, dict) else {}
+    names = [name for name in ("rope_theta", "partial_rotary_factor") if nested.get(name) is not None]
+    return config | {name: nested[name] for name in names if config.get(name) is None}
 
 
 def _check_tensors(skeleton: Skeleton, written: Checkpoint, target: Path) -> None:

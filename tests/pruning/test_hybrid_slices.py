@@ -123,7 +123,7 @@ def test_what_has_no_mixer_is_copied(tmp_path, dense, model_type):
 
 
 @ALL
-def test_the_configs_differ_in_sizes_alone(tmp_path, dense, model_type):
+def test_the_configs_differ_in_sizes_and_say_twice_how_positions_turn(tmp_path, dense, model_type):
     source = dense(model_type)
     after = config_of(cut(source, plan_of(source, KEEP), tmp_path / "cut"))
     sizes = {"linear_num_key_heads": 1, "linear_num_value_heads": 2}
@@ -131,7 +131,12 @@ def test_the_configs_differ_in_sizes_alone(tmp_path, dense, model_type):
     if model_type in SEEING:
         assert after == source.config | {"text_config": source.config["text_config"] | sizes}
     else:
-        assert after == source.config | sizes
+        # transformers nests what mlx-lm wants at the top.
+        rope = source.config.get("rope_parameters") or {}
+        twice = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+        assert twice
+        assert after == source.config | sizes | twice
+        assert load(tmp_path / "cut").config.rope_parameters == rope
 
 
 @pytest.mark.parametrize("model_type", SEEING)
