@@ -77,12 +77,13 @@ def sweep(
     from keyreduce.devices import pick_device, pick_dtype
     from keyreduce.sweep.engines import engine_named
     from keyreduce.sweep.recipe import check_seeds, read_recipe
+    from keyreduce.sweep.record import SWEEP_NAME
     from keyreduce.sweep.run import plan_sweep, run_sweep
     from keyreduce.workspace import Workspace, refuse_unwritable
 
     console = Console(as_json=json)
     target = output or Workspace(work).root / "sweep"
-    refuse_unwritable(target, folder=True)
+    refuse_unwritable(target / SWEEP_NAME, folder=False)
     chosen = read_recipe(recipe)
     chosen = replace(chosen, models=model or chosen.models, seeds=seed or chosen.seeds)
     check_seeds(chosen.seeds, "--seed")

@@ -33,8 +33,8 @@ def table(
     console = Console(as_json=json)
     source = folder or Workspace(work).root / "sweep"
     if output is not None:
-        refuse_unwritable(output, folder=True)
         for name in NAMES:
+            refuse_unwritable(output / name, folder=False)
             refuse_existing(output / name, overwrite)
     console.result(write_and_print(console, source, output or source))
 

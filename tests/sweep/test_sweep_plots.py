@@ -1,6 +1,5 @@
 """What the pictures of a sweep hold: the points, the spreads and the front."""
 
-import pytest
 from made_up import DENSE, make_up, speedup
 
 from keyreduce.sweep.plots import draw_pareto, draw_perplexity
