@@ -169,8 +169,8 @@ def _do(runs: Sequence[Run], root: Path, engine: Engine, workers: int, progress)
 
 def _job(root: Path, share: Sequence[Run], number: int) -> Job:
     folders = [str(root / run.folder) for run in share]
-    # Modules are found where this process found them.
-    environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    # Modules are found where this process found them, and not in the current folder.
+    environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONSAFEPATH": "1"}
     name = share[0].title if len(share) == 1 else f"{share[0].title}, and {len(share) - 1} more"
     return Job(name, [sys.executable, "-m", _WORKER, *folders], root / "logs" / f"{number:03}.txt", environment)
 
