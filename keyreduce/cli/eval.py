@@ -153,12 +153,16 @@ def _compare(entries: list[dict]) -> None:
         entry["perplexity_increase"] = cost / dense - 1 if cost and dense else None
 
 
+def _told(figure: float) -> str:
+    return f"{figure:.4f}" if figure < 1e6 else f"{figure:.3e}"
+
+
 def _show_perplexity(console, report: dict) -> None:
     names = ("perplexity_per_token", "perplexity_per_word", "bits_per_byte")
     rows = []
     for entry in report["models"]:
         row = [entry["label"]]
-        row += ["" if entry[name] is None else f"{entry[name]:,.4f}" for name in names]
+        row += ["" if entry[name] is None else _told(entry[name]) for name in names]
         increase = entry.get("perplexity_increase")
         rows.append([*row, "" if increase is None else f"{increase:+.1%}"])
     how = f", one every {report['stride']}" if report["stride"] < report["seq_len"] else ""
