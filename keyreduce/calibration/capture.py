@@ -7,6 +7,7 @@ different ways on different paths, but what reaches the delta-rule operator mean
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,7 @@ from keyreduce.calibration.statistics import LayerStatistics, TaylorSums
 from keyreduce.calibration.taylor import differentiating
 from keyreduce.families import Family
 from keyreduce.models.loading import LoadedModel
+from keyreduce.models.offloading import device_of, read_parameter
 
 
 def operands(args: Sequence, kwargs: Mapping) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -51,7 +53,7 @@ def collect(
         # The decoder alone: what the head makes of its output is of no interest here.
         model.base_model(input_ids=tokens_BT, use_cache=False)
 
-    with watching(model, loaded.family) as layers, contextlib.ExitStack() as stack:
+    with watching(model, loaded.family, loaded.folder) as layers, contextlib.ExitStack() as stack:
         run = forward
         if gradients:
             for layer, sizes in loaded.family.layer_sizes(model.config.to_dict()).items():
@@ -67,16 +69,20 @@ def collect(
 
 
 @contextlib.contextmanager
-def watching(model: torch.nn.Module, family: Family) -> Iterator[dict[int, LayerStatistics]]:
+def watching(
+    model: torch.nn.Module, family: Family, folder: Path | None = None
+) -> Iterator[dict[int, LayerStatistics]]:
     """While the block runs, every forward pass of ``model`` adds to the sums that are yielded, layer by layer.
 
     Passes that build a graph for gradients may be watched too: the sums are no part of it. ``output_energy_W`` is
-    there once the block has ended.
+    there once the block has ended; for it weights that wait on the disk are read from ``folder``, the checkpoint.
     """
     config = model.config.to_dict()
-    hidden, device = round(family.hidden.read(config)), next(model.parameters()).device
+    hidden = round(family.hidden.read(config))
+    mixers = {layer: model.get_submodule(family.mixer.format(layer=layer)) for layer in family.mixer_layers(config)}
     layers = {
-        layer: LayerStatistics.zeros(hidden, sizes, device) for layer, sizes in family.layer_sizes(config).items()
+        layer: LayerStatistics.zeros(hidden, sizes, device_of(mixers[layer]))
+        for layer, sizes in family.layer_sizes(config).items()
     }
     output_names = {layer: projection_name(family, layer, "output") for layer in layers}
     running: list[LayerStatistics] = []
@@ -104,7 +110,7 @@ def watching(model: torch.nn.Module, family: Family) -> Iterator[dict[int, Layer
     with contextlib.ExitStack() as undo:
         modules = set()
         for layer, statistics in layers.items():
-            mixer = model.get_submodule(family.mixer.format(layer=layer))
+            mixer = mixers[layer]
             undo.callback(mixer.register_forward_pre_hook(before_mixer(statistics), with_kwargs=True).remove)
             projection = model.get_submodule(output_names[layer].rpartition(".")[0])
             undo.callback(projection.register_forward_pre_hook(before_output(statistics)).remove)
@@ -116,4 +122,7 @@ def watching(model: torch.nn.Module, family: Family) -> Iterator[dict[int, Layer
                 setattr(module, name, watched(original))
         yield layers
         for layer, statistics in layers.items():
-            statistics.weigh_output(model.get_parameter(output_names[layer]))
+            weight = model.get_parameter(output_names[layer])
+            if weight.is_meta and folder is not None:
+                weight = read_parameter(model, output_names[layer], folder)
+            statistics.weigh_output(weight.to(statistics.output_gram_WVV.device))

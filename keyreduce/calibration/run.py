@@ -12,7 +12,8 @@ from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.data.batches import batches, token_rows
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
-from keyreduce.models.loading import load_model
+from keyreduce.models.loading import LoadedModel, load_model
+from keyreduce.models.offloading import offloading
 from keyreduce.models.quantized import refuse_quantized
 
 _MOST = 10**9  # beyond any text, and far below where counting itself fails
@@ -70,6 +71,7 @@ def calibrate(
     device: torch.device,
     dtype: torch.dtype,
     gradients: bool = False,
+    offload: str | None = None,
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda message: None,
 ) -> Statistics:
@@ -81,6 +83,7 @@ def calibrate(
         settings: how many, how long.
         device, dtype: where and in what to run the model; sums are float64 either way.
         gradients: also sum what the loss says of each channel (``TaylorSums``), from a backward pass for each row.
+        offload: where layers wait for their turn on the device: "disk", "cpu", or with "auto" wherever there is room.
         progress: called after each batch with its number of tokens.
         note: told where the text is shorter than was asked for.
 
@@ -90,7 +93,19 @@ def calibrate(
     """
     settings.check(gradients=gradients)
     refuse_quantized(source)
-    loaded = load_model(source.path, device, dtype, gradients=gradients)
+    if offload and gradients:
+        raise KeyreduceError("--gradients need the whole model on the device: leave out --offload")
+    with offloading(source.config, device, offload) as placement:
+        loaded = load_model(source.path, device, dtype, gradients=gradients, placement=placement)
+        layers, tokens = _collect(loaded, text, settings, gradients, progress, note)
+    inputs = describe_inputs(source, text, settings, dtype, gradients=gradients)
+    statistics = Statistics(source.identity, tokens, layers, inputs)
+    statistics.check_finite()
+    return statistics
+
+
+def _collect(loaded: LoadedModel, text: TextSource, settings: Settings, gradients: bool, progress, note):
+    """The sums and the number of tokens that there were."""
     rows = token_rows(text.documents(settings.seed), loaded.tokenizer, settings.seq_len)
     first_row = next(rows)
     if len(first_row) < settings.seq_len:
@@ -99,7 +114,4 @@ def calibrate(
     layers, tokens = collect(loaded, taken, progress, gradients=gradients)
     if tokens < settings.tokens and len(first_row) == settings.seq_len:
         note(f"the text ended after {tokens:,} of {settings.tokens:,} tokens")
-    inputs = describe_inputs(source, text, settings, dtype, gradients=gradients)
-    statistics = Statistics(source.identity, tokens, layers, inputs)
-    statistics.check_finite()
-    return statistics
+    return layers, tokens

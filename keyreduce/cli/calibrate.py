@@ -27,6 +27,14 @@ def calibrate(
         bool,
         typer.Option("--gradients", help="Add what prune --method taylor needs; two to three times slower."),
     ] = False,
+    offload: Annotated[
+        str | None,
+        typer.Option(
+            metavar="disk|cpu|auto",
+            help="Where layers wait for their turn on the device (needs accelerate); auto fills all devices first.",
+            show_default="the whole model on the device",
+        ),
+    ] = None,
     config: options.Config = None,
     seed: options.Seed = 0,
     device: options.Device = None,
@@ -53,12 +61,13 @@ def calibrate(
         dtype=dtype,
         overwrite=overwrite,
         gradients=gradients,
+        offload=offload,
     )
     console.result(result)
 
 
 def write_calibration(
-    console, model, text, settings, target, *, device, dtype, overwrite, config=None, gradients=False
+    console, model, text, settings, target, *, device, dtype, overwrite, config=None, gradients=False, offload=None
 ) -> dict:
     """Make the calibration file, or say that it is there already; return the command's JSON object."""
     from keyreduce.calibration.file import read_record, write_statistics
@@ -93,6 +102,7 @@ def write_calibration(
             device=device,
             dtype=dtype,
             gradients=gradients,
+            offload=offload,
             progress=progress,
             note=console.note,
         )

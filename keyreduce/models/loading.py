@@ -1,6 +1,7 @@
 """A checkpoint folder as a model that is ready to run: its backend, its weights, its tokenizer."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +53,12 @@ def prepare_backend(device: torch.device, *, gradients: bool = False) -> None:
 
 
 def load_model(
-    folder: Path, device: torch.device, dtype: torch.dtype, *, gradients: bool = False
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    gradients: bool = False,
+    placement: Mapping | None = None,
 ) -> LoadedModel:
     """Load a checkpoint folder in evaluation mode.
 
@@ -61,6 +67,7 @@ def load_model(
         device: where to put the model.
         dtype: what to compute in; the weights are cast.
         gradients: whether there will be backward passes (:func:`prepare_backend`).
+        placement: what :func:`keyreduce.models.offloading.offloading` gives, where layers are to wait elsewhere.
 
     Raises:
         KeyreduceError: no DeltaNet-family checkpoint is there, it does not load, weights are missing, or one is NaN or
@@ -75,9 +82,9 @@ def load_model(
     their_logging.set_verbosity_error()  # what its report of the weights says, _check_weights says in one line
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **(placement or {})
         )
-        model = model.to(device).eval()
+        model = (model if placement else model.to(device)).eval()
     except Exception as error:
         # A config that no model would have makes its constructor raise nearly anything.
         raise KeyreduceError(f"{folder} does not load: {reason(error)}") from error
@@ -85,7 +92,8 @@ def load_model(
         their_logging.set_verbosity(verbosity)
     _check_weights(folder, report)
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        # Of what waits on the disk the activations will tell.
+        if not parameter.is_meta and not torch.isfinite(parameter).all():
             raise KeyreduceError(f"tensor {name!r} of {folder} holds NaN or inf: the checkpoint is damaged")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)

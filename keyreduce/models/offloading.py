@@ -1,0 +1,96 @@
+"""Models larger than a device's memory: their layers wait elsewhere, and come to the device in their turn.
+
+The moving is accelerate's. Files are mapped: layers that wait on the disk take no memory of the machine either.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from keyreduce.checkpoint.folder import open_folder
+from keyreduce.errors import KeyreduceError
+from keyreduce.families import family_of
+
+PLACES = ("disk", "cpu", "auto")
+
+
+@contextlib.contextmanager
+def offloading(config: Mapping, device: torch.device, place: str | None) -> Iterator[dict]:
+    """While the block runs, yield the arguments with which ``from_pretrained`` leaves layers elsewhere.
+
+    Args:
+        config: the content of config.json.
+        device: where the layers run, and where everything that is no layer stays.
+        place: where layers wait: ``disk``, ``cpu``, or with ``auto`` wherever there is room, the devices first; None
+            for a model that is whole on the device.
+
+    Raises:
+        KeyreduceError: there is no such place, accelerate is not installed, or the model's class does not allow it.
+    """
+    if place is None:
+        yield {}
+        return
+    if place not in PLACES:
+        raise KeyreduceError(f"--offload is {place!r}; take one of {', '.join(PLACES)}")
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        raise KeyreduceError("--offload needs accelerate: pip install accelerate") from None
+    family = family_of(config)
+    if family.shipped_by != "transformers":
+        raise KeyreduceError(
+            f"--offload is for models of transformers; those of {family.shipped_by}, such as {family.model_type}, use "
+            "weights past the modules that hold them, so that they would not be there"
+        )
+    if place == "cpu" and device.type == "cpu":
+        raise KeyreduceError("--offload cpu is for a GPU; on a CPU, layers can wait on the disk: --offload disk")
+    with tempfile.TemporaryDirectory(prefix="keyreduce-") as folder:
+        placement = "auto" if place == "auto" else _placement(config, device, place)
+        yield {"device_map": placement, "offload_folder": folder}
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Return the device on which a module runs, wherever its weights wait."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device) if not isinstance(device, int) else torch.device("cuda", device)
+    return next(module.parameters()).device
+
+
+def read_parameter(model: torch.nn.Module, name: str, folder: Path) -> torch.Tensor:
+    """Return a parameter of a model, from its checkpoint where it waits on the disk.
+
+    Args:
+        model: the model.
+        name: the parameter's name in the model: of a mixer, with the name that it has in the checkpoint too.
+        folder: the checkpoint.
+    """
+    parameter = model.get_parameter(name)
+    if not parameter.is_meta:
+        return parameter
+    source, path = open_folder(folder), family_of(model.config.to_dict()).mixer
+    start, end = path.split("{layer}")
+    theirs = family_of(source.config, source.tensors).mixer
+    layer, rest = name.removeprefix(start).split(end, 1)
+    return source.read(theirs.format(layer=layer) + rest)
+
+
+def _placement(config: Mapping, device: torch.device, place: str) -> dict[str, str]:
+    """Where each part of the model is: its layers at ``place``, what is before and after them on the device."""
+    their_config = AutoConfig.for_model(**config).get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(their_config)
+    layers = family_of(their_config.to_dict()).mixer.split(".{layer}")[0]
+    parts = [name for name, module in model.named_modules() if name and f"{layers}.".startswith(f"{name}.")]
+    found = {}
+    for parent in ("", *parts[:-1]):
+        for name, _ in model.get_submodule(parent).named_children():
+            full = f"{parent}.{name}".removeprefix(".")
+            if full not in parts:
+                found[full] = str(device)
+    return found | {f"{layers}.{name}": place for name, _ in model.get_submodule(layers).named_children()}
