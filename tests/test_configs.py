@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
+from keyreduce.checkpoint.shards import TensorSpec
 from keyreduce.families import family_of
 from keyreduce.models.skeleton import describe
 from keyreduce.pruning.methods import method_named
@@ -64,7 +65,9 @@ def test_recipes_of_a_size_can_prune_each_model_of_it(size):
 
 
 class _Described:
-    """What `check_method` looks at of a checkpoint."""
+    """What `check_method` looks at of a checkpoint: the config, and the tensors that it asks for."""
 
     def __init__(self, config: dict, path: Path):
         self.config, self.path = config, path
+        shapes = describe(config).shapes
+        self.tensors = {name: TensorSpec(name, "BF16", shape) for name, shape in shapes.items()}
