@@ -5,7 +5,7 @@
 First it checks the kernel against a float64 step. With ``--search`` it tries tilings, and times the best of each
 size; without, those of `choose_tiling`. Each call is a node of a CUDA graph, and has its own state to read and its own
 to write: together several times what the L2 cache holds. What is compared takes turns, round after round. Bytes are
-the state read and written, and query, key, value, beta, gate and output once; the ceiling is a copy of 1 GiB.
+the state read and written, and query, key, value, beta, gate and output once; the ceiling is a large copy.
 
 Shapes: B sequences, H key heads, W value heads, K key channels, V value channels.
 """
@@ -23,123 +23,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-import triton
-from fla.ops.delta_rule import fused_recurrent_delta_rule
-from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
 
 import fla_decode
-from fla_decode.step import Tiling, choose_tiling, decode_step, split_channels
+import torch
+import triton
+from decode_cases import CASES, Case, H, V, call_fla, check, draw
+from fla_decode.step import MAX_NUMBERS, Tiling, choose_tiling, decode_step, split_channels
 
 START = time.perf_counter()
-H, V = 16, 128
 KEY_CHANNELS, BATCHES, SEARCH_BATCHES = (128, 96, 64, 32), (1, 8, 64, 128, 256), (64, 256, 8)
-
-
-class Case(NamedTuple):
-    """How a rule is called: by whom, and so with what."""
-
-    name: str
-    is_gated: bool
-    is_raw: bool
-    normalize: bool
-    state_v_first: bool
-
-
-CASES = (
-    Case("ungated, the kernel alone", False, False, False, False),
-    Case("ungated, as fla's DeltaNet calls it", False, False, True, False),
-    Case("gated, as transformers' models call it", True, False, True, False),
-    Case("gated, as fla's GatedDeltaNet calls it", True, True, True, True),
-)
 # One of each layout of the state: what is best for one of a layout is taken for the others.
 SEARCHED = (CASES[0], CASES[3])
 
 
 def say(*words: object) -> None:
     print(f"{time.perf_counter() - START:6.1f} s ", *words, flush=True)
-
-
-def draw(case: Case, B: int, K: int, *, W: int = H, V: int = V, seed: int = 0) -> dict:
-    """Return random inputs of `decode_step`, bfloat16 with a float32 state."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-
-    def normal(*shape, dtype=torch.bfloat16):
-        return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
-
-    inputs = dict(query_B1HK=normal(B, 1, H, K), key_B1HK=normal(B, 1, H, K), value_B1WV=normal(B, 1, W, V))
-    if not case.normalize:
-        inputs["key_B1HK"] = torch.nn.functional.normalize(inputs["key_B1HK"], dim=-1)
-    beta = normal(B, 1, W)
-    inputs["beta_B1W"] = beta if case.is_raw else beta.sigmoid()
-    inputs["state"] = normal(*((B, W, V, K) if case.state_v_first else (B, W, K, V)), dtype=torch.float32)
-    inputs |= dict(normalize=case.normalize, state_v_first=case.state_v_first, beta_is_logit=case.is_raw)
-    if case.is_raw:
-        inputs |= dict(gate_B1W=normal(B, 1, W), A_log_W=torch.linspace(-1, 1, W, device="cuda"))
-        inputs |= dict(dt_bias_W=torch.linspace(-2, 0, W, device="cuda"))
-    elif case.is_gated:
-        inputs["gate_B1W"] = torch.nn.functional.logsigmoid(normal(B, 1, W, dtype=torch.float32) + 2)
-    return inputs
-
-
-def call_fla(case: Case, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `decode_step` computes, by fla."""
-    arguments = [inputs[name] for name in ("query_B1HK", "key_B1HK", "value_B1WV")]
-    options = dict(initial_state=inputs["state"], output_final_state=True, beta=inputs["beta_B1W"])
-    options["use_qk_l2norm_in_kernel"] = case.normalize
-    if not case.is_gated:
-        return fused_recurrent_delta_rule(*arguments, **options)
-    options |= dict(g=inputs["gate_B1W"], state_v_first=case.state_v_first)
-    if case.is_raw:
-        options |= dict(use_gate_in_kernel=True, A_log=inputs["A_log_W"], dt_bias=inputs["dt_bias_W"])
-        options |= dict(use_beta_sigmoid_in_kernel=True)
-    return fused_recurrent_gated_delta_rule(*arguments, **options)
-
-
-def reference(case: Case, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """The step as its definition reads, in float64."""
-    query, key, value, beta, state = (
-        inputs[name].double() for name in ("query_B1HK", "key_B1HK", "value_B1WV", "beta_B1W", "state")
-    )
-    query, key = (tensor[:, 0].repeat_interleave(value.shape[2] // H, dim=1) for tensor in (query, key))
-    value, beta = value[:, 0], beta[:, 0]
-    state = state.mT if case.state_v_first else state
-    if case.normalize:
-        query, key = (tensor / (tensor.square().sum(-1, keepdim=True) + 1e-6).sqrt() for tensor in (query, key))
-    beta = beta.sigmoid() if case.is_raw else beta
-    if case.is_gated:
-        gate = inputs["gate_B1W"].double()[:, 0]
-        if case.is_raw:
-            rate = inputs["A_log_W"].double().exp()
-            gate = -rate * torch.nn.functional.softplus(gate + inputs["dt_bias_W"].double())
-        state = state * gate.exp()[..., None, None]
-    update = beta[..., None] * (value - torch.einsum("bwkv,bwk->bwv", state, key))
-    state = state + key[..., None] * update[..., None, :]
-    output = torch.einsum("bwkv,bwk->bwv", state, query) * query.shape[-1] ** -0.5
-    return output[:, None], state.mT if case.state_v_first else state
-
-
-def check() -> dict[str, float]:
-    """Return the largest relative error of output (bfloat16) and state, over cases and odd sizes. Too large raises."""
-    worst = {"output": 0.0, "state": 0.0}
-    sizes = [(K, 128, 1) for K in (128, 96, 64, 32)] + [(48, 128, 2), (57, 80, 2), (103, 127, 4), (16, 256, 1)]
-    for case, (K, V, group) in itertools.product(CASES, sizes):
-        if group > 1 and not case.is_gated:
-            group = 1
-        tilings = [None, Tiling(16, 2, False, 2, 4)] if K in (96, 57) else [None]
-        for tiling, inplace in itertools.product(tilings, (False, True)):
-            inputs = draw(case, 3, K, W=H * group, V=V, seed=K)
-            expected = reference(case, inputs)
-            found = decode_step(**inputs, tiling=tiling, inplace=inplace)
-            for name, ours, right in zip(worst, found, expected, strict=True):
-                error = ((ours.double() - right).norm() / right.norm()).item()
-                limit = {"output": 4e-3, "state": 1e-6}[name]
-                if not error < limit:
-                    raise SystemExit(f"{case.name}, K={K}, V={V}, {tiling}: {name} is off by {error:.1e}")
-                worst[name] = max(worst[name], error)
-    return worst
 
 
 def record(call: Callable[[int], object], count: int) -> Callable[[], None]:
@@ -188,9 +86,19 @@ def moved_bytes(case: Case, B: int, K: int) -> int:
 
 
 def copy_speed() -> float:
-    """Return the bytes a second, read and written, of a copy of 1 GiB."""
+    """Return the bytes a second, read and written, of a copy: the best of 1 GiB and 256 MiB, once the clocks are up."""
     source, target = (torch.randn(1 << 28, device="cuda") for _ in range(2))
-    return 2e6 * (1 << 30) / time_in_turns({"copy": lambda _: target.copy_(source)}, 2, rounds=15)["copy"]
+    start = time.perf_counter()
+    while time.perf_counter() - start < 1:
+        target.copy_(source)
+        torch.cuda.synchronize()
+    speeds = []
+    for size in (1 << 28, 1 << 26):
+        pairs = list(zip(target.split(size), source.split(size), strict=True))
+        calls = {"copy": lambda index, pairs=pairs: pairs[index][0].copy_(pairs[index][1])}
+        us = time_in_turns(calls, len(pairs), rounds=15)
+        speeds.append(2 * 4e6 * size / us["copy"])
+    return max(speeds)
 
 
 def rotating(case: Case, B: int, K: int) -> list[dict]:
@@ -203,18 +111,11 @@ def step_set(sets: Sequence[dict], tiling: Tiling | None, index: int) -> tuple[t
 
 
 def candidates(K: int) -> list[Tiling]:
-    """Return the tilings to try: those that leave each thread 8 to 64 numbers, some with several on their way."""
-    found, processor_bytes = [], 200 << 10
-    for block_v, warps in itertools.product((8, 16, 32, 64, 128), (1, 2, 4, 8)):
-        numbers = sum(split_channels(K)) * block_v
-        if not 8 <= numbers / (32 * warps) <= 64:
-            continue
-        found += [Tiling(block_v, warps, True)]
-        if numbers / (32 * warps) in (16, 24, 32):
-            found += [Tiling(block_v, warps, False)]
-            for stages in (2, 3):
-                programs = min(16, processor_bytes // (4 * numbers * stages), 64 // warps)
-                found += [Tiling(block_v, warps, True, stages, programs)] * (programs > 1)
+    """Return the tilings to try: those that leave each thread 8 to `MAX_NUMBERS` numbers."""
+    found = []
+    for block_v, warps, streams in itertools.product((8, 16, 32, 64, 128), (1, 2, 4, 8), (True, False)):
+        if 8 <= sum(split_channels(K)) * block_v / (32 * warps) <= MAX_NUMBERS:
+            found.append(Tiling(block_v, warps, streams))
     return found
 
 

@@ -66,49 +66,24 @@ def _write(tile, decay, vector, update, V_FIRST: tl.constexpr):
     return result
 
 
-@triton.jit(do_not_specialize=["tiles"])
-def decode_kernel(
-    query_BHK, key_BHK, value_BWV, beta_BW, gate_BW, A_log_W, dt_bias_W, state, new_state, output_BWV, scale, tiles,
-    H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_V: tl.constexpr,
-    HAS_GATE: tl.constexpr, IS_GATE_RAW: tl.constexpr, HAS_DT_BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
-    BETA_IS_LOGIT: tl.constexpr, DOUBLE_BETA: tl.constexpr, V_FIRST: tl.constexpr,
-    POLICY: tl.constexpr, PIPELINE: tl.constexpr,
-):  # fmt: skip
-    """Step the tiles ``program, program + programs, ...`` of ``tiles``; a tile is BLOCK_V value channels of a head.
-
-    The key channels are HEAD of them and, where that leaves some over, a second part of at most TAIL: a tile's sides
-    are powers of two, and in two parts 96 channels waste none. PIPELINE is how many tiles are on their way at once in
-    a program that steps several; 0 where each steps one.
-    """
-    if PIPELINE == 0:
-        _step(
-            tl.program_id(0), query_BHK, key_BHK, value_BWV, beta_BW, gate_BW, A_log_W, dt_bias_W, state, new_state,
-            output_BWV, scale, H, W, K, V, HEAD, TAIL, BLOCK_V, HAS_GATE, IS_GATE_RAW, HAS_DT_BIAS, NORMALIZE,
-            BETA_IS_LOGIT, DOUBLE_BETA, V_FIRST, POLICY,
-        )  # fmt: skip
-    else:
-        program, programs = tl.program_id(0), tl.num_programs(0)
-        for turn in tl.range(0, tl.cdiv(tiles - program, programs), num_stages=PIPELINE):
-            _step(
-                program + turn * programs, query_BHK, key_BHK, value_BWV, beta_BW, gate_BW, A_log_W, dt_bias_W, state,
-                new_state, output_BWV, scale, H, W, K, V, HEAD, TAIL, BLOCK_V, HAS_GATE, IS_GATE_RAW, HAS_DT_BIAS,
-                NORMALIZE, BETA_IS_LOGIT, DOUBLE_BETA, V_FIRST, POLICY,
-            )  # fmt: skip
-
-
 @triton.jit
-def _step(
-    tile, query_BHK, key_BHK, value_BWV, beta_BW, gate_BW, A_log_W, dt_bias_W, state, new_state, output_BWV, scale,
+def decode_kernel(
+    query_BHK, key_BHK, value_BWV, beta_BW, gate_BW, A_log_W, dt_bias_W, state, new_state, output_BWV, scale,
     H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_V: tl.constexpr,
     HAS_GATE: tl.constexpr, IS_GATE_RAW: tl.constexpr, HAS_DT_BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
     BETA_IS_LOGIT: tl.constexpr, DOUBLE_BETA: tl.constexpr, V_FIRST: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
+    """Step one tile: BLOCK_V value channels of a head.
+
+    Its key channels are HEAD of them and, where that leaves some over, a second part of at most TAIL: the sides of a
+    tile are powers of two, and in two parts 96 channels waste none. POLICY is the cache's, for the state.
+    """
     BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     IS_V_MASKED: tl.constexpr = V % BLOCK_V != 0
     IS_HEAD_MASKED: tl.constexpr = HEAD > K
     IS_TAIL_MASKED: tl.constexpr = HEAD + TAIL > K
+    tile = tl.program_id(0)
     value_head = (tile // BLOCKS).to(tl.int64)
     head = value_head % W
     key_head = value_head // W * H + head // (W // H)

@@ -1,6 +1,6 @@
 """Where the kernel stands in for fla's, and which calls it takes.
 
-Two functions of fla, which its layers and transformers' models come to in every decoding step, get fla's own dispatcher
+The functions of fla that its layers and transformers' models come to in every decoding step get fla's own dispatcher
 around them, if they do not have it already; there the kernel is registered. What it does not cover goes on to fla.
 """
 
@@ -62,12 +62,27 @@ def fused_recurrent_delta_rule(
     return output.to(q.dtype), state
 
 
+def fused_recurrent_gated_delta_rule(
+    q, k, v, g=None, gk=None, gv=None, beta=None, scale=None, initial_state=None, output_final_state=False,
+    use_qk_l2norm_in_kernel=False, use_gate_in_kernel=False, A_log=None, dt_bias=None,
+    use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, state_v_first=False, cu_seqlens=None, **_,
+):  # fmt: skip
+    """fla's function of that name, for the calls that `takes_gated` takes."""
+    return decode_step(
+        q, k, v, beta, initial_state,
+        scale=scale, gate_B1W=g, A_log_W=A_log if use_gate_in_kernel else None,
+        dt_bias_W=dt_bias if use_gate_in_kernel else None, normalize=use_qk_l2norm_in_kernel,
+        beta_is_logit=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval, state_v_first=state_v_first,
+        inplace=_is_inplace,
+    )  # fmt: skip
+
+
 def fused_recurrent_gated_delta_rule_fwd(
     q, k, v, g=None, gk=None, gv=None, beta=None, A_log=None, dt_bias=None, scale=None, initial_state=None,
     output_final_state=False, use_qk_l2norm_in_kernel=False, use_beta_sigmoid_in_kernel=False,
     allow_neg_eigval=False, state_v_first=False, cu_seqlens=None,
 ):  # fmt: skip
-    """fla's function of that name, for the calls that `takes_gated` takes."""
+    """fla's function of that name, for the calls that `takes_gated_fwd` takes."""
     return decode_step(
         q, k, v, beta, initial_state,
         scale=scale, gate_B1W=g, A_log_W=A_log, dt_bias_W=dt_bias, normalize=use_qk_l2norm_in_kernel,
@@ -81,24 +96,39 @@ def takes_ungated(
     cu_seqlens=None,
 ) -> tuple[bool, str | None]:  # fmt: skip
     """Tell fla's dispatcher whether the kernel takes this call, and if not, why."""
-    reason = _refusal(q, k, v, beta, initial_state, output_final_state, cu_seqlens)
+    reason = _refusal((q, k, v, beta, initial_state), output_final_state, cu_seqlens)
     return reason is None, reason
 
 
 def takes_gated(
+    q, k, v, g=None, gk=None, gv=None, beta=None, scale=None, initial_state=None, output_final_state=False,
+    use_qk_l2norm_in_kernel=False, use_gate_in_kernel=False, A_log=None, dt_bias=None,
+    use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, state_v_first=False, cu_seqlens=None, **others,
+) -> tuple[bool, str | None]:  # fmt: skip
+    """The same for the gated rule as fla's layers call it."""
+    if use_gate_in_kernel and (g is None or A_log is None) or allow_neg_eigval and not use_beta_sigmoid_in_kernel:
+        return False, "arguments that fla refuses"
+    if "transpose_state_layout" in others:
+        return False, "an argument that fla has renamed"
+    gates = (g, A_log, dt_bias) if use_gate_in_kernel else (g,)
+    reason = _refusal((q, k, v, beta, initial_state), output_final_state, cu_seqlens, gates, (gk, gv))
+    return reason is None, reason
+
+
+def takes_gated_fwd(
     q, k, v, g=None, gk=None, gv=None, beta=None, A_log=None, dt_bias=None, scale=None, initial_state=None,
     output_final_state=False, use_qk_l2norm_in_kernel=False, use_beta_sigmoid_in_kernel=False,
     allow_neg_eigval=False, state_v_first=False, cu_seqlens=None,
 ) -> tuple[bool, str | None]:  # fmt: skip
-    """The same for the gated rule."""
-    reason = _refusal(q, k, v, beta, initial_state, output_final_state, cu_seqlens)
-    if reason is None and (gk is not None or gv is not None):
-        reason = "the decay is per channel"
+    """The same for the gated rule inside that function, within autograd."""
+    gates = (g, A_log, dt_bias)
+    reason = _refusal((q, k, v, beta, initial_state), output_final_state, cu_seqlens, gates, (gk, gv))
     return reason is None, reason
 
 
-def _refusal(q, k, v, beta, initial_state, output_final_state, cu_seqlens) -> str | None:
+def _refusal(inputs, output_final_state, cu_seqlens, gates=(), channel_gates=()) -> str | None:
     """Return why a call is left to fla; None if it is not."""
+    q, k, v, beta, initial_state = inputs
     if not _is_enabled:
         return "the decode kernel is switched off"
     if not q.is_cuda:
@@ -107,38 +137,47 @@ def _refusal(q, k, v, beta, initial_state, output_final_state, cu_seqlens) -> st
         return "more than one token, or packed sequences"
     if initial_state is None or not output_final_state:
         return "no state to read, or none to write"
-    if beta is None or beta.ndim != 3:
-        return "beta is absent or per channel"
+    if beta is None or beta.ndim != 3 or any(gate is not None for gate in channel_gates):
+        return "beta is absent, or beta or the decay per channel"
     if k.shape[-1] > MAX_KEY_CHANNELS or v.shape[2] % k.shape[2]:
         return f"more than {MAX_KEY_CHANNELS} key channels, or value heads that key heads do not divide"
-    if any(tensor.dtype not in _DTYPES for tensor in (q, k, v, beta, initial_state)):
+    tensors = [tensor for tensor in (*inputs, *gates) if tensor is not None]
+    if any(tensor.dtype not in _DTYPES for tensor in tensors):
         return "a dtype that is not one of float32, bfloat16, float16"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, beta, initial_state)):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "a gradient is asked for"
     return None
 
 
-# fla module -> (its function, ours, which calls ours takes). The first is held by name in the modules of layers; the
-# second is looked up at each call, also for models that took hold of fla's public function before `enable()`.
-PLACES = {
-    "fla.ops.delta_rule.fused_recurrent": (
+# (fla's module, its function, ours, which calls ours takes). Layers hold the first two by name. The third is looked up
+# at each call, so that models of transformers that took hold of the second before `enable()` find ours too.
+PLACES = (
+    (
+        "fla.ops.delta_rule.fused_recurrent",
         "fused_recurrent_delta_rule",
         fused_recurrent_delta_rule,
         takes_ungated,
     ),
-    "fla.ops.gated_delta_rule.fused_recurrent": (
-        "fused_recurrent_gated_delta_rule_fwd",
-        fused_recurrent_gated_delta_rule_fwd,
+    (
+        "fla.ops.gated_delta_rule.fused_recurrent",
+        "fused_recurrent_gated_delta_rule",
+        fused_recurrent_gated_delta_rule,
         takes_gated,
     ),
-}
+    (
+        "fla.ops.gated_delta_rule.fused_recurrent",
+        "fused_recurrent_gated_delta_rule_fwd",
+        fused_recurrent_gated_delta_rule_fwd,
+        takes_gated_fwd,
+    ),
+)
 
 
 def _place_all() -> None:
     try:
         from fla.backends import BaseBackend, dispatch, register
 
-        originals = {name: getattr(importlib.import_module(name), place[0]) for name, place in PLACES.items()}
+        originals = [getattr(importlib.import_module(module), name) for module, name, *_ in PLACES]
     except (ImportError, AttributeError) as error:
         raise UnsupportedVersionError(
             f"the decode kernel works with flash-linear-attention {TESTED_VERSIONS}; the installed one lacks "
@@ -154,18 +193,17 @@ def _place_all() -> None:
         # After fla_torch, which takes a call on CUDA only where it was asked to.
         priority = 0
 
-    for module_name, (name, implementation, verifier) in PLACES.items():
-        original = originals[module_name]
+    for original, (*_, implementation, verifier) in zip(originals, PLACES, strict=True):
         place = {"backend": DecodeBackend, "verifier": verifier}
         try:
             register(original, **place)(implementation)
         except KeyError:
             # Nobody has dispatched it yet.
-            _replace(original, name, dispatch(original))
+            _replace(original, dispatch(original))
             register(original, **place)(implementation)
 
 
-def _replace(original, name, dispatched) -> None:
+def _replace(original, dispatched) -> None:
     """Put the dispatched function at every name under which a loaded module holds the original."""
     for module in list(sys.modules.values()):
         for attribute, value in list(getattr(module, "__dict__", {}).items()):

@@ -15,24 +15,35 @@ MAX_KEY_CHANNELS = 256
 
 
 class Tiling(NamedTuple):
-    """How the kernel takes the state: value channels of a tile, warps of a program, and three choices of traffic.
+    """How the kernel takes the state: value channels of a tile, warps of a program, and what the cache is told.
 
-    ``streams`` marks the state in the cache as not needed again. ``pipeline`` tiles are on their way at once in each
-    of ``programs`` programs for each multiprocessor; with 0 a program steps one tile.
+    With ``streams`` the state is marked as not needed again soon.
     """
 
     block_v: int
     warps: int
     streams: bool = True
-    pipeline: int = 0
-    programs: int = 0
+
+
+# By layout and key channels, the best of the search in decode_benchmark.py on an H100, with V = 128.
+TILINGS = {
+    False: {32: Tiling(128, 2), 64: Tiling(64, 2), 96: Tiling(32, 2), 128: Tiling(64, 4), 256: Tiling(32, 8)},
+    True: {32: Tiling(128, 2), 64: Tiling(32, 1), 96: Tiling(16, 4), 128: Tiling(32, 8, False), 256: Tiling(16, 8)},
+}
+# So few columns of a state, over all heads, want small tiles, to reach every multiprocessor.
+FEW_COLUMNS = 1 << 16
+FEW = {False: Tiling(16, 1), True: Tiling(8, 1)}
+MAX_NUMBERS = 64  # of a thread: more would not stay in registers
 
 
 def choose_tiling(K: int, V: int, *, heads: int, state_v_first: bool) -> Tiling:
     """Return the tiling for a state of ``heads`` (sequences times value heads) times K times V."""
-    block_v = min(32, triton.next_power_of_2(V))
-    numbers = sum(split_channels(K)) * block_v
-    return Tiling(block_v, min(8, triton.next_power_of_2(max(1, numbers // 1024))))
+    tiling = FEW[state_v_first]
+    if heads * V >= FEW_COLUMNS:
+        tiling = next(found for most, found in TILINGS[state_v_first].items() if K <= most)
+    block_v = min(tiling.block_v, triton.next_power_of_2(V))
+    needed = triton.next_power_of_2(triton.cdiv(sum(split_channels(K)) * block_v, 32 * MAX_NUMBERS))
+    return tiling._replace(block_v=block_v, warps=max(needed, tiling.warps))
 
 
 def split_channels(K: int) -> tuple[int, int]:
@@ -94,17 +105,14 @@ def decode_step(
     output = torch.empty_like(value)
     tiling = tiling or choose_tiling(K, V, heads=B * W, state_v_first=state_v_first)
     head, tail = split_channels(K)
-    tiles = programs = B * W * triton.cdiv(V, tiling.block_v)
-    if tiling.pipeline:
-        processors = torch.cuda.get_device_properties(state.device).multi_processor_count
-        programs = min(tiles, processors * tiling.programs)
+    programs = B * W * triton.cdiv(V, tiling.block_v)
     with torch.cuda.device(state.device) if state.is_cuda else contextlib.nullcontext():
         decode_kernel[(programs,)](
             query, key, value, beta, gate, A_log, dt_bias, state, new_state, output,
-            K**-0.5 if scale is None else scale, tiles,
+            K**-0.5 if scale is None else scale,
             H=H, W=W, K=K, V=V, HEAD=head, TAIL=tail, BLOCK_V=tiling.block_v,
             HAS_GATE=gate is not None, IS_GATE_RAW=A_log is not None, HAS_DT_BIAS=dt_bias is not None,
             NORMALIZE=normalize, BETA_IS_LOGIT=beta_is_logit, DOUBLE_BETA=allow_neg_eigval, V_FIRST=state_v_first,
-            POLICY="evict_first" if tiling.streams else "", PIPELINE=tiling.pipeline, num_warps=tiling.warps,
+            POLICY="evict_first" if tiling.streams else "", num_warps=tiling.warps,
         )  # fmt: skip
     return output, new_state

@@ -98,7 +98,9 @@ def fake_tensor(*shape, device="cuda", **options):
 
 def test_a_decoding_step_is_taken(enabled):
     assert registry.takes_ungated(**fake_call()) == (True, None)
-    assert registry.takes_gated(**fake_call(g=fake_tensor(2, 1, 3), A_log=fake_tensor(3)))[0]
+    gates = dict(g=fake_tensor(2, 1, 3), A_log=fake_tensor(3), dt_bias=fake_tensor(3))
+    assert registry.takes_gated(**fake_call(**gates, use_gate_in_kernel=True)) == (True, None)
+    assert registry.takes_gated_fwd(**fake_call(**gates)) == (True, None)
     half = {name: fake_tensor(2, 1, 3, 8, dtype=torch.bfloat16) for name in ("q", "k")}
     assert registry.takes_ungated(**fake_call(**half))[0]
 
@@ -120,17 +122,33 @@ def test_a_decoding_step_is_taken(enabled):
     ],
 )
 def test_what_it_does_not_cover_is_left_to_fla(enabled, reason, changes):
-    for takes in (registry.takes_ungated, registry.takes_gated):
+    for takes in (registry.takes_ungated, registry.takes_gated, registry.takes_gated_fwd):
         taken, why = takes(**fake_call(**changes))
         assert not taken
         assert reason in why
 
 
-def test_gates_per_channel_are_left_to_fla(enabled):
+@pytest.mark.parametrize("takes", [registry.takes_gated, registry.takes_gated_fwd])
+def test_gates_that_it_does_not_cover_are_left_to_fla(enabled, takes):
     for name in ("gk", "gv"):
-        assert registry.takes_gated(**fake_call(**{name: fake_tensor(2, 1, 3, 8)})) == (
-            False, "the decay is per channel",
-        )  # fmt: skip
+        assert "per channel" in takes(**fake_call(**{name: fake_tensor(2, 1, 3, 8)}))[1]
+    gates = dict(g=fake_tensor(2, 1, 3), A_log=fake_tensor(3, requires_grad=True), use_gate_in_kernel=True)
+    if takes is registry.takes_gated_fwd:
+        gates.pop("use_gate_in_kernel")
+    assert "gradient" in takes(**fake_call(**gates))[1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"use_gate_in_kernel": True, "A_log": fake_tensor(3)},
+        {"use_gate_in_kernel": True, "g": fake_tensor(2, 1, 3)},
+        {"allow_neg_eigval": True},
+        {"transpose_state_layout": True},
+    ],
+)
+def test_what_fla_refuses_or_renames_is_left_to_fla(enabled, arguments):
+    assert not registry.takes_gated(**fake_call(**arguments))[0]
 
 
 def test_without_gradients_leaves_are_no_matter(enabled):
@@ -192,7 +210,7 @@ def test_a_registry_that_is_switched_off_is_named(monkeypatch):
     assert not fla_decode.is_enabled()
 
 
-@pytest.mark.parametrize("name", [(module, place[0]) for module, place in registry.PLACES.items()])
+@pytest.mark.parametrize("name", [place[:2] for place in registry.PLACES])
 def test_a_version_that_works_is_named_where_a_function_is_missing(monkeypatch, name):
     monkeypatch.setattr(registry, "_is_placed", False)
     monkeypatch.delattr(sys.modules[name[0]], name[1])
