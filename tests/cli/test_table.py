@@ -1,12 +1,9 @@
 """``keyreduce table``: a sweep's folder to tables and pictures, wherever one wants them."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "sweep"))
-from made_up import make_up  # noqa: E402
+from made_up_sweep import make_up
 
 FILES = {"table.md", "table.csv", "table.tex", "table.html", "perplexity.png", "pareto.png"}
 

@@ -1,6 +1,6 @@
 """What the pictures of a sweep hold: the points, the spreads and the front."""
 
-from made_up import DENSE, make_up, speedup
+from made_up_sweep import DENSE, make_up, speedup
 
 from keyreduce.sweep.plots import draw_pareto, draw_perplexity
 from keyreduce.sweep.results import read_results

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_up import DENSE, factor, make_up, speedup
+from made_up_sweep import DENSE, factor, make_up, speedup
 
 from keyreduce.errors import KeyreduceError
 from keyreduce.sweep.results import Figure, pareto_front, read_results

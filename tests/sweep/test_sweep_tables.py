@@ -8,7 +8,7 @@ import json
 import re
 
 import pytest
-from made_up import DENSE, make_up
+from made_up_sweep import DENSE, make_up
 
 from keyreduce.errors import KeyreduceError
 from keyreduce.sweep.page import page
