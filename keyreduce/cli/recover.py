@@ -57,17 +57,21 @@ def recover(
     batch_size: options.BatchSize = 8,
     seq_len: options.SeqLen = 512,
     steps: Annotated[
-        int | None, typer.Option(min=1, rich_help_panel=_OF_RECONSTRUCT, help="Gradient steps in each layer.")
+        int | None,
+        typer.Option(min=1, rich_help_panel=_OF_RECONSTRUCT, help="Gradient steps in each layer.", show_default="512"),
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(min=0, rich_help_panel=_OF_RECONSTRUCT, help="The highest learning rate.")
+        float | None,
+        typer.Option(min=0, rich_help_panel=_OF_RECONSTRUCT, help="The highest learning rate.", show_default="0.0005"),
     ] = None,
     scope: Annotated[
         str | None,
         typer.Option(
-            metavar="mixer|block",
+            metavar="mixer-in-block|mixer|block",
             rich_help_panel=_OF_RECONSTRUCT,
-            help="What is fitted, and to what the dense model gives there: the mixer, or mixer and MLP.",
+            help="Fit the mixer to what the dense block gives, the mixer to what the dense mixer gives, or mixer and MLP "
+            "to what the dense block gives.",
+            show_default="mixer-in-block",
         ),
     ] = None,
     seed: options.Seed = 0,
@@ -106,7 +110,7 @@ def recover(
         model,
         folder,
         source,
-        output or workspace.root / "recovered",
+        output or workspace.recovered,
         mode=mode,
         options=given,
         amount=(num_batches, batch_size, seq_len, seed),

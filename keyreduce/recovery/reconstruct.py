@@ -16,7 +16,7 @@ import torch
 from keyreduce.errors import KeyreduceError
 from keyreduce.recovery.streams import Stream
 
-SCOPES = ("mixer", "block")
+SCOPES = ("mixer-in-block", "mixer", "block")
 
 
 class Steps(NamedTuple):
@@ -25,13 +25,13 @@ class Steps(NamedTuple):
     Attributes:
         steps: Adam steps, one batch each.
         lr: the highest learning rate; it rises for a twentieth of the steps and falls along a cosine to nothing.
-        scope: ``mixer`` fits the mixer to the dense mixer's output, ``block`` mixer, MLP and their norms to what the
-            dense block gives.
+        scope: ``mixer`` fits the mixer to what the dense mixer gives, ``mixer-in-block`` the mixer to what the dense
+            block gives, through the MLP behind it, which stays, ``block`` the mixer, the MLP and their norms to that.
     """
 
     steps: int = 512
-    lr: float = 1e-3
-    scope: str = "block"
+    lr: float = 5e-4
+    scope: str = "mixer-in-block"
 
 
 def reconstruct(
@@ -51,7 +51,7 @@ def reconstruct(
     Args:
         pruned: the pruned model's stream before the layer, whose block is on the device, in float32.
         layer: the layer.
-        targets: what it is to give, ``[B, T, D]`` for each batch: its mixer, or its block, as ``settings.scope`` says.
+        targets: what its mixer, or its block, is to give, as ``settings.scope`` says; ``[B, T, D]`` for each batch.
         settings: how.
         seed: of the order of batches.
         progress: called with 1 after each step.
@@ -62,7 +62,7 @@ def reconstruct(
     Raises:
         KeyreduceError: the error is NaN or inf.
     """
-    module = pruned.mixer(layer) if settings.scope == "mixer" else pruned.block(layer)
+    module = pruned.block(layer) if settings.scope == "block" else pruned.mixer(layer)
     parameters = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
     asked = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:

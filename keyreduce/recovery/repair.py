@@ -164,7 +164,7 @@ def repair_streams(
             if layer in mixers:
                 figures[layer] = refit_output(pruned, layer, targets)
                 if steps is not None:
-                    of_scope = dense.hidden if steps.scope == "block" else targets
+                    of_scope = targets if steps.scope == "mixer" else dense.hidden
                     figures[layer] |= reconstruct(pruned, layer, of_scope, steps, seed=seed)
                 _round(pruned.model, pruned.block(layer), dtypes)
             pruned.advance(layer)

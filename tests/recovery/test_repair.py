@@ -136,7 +136,7 @@ FEW = Settings(num_batches=2, batch_size=2, seq_len=70)
 
 
 @pytest.mark.parametrize(
-    ("model_type", "scope"), [("delta_net", "mixer"), ("delta_net_2", "block"), ("gated_deltanet", "block")]
+    ("model_type", "scope"), [("delta_net", "mixer"), ("delta_net_2", "block"), ("gated_deltanet", "mixer-in-block")]
 )
 def test_gradient_steps_come_nearer_and_stay_in_their_layer(pruned_pair, repaired, model_type, scope):
     dense, pruned = pruned_pair(build(model_type), key=6)
@@ -176,7 +176,7 @@ def test_steps_that_run_away_are_refused(pruned_pair, repaired):
     [
         ("magic", {}, "take one of least-squares, reconstruct"),
         ("least-squares", {"lr": 1.0}, "takes no --lr"),
-        ("reconstruct", {"scope": "model"}, "take one of mixer, block"),
+        ("reconstruct", {"scope": "model"}, "take one of mixer-in-block, mixer, block"),
         ("reconstruct", {"lr": 0.0}, "above 0"),
         ("reconstruct", {"steps": 0}, "at least 1"),
     ],
