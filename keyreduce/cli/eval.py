@@ -4,12 +4,13 @@ from typing import Annotated
 
 import typer
 
-from keyreduce.cli import options
+from keyreduce.cli import eval_base, eval_tasks, options
 
 _RECALL = "Recall"
 
 
 def evaluate(
+    context: typer.Context,
     model: options.DenseModel = None,
     compressed: options.Compressed = None,
     work: options.Work = options.DEFAULT_WORK,
@@ -28,7 +29,7 @@ def evaluate(
             min=1,
             metavar="N",
             help="Tokens from one row's start to the next one's; only the last N of a row are scored.",
-            show_default="--seq-len: no overlap",
+            show_default="as far as can be: no overlap",
         ),
     ] = None,
     by_document: Annotated[
@@ -56,6 +57,12 @@ def evaluate(
     recall_probes: Annotated[
         int, typer.Option(min=1, rich_help_panel=_RECALL, help="Sequences for each length and number of pairs.")
     ] = 16,
+    tasks: eval_tasks.Tasks = None,
+    include_path: eval_tasks.IncludePath = None,
+    num_fewshot: eval_tasks.NumFewshot = None,
+    limit: eval_tasks.Limit = None,
+    base: eval_base.Base = None,
+    jobs: eval_base.Jobs = None,
     output: options.Figures = None,
     seed: options.Seed = 0,
     device: options.Device = None,
@@ -66,8 +73,9 @@ def evaluate(
 ) -> None:
     """Measure held-out perplexity, and recall, of the dense and of the pruned model.
 
-    Text is taken in its own order: --seed draws what --recall asks, and changes nothing else. Under torchrun the
-    batches are shared out among the processes, and the figures stay the same.
+    Text is taken in its own order: --seed draws what --recall asks, and nothing else.
+
+    Under torchrun the batches are shared out, and the figures stay the same.
     """
     from keyreduce.cli.console import Console
     from keyreduce.cli.eval_recall import recall_settings, show_recall, tell_left_out
@@ -84,12 +92,33 @@ def evaluate(
     target = output or workspace.evaluation
     num_rows = num_batches * batch_size or None
 
+    base = eval_base.chosen_base(context, base)
+    if base is not None:
+        refuse_existing(output, overwrite)
+        refuse_unwritable(target, folder=False)
+        if tasks:
+            eval_tasks.find(tasks, include_path)
+        source = text_source(text or (), dataset, dataset_config, split, default="heldout")
+        return eval_base.evaluate_base(
+            console,
+            context,
+            base,
+            model=model,
+            text=source,
+            workspace=workspace,
+            output=target,
+            device=device,
+            jobs=jobs,
+            again=overwrite,
+        )
+
     def measure() -> dict:
         """Do what is this process's share: everything that can fail but writing the report."""
         refuse_existing(output, overwrite)
         refuse_unwritable(target, folder=False)
         check_lengths(seq_len, stride, by_document=by_document)
         asked = recall and recall_settings(recall, recall_lengths, recall_pairs, recall_probes, seed)
+        found_tasks = eval_tasks.find(tasks, include_path) if tasks else None
         source = text_source(text or (), dataset, dataset_config, split, default="heldout")
         on = pick_device(processes.device(device))
         found = {"text": source.describe(), "recall": asked and asked.describe(), "models": []}
@@ -114,6 +143,17 @@ def evaluate(
                     tell_left_out(console, probes.left_out)
                 with console.progress(f"asking {label}", probes.tokens // processes.number, "tokens") as progress:
                     entry["recall"] = probes.ask(batch_size=batch_size, processes=processes, progress=progress)
+            if found_tasks:
+                entry |= eval_tasks.run(
+                    console,
+                    label,
+                    loaded,
+                    found_tasks,
+                    target,
+                    num_fewshot=num_fewshot,
+                    limit=limit,
+                    batch_size=batch_size,
+                )
             found["models"].append(entry)
         return found
 
@@ -136,12 +176,15 @@ def evaluate(
         entry = {"label": parts[0]["label"], "folder": parts[0]["folder"], **cost.figures()}
         if "recall" in parts[0]:
             entry["recall"] = recall_figures(part["recall"] for part in parts)
+        entry |= {name: parts[0][name] for name in ("tasks", "tasks_file") if name in parts[0]}
         report["models"].append(entry)
     _compare(report["models"])
     write_json(target, report, overwrite=True)
     _show_perplexity(console, report)
     if "recall" in report:
         show_recall(console, report["models"])
+    if tasks:
+        eval_tasks.show(console, report["models"])
     console.say(f"wrote {target}")
     console.result(report)
 
