@@ -10,7 +10,7 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml configs/constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint configs/constraints.txt --editable ".[test,train]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint configs/constraints.txt --editable ".[test,train,harness,ray]"
 	touch $@
 
 # The main line: each command finds what the one before it wrote.

@@ -33,7 +33,10 @@ class Workspace:
         self.dcp = self.root / "dcp"
         self.hf = self.root / "hf"
         self.benchmark = self.root / "benchmark.json"
+        self.recovered = self.root / "recovered"
         self.evaluation = self.root / "eval.json"
+        self.rank = self.root / "rank.json"
+        self.rank_pictures = self.root / "rank"
         self.sweep = self.root / "sweep.json"
 
 

@@ -10,7 +10,10 @@ from keyreduce.cli.calibrate import calibrate
 from keyreduce.cli.convert_dcp import convert_dcp
 from keyreduce.cli.eval import evaluate
 from keyreduce.cli.prune import prune
+from keyreduce.cli.rank import rank
+from keyreduce.cli.recover import recover
 from keyreduce.cli.sweep import sweep
+from keyreduce.cli.table import table
 from keyreduce.cli.verify import verify
 from keyreduce.errors import KeyreduceError
 
@@ -24,10 +27,13 @@ app = typer.Typer(
 )
 app.command()(calibrate)
 app.command()(prune)
+app.command()(recover)
 app.command(name="convert-dcp")(convert_dcp)
 app.command()(benchmark)
 app.command(name="eval")(evaluate)
+app.command()(rank)
 app.command()(sweep)
+app.command()(table)
 app.command()(verify)
 
 

@@ -57,7 +57,7 @@ def rank(
     from keyreduce.workspace import Workspace, refuse_existing, refuse_unwritable, write_json
 
     console, workspace = Console(as_json=json), Workspace(work)
-    target, folder = output or workspace.root / "rank.json", plot or workspace.root / "rank"
+    target, folder = output or workspace.rank, plot or workspace.rank_pictures
     refuse_existing(output, overwrite)
     refuse_unwritable(target, folder=False)
     refuse_existing(plot, overwrite)

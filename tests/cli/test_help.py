@@ -11,8 +11,11 @@ from keyreduce.cli.console import mebibytes, scaled
 from keyreduce.pruning.methods import METHODS
 
 REPOSITORY = Path(__file__).parents[2]
-COMMANDS = ("calibrate", "prune", "convert-dcp", "benchmark", "eval", "sweep", "verify")
-HEAVY = ("torch", "transformers", "fla", "datasets", "numpy", "safetensors")
+COMMANDS = (
+    *("calibrate", "prune", "recover", "convert-dcp", "benchmark", "eval"),
+    *("rank", "sweep", "table", "verify"),
+)
+HEAVY = ("torch", "transformers", "fla", "datasets", "numpy", "safetensors", "matplotlib", "scipy", "lm_eval", "ray")
 
 IMPORTED = f"""
 import contextlib, io, sys
