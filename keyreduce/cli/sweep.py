@@ -119,7 +119,7 @@ def sweep(
             workers=workers,
             keep_checkpoints=keep_checkpoints,
             again=overwrite,
-            progress=progress,
+            progress=_told(console, progress, len(runs)),
         )
     result = write_and_print(console, target, target)
     for failure in failures:
@@ -127,3 +127,17 @@ def sweep(
     console.result(result)
     if failures:
         raise typer.Exit(1)
+
+
+def _told(console, progress, total: int):
+    """Return a function that feeds the bar, and where nobody watches one, as in a log, says how far it is."""
+    ended = 0
+
+    def tell(amount: int) -> None:
+        nonlocal ended
+        ended += amount
+        progress(amount)
+        if not console.errors.is_terminal:
+            console.note(f"{ended} of {total} runs have ended")
+
+    return tell

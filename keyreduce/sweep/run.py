@@ -125,14 +125,14 @@ def run_sweep(
             for run in stage:
                 reasons = [failures[needed] for needed in run.needs if needed in failures]
                 if is_done(root / run.folder) and not again:
-                    _advance(progress, 1)
-                elif reasons:
+                    continue
+                if reasons:
                     failures[run.folder] = f"its calibration failed: {reasons[0]}"
                     _prepare(root, run, keep_checkpoints)
                     write_json(root / run.folder / FAILURE_NAME, {"message": failures[run.folder]}, overwrite=True)
-                    _advance(progress, 1)
                 else:
                     todo.append(run)
+            _advance(progress, len(stage) - len(todo))
             for run in todo:
                 _prepare(root, run, keep_checkpoints)
             failures |= _do(todo, root, engine, workers, progress)
