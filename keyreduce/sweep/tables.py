@@ -97,7 +97,7 @@ def latex(results: Results) -> str:
         columns = "l" * section.names + "r" * (len(section.header) - section.names)
         lines = [_latex_line(section.header), r"\midrule"]
         for number, cells in enumerate(section.rows):
-            if number and cells[0] != section.rows[number - 1][0]:
+            if number and cells[:2] != section.rows[number - 1][:2]:
                 lines.append(r"\addlinespace")
             escaped = [_escape(cell) for cell in cells]
             if number in section.best:
