@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from keyreduce.calibration.capture import collect
+from keyreduce.calibration.shared import Group, add_up
 from keyreduce.calibration.statistics import Statistics
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.data.batches import batches, token_rows
@@ -72,6 +73,7 @@ def calibrate(
     dtype: torch.dtype,
     gradients: bool = False,
     offload: str | None = None,
+    processes: Group | None = None,
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda message: None,
 ) -> Statistics:
@@ -84,6 +86,7 @@ def calibrate(
         device, dtype: where and in what to run the model; sums are float64 either way.
         gradients: also sum what the loss says of each channel (``TaylorSums``), from a backward pass for each row.
         offload: where layers wait for their turn on the device: "disk", "cpu", or with "auto" wherever there is room.
+        processes: of torchrun, which share the batches out; each returns the sums over all of them.
         progress: called after each batch with its number of tokens.
         note: told where the text is shorter than was asked for.
 
@@ -95,23 +98,29 @@ def calibrate(
     refuse_quantized(source)
     if offload and gradients:
         raise KeyreduceError("--gradients need the whole model on the device: leave out --offload")
+    if gradients and processes is not None and processes.number > 1:
+        # Weight by weight, a gradient of all rows is needed before it becomes a sum.
+        raise KeyreduceError("--gradients run in one process: start keyreduce without torchrun")
     with offloading(source.config, device, offload) as placement:
         loaded = load_model(source.path, device, dtype, gradients=gradients, placement=placement)
-        layers, tokens = _collect(loaded, text, settings, gradients, progress, note)
+        layers, tokens = _collect(loaded, text, settings, gradients, processes, progress, note)
     inputs = describe_inputs(source, text, settings, dtype, gradients=gradients)
     statistics = Statistics(source.identity, tokens, layers, inputs)
     statistics.check_finite()
     return statistics
 
 
-def _collect(loaded: LoadedModel, text: TextSource, settings: Settings, gradients: bool, progress, note):
+def _collect(loaded: LoadedModel, text: TextSource, settings: Settings, gradients: bool, processes, progress, note):
     """The sums and the number of tokens that there were."""
     rows = token_rows(text.documents(settings.seed), loaded.tokenizer, settings.seq_len)
     first_row = next(rows)
     if len(first_row) < settings.seq_len:
         note(f"the text is shorter than one sequence: {len(first_row)} tokens instead of {settings.seq_len}")
     taken = batches(itertools.chain([first_row], rows), settings.batch_size, settings.num_batches)
-    layers, tokens = collect(loaded, taken, progress, gradients=gradients)
+    if processes is not None and processes.number > 1:
+        layers, tokens = add_up(*collect(loaded, processes.own(taken), progress))
+    else:
+        layers, tokens = collect(loaded, taken, progress, gradients=gradients)
     if tokens < settings.tokens and len(first_row) == settings.seq_len:
         note(f"the text ended after {tokens:,} of {settings.tokens:,} tokens")
     return layers, tokens

@@ -43,13 +43,18 @@ def calibrate(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Run text through the model and keep running sums: one small file, for every method and every ratio."""
+    """Run text through the model and keep running sums: one small file, for every method and every ratio.
+
+    Under torchrun the batches are shared out among the processes.
+    """
     from keyreduce.calibration.run import Settings
     from keyreduce.cli.console import Console
     from keyreduce.data.text import text_source
+    from keyreduce.evaluation.processes import Processes
     from keyreduce.workspace import Workspace
 
-    console = Console(as_json=json)
+    console, processes = Console(as_json=json), Processes.of_torchrun()
+    console.errors.quiet = console.tables.quiet = processes.rank > 0
     result = write_calibration(
         console,
         model,
@@ -57,17 +62,31 @@ def calibrate(
         Settings(num_batches, batch_size, seq_len, seed),
         output or Workspace(work).calibration,
         config=config,
-        device=device,
+        device=processes.device(device),
         dtype=dtype,
         overwrite=overwrite,
         gradients=gradients,
         offload=offload,
+        processes=processes,
     )
-    console.result(result)
+    if not processes.rank:
+        console.result(result)
 
 
 def write_calibration(
-    console, model, text, settings, target, *, device, dtype, overwrite, config=None, gradients=False, offload=None
+    console,
+    model,
+    text,
+    settings,
+    target,
+    *,
+    device,
+    dtype,
+    overwrite,
+    config=None,
+    gradients=False,
+    offload=None,
+    processes=None,
 ) -> dict:
     """Make the calibration file, or say that it is there already; return the command's JSON object."""
     from keyreduce.calibration.file import read_record, write_statistics
@@ -94,7 +113,8 @@ def write_calibration(
     refuse_unwritable(target, folder=False)
     how = f"{inputs['dtype']}, with gradients" if gradients else inputs["dtype"]
     console.note(f"calibrating {Path(model_name(model)).name} on {device} ({how})")
-    with console.progress("calibrating", settings.tokens, "tokens") as progress:
+    own_tokens = settings.tokens // (processes.number if processes is not None else 1)
+    with console.progress("calibrating", own_tokens, "tokens") as progress:
         statistics = calibrate(
             source,
             text,
@@ -103,9 +123,12 @@ def write_calibration(
             dtype=dtype,
             gradients=gradients,
             offload=offload,
+            processes=processes,
             progress=progress,
             note=console.note,
         )
+    if processes is not None and processes.rank:
+        return {}
     write_statistics(statistics, target, overwrite=overwrite)
     size = target.stat().st_size
     console.say(
