@@ -69,8 +69,8 @@ def recover(
         typer.Option(
             metavar="mixer-in-block|mixer|block",
             rich_help_panel=_OF_RECONSTRUCT,
-            help="Fit the mixer to what the dense block gives, the mixer to what the dense mixer gives, or mixer and MLP "
-            "to what the dense block gives.",
+            help="Fit the mixer to what the dense block gives or to what the dense mixer gives, or mixer and MLP to "
+            "what the dense block gives.",
             show_default="mixer-in-block",
         ),
     ] = None,
