@@ -63,20 +63,18 @@ def test_memory_that_ends_is_one_line(pair, quick_ceilings):
         benchmark_report(pair, Request(("mixer",), batch_size=10**30, rounds=1))
 
 
-def test_ceilings_are_those_of_the_fastest_copy_and_a_product(monkeypatch):
+def test_ceilings_are_those_of_a_copy_and_a_product(monkeypatch):
     ran = []
 
     def interleave(contenders, device, **settings):
         ran.extend(contenders)
-        assert all(len(contenders[size]()) == size for size in (1 << 20, 2 << 20))
         assert torch.isfinite(contenders["product"]()).all()
-        return {1 << 20: Timing((0.5,)), 2 << 20: Timing((2.0,)), "product": Timing((4.0,))}
+        return {"copy": Timing((0.5,)), "product": Timing((2.0,))}
 
-    monkeypatch.setattr("keyreduce.benchmarking.ceilings._CPU_COPIES", (1 << 20, 2 << 20))
     monkeypatch.setattr("keyreduce.benchmarking.ceilings.interleave", interleave)
     ceilings = measure_ceilings(torch.device("cpu"), torch.float32)
-    assert ran == [1 << 20, 2 << 20, "product"]
-    assert ceilings == (2 * (1 << 20) / 0.5, 2 * 1024**3 / 4.0)
+    assert ran == ["copy", "product"]
+    assert ceilings == (2 * (128 << 20) / 0.5, 2 * 1024**3 / 2.0)
 
 
 def test_pictures_show_each_measurement(report, tmp_path):
