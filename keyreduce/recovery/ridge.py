@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 
 STRENGTHS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+CAUTIOUS = 1e-3
+"""The strength where no rows can be held out to choose one by."""
 
 
 class NormalEquations:
@@ -62,14 +64,14 @@ def fit(
 
     Args:
         fitted: sums over rows to fit.
-        heldout: sums over other rows; None takes the first strength.
+        heldout: sums over other rows; None takes the strength :data:`CAUTIOUS`.
         strengths: those to choose from, ascending.
 
     Returns:
         The correction ``[D, C]``, float64, and the strength.
     """
     if heldout is None:
-        return fitted.solve(strengths[:1])[0], strengths[0]
+        return fitted.solve([CAUTIOUS])[0], CAUTIOUS
     errors = [heldout.error(correction_DC) for correction_DC in fitted.solve(strengths)]
     strength = strengths[errors.index(min(errors))]
     return (fitted + heldout).solve([strength])[0], strength

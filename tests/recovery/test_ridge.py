@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from keyreduce.recovery.ridge import NormalEquations, fit
+from keyreduce.recovery.ridge import CAUTIOUS, NormalEquations, fit
 
 
 def draw(rows: int, inputs: int, outputs: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,3 +86,10 @@ def test_the_strength_is_the_one_that_does_best_on_held_out_rows():
     rows_NC = torch.cat([inputs_NC, other_NC])
     rows_ND = rows_NC @ truth_DC.T + 5 * torch.cat([noise_ND, other_noise_ND])
     np.testing.assert_allclose(correction_DC, stacked(rows_NC, rows_ND, strength), rtol=1e-6, atol=1e-9)
+
+
+def test_without_held_out_rows_the_strength_is_a_cautious_one():
+    inputs_NC, residual_ND = draw(30, 6, 4)
+    correction_DC, strength = fit(sums_of(inputs_NC, residual_ND), None)
+    assert strength == CAUTIOUS
+    np.testing.assert_allclose(correction_DC, stacked(inputs_NC, residual_ND, CAUTIOUS), rtol=1e-6, atol=1e-9)
