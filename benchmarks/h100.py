@@ -71,14 +71,14 @@ def measure(names: Sequence[str], chosen: argparse.Namespace) -> None:
         for config in chosen.config
     }
     todo = {config: missing for config, missing in todo.items() if missing}
+    compiled = {}
     if torch.device(chosen.device).type == "cuda":
-        for config, missing in todo.items():
-            compile_kernels(config, missing, chosen)
+        compiled = {config: compile_kernels(config, missing, chosen) for config, missing in todo.items()}
     start = time.perf_counter()
     for config, missing in todo.items():
         subjects = make_subjects(config, chosen)
         for name in missing:
-            report = benchmark_report(subjects, MEASUREMENTS[name])
+            report = benchmark_report(subjects, MEASUREMENTS[name]) | {"compile_seconds": compiled.get(config)}
             write_json(file_of(chosen.output, config, name), report)
             tell(f"== {config} {name}, {time.perf_counter() - start:.0f} s after the first")
             print_tables(Console(as_json=False), report)
@@ -91,8 +91,11 @@ def make_subjects(config: str, chosen: argparse.Namespace) -> list[Subject]:
     return random_subjects(read_json(CONFIGS[config]), chosen.key_sizes, device, torch.bfloat16, whole=True, seed=0)
 
 
-def compile_kernels(config: str, missing: Sequence[str], chosen: argparse.Namespace) -> None:
-    """Let one process for each key size run everything once, so that Triton's cache on the disk has the kernels."""
+def compile_kernels(config: str, missing: Sequence[str], chosen: argparse.Namespace) -> float:
+    """Let one process for each key size run everything once, so that Triton's cache on the disk has the kernels.
+
+    Returns how many seconds that took, for all measurements of the architecture together.
+    """
     gc.collect()
     torch.cuda.empty_cache()
     start = time.perf_counter()
@@ -107,9 +110,11 @@ def compile_kernels(config: str, missing: Sequence[str], chosen: argparse.Namesp
     finally:
         for process in processes.values():
             process.kill()
-    tell(f"== {config}: kernels compiled in {time.perf_counter() - start:.0f} s")
+    seconds = time.perf_counter() - start
+    tell(f"== {config}: kernels compiled in {seconds:.0f} s")
     if failed:
         tell(f"the processes for K={failed} failed; their kernels are compiled when they are warmed up")
+    return seconds
 
 
 def compile_here(chosen: argparse.Namespace) -> None:

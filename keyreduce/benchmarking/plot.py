@@ -78,14 +78,17 @@ def _finish(axis: "Axes", title: str, unit: str) -> None:
     keys = sorted({key for line in axis.get_lines() for key in line.get_xdata()})
     axis.set_xticks(keys, [str(key) for key in keys])
     axis.invert_xaxis()
+    axis.legend(fontsize=8)
     if axis.get_yscale() == "log":
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high * (high / low) ** 0.15)  # room for the legend
+        axis.legend(fontsize=8, loc="upper center", ncols=3)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("")
         axis.yaxis.set_major_locator(_three_a_decade())
     axis.set(title=title, xlabel="key channels a head (K)", ylabel=unit)
     axis.title.set_fontsize(10)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
 
 
 def _three_a_decade():
