@@ -20,6 +20,10 @@ from fla.ops.gated_delta_rule import fused_recurrent, fused_recurrent_gated_delt
 from fla_decode import registry, step
 from torch._subclasses import FakeTensorMode
 
+# Not in a fixture: the test modules that are imported after this one must find the dispatched names already.
+fla_decode.enable()
+fla_decode.disable()
+
 
 def run_python(*arguments):
     """Run a fresh interpreter and return the finished process."""
