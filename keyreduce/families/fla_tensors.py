@@ -2,6 +2,12 @@
 
 from keyreduce.families.axes import Part
 
+JOINED_CONVOLUTIONS = {
+    f"{which}_conv1d.weight": ("conv1d.weight", part)
+    for which, part in (("q", Part.QUERY), ("k", Part.KEY), ("v", Part.VALUE))
+}
+"""Separate in files, one tensor in models of transformers."""
+
 FLA_TENSORS = {
     "q_proj.weight": (Part.QUERY, Part.HIDDEN),
     "k_proj.weight": (Part.KEY, Part.HIDDEN),

@@ -6,7 +6,7 @@ The decay and the output gate reach their channels through a bottleneck that is 
 
 from keyreduce.families.axes import Part
 from keyreduce.families.fields import Field, Ratio
-from keyreduce.families.fla_tensors import FLA_TENSORS
+from keyreduce.families.fla_tensors import FLA_TENSORS, JOINED_CONVOLUTIONS
 from keyreduce.families.layers import LayerTypes
 from keyreduce.families.table import Family
 
@@ -60,6 +60,8 @@ KIMI_LINEAR = Family(
     },
     layers=LayerTypes(first=4, listed=_SECTION),
     shipped_by="transformers",
+    inside=JOINED_CONVOLUTIONS
+    | {name: (f"forget_gate.{name}", None) for name in ("f_a_proj.weight", "f_b_proj.weight", "A_log", "dt_bias")},
     tied=(
         "a kimi_linear config says one size for the key and the value channels of a head: "
         "cut both alike, with --target key,value and one --keep"

@@ -4,6 +4,7 @@ Checkpoints have a convolution for each of q, k and v, which transformers joins 
 """
 
 from keyreduce.families.fields import Field, Ratio
+from keyreduce.families.fla_tensors import JOINED_CONVOLUTIONS
 from keyreduce.families.gated_deltanet import GATED_TENSORS
 from keyreduce.families.layers import LayerTypes
 from keyreduce.families.table import Family
@@ -25,4 +26,5 @@ OLMO_HYBRID = Family(
     tensors={name: parts for name, parts in GATED_TENSORS.items() if not name.endswith("conv1d.bias")},
     layers=LayerTypes(needs_softmax=True),
     shipped_by="transformers",
+    inside=JOINED_CONVOLUTIONS,
 )

@@ -61,6 +61,8 @@ class Family:
         layers: how the config says which layers have a mixer.
         shipped_by: what package has the model's class; serving engines know none of keyreduce's own.
         elsewhere: other paths of a mixer in checkpoints, as in those of a larger model of which this is a part.
+        inside: name below the mixer in files -> its name in the model and, where that tensor joins several, the part
+            of its first axis that it is; only for those whose name in the model is another one.
         fixed: a size -> why it cannot change, where one cannot.
         tied: where a head has always as many key as value channels, why, and what to ask for.
     """
@@ -78,6 +80,7 @@ class Family:
     layers: SoftmaxList | LayerTypes = SoftmaxList()
     shipped_by: str = "fla"
     elsewhere: tuple[str, ...] = ()
+    inside: Mapping[str, tuple[str, Part | None]] = field(default_factory=dict)
     fixed: Mapping[str, str] = field(default_factory=dict)
     tied: str | None = None
 

@@ -1,0 +1,33 @@
+"""The tensors of a model's mixers under the names, and in the pieces, that its checkpoint has them in."""
+
+from collections.abc import Iterator
+
+import torch
+
+from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.families import Joined, Part, family_of
+from keyreduce.families.layout import place_of
+
+_JOINED = Joined((Part.QUERY, Part.KEY, Part.VALUE))
+
+
+@torch.no_grad()
+def mixer_tensors(model: torch.nn.Module, source: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name in the checkpoint and tensor of the model, for all mixers.
+
+    Args:
+        model: a model that was loaded from ``source``, and perhaps trained since.
+        source: the checkpoint; what it does not have is left out.
+    """
+    config = model.config.to_dict()
+    ours, theirs = family_of(config), family_of(source.config, source.tensors)
+    for layer, sizes in ours.layer_sizes(config).items():
+        mixer = model.get_submodule(ours.mixer.format(layer=layer))
+        found = dict(mixer.named_parameters())
+        for short_name in theirs.tensors:
+            name = theirs.tensor_name(layer, short_name)
+            if name not in source.tensors:
+                continue
+            inner, part = theirs.inside.get(short_name, (short_name, None))
+            tensor = found[inner]
+            yield name, tensor if part is None else tensor[place_of(_JOINED, part, sizes.lengths, sizes.key_heads)]

@@ -1,0 +1,45 @@
+"""Tensors of a model under the names of its checkpoint: what was loaded is found again, and what changed since too."""
+
+import hybrid_models
+import pytest
+import tiny_models
+import torch
+
+from keyreduce.checkpoint.folder import open_folder
+from keyreduce.families import family_of
+from keyreduce.models.loading import load_model
+from keyreduce.models.mixer_tensors import mixer_tensors
+
+MODEL_TYPES = [*hybrid_models.HYBRIDS, *hybrid_models.CHANNEL_DECAY, *tiny_models.FAMILIES]
+
+
+def store(model_type, folder):
+    if model_type in tiny_models.FAMILIES:
+        return open_folder(tiny_models.save(tiny_models.build(model_type), folder))
+    return open_folder(hybrid_models.store(hybrid_models.build(model_type), folder))
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_what_was_loaded_is_found_again(tmp_path, model_type):
+    source = store(model_type, tmp_path)
+    model = load_model(source.path, torch.device("cpu"), torch.float32).model
+    found = dict(mixer_tensors(model, source))
+    family = family_of(source.config, source.tensors)
+    prefixes = tuple(family.tensor_name(layer, "") for layer in family.mixer_layers(source.config))
+    assert found.keys() == {name for name in source.tensors if name.startswith(prefixes)}
+    for name, tensor in found.items():
+        assert torch.equal(tensor, source.read(name)), name
+
+
+@pytest.mark.parametrize("model_type", ["olmo_hybrid", "kimi_linear", "qwen3_5"])
+def test_what_changed_since_is_found(tmp_path, model_type):
+    source = store(model_type, tmp_path)
+    model = load_model(source.path, torch.device("cpu"), torch.float32).model
+    family = family_of(model.config.to_dict())
+    mixer = model.get_submodule(family.mixer.format(layer=2))
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter += 1
+    changed = {name for name, tensor in mixer_tensors(model, source) if not torch.equal(tensor, source.read(name))}
+    prefix = family_of(source.config, source.tensors).tensor_name(2, "")
+    assert changed == {name for name in source.tensors if name.startswith(prefix)}
