@@ -238,6 +238,11 @@ def _check_shapes(source: Checkpoint, family: Family, layers: list[int]) -> None
                 1 if axis is Part.HEAD_OR_ALL and size == 1 else length_of(axis, sizes) or size
                 for axis, size in zip(axes, shape, strict=False)
             )
+            if shape != expected and family.inside.get(short_name, (None, None))[1] is not None:
+                raise KeyreduceError(
+                    f"tensor {name!r} of {source.path} is {list(shape)}, where config.json makes it {list(expected)}: "
+                    "transformers joins q, k and v here, and cuts them elsewhere when it saves; divide the tensors anew"
+                )
             if len(shape) != len(axes) or shape != expected:
                 raise KeyreduceError(
                     f"tensor {name!r} of {source.path} is {list(shape)}, which is not what config.json says: "

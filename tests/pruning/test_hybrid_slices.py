@@ -12,7 +12,7 @@ import torch
 from cuts import assert_near, config_of, cut, load, masked, plan_of, set_eps
 from hybrid_models import HYBRIDS, SEEING
 from test_exact_slices import EPS, assert_identical, shuffled
-from tiny_models import draw_tokens, edit_tensors, tensors_of
+from tiny_models import draw_tokens, edit_tensors, save, tensors_of
 
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.source import Checkpoint
@@ -201,6 +201,14 @@ def test_the_check_of_logits_refuses_what_is_wrong(tmp_path, dense, fault):
     edit_tensors(target, swap)
     with pytest.raises(KeyreduceError, match="differ from those of the dense model"):
         check_logits(source, target, plan, device=torch.device("cpu"))
+
+
+def test_convolutions_that_transformers_divided_otherwise_are_refused(tmp_path):
+    """What it saves of olmo_hybrid itself are thirds, each with some rows of two of q, k and v."""
+    model = hybrid_models.build("olmo_hybrid")
+    source = open_folder(save(model, tmp_path / "saved"))
+    with pytest.raises(KeyreduceError, match=r"q_conv1d.weight' .* is \[19, 1, 4\], where .* \[16, 1, 4\].*anew"):
+        plan_of(source, {"key": 5})
 
 
 def test_every_family_of_transformers_is_tested():
