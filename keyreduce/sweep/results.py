@@ -39,7 +39,8 @@ class Row:
         bits_per_byte: of held-out text.
         state: bytes of recurrent state, as a share of the dense model's.
         seconds: wall time of ``keyreduce prune``, and of ``keyreduce recover`` after it.
-        speedups: what was timed -> the dense model's time into the pruned one's.
+        speedups: what was timed -> the dense model's time into the pruned one's: the median and the spread over all
+            runs of the same model, target and ratio, since they have the same sizes, whatever chose what stays.
     """
 
     model: str
@@ -112,7 +113,10 @@ def read_results(root: Path) -> Results:
             raise KeyreduceError(
                 f"{folder / RESULT_NAME} is damaged; remove that folder, and run keyreduce sweep again"
             ) from error
-    rows = [_row(key, runs, dense[key[0]][0]) for key, runs in groups.items() if key[0] in dense]
+    timed: dict[tuple, list[dict]] = {}
+    for key, runs in groups.items():
+        timed.setdefault(_sizes(key), []).extend(run["speedups"] for run in runs)
+    rows = [_row(key, runs, dense[key[0]][0], timed[_sizes(key)]) for key, runs in groups.items() if key[0] in dense]
     return Results(record, rows, dense, failed, waiting)
 
 
@@ -163,9 +167,15 @@ def _speedups(report: Mapping) -> dict[str, float]:
     return found
 
 
-def _row(key: tuple, runs: Sequence[dict], dense: float) -> Row:
+def _sizes(key: tuple) -> tuple:
+    """Return what decides the sizes of a pruned model: model, target and ratio."""
+    model, target, *_, ratio = key
+    return model, target, ratio
+
+
+def _row(key: tuple, runs: Sequence[dict], dense: float, timed: Sequence[Mapping[str, float]]) -> Row:
     model, target, method, label, repair, ratio = key
-    kinds = dict.fromkeys(kind for run in runs for kind in run["speedups"])
+    kinds = dict.fromkeys(kind for speedups in timed for kind in speedups)
     states = [run["state"] for run in runs if not math.isnan(run["state"])]
     return Row(
         model,
@@ -181,7 +191,9 @@ def _row(key: tuple, runs: Sequence[dict], dense: float) -> Row:
         bits_per_byte=Figure.of([run["bits"] for run in runs]),
         state=statistics.fmean(states) if states else math.nan,
         seconds=Figure.of([run["seconds"] for run in runs]),
-        speedups={
-            kind: Figure.of([run["speedups"][kind] for run in runs if kind in run["speedups"]]) for kind in kinds
-        },
+        speedups={kind: _median([speedups[kind] for speedups in timed if kind in speedups]) for kind in kinds},
     )
+
+
+def _median(values: Sequence[float]) -> Figure:
+    return Figure.of(values)._replace(mean=statistics.median(values))

@@ -61,7 +61,8 @@ def notes(results: Results) -> list[str]:
     )
     timing = results.record.get("timing")
     if results.kinds and timing:
-        told = f"Speedups: time of the dense model over the pruned one's, on {results.record.get('device', '?')}"
+        told = "Speedups: time of the dense model over the pruned one's, median of all runs of the same sizes"
+        told += f", on {results.record.get('device', '?')}"
         told += f"; mixer and forward with {timing['batch_size']} x {timing['seq_len']} tokens"
         if "decode" in results.kinds:
             told += f", decode with {max(timing['decode_batch_sizes'])} sequences"

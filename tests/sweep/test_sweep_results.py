@@ -51,6 +51,17 @@ def test_a_cuda_graph_is_what_decoding_is_judged_by(tmp_path):
     assert row.speedups["decode"].mean == 7.0
 
 
+def test_speed_is_that_of_the_sizes_whatever_chose_them(tmp_path):
+    ways = {"ratios": (0.5,), "repairs": ("none",), "methods": ("l1", "l2", "random"), "models": ("one-model",)}
+    root = make_up(tmp_path, seeds=(0,), kinds=("mixer",), **ways)
+    for path, speed in zip(sorted(root.glob("runs/*/result.json")), (1.0, 9.0, 2.0), strict=True):
+        result = json.loads(path.read_text())
+        result["steps"]["benchmark"]["result"]["mixer"][1]["speedup"]["median"] = speed
+        path.write_text(json.dumps(result))
+    rows = read_results(root).rows
+    assert [row.speedups["mixer"] for row in rows] == [(2.0, pytest.approx(np.std([1, 9, 2], ddof=1)))] * 3
+
+
 def test_runs_that_failed_or_are_not_done(tmp_path):
     root = make_up(tmp_path, seeds=(0, 1), models=("one-model",))
     gone, failed = sorted(root.glob("runs/*-0.25-none-*"))[:2]
