@@ -37,7 +37,7 @@ class Workspace:
         self.evaluation = self.root / "eval.json"
         self.rank = self.root / "rank.json"
         self.rank_pictures = self.root / "rank"
-        self.sweep = self.root / "sweep.json"
+        self.sweep = self.root / "sweep"
 
 
 @contextlib.contextmanager

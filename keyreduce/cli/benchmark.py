@@ -120,7 +120,8 @@ def benchmark(
     )
     with memory_errors_told("loading the models"):
         if scaling is None:
-            subjects = subjects_of(load_pair(console, model, compressed, workspace, device, dtype))
+            pair = load_pair(console, model, compressed, workspace, device, dtype, with_tokenizer=False)
+            subjects = subjects_of(pair)
         else:
             content, whole = _config(config, model), kinds != ["mixer"]
             subjects = random_subjects(content, scaling, device, dtype, whole=whole, seed=seed)

@@ -1,7 +1,7 @@
 """What ``prune`` says at its end: what became smaller, and where such sizes run."""
 
 
-def report_cut(console, name, source, plan, saved, folder) -> None:
+def report_cut(console, name, source, plan, saved, folder, *, repair=None) -> None:
     """Print the table of a cut, and its JSON object."""
     from keyreduce.families import MixerSizes, family_of
     from keyreduce.pruning.engines import suited_engines
@@ -50,6 +50,8 @@ def report_cut(console, name, source, plan, saved, folder) -> None:
         console.say(f"its sizes suit: {'; '.join(suited)}")
     if unsuited:
         console.say(f"not: {'; '.join(unsuited)}")
+    if repair:
+        console.say(f"repaired: {repair['mode']}, on {repair['tokens']:,} tokens, in {repair['seconds']:.0f} s")
     console.say(f"wrote {folder}")
     console.result(
         {
@@ -61,5 +63,6 @@ def report_cut(console, name, source, plan, saved, folder) -> None:
             **{name: list(values) for name, values in saved._asdict().items()},
             "smaller": saved.sentence,
             "suited_engines": suited,
+            **({"repair": {name: repair[name] for name in ("mode", "tokens", "seconds", "layers")}} if repair else {}),
         }
     )

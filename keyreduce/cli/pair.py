@@ -18,6 +18,8 @@ def load_pair(
     workspace: "Workspace",
     device: "torch.device",
     dtype: "torch.dtype",
+    *,
+    with_tokenizer: bool = True,
 ) -> "dict[str, LoadedModel]":
     """Load the models to compare, labelled ``dense`` and ``pruned``, or the dense one alone where nothing was pruned.
 
@@ -44,7 +46,9 @@ def load_pair(
             raise KeyreduceError(f"{compressed} does not say what it was pruned from; name that with --model")
         config = record.get("dense_config") if model is None else None
         folders = {"dense": find_model(dense, config=config and Path(config)), "pruned": pruned}
-    models = {label: load_model(folder, device, dtype) for label, folder in folders.items()}
+    models = {
+        label: load_model(folder, device, dtype, with_tokenizer=with_tokenizer) for label, folder in folders.items()
+    }
     if compressed is None:
         console.note(f"there is no pruned model at {workspace.pruned}: the dense one alone")
     return models

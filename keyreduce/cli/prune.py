@@ -8,6 +8,7 @@ import typer
 
 from keyreduce.cli import options
 from keyreduce.pruning.methods import METHODS, registered_elsewhere
+from keyreduce.recovery.modes import MODES
 
 _METHOD_HELP = "\n\n".join(
     [
@@ -108,6 +109,18 @@ def prune(
             show_default="tensors and shapes alone",
         ),
     ] = None,
+    recover: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Repair it before it appears, as keyreduce recover --mode NAME does: " + " or ".join(MODES) + ".",
+            show_default="not repaired",
+        ),
+    ] = None,
+    text: options.Text = None,
+    dataset: options.Dataset = None,
+    dataset_config: options.DatasetConfig = None,
+    split: options.Split = None,
     config: options.Config = None,
     dtype: options.CastTo = None,
     max_shard_size: options.MaxShardSize = None,
@@ -119,20 +132,22 @@ def prune(
 ) -> None:
     """Remove channels or heads, and write a checkpoint that fla and transformers load unchanged.
 
-    A method that needs calibration sums runs keyreduce calibrate with its defaults first, where they are missing;
-    --device is for that, and for --verify.
+    A method that needs calibration sums runs keyreduce calibrate first, where they are missing; --device and the text
+    are for that and for --recover, --device also for --verify.
     """
     from keyreduce.checkpoint.find import model_name, open_model
     from keyreduce.checkpoint.writing import parse_size
     from keyreduce.cli.console import Console, command_line
     from keyreduce.cli.cut_report import report_cut
+    from keyreduce.cli.prune_steps import calibrated, recorded_inputs, repair_cut
+    from keyreduce.data.text import text_source
     from keyreduce.devices import dtype_named, pick_device
     from keyreduce.errors import KeyreduceError
     from keyreduce.models.skeleton import Skeleton
     from keyreduce.pruning.budget import Budget
     from keyreduce.pruning.methods import method_named
     from keyreduce.pruning.planning import check_method, check_options, make_plan, read_options
-    from keyreduce.pruning.prune import read_record, write_pruned
+    from keyreduce.pruning.prune import write_pruned
     from keyreduce.workspace import Workspace, is_already_made, refuse_source, refuse_unwritable
 
     if verify not in (None, "logits"):
@@ -154,6 +169,9 @@ def prune(
     )
     budget.check(source.config, chosen)
     check_method(source, chosen, budget.targets)
+    if recover not in (None, *MODES):
+        raise KeyreduceError(f"--recover {recover} is unknown; there are {' and '.join(MODES)}")
+    words = text_source(text or (), dataset, dataset_config, split, default="calibration")
     folder = output or workspace.pruned
     refuse_source(folder, Path(model) if model and os.path.isdir(model) else source.path)
 
@@ -166,21 +184,21 @@ def prune(
         **({"dtype": dtype} if dtype else {}),
         **({"max_shard_size": shard_bytes} if shard_bytes else {}),
     }
-    steps = None if overwrite else read_record(folder).get("steps")
-    recorded = steps[-1]["inputs"] if steps else None
+    wanted = {"repairs": [[recover, words.identity]]} if recover else {}
+    recorded = None if overwrite else recorded_inputs(folder)
     # What differs already is refused before calibration, which takes time and leaves a file.
     comparable = recorded and {name: value for name, value in recorded.items() if name != "calibration"}
-    if not is_already_made(folder, comparable, inputs, overwrite):
+    if not is_already_made(folder, comparable, inputs | wanted, overwrite):
         refuse_unwritable(folder, folder=True)
     statistics = None
     if chosen.needs_statistics or budget.needs_statistics:
-        statistics = _statistics(
-            console, model, config, source, calibration, workspace, device, gradients=chosen.needs_gradients
+        statistics = calibrated(
+            console, model, config, source, words, calibration, workspace, device, gradients=chosen.needs_gradients
         )
         # Gradients leave the other sums as they are.
         without = () if chosen.needs_gradients else ("gradients",)
         inputs["calibration"] = {name: value for name, value in statistics.inputs.items() if name not in without}
-    if is_already_made(folder, recorded, inputs, overwrite):
+    if is_already_made(folder, recorded, inputs | wanted, overwrite):
         console.say(f"{folder} is there already, from the same inputs")
         console.result({"pruned": str(folder), "made": False})
         return
@@ -199,11 +217,12 @@ def prune(
                 options=choices,
                 progress=progress,
             )
+        cut = folder if recover is None else folder.with_name(f".{folder.name}.unrepaired")
         with console.progress("writing", source.nbytes, "B") as progress:
             saved = write_pruned(
                 source,
                 plan,
-                folder,
+                cut,
                 dense=model_name(model),
                 dense_config=config,
                 dtype=cast_to,
@@ -211,47 +230,8 @@ def prune(
                 command=command_line(),
                 skeleton=skeleton,
                 verify=verify and (lambda made: check_logits(source, made, plan, device=run_on, seed=seed)),
-                overwrite=overwrite,
+                overwrite=overwrite or recover is not None,
                 progress=progress,
             )
-    report_cut(console, Path(model_name(model)).name, source, plan, saved, folder)
-
-
-def _statistics(console, model, config, source, calibration, workspace, device, *, gradients):
-    from keyreduce.calibration.file import read_record, read_statistics
-    from keyreduce.errors import KeyreduceError
-    from keyreduce.pruning.planning import check_calibration
-
-    path = calibration or workspace.calibration
-    if calibration is None and not path.exists():
-        # What runs a model takes seconds to import.
-        from keyreduce.calibration.run import Settings
-        from keyreduce.cli.calibrate import write_calibration
-        from keyreduce.cli.console import Console
-        from keyreduce.data.text import text_source
-
-        console.note(f"there are no calibration sums at {path}: calibrating first")
-        text = text_source(default="calibration")
-        # What it says goes to stderr: this command's own result comes at the end.
-        aside = Console(as_json=True)
-        write_calibration(
-            aside,
-            model,
-            text,
-            Settings(),
-            path,
-            config=config,
-            device=device,
-            dtype=None,
-            overwrite=False,
-            gradients=gradients,
-        )
-    check_calibration(source, read_record(path)["model"])
-    statistics = read_statistics(path)
-    try:
-        statistics.check_finite()
-    except KeyreduceError:
-        raise KeyreduceError(
-            f"{path} holds NaN or inf: it is damaged; make it again with keyreduce calibrate --overwrite"
-        ) from None
-    return statistics
+    repair = recover and repair_cut(words, cut, folder, mode=recover, device=run_on, seed=seed, overwrite=overwrite)
+    report_cut(console, Path(model_name(model)).name, source, plan, saved, folder, repair=repair)

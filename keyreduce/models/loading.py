@@ -20,7 +20,7 @@ class LoadedModel(NamedTuple):
     """A model ready to run, with what is needed to feed it and to know its parts."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerFast | None
     family: Family
     folder: Path
 
@@ -59,6 +59,7 @@ def load_model(
     *,
     gradients: bool = False,
     placement: Mapping | None = None,
+    with_tokenizer: bool = True,
 ) -> LoadedModel:
     """Load a checkpoint folder in evaluation mode.
 
@@ -68,10 +69,11 @@ def load_model(
         dtype: what to compute in; the weights are cast.
         gradients: whether there will be backward passes (:func:`prepare_backend`).
         placement: what :func:`keyreduce.models.offloading.offloading` gives, where layers are to wait elsewhere.
+        with_tokenizer: whether its tokenizer is needed; without, it need not have one.
 
     Raises:
-        KeyreduceError: no DeltaNet-family checkpoint is there, it does not load, weights are missing, or one is NaN or
-            inf.
+        KeyreduceError: no DeltaNet-family checkpoint is there, it does not load, weights are missing, one is NaN or
+            inf, or it has no tokenizer where one is needed.
     """
     config = open_folder(folder).config
     family = family_of(config)
@@ -95,16 +97,20 @@ def load_model(
         # Of what waits on the disk the activations will tell.
         if not parameter.is_meta and not torch.isfinite(parameter).all():
             raise KeyreduceError(f"tensor {name!r} of {folder} holds NaN or inf: the checkpoint is damaged")
+    tokenizer = _load_tokenizer(folder) if with_tokenizer else None
+    # Of a larger model the language model alone is loaded, and its mixers are elsewhere than in the checkpoint.
+    return LoadedModel(model, tokenizer, family_of(model.config.to_dict()), folder)
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         # The library that parses tokenizer.json raises Exception itself.
         told = reason(error) if any(folder.glob("tokenizer*")) else "there is no file of one"
         raise KeyreduceError(
             f"{folder} has no tokenizer that loads ({told}); put the tokenizer.json of the model there"
         ) from error
-    # Of a larger model the language model alone is loaded, and its mixers are elsewhere than in the checkpoint.
-    return LoadedModel(model, tokenizer, family_of(model.config.to_dict()), folder)
 
 
 def _check_weights(folder: Path, report: dict) -> None:

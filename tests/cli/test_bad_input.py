@@ -286,7 +286,7 @@ def test_a_ratio_of_the_environment_beside_another_amount(refused, tiny_folder, 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(refused, tiny_folder, tmp_path, monkeypatch):
     # The last one last: whoever imports from it first would keep what stands in for it.
-    for module in ("sweep.run", "calibration.run", "models.loading"):
+    for module in ("calibration.run", "models.loading"):
         monkeypatch.setattr(f"keyreduce.{module}.load_model", lambda *args, **options: pytest.fail("work was done"))
     (tmp_path / "file").touch()
     (tmp_path / "recipe.toml").write_text(RECIPE)
@@ -294,32 +294,6 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(refused, ti
     for command in (("prune", *model), (*EVAL, *model), (*BENCHMARK, *model), ("sweep", tmp_path / "recipe.toml")):
         assert "cannot write to" in refused(*command, "--output", tmp_path / "file" / "below")
         assert "cannot write to" in refused(*command, "--work", tmp_path / "file")
-
-
-def test_sweeps(refused, keyreduce, tiny_folder, tiny_copy, tmp_path):
-    recipe, other = tmp_path / "recipe.toml", tiny_copy()
-    recipe.write_text(RECIPE)
-    (tmp_path / "text.txt").write_text("some words")
-    models = ("--model", tiny_folder("delta_net"), "--model", other)
-    assert "there is no model 'nonsense'" in refused("sweep", recipe)
-    assert "cannot be read" in refused("sweep", tmp_path / "missing.toml")
-    same = ("--calibration", tmp_path / "text.txt", "--heldout", tmp_path / "text.txt")
-    assert "calibration and held-out text are the same" in refused("sweep", recipe, *models, *same)
-    assert "there is no text file or folder" in refused("sweep", recipe, *models, "--heldout", tmp_path / "missing")
-    (tmp_path / "figures.json").touch()
-    told = "figures.json exists; pass --overwrite"
-    assert told in refused("sweep", recipe, *models, "--output", tmp_path / "figures.json")
-    # What took long is not replaced unasked, also where nobody named it.
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "sweep.json").write_text("{}")
-    assert "pass --overwrite" in refused("sweep", recipe, *models, "--work", tmp_path / "work")
-    edit_config(other, qk_norm="sum")
-    recipe.write_text(RECIPE.replace("l1", "pca"))
-    assert "qk_norm 'sum'" in refused("sweep", recipe, *models)
-    # What comes to light with the second model leaves nothing of the first.
-    recipe.write_text(RECIPE)
-    edit_tensors(other, lambda tensors: tensors[QUERY].fill_(float("nan")))
-    assert "holds NaN or inf" in refused("sweep", recipe, *models)
 
 
 def test_outputs_that_exist(refused, keyreduce, tiny_folder, tmp_path):

@@ -75,6 +75,13 @@ def test_scaling_takes_a_config_alone(keyreduce, tmp_path):
         assert [(entry["label"], entry["folder"]) for entry in report["models"]] == [("K=8", None)]
 
 
+def test_no_tokenizer_is_needed(keyreduce, tiny_copy):
+    folder = tiny_copy()
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert keyreduce("benchmark", *QUICK, "--model", folder).code == 0
+
+
 def test_layers_that_differ_are_told(keyreduce, tmp_path):
     config = build("delta_net_2").config.to_dict() | {"expand_k": [0.5, 1.0]}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -10,7 +10,6 @@ CALIBRATE = ("calibrate", "--num-batches", 2, "--seq-len", 64)
 BENCHMARK = ("benchmark", "--rounds", 2, "--seq-len", 64)
 EVAL = ("eval", "--num-batches", 1, "--seq-len", 128)
 WORK = Path("keyreduce-out")
-TARGETS = {"key": ["rrqr", "random"], "value": ["energy", "wanda"]}
 
 
 def test_bare_commands_with_json(keyreduce):
@@ -181,50 +180,6 @@ def test_overwrite(keyreduce, tiny_folder):
         assert keyreduce(*arguments).code == 0
         assert keyreduce(*arguments, "--overwrite").code == 0
     assert keyreduce("prune", *model, "--keep", 2, "--overwrite", "--json").json()["head_k_dim"] == [16, 2]
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_a_sweep_measures_what_prune_and_eval_do(keyreduce, tiny_folder, model_type):
-    """A model on the command line takes the place of those of the recipe; figures are the same to the last digit."""
-    Path("recipe.toml").write_text("""
-        models = ["nonsense"]
-        calibration = { num_batches = 1, batch_size = 2, seq_len = 32 }
-        heldout = { num_batches = 1, batch_size = 3, seq_len = 64 }
-        prune = [
-            { target = "key", ratios = [0.5, 0.25], methods = ["rrqr", { method = "random" }] },
-            { target = "value", ratios = [0.5, 0.25], methods = ["energy", "wanda"] },
-        ]
-    """)
-    model = ("--model", tiny_folder(model_type))
-    result = keyreduce("sweep", "recipe.toml", *model, "--seed", 3, "--json")
-    report = result.json()
-    assert json.loads((WORK / "sweep.json").read_text()) == report
-    assert report["settings"]["calibration"] | {"text": None} == {
-        "text": None, "num_batches": 1, "batch_size": 2, "seq_len": 32, "seed": 3,
-    }  # fmt: skip
-    (entry,) = report["models"]
-    assert entry["model"] == str(tiny_folder(model_type))
-    ways = [(target, method) for target, methods in TARGETS.items() for method in methods]
-    expected = [(target, method, ratio) for target, method in ways for ratio in (0.5, 0.25)]
-    assert [(cell["target"], cell["method"], cell["ratio"]) for cell in entry["cells"]] == expected
-
-    figures = ("perplexity_per_token", "bits_per_byte", "predictions")
-    sizes = ("--num-batches", 1, "--batch-size", 2, "--seq-len", 32, "--seed", 3)
-    assert keyreduce("calibrate", *model, *sizes).code == 0
-    for cell in entry["cells"]:
-        cut = ("--method", cell["method"], "--target", cell["target"], "--ratio", cell["ratio"], "--seed", 3)
-        assert keyreduce("prune", *model, *cut, "--overwrite").code == 0
-        measured = keyreduce("eval", "--num-batches", 1, "--batch-size", 3, "--seq-len", 64, "--json").json()["models"]
-        for figure in figures:
-            assert [entry[figure], cell[figure]] == [one[figure] for one in measured]
-    # With --json the tables are on stderr: one a target, its ratios ascending. Titles may be broken into lines.
-    told = " ".join(result.err.split())
-    for target, methods in TARGETS.items():
-        assert f"bits per byte by share of {target} removed (dense: {entry['bits_per_byte']:.3f}) 25% 50%" in told
-        for method in methods:
-            cells = [cell for cell in entry["cells"] if (cell["target"], cell["method"]) == (target, method)]
-            cost = {cell["ratio"]: cell["bits_per_byte"] for cell in cells}
-            assert f" {method} {cost[0.25]:.3f} {cost[0.5]:.3f} " in told
 
 
 def test_converted_shards_are_as_large_as_one_says(keyreduce, tiny_folder, tmp_path):
