@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
-from keyreduce.cli import options
+from keyreduce.cli import options, training_options
 from keyreduce.recovery.modes import LEAST_SQUARES, MODES
+from keyreduce.recovery.training.settings import TRAINING_MODES
 
 _OF_RECONSTRUCT = "Options of --mode reconstruct"
-_MODE_HELP = "\n\n".join(f"{name}: {summary}" for name, summary in MODES.items())
+_MODE_HELP = "\n\n".join(f"{name}: {summary}" for name, summary in (MODES | TRAINING_MODES).items())
 
 
 def recover(
@@ -27,12 +28,18 @@ def recover(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model",
-            "--teacher",
             envvar="BASE_MODEL_DIR",
             metavar="PATH|NAME",
             help="The dense model that it is to be like.",
             show_default="what the pruned model was made from",
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH|NAME",
+            help="The same; with --mode lora or full, a model of the same vocabulary to learn from.",
+            show_default="lora and full learn from the text alone",
         ),
     ] = None,
     work: options.Work = options.DEFAULT_WORK,
@@ -62,7 +69,11 @@ def recover(
     ] = None,
     lr: Annotated[
         float | None,
-        typer.Option(min=0, rich_help_panel=_OF_RECONSTRUCT, help="The highest learning rate.", show_default="0.0005"),
+        typer.Option(
+            min=0,
+            help="The highest learning rate, of gradient steps.",
+            show_default="reconstruct 0.0005, lora 0.001, full 0.0002",
+        ),
     ] = None,
     scope: Annotated[
         str | None,
@@ -74,52 +85,110 @@ def recover(
             show_default="mixer-in-block",
         ),
     ] = None,
+    distill_weight: training_options.DistillWeight = None,
+    temperature: training_options.Temperature = None,
+    warmup: training_options.Warmup = None,
+    micro_batch: training_options.MicroBatch = None,
+    checkpointing: training_options.Checkpointing = False,
+    shard: training_options.Shard = False,
+    save_every: training_options.SaveEvery = None,
+    kernels: training_options.Kernels = None,
+    rank: training_options.Rank = None,
+    alpha: training_options.Alpha = None,
+    targets: training_options.Targets = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Win quality back after pruning, without training: layer by layer, from the bottom up, in float32.
+    """Win quality back after pruning. Sizes and config stay as pruned.
 
-    Each layer is fitted to what the dense model's layer gives, on the hidden states of the repaired layers below it.
-    Sizes and config stay as pruned.
+    least-squares and reconstruct go layer by layer, from the bottom up, in float32: each is fitted to what the dense
+    model's layer gives, on the hidden states of the repaired layers below it. lora and full train the whole model:
+    --num-batches steps of --batch-size rows, in one process or under torchrun.
     """
     from keyreduce.cli.console import Console
+    from keyreduce.cli.recover_heldout import measure
+    from keyreduce.cli.recover_training import leave, write_trained
     from keyreduce.data.text import FileText, text_source
     from keyreduce.devices import pick_device
     from keyreduce.errors import KeyreduceError
+    from keyreduce.evaluation.processes import Processes
     from keyreduce.recovery.overlap import refuse_overlap
     from keyreduce.workspace import Workspace
 
     console, workspace = Console(as_json=json), Workspace(work)
+    processes, trains = Processes.of_torchrun(), mode in TRAINING_MODES
     given = {"steps": steps, "lr": lr, "scope": scope}
     given = {name: value for name, value in given.items() if value is not None}
-    run_on = pick_device(device)
+    of_training = training_options.training_options(
+        distill_weight=distill_weight,
+        temperature=temperature,
+        warmup=warmup,
+        micro_batch=micro_batch,
+        checkpointing=checkpointing,
+        shard=shard,
+        save_every=save_every,
+        kernels=kernels,
+        rank=rank,
+        alpha=alpha,
+        targets=targets,
+    )
+    if mode not in MODES | TRAINING_MODES:
+        raise KeyreduceError(f"--mode {mode} is unknown; take one of {', '.join(MODES | TRAINING_MODES)}")
+    if of_training and not trains:
+        raise KeyreduceError(f"--mode {mode} takes no options of lora and full, such as {min(of_training)}")
+    if processes.number > 1 and not trains:
+        raise KeyreduceError(f"--mode {mode} runs in one process: start keyreduce without torchrun")
+    run_on = pick_device(processes.device(device))
     folder = compressed or str(workspace.pruned)
     if compressed is None and not workspace.pruned.is_dir():
         raise KeyreduceError(
             f"there is no pruned model at {workspace.pruned}; run keyreduce prune, or give --compressed"
         )
-    source = text_source(text or (), dataset, dataset_config, split, default="calibration")
+    source = text_source(text or (), dataset, dataset_config, split, default="train" if trains else "calibration")
     judge = FileText(heldout) if heldout else None
     if judge is not None:
         refuse_overlap(source, judge)
-    result = write_recovered(
-        console,
-        model,
-        folder,
-        source,
-        output or workspace.recovered,
-        mode=mode,
-        options=given,
-        amount=(num_batches, batch_size, seq_len, seed),
-        device=run_on,
-        overwrite=overwrite,
-    )
+    target, amount = output or workspace.recovered, (num_batches, batch_size, seq_len, seed)
+    if trains:
+        if teacher is None and distill_weight is not None:
+            teacher = model or ""
+        result = write_trained(
+            console,
+            folder,
+            source,
+            target,
+            mode=mode,
+            options=given | of_training,
+            teacher=teacher,
+            amount=amount,
+            device=run_on,
+            processes=processes,
+            overwrite=overwrite,
+        )
+        if result is None:
+            leave(processes)
+            return
+        result["dense"] = result["dense"] or model
+    else:
+        result = write_recovered(
+            console,
+            model or teacher,
+            folder,
+            source,
+            target,
+            mode=mode,
+            options=given,
+            amount=amount,
+            device=run_on,
+            overwrite=overwrite,
+        )
     if judge is not None:
-        result["perplexity"] = _measure(console, result, judge, run_on)
+        result["perplexity"] = measure(console, result, judge, run_on)
     console.result(result)
+    leave(processes)
 
 
 def write_recovered(
@@ -211,19 +280,3 @@ def write_recovered(
         "seconds": seconds,
         "layers": {str(layer): figures for layer, figures in repaired.layers.items()},
     }
-
-
-def _measure(console, result, heldout, device) -> dict[str, float]:
-    import torch
-
-    from keyreduce.evaluation.perplexity import evaluate
-    from keyreduce.models.loading import load_model
-
-    found = {}
-    for label in ("dense", "pruned", "recovered"):
-        loaded = load_model(Path(result[label]), device, torch.float32, gradients=True)
-        cost, _ = evaluate(loaded, heldout, seq_len=1024, batch_size=4, num_rows=None)
-        found[label] = cost.perplexity
-    rows = [(label, f"{value:.4f}", f"{100 * (value / found['dense'] - 1):+.1f}%") for label, value in found.items()]
-    console.table("held-out text", ("", "perplexity per token", "over dense"), rows)
-    return found

@@ -1,6 +1,6 @@
 """A repaired checkpoint and its record, written whole or not at all."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.recovery.modes import MODES
 from keyreduce.recovery.repair import Repaired
+from keyreduce.recovery.training.settings import TRAINING_MODES
 from keyreduce.workspace import RECORD_NAME, appearing, read_json, write_json
 
 _CARD_NAME = "README.md"
@@ -54,6 +55,8 @@ def write_repaired(
     seconds: float,
     command: str | None = None,
     overwrite: bool = False,
+    figures: Mapping | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the pruned checkpoint with what a repair changed.
 
@@ -68,6 +71,8 @@ def write_repaired(
         seconds: how long it took.
         command: the command line that asked for it.
         overwrite: whether an existing one is replaced.
+        figures: others for the record.
+        finish: called with the folder before it appears, to put more into it.
 
     Raises:
         KeyreduceError: see :func:`keyreduce.checkpoint.rewrite.rewrite`; or the target exists.
@@ -80,7 +85,8 @@ def write_repaired(
         "tokens": repaired.tokens,
         "seconds": seconds,
         **({"command": command} if command else {}),
-        "layers": {str(layer): figures for layer, figures in repaired.layers.items()},
+        **({"layers": {str(layer): one for layer, one in repaired.layers.items()}} if repaired.layers else {}),
+        **(figures or {}),
     }
     record = record | {"repairs": [*read_repairs(pruned.path), entry]}
     with appearing(target, folder=True, overwrite=overwrite) as temporary:
@@ -89,7 +95,10 @@ def write_repaired(
         card = temporary / _CARD_NAME
         if card.is_file():
             mode = inputs["mode"]
-            told = f"- {mode}: {MODES.get(mode, '')}; {repaired.tokens:,} tokens of calibration text"
+            summary, kind = (MODES | TRAINING_MODES).get(mode, ""), "" if mode in TRAINING_MODES else "calibration "
+            told = f"- {mode}: {summary}; {repaired.tokens:,} tokens of {kind}text"
             before = card.read_text(encoding="utf-8")
             heading = "" if "## Repair\n" in before else "\n## Repair\n\n"
             card.write_text(f"{before.rstrip()}\n{heading}{told}\n", encoding="utf-8")
+        if finish is not None:
+            finish(temporary)

@@ -1,0 +1,47 @@
+"""The rows that a model is trained on: documents joined, cut, and streamed; no more of them in memory than a batch.
+
+Shapes: T tokens in a row.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from keyreduce.data.batches import token_rows
+from keyreduce.data.text import TextSource
+from keyreduce.errors import KeyreduceError
+
+
+class Rows(torch.utils.data.IterableDataset):
+    """Rows of T tokens without an end: where the text ends, it begins anew in another order.
+
+    Accelerate reads it in the first process, and shares each batch out among all of them. Row i depends on text and
+    seed alone, so that a run that was broken off, and one of other processes, see the rows of an unbroken one.
+
+    Args:
+        text: where the documents come from.
+        tokenizer: of the model.
+        row_length: T, at least 2.
+        seed: of the order of the documents in the first pass.
+
+    Raises:
+        KeyreduceError: the text does not fill one row.
+    """
+
+    def __init__(self, text: TextSource, tokenizer: PreTrainedTokenizerFast, row_length: int, seed: int):
+        self.text, self.tokenizer, self.row_length, self.seed = text, tokenizer, row_length, seed
+        self.passes = 0
+        first_T = next(token_rows(text.documents(seed), tokenizer, row_length))
+        if len(first_T) < row_length:
+            raise KeyreduceError(
+                f"the text has {len(first_T):,} tokens, which do not fill one row of {row_length:,}; "
+                "give more text, or a smaller --seq-len"
+            )
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        self.passes = 0
+        while True:
+            self.passes += 1
+            for row_T in token_rows(self.text.documents(self.seed + self.passes - 1), self.tokenizer, self.row_length):
+                yield {"input_ids": row_T}

@@ -1,0 +1,300 @@
+"""A pruned model and text to the same model, trained on: what ``keyreduce recover --mode lora|full`` does.
+
+The loop is transformers' Trainer, with accelerate's processes and sharding; the model's sizes and config stay.
+"""
+
+import importlib.util
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as their_logging
+
+from keyreduce.calibration.run import Settings
+from keyreduce.checkpoint.rewrite import is_finite
+from keyreduce.checkpoint.shards import TORCH_DTYPES
+from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.data.text import TextSource
+from keyreduce.errors import KeyreduceError
+from keyreduce.families import family_of
+from keyreduce.models.loading import LoadedModel, load_model, prepare_backend
+from keyreduce.recovery.training.arguments import trainer_arguments
+from keyreduce.recovery.training.lora import add_lora, find_targets, merge_lora
+from keyreduce.recovery.training.memory import Needs, available_bytes, refuse_without_room
+from keyreduce.recovery.training.rows import Rows
+from keyreduce.recovery.training.settings import LORA, Training
+from keyreduce.recovery.training.trainer import DivergedError, RecoveryTrainer, Telling
+from keyreduce.workspace import read_json, write_json
+
+_RECIPE_NAME = "recipe.json"
+
+
+class Trained(NamedTuple):
+    """What a training gives.
+
+    Attributes:
+        tensors: name -> the tensors that changed, in the dtypes of the pruned checkpoint.
+        tokens: how many tokens it saw.
+        passes: how often it went through the text, the last one counted.
+        steps: the steps at which the loss was logged.
+        losses: the loss there, nats per token.
+        trained: how many numbers were trained.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    tokens: int
+    passes: int
+    steps: list[int]
+    losses: list[float]
+    trained: int
+
+
+def refuse_without_extra() -> None:
+    """Refuse to train without the packages that do it.
+
+    Raises:
+        KeyreduceError: names those that are missing.
+    """
+    missing = [name for name in ("accelerate", "peft") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise KeyreduceError(f"training needs {' and '.join(missing)}: pip install 'keyreduce[train]'")
+
+
+def refuse_other_vocabulary(student: Checkpoint, teacher: Checkpoint) -> None:
+    """Refuse a teacher whose logits are not about the student's tokens.
+
+    Raises:
+        KeyreduceError: sizes of the vocabularies differ, or what tokens are called.
+    """
+    sizes = [source.config.get("vocab_size") for source in (student, teacher)]
+    told = f"{teacher.path} cannot teach {student.path}"
+    if sizes[0] != sizes[1]:
+        raise KeyreduceError(f"{told}: its vocabulary has {sizes[1]} tokens, not {sizes[0]}")
+    try:
+        vocabularies = [AutoTokenizer.from_pretrained(source.path).get_vocab() for source in (student, teacher)]
+    except Exception as error:  # what a tokenizer's library raises is anything
+        raise KeyreduceError(f"{told}: a tokenizer does not load ({type(error).__name__})") from error
+    if vocabularies[0] != vocabularies[1]:
+        raise KeyreduceError(f"{told}: their tokenizers give other numbers to the same tokens")
+
+
+def train(
+    pruned: Checkpoint,
+    teacher: Checkpoint | None,
+    text: TextSource,
+    settings: Settings,
+    mode: str,
+    training: Training,
+    *,
+    device: torch.device,
+    folder: Path,
+    recipe: dict,
+    anew: bool = False,
+    progress: Callable[[int], None] | None = None,
+    note: Callable[[str], None] = lambda message: None,
+) -> Trained | None:
+    """Train a pruned model on; under ``torchrun`` every process calls this.
+
+    Args:
+        pruned: the checkpoint to begin with, a Hugging Face folder.
+        teacher: the model to learn from, or None for the text alone.
+        text: what to train on.
+        settings: the rows: ``num_batches`` steps of ``batch_size`` rows of ``seq_len`` tokens, of all processes.
+        mode, training: how.
+        device: where.
+        folder: where checkpoints go; one that is there already is gone on from.
+        recipe: what the result depends on, as a JSON object; checkpoints of another one are refused.
+        anew: whether those are removed instead.
+        progress: called with a number of tokens after each step.
+        note: told how it goes.
+
+    Returns:
+        What came of it; None in all processes but the first.
+
+    Raises:
+        KeyreduceError: models do not load or belong together, there is no room, the text does not fill a row, LoRA's
+            targets match nothing, a setting does not fit, or the loss becomes NaN or inf (:class:`DivergedError`, with
+            the last checkpoint kept).
+    """
+    refuse_without_extra()
+    settings.check(gradients=True)
+    if settings.seq_len < 2:
+        raise KeyreduceError("--seq-len is 1; training needs at least 2, to predict one from the other")
+    if teacher is not None:
+        refuse_other_vocabulary(pruned, teacher)
+    with _quiet():
+        arguments = trainer_arguments(settings, training, device, folder)
+        device = arguments.device
+        prepare_backend(device, gradients=training.kernels == "torch")
+        targets = _check(pruned, teacher, settings, mode, training, arguments)
+        checkpoint = _last_checkpoint(folder, recipe, anew, is_first=arguments.process_index == 0)
+        loaded = _load(pruned, mode, training, device)
+        rows = Rows(text, loaded.tokenizer, settings.seq_len, settings.seed)
+        model = add_lora(loaded.model, targets, training, settings.seed) if mode == LORA else loaded.model
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        trainer = RecoveryTrainer(
+            model=model.train(),
+            args=arguments,
+            train_dataset=rows,
+            teacher=None if teacher is None else _load(teacher, LORA, training, device).model.requires_grad_(False),
+            distill_weight=training.distill_weight,
+            temperature=training.temperature,
+        )
+        telling = Telling(
+            settings.batch_size * settings.seq_len, note, progress, every=max(1, settings.num_batches // 20)
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(telling)
+        if checkpoint is not None:
+            note(f"going on from {checkpoint}")
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except DivergedError as error:
+            kept = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+            where = f"the last good checkpoint is {kept}" if kept else "there was no checkpoint yet"
+            raise KeyreduceError(f"{error}: {where}; give a lower --lr, with --overwrite to begin anew") from error
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if arguments.process_index:
+            return None
+        final = _final(pruned, mode, training, targets, state)
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return Trained(
+        dict(_changed(final, pruned)),
+        settings.tokens,
+        rows.passes,
+        [entry["step"] for entry in log],
+        [entry["loss"] for entry in log],
+        trained,
+    )
+
+
+def discard(folder: Path) -> None:
+    """Remove the checkpoints of a training that is done, or that is not to be gone on with."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let the libraries print neither bars nor what is no matter of the user's."""
+    verbosity = their_logging.get_verbosity()
+    their_logging.set_verbosity_error()
+    their_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # what these libraries are to change in each other
+            yield
+    finally:
+        their_logging.set_verbosity(verbosity)
+
+
+def _check(
+    pruned: Checkpoint,
+    teacher: Checkpoint | None,
+    settings: Settings,
+    mode: str,
+    training: Training,
+    arguments: TrainingArguments,
+) -> list[str]:
+    """Return LoRA's targets, none in the other mode; refuse, before weights are loaded, what cannot be done."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pruned.path))
+    family = family_of(model.config.to_dict())
+    every = dict(model.named_parameters())
+    targets = find_targets(model, family, training.targets) if mode == LORA else []
+    written = [f"{target}.weight" for target in targets] or list(every)
+    for name in written:
+        if name not in pruned.tensors:
+            raise KeyreduceError(f"{pruned.path} holds {name!r} under another name, so that it cannot be written back")
+    weights = sum(parameter.numel() for parameter in every.values())
+    # Low-rank additions to a matrix of m x n are r x (m + n) numbers.
+    attended = targets or find_targets(model, family, ())
+    added = training.rank * sum(sum(every[f"{target}.weight"].shape) for target in attended)
+    micro = arguments.per_device_train_batch_size
+    row = settings.seq_len * pruned.config["vocab_size"]
+    needs = Needs(
+        weights=weights,
+        trained=added if mode == LORA else weights,
+        teacher=0 if teacher is None else sum(_numbers(spec.shape) for spec in teacher.tensors.values()),
+        logits=micro * row,
+        weight_bytes=4 if arguments.device.type == "cpu" or training.shard else 2,
+        shards=arguments.world_size if training.shard else 1,
+    )
+    smaller = needs._replace(logits=row)
+    options = {
+        "--micro-batch 1": smaller,
+        "--mode lora": needs._replace(trained=added),
+        "--mode lora --micro-batch 1": smaller._replace(trained=added),
+        "--mode lora --micro-batch 1 without a teacher": smaller._replace(trained=added, teacher=0),
+        "--shard over 8 processes": smaller._replace(shards=8),
+    }
+    refuse_without_room(needs, available_bytes(arguments.device), options)
+    return targets
+
+
+def _numbers(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _load(source: Checkpoint, mode: str, training: Training, device: torch.device) -> LoadedModel:
+    """A model to train, in float32; frozen weights on a GPU in bfloat16, which is what they are computed in."""
+    # FSDP takes weights of one dtype alone, and those that are trained are float32.
+    is_short = mode == LORA and device.type != "cpu" and not training.shard
+    dtype = torch.bfloat16 if is_short else torch.float32
+    return load_model(source.path, device, dtype, gradients=training.kernels == "torch")
+
+
+def _last_checkpoint(folder: Path, recipe: dict, anew: bool, *, is_first: bool) -> str | None:
+    """Return the newest complete checkpoint of this very training; ``trainer_state.json`` is what is written last."""
+    recipe = json.loads(json.dumps(recipe))
+    path = folder / _RECIPE_NAME
+    # In this order: the first process may be removing them right now.
+    is_same = path.is_file() and read_json(path) == recipe
+    complete = [one.parent for one in folder.glob("checkpoint-*/trainer_state.json")]
+    if complete and not is_same and not anew:
+        raise KeyreduceError(
+            f"{folder} holds checkpoints of a training from other inputs; pass --overwrite to begin anew, "
+            "or another output"
+        )
+    if is_first and not is_same:
+        discard(folder)
+        write_json(path, recipe)
+    newest = max(complete if is_same else (), key=lambda one: int(one.name.rpartition("-")[2]), default=None)
+    return newest and str(newest)
+
+
+def _final(pruned: Checkpoint, mode: str, training: Training, targets: list[str], state: dict) -> PreTrainedModel:
+    """The trained model in float32 on the CPU, as an ordinary one: from one process' state or from all of theirs."""
+    model = load_model(pruned.path, torch.device("cpu"), torch.float32, gradients=True).model
+    if mode != LORA:
+        model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+        return model
+    # The additions alone: what they are added to may have been computed in fewer bits than it has.
+    whole = add_lora(model, targets, training, seed=0)
+    whole.load_state_dict({name: tensor for name, tensor in state.items() if ".lora_" in name}, strict=False)
+    return merge_lora(whole)
+
+
+@torch.no_grad()
+def _changed(model: PreTrainedModel, pruned: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in model.named_parameters():
+        if name not in pruned.tensors:
+            continue  # not trained: what is was looked for before
+        tensor = parameter.detach().to(TORCH_DTYPES[pruned.tensors[name].dtype])
+        if not is_finite(tensor):
+            raise KeyreduceError(f"training made {name!r} NaN or inf; give a lower --lr")
+        if not tensor.equal(pruned.read(name)):
+            yield name, tensor

@@ -1,0 +1,103 @@
+"""transformers' Trainer with a loss of ours, which stops where numbers are no longer finite and tells how it goes.
+
+Shapes: B rows of a micro-batch, T tokens, V vocabulary.
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from keyreduce.errors import KeyreduceError
+from keyreduce.recovery.training.distillation import teacher_loss, text_loss
+
+
+class RecoveryTrainer(Trainer):
+    """A Trainer whose loss is the text's, a teacher's, or both.
+
+    Args:
+        teacher: a model of the same vocabulary on the same device, or None.
+        distill_weight: the share of its loss.
+        temperature: of its loss.
+        kwargs: Trainer's own.
+    """
+
+    def __init__(self, *, teacher: nn.Module | None, distill_weight: float, temperature: float, **kwargs):
+        super().__init__(**kwargs)
+        # fla's models take any keyword, by which Trainer believes that they divide by `num_items_in_batch`. All rows
+        # are of one length: the mean of the micro-batches' means is the batch's.
+        self.model_accepts_loss_kwargs = False
+        self.teacher, self.distill_weight, self.temperature = teacher, distill_weight, temperature
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_) -> torch.Tensor:
+        """Return the loss of a micro-batch; the teacher's logits are there for as long as this takes."""
+        tokens_BT = inputs["input_ids"]
+        weight = self.distill_weight if self.teacher is not None else 0.0
+        logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
+        loss = (1 - weight) * text_loss(logits_BTV, tokens_BT) if weight < 1 else 0.0
+        if weight:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                given_BTV = self.teacher(input_ids=tokens_BT, use_cache=False).logits
+            loss = loss + weight * teacher_loss(logits_BTV, given_BTV, self.temperature)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        # Before the step is taken: no weight, and no checkpoint, gets what is not finite.
+        norm = super()._clip_grad_norm(model)
+        if not math.isfinite(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)):
+            raise DivergedError(self.state.global_step + 1)
+        return norm
+
+
+class DivergedError(KeyreduceError):
+    """The loss, or a gradient, became NaN or inf.
+
+    Attributes:
+        step: at which step.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(f"the loss became NaN or inf at step {step}")
+        self.step = step
+
+
+class Telling(TrainerCallback):
+    """Feeds a progress bar, and says now and then how it goes.
+
+    Args:
+        tokens_per_step: of all processes together.
+        note: told the loss, the rate and the time left at each entry of the log.
+        progress: called with the tokens of each step.
+    """
+
+    def __init__(
+        self, tokens_per_step: int, note: Callable[[str], None], progress: Callable[[int], None] | None, every: int
+    ):
+        self.tokens_per_step, self.note, self.progress, self.every = tokens_per_step, note, progress, every
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        """Start the clock; a run that goes on has its first steps behind it."""
+        self.begun, self.first = time.monotonic(), state.global_step
+        if self.progress is not None and self.first:
+            self.progress(self.first * self.tokens_per_step)
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        """Count a step."""
+        if self.progress is not None:
+            self.progress(self.tokens_per_step)
+
+    def on_log(self, args, state, control, logs=None, **_) -> None:
+        """Say what was logged, in every so many of the steps."""
+        step = state.global_step
+        if "loss" not in (logs or {}) or (step % self.every and step not in (1, state.max_steps)):
+            return
+        seconds = max(time.monotonic() - self.begun, 1e-9) / max(step - self.first, 1)
+        left = round(seconds * (state.max_steps - step))
+        rate = self.tokens_per_step / seconds
+        self.note(
+            f"step {step:,} of {state.max_steps:,}: loss {logs['loss']:.4f}, {rate:,.0f} tokens/s, "
+            f"{left // 60}:{left % 60:02} min left"
+        )

@@ -1,0 +1,140 @@
+"""``keyreduce recover --mode lora|full`` on tiny models, alone and under torchrun."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import edit_config, tensors_of
+from transformers import AutoModelForCausalLM
+
+from keyreduce.checkpoint.folder import open_folder
+from keyreduce.recovery.training.run import RecoveryTrainer
+
+REPOSITORY = Path(__file__).parents[2]
+WORK = Path("keyreduce-out")
+FEW = ("--num-batches", 4, "--batch-size", 4, "--seq-len", 40, "--text", "text.txt", "--device", "cpu")
+
+
+@pytest.fixture
+def pruned(keyreduce, tiny_folder):
+    """The folder of a tiny DeltaNet that was pruned into the work folder; and some text."""
+    Path("text.txt").write_text("".join(f"value {n} is {n * n}, yes\n" for n in range(300)))
+    keyreduce("prune", "--model", tiny_folder("delta_net"), "--method", "l2", "--ratio", 0.5, "--json").json()
+    return tiny_folder("delta_net")
+
+
+def under_torchrun(*arguments: object) -> subprocess.CompletedProcess:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "flash-linear-attention")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, "-m", "keyreduce", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_it_ends_as_an_ordinary_checkpoint_that_says_how_it_was_made(keyreduce, pruned, mode):
+    arguments = ("recover", "--mode", mode, "--teacher", pruned, "--distill-weight", 0.5, *FEW)
+    result = keyreduce(*arguments, "--json").json()
+    assert result["made"] and result["mode"] == mode and result["tokens"] == 4 * 4 * 40
+    assert Path(result["dense"]) == pruned
+    folder = WORK / "recovered"
+    assert not (WORK / "recovered.training").exists()
+    assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
+    before, after = tensors_of(WORK / "pruned"), tensors_of(folder)
+    assert {name: tensor.shape for name, tensor in before.items()} == {n: tensor.shape for n, tensor in after.items()}
+    assert any(not after[name].equal(before[name]) for name in after)
+    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(folder)(torch.arange(40)[None]).logits).all()
+    assert keyreduce("verify", folder, "--json").json()["is_whole"]
+    record = json.loads((folder / "keyreduce.json").read_text())
+    (entry,) = record["repairs"]
+    assert record["identity"] == open_folder(folder).identity
+    assert entry["inputs"]["mode"] == mode and entry["inputs"]["options"]["distill_weight"] == 0.5
+    assert entry["inputs"]["teacher"] == open_folder(pruned).identity
+    assert [tokens for tokens, _ in entry["losses"]] == [160, 320, 480, 640]
+    assert f"- {mode}: train" in (folder / "README.md").read_text()
+
+    again = keyreduce(*arguments, "--json")
+    assert again.json()["made"] is False and "is there already, from the same inputs" in again.err
+    other = keyreduce(*arguments, "--lr", 0.1)
+    assert other.code == 2 and "differs in options" in other.err
+
+
+def test_two_processes_train_as_one_does(keyreduce, pruned):
+    arguments = ("recover", "--mode", "full", "--distill-weight", 0.5, *FEW)
+    alone = keyreduce(*arguments, "--json").json()
+    done = under_torchrun(*arguments, "--output", "both", "--json")
+    assert done.returncode == 0, done.stderr
+    both = json.loads(done.stdout)
+    losses = [
+        json.loads((folder / "keyreduce.json").read_text())["repairs"][0]["losses"]
+        for folder in (WORK / "recovered", Path("both"))
+    ]
+    assert [loss for _, loss in losses[1]] == pytest.approx([loss for _, loss in losses[0]], rel=1e-4)
+    assert both["loss_last"] == pytest.approx(alone["loss_last"], rel=1e-4)
+    one, two = tensors_of(WORK / "recovered"), tensors_of(Path("both"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-3, rtol=1e-2)
+    assert done.stderr.count("step 4 of 4") == 1
+
+
+def test_from_a_dcp_it_is_the_same_as_from_the_folder(keyreduce, pruned):
+    keyreduce("convert-dcp", "--json").json()
+    keyreduce("recover", "--mode", "lora", *FEW, "--json").json()
+    keyreduce("recover", "--mode", "lora", "--compressed", WORK / "dcp", "--output", "of-dcp", *FEW, "--json").json()
+    of_folder, of_dcp = tensors_of(WORK / "recovered"), tensors_of(Path("of-dcp"))
+    assert of_folder.keys() == of_dcp.keys()
+    assert all(of_folder[name].equal(of_dcp[name]) for name in of_folder)
+    back = keyreduce("convert-dcp", "of-dcp", "again", "--json").json()
+    assert Path(back["converted"]) == Path("again/step-0")
+
+
+def test_after_an_interruption_the_same_command_goes_on(keyreduce, pruned, monkeypatch):
+    arguments = ("recover", "--mode", "full", "--save-every", 1, *FEW)
+    keyreduce(*arguments, "--output", "unbroken").json if False else keyreduce(*arguments, "--output", "unbroken")
+    calls, plain = [], RecoveryTrainer.compute_loss
+
+    def killed(self, *given, **more):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(self, *given, **more)
+
+    monkeypatch.setattr(RecoveryTrainer, "compute_loss", killed)
+    assert keyreduce(*arguments).code != 0
+    assert not (WORK / "recovered").exists() and (WORK / "recovered.training/checkpoint-2").is_dir()
+    monkeypatch.setattr(RecoveryTrainer, "compute_loss", plain)
+    other = keyreduce(*arguments, "--lr", 0.5)
+    assert other.code == 2 and "holds checkpoints of a training from other inputs" in other.err
+    on = keyreduce(*arguments)
+    assert on.code == 0 and "going on from" in on.err
+    unbroken, resumed = tensors_of(Path("unbroken")), tensors_of(WORK / "recovered")
+    assert all(resumed[name].equal(unbroken[name]) for name in unbroken)
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(keyreduce, pruned, tiny_copy):
+    other = tiny_copy("other")
+    edit_config(other, vocab_size=300)
+    before = sorted(WORK.rglob("*"))
+    for arguments, told in (
+        (("--mode", "magic"), "take one of least-squares, reconstruct, lora, full"),
+        (("--mode", "least-squares", "--lora-rank", 3), "takes no options of lora and full, such as rank"),
+        (("--mode", "full", "--lora-rank", 3), "takes no --lora-rank"),
+        (("--mode", "full", "--scope", "mixer"), "takes no --scope"),
+        (("--mode", "lora", "--lora-targets", "w_proj"), "w_proj matches no linear layer"),
+        (("--mode", "full", "--teacher", other), "its vocabulary has 300 tokens, not 264"),
+        (("--mode", "full", "--seq-len", 100_000), "which do not fill one row"),
+        (("--mode", "full", "--micro-batch", 3), "does not divide"),
+        (("--mode", "full", "--shard"), "under torchrun"),
+        (("--mode", "full", "--output", WORK / "pruned", "--overwrite"), "is, or holds, the model itself"),
+        (("--mode", "full", "--compressed", pruned, "--distill-weight", 1), "name that with --teacher"),
+    ):
+        result = keyreduce("recover", *FEW, *arguments)
+        assert (result.code, result.out) == (2, ""), (arguments, result.err)
+        assert told in result.err, result.err
+        shutil.rmtree(WORK / "recovered.training", ignore_errors=True)
+    assert sorted(WORK.rglob("*")) == before
