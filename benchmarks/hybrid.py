@@ -38,13 +38,13 @@ CUTS = {"key channels, 128 to 64": ("key", "64"), "key and value channels, 128 t
 MEMORY = 80e9
 
 
-def describe(layers: int) -> tuple[str, dict[str, torch.Tensor]]:
+def describe(layers: int, vocab_size: int) -> tuple[str, dict[str, torch.Tensor]]:
     """Return the text of config.json, and the tensors on the meta device, in bfloat16."""
     import fla_torch  # noqa: F401  (before fla, which warns where there is no GPU: this silences it)
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     vision = {"depth": 1, "out_hidden_size": TEXT["hidden_size"]}
-    text = TEXT | {"num_hidden_layers": layers}
+    text = TEXT | {"num_hidden_layers": layers, "vocab_size": vocab_size}
     config = AutoConfig.for_model("qwen3_5", text_config=text, vision_config=vision, dtype="bfloat16")
     with torch.device("meta"):
         return config.to_json_string(), AutoModelForImageTextToText.from_config(config).bfloat16().state_dict()
@@ -84,6 +84,7 @@ def measure(command: tuple, source: Path, output: Path):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=4, help="every fourth has softmax attention")
+    parser.add_argument("--vocab-size", type=int, default=TEXT["vocab_size"], help="fewer make a smaller set")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to write; what is there is removed")
     parser.add_argument("--json", type=Path, help="write the figures, round by round")
@@ -92,7 +93,7 @@ def main() -> None:
         sys.exit("this reads the memory of processes in /proc, as Linux has it, and does not run elsewhere")
     with tempfile.TemporaryDirectory(prefix="keyreduce-", dir=options.folder) as temporary:
         source, output = Path(temporary) / "source", Path(temporary) / "output"
-        config, tensors = describe(options.layers)
+        config, tensors = describe(options.layers, options.vocab_size)
         nbytes = 2 * sum(tensor.numel() for tensor in tensors.values())
         if 2.5 * nbytes > shutil.disk_usage(temporary).free:
             sys.exit(f"{temporary} has no room for twice {nbytes / 1e9:.1f} GB: give another --folder")
@@ -110,9 +111,10 @@ def main() -> None:
             print(f"round {turn} of {options.rounds}{'' if turn else ', which does not count'}", file=sys.stderr)
         facts = f"{options.layers} layers, {nbytes / 1e9:.2f} GB in {len(list(source.glob('*.safetensors')))} shards."
         facts += f" {machine(source)}; load at the end {os.getloadavg()[0]:.1f}."
-    # What the whole model weighs: the layers that are here, as often as there are such, and the rest once.
+    # What the whole language model weighs: the layers that are here, as often as there are such, and the embeddings.
     layer_bytes = 2 * sum(tensor.numel() for name, tensor in tensors.items() if ".layers." in name)
-    weight_bytes = nbytes - layer_bytes + layer_bytes * LAYERS / options.layers
+    embeddings = 2 * 2 * TEXT["vocab_size"] * TEXT["hidden_size"]
+    weight_bytes = embeddings + layer_bytes * LAYERS / options.layers
     saved = {name: savings(weight_bytes, cut) for name, cut in CUTS.items()}
     print(f"{facts}\n\n| what | seconds, median (least to most) | x `cp -r` | peak anonymous memory, MB |")
     print("|---|---|---|---|")
@@ -121,7 +123,8 @@ def main() -> None:
         times = median(own / copied for own, copied in zip(found, seconds["`cp -r`"], strict=True))
         peak = max(run.tree for run in runs[label]) / 1e6
         print(f"| {label} | {median(found):.1f} ({min(found):.1f} to {max(found):.1f}) | {times:.2f} | {peak:.0f} |")
-    print(f"\nWith all {LAYERS} layers, {weight_bytes / 1e9:.1f} GB of weights, of {MEMORY / 1e9:.0f} GB:\n")
+    whole, memory = weight_bytes / 1e9, MEMORY / 1e9
+    print(f"\nThe language model with all {LAYERS} layers, {whole:.1f} GB of weights, of {memory:.0f} GB:\n")
     print("| cut | state of a sequence, MiB | sequences beside the dense weights |\n|---|---|---|")
     for name, figures in saved.items():
         state, count = figures["state_bytes_per_sequence"], figures["sequences"]
