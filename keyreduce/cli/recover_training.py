@@ -42,8 +42,9 @@ def write_trained(
     from keyreduce.errors import KeyreduceError
     from keyreduce.pruning.prune import read_record
     from keyreduce.recovery.repair import Repaired
+    from keyreduce.recovery.training.checks import refuse_other_vocabulary, refuse_without_extra
     from keyreduce.recovery.training.picture import draw_losses
-    from keyreduce.recovery.training.run import discard, refuse_other_vocabulary, refuse_without_extra, train
+    from keyreduce.recovery.training.run import discard, train
     from keyreduce.recovery.training.settings import make_training
     from keyreduce.recovery.writing import read_repairs, write_repaired
     from keyreduce.workspace import is_already_made, refuse_source, refuse_unwritable
@@ -107,6 +108,8 @@ def write_trained(
     if trained is None:
         return None
     seconds = time.perf_counter() - start
+    if trained.passes > 1:
+        console.note(f"the text was gone through {trained.passes} times")
     per_step = settings.batch_size * settings.seq_len
     few = max(1, len(trained.losses) // 20)
     figures = {

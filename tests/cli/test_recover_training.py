@@ -64,19 +64,22 @@ def test_it_ends_as_an_ordinary_checkpoint_that_says_how_it_was_made(keyreduce, 
     assert other.code == 2 and "differs in options" in other.err
 
 
-def test_two_processes_train_as_one_does(keyreduce, pruned):
-    arguments = ("recover", "--mode", "full", "--distill-weight", 0.5, *FEW)
-    alone = keyreduce(*arguments, "--json").json()
-    done = under_torchrun(*arguments, "--output", "both", "--json")
+@pytest.mark.parametrize(
+    ("mode", "sharing"), [("full", ("--distill-weight", 0.5)), ("lora", ("--shard", "--gradient-checkpointing"))]
+)
+def test_two_processes_train_as_one_does(keyreduce, pruned, mode, sharing):
+    arguments = ("recover", "--mode", mode, *FEW)
+    alone = keyreduce(*arguments, *(sharing if mode == "full" else ()), "--json").json()
+    done = under_torchrun(*arguments, *sharing, "--output", "both", "--json")
     assert done.returncode == 0, done.stderr
-    both = json.loads(done.stdout)
-    losses = [
-        json.loads((folder / "keyreduce.json").read_text())["repairs"][0]["losses"]
-        for folder in (WORK / "recovered", Path("both"))
-    ]
-    assert [loss for _, loss in losses[1]] == pytest.approx([loss for _, loss in losses[0]], rel=1e-4)
-    assert both["loss_last"] == pytest.approx(alone["loss_last"], rel=1e-4)
-    one, two = tensors_of(WORK / "recovered"), tensors_of(Path("both"))
+    assert json.loads(done.stdout)["loss_last"] == pytest.approx(alone["loss_last"], rel=1e-4)
+    folders = (WORK / "recovered", Path("both"))
+    records = [json.loads((folder / "keyreduce.json").read_text())["repairs"][0] for folder in folders]
+    losses = [[loss for _, loss in record["losses"]] for record in records]
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert records[0]["inputs"] == records[1]["inputs"]
+    one, two = map(tensors_of, folders)
+    assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-3, rtol=1e-2)
     assert done.stderr.count("step 4 of 4") == 1
@@ -95,7 +98,7 @@ def test_from_a_dcp_it_is_the_same_as_from_the_folder(keyreduce, pruned):
 
 def test_after_an_interruption_the_same_command_goes_on(keyreduce, pruned, monkeypatch):
     arguments = ("recover", "--mode", "full", "--save-every", 1, *FEW)
-    keyreduce(*arguments, "--output", "unbroken").json if False else keyreduce(*arguments, "--output", "unbroken")
+    keyreduce(*arguments, "--output", "unbroken", "--json").json()
     calls, plain = [], RecoveryTrainer.compute_loss
 
     def killed(self, *given, **more):

@@ -16,12 +16,13 @@ from keyreduce.checkpoint.folder import open_folder
 from keyreduce.data.text import FileText
 from keyreduce.errors import KeyreduceError
 from keyreduce.models.loading import load_model
-from keyreduce.recovery.training import memory, run
+from keyreduce.recovery.training import checks, memory, run
+from keyreduce.recovery.training.checks import refuse_other_vocabulary
 from keyreduce.recovery.training.distillation import teacher_loss, text_loss
 from keyreduce.recovery.training.lora import add_lora, find_targets, merge_lora
 from keyreduce.recovery.training.memory import Needs
 from keyreduce.recovery.training.rows import Rows
-from keyreduce.recovery.training.run import refuse_other_vocabulary, train
+from keyreduce.recovery.training.run import train
 from keyreduce.recovery.training.settings import make_training
 
 CPU = torch.device("cpu")
@@ -234,12 +235,12 @@ def test_no_room_is_told_with_what_would_fit(trained, student, monkeypatch, tmp_
     added = 2 * 3 * 32 * (32 + 32)
     rows = 4 * 32 * 264
     assert Needs(numbers, numbers, 0, rows).nbytes == 16 * numbers + 12 * rows
-    monkeypatch.setattr(run, "available_bytes", lambda device: 16 * numbers)
+    monkeypatch.setattr(checks, "available_bytes", lambda device: 16 * numbers)
     with pytest.raises(
         KeyreduceError, match=r"training takes at least .* GiB.*these fit: .*--mode lora --micro-batch 1"
     ):
         trained(student)
-    monkeypatch.setattr(run, "available_bytes", lambda device: 100)
+    monkeypatch.setattr(checks, "available_bytes", lambda device: 100)
     with pytest.raises(KeyreduceError, match="take a larger device"):
         trained(student, "lora")
     assert not (tmp_path / "training").exists()

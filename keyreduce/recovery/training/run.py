@@ -3,7 +3,6 @@
 The loop is transformers' Trainer, with accelerate's processes and sharding; the model's sizes and config stay.
 """
 
-import importlib.util
 import json
 import shutil
 import warnings
@@ -14,12 +13,8 @@ from typing import NamedTuple
 
 import torch
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PrinterCallback,
-    TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as their_logging
@@ -30,11 +25,10 @@ from keyreduce.checkpoint.shards import TORCH_DTYPES
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
-from keyreduce.families import family_of
 from keyreduce.models.loading import LoadedModel, load_model, prepare_backend
 from keyreduce.recovery.training.arguments import trainer_arguments
-from keyreduce.recovery.training.lora import add_lora, find_targets, merge_lora
-from keyreduce.recovery.training.memory import Needs, available_bytes, refuse_without_room
+from keyreduce.recovery.training.checks import check, refuse_other_vocabulary, refuse_without_extra
+from keyreduce.recovery.training.lora import add_lora, merge_lora
 from keyreduce.recovery.training.rows import Rows
 from keyreduce.recovery.training.settings import LORA, Training
 from keyreduce.recovery.training.trainer import DivergedError, RecoveryTrainer, Telling
@@ -61,35 +55,6 @@ class Trained(NamedTuple):
     steps: list[int]
     losses: list[float]
     trained: int
-
-
-def refuse_without_extra() -> None:
-    """Refuse to train without the packages that do it.
-
-    Raises:
-        KeyreduceError: names those that are missing.
-    """
-    missing = [name for name in ("accelerate", "peft") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise KeyreduceError(f"training needs {' and '.join(missing)}: pip install 'keyreduce[train]'")
-
-
-def refuse_other_vocabulary(student: Checkpoint, teacher: Checkpoint) -> None:
-    """Refuse a teacher whose logits are not about the student's tokens.
-
-    Raises:
-        KeyreduceError: sizes of the vocabularies differ, or what tokens are called.
-    """
-    sizes = [source.config.get("vocab_size") for source in (student, teacher)]
-    told = f"{teacher.path} cannot teach {student.path}"
-    if sizes[0] != sizes[1]:
-        raise KeyreduceError(f"{told}: its vocabulary has {sizes[1]} tokens, not {sizes[0]}")
-    try:
-        vocabularies = [AutoTokenizer.from_pretrained(source.path).get_vocab() for source in (student, teacher)]
-    except Exception as error:  # what a tokenizer's library raises is anything
-        raise KeyreduceError(f"{told}: a tokenizer does not load ({type(error).__name__})") from error
-    if vocabularies[0] != vocabularies[1]:
-        raise KeyreduceError(f"{told}: their tokenizers give other numbers to the same tokens")
 
 
 def train(
@@ -131,7 +96,7 @@ def train(
             the last checkpoint kept).
     """
     refuse_without_extra()
-    settings.check(gradients=True)
+    settings.check()
     if settings.seq_len < 2:
         raise KeyreduceError("--seq-len is 1; training needs at least 2, to predict one from the other")
     if teacher is not None:
@@ -140,7 +105,7 @@ def train(
         arguments = trainer_arguments(settings, training, device, folder)
         device = arguments.device
         prepare_backend(device, gradients=training.kernels == "torch")
-        targets = _check(pruned, teacher, settings, mode, training, arguments)
+        targets = check(pruned, teacher, settings, mode, training, arguments)
         checkpoint = _last_checkpoint(folder, recipe, anew, is_first=arguments.process_index == 0)
         loaded = _load(pruned, mode, training, device)
         rows = Rows(text, loaded.tokenizer, settings.seq_len, settings.seed)
@@ -199,54 +164,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         their_logging.set_verbosity(verbosity)
-
-
-def _check(
-    pruned: Checkpoint,
-    teacher: Checkpoint | None,
-    settings: Settings,
-    mode: str,
-    training: Training,
-    arguments: TrainingArguments,
-) -> list[str]:
-    """Return LoRA's targets, none in the other mode; refuse, before weights are loaded, what cannot be done."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pruned.path))
-    family = family_of(model.config.to_dict())
-    every = dict(model.named_parameters())
-    targets = find_targets(model, family, training.targets) if mode == LORA else []
-    written = [f"{target}.weight" for target in targets] or list(every)
-    for name in written:
-        if name not in pruned.tensors:
-            raise KeyreduceError(f"{pruned.path} holds {name!r} under another name, so that it cannot be written back")
-    weights = sum(parameter.numel() for parameter in every.values())
-    # Low-rank additions to a matrix of m x n are r x (m + n) numbers.
-    attended = targets or find_targets(model, family, ())
-    added = training.rank * sum(sum(every[f"{target}.weight"].shape) for target in attended)
-    micro = arguments.per_device_train_batch_size
-    row = settings.seq_len * pruned.config["vocab_size"]
-    needs = Needs(
-        weights=weights,
-        trained=added if mode == LORA else weights,
-        teacher=0 if teacher is None else sum(_numbers(spec.shape) for spec in teacher.tensors.values()),
-        logits=micro * row,
-        weight_bytes=4 if arguments.device.type == "cpu" or training.shard else 2,
-        shards=arguments.world_size if training.shard else 1,
-    )
-    smaller = needs._replace(logits=row)
-    options = {
-        "--micro-batch 1": smaller,
-        "--mode lora": needs._replace(trained=added),
-        "--mode lora --micro-batch 1": smaller._replace(trained=added),
-        "--mode lora --micro-batch 1 without a teacher": smaller._replace(trained=added, teacher=0),
-        "--shard over 8 processes": smaller._replace(shards=8),
-    }
-    refuse_without_room(needs, available_bytes(arguments.device), options)
-    return targets
-
-
-def _numbers(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 def _load(source: Checkpoint, mode: str, training: Training, device: torch.device) -> LoadedModel:

@@ -1,0 +1,100 @@
+"""What is refused before a training loads its models."""
+
+import importlib.util
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from keyreduce.calibration.run import Settings
+from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.errors import KeyreduceError
+from keyreduce.families import family_of
+from keyreduce.recovery.training.lora import find_targets
+from keyreduce.recovery.training.memory import Needs, available_bytes, refuse_without_room
+from keyreduce.recovery.training.settings import LORA, Training
+
+
+def refuse_without_extra() -> None:
+    """Refuse to train without the packages that do it.
+
+    Raises:
+        KeyreduceError: names those that are missing.
+    """
+    missing = [name for name in ("accelerate", "peft") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise KeyreduceError(f"training needs {' and '.join(missing)}: pip install 'keyreduce[train]'")
+
+
+def refuse_other_vocabulary(student: Checkpoint, teacher: Checkpoint) -> None:
+    """Refuse a teacher whose logits are not about the student's tokens.
+
+    Raises:
+        KeyreduceError: sizes of the vocabularies differ, or what tokens are called.
+    """
+    sizes = [source.config.get("vocab_size") for source in (student, teacher)]
+    told = f"{teacher.path} cannot teach {student.path}"
+    if sizes[0] != sizes[1]:
+        raise KeyreduceError(f"{told}: its vocabulary has {sizes[1]} tokens, not {sizes[0]}")
+    try:
+        vocabularies = [AutoTokenizer.from_pretrained(source.path).get_vocab() for source in (student, teacher)]
+    except Exception as error:  # what a tokenizer's library raises is anything
+        raise KeyreduceError(f"{told}: a tokenizer does not load ({type(error).__name__})") from error
+    if vocabularies[0] != vocabularies[1]:
+        raise KeyreduceError(f"{told}: their tokenizers give other numbers to the same tokens")
+
+
+def check(
+    pruned: Checkpoint,
+    teacher: Checkpoint | None,
+    settings: Settings,
+    mode: str,
+    training: Training,
+    arguments: TrainingArguments,
+) -> list[str]:
+    """Return LoRA's targets, none in the other mode; refuse, before weights are loaded, what cannot be done.
+
+    Args:
+        pruned, teacher: the two checkpoints, the second one or None.
+        settings, mode, training: what was asked for.
+        arguments: the same, in Trainer's words.
+
+    Raises:
+        KeyreduceError: targets match nothing, weights have other names in the checkpoint, or there is no room.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pruned.path))
+    family = family_of(model.config.to_dict())
+    every = dict(model.named_parameters())
+    targets = find_targets(model, family, training.targets) if mode == LORA else []
+    written = [f"{target}.weight" for target in targets] or list(every)
+    for name in written:
+        if name not in pruned.tensors:
+            raise KeyreduceError(f"{pruned.path} holds {name!r} under another name, so that it cannot be written back")
+    weights = sum(parameter.numel() for parameter in every.values())
+    # Low-rank additions to a matrix of m x n are r x (m + n) numbers.
+    attended = targets or find_targets(model, family, ())
+    added = training.rank * sum(sum(every[f"{target}.weight"].shape) for target in attended)
+    micro = arguments.per_device_train_batch_size
+    row = settings.seq_len * pruned.config["vocab_size"]
+    needs = Needs(
+        weights=weights,
+        trained=added if mode == LORA else weights,
+        teacher=0 if teacher is None else sum(_numbers(spec.shape) for spec in teacher.tensors.values()),
+        logits=micro * row,
+        weight_bytes=4 if arguments.device.type == "cpu" or training.shard else 2,
+        shards=arguments.world_size if training.shard else 1,
+    )
+    smaller = needs._replace(logits=row)
+    options = {
+        "--micro-batch 1": smaller,
+        "--mode lora": needs._replace(trained=added),
+        "--mode lora --micro-batch 1": smaller._replace(trained=added),
+        "--mode lora --micro-batch 1 without a teacher": smaller._replace(trained=added, teacher=0),
+        "--shard over 8 processes": smaller._replace(shards=8),
+    }
+    refuse_without_room(needs, available_bytes(arguments.device), options)
+    return targets
+
+
+def _numbers(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
