@@ -17,10 +17,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from fla_torch.delta_rule import CHUNK_SIZE, chunked_delta_rule
 from rich.console import Console
 from rich.table import Table
-
-from fla_torch.delta_rule import CHUNK_SIZE, chunked_delta_rule
 
 # fla after the backend: the backend silences fla's warning that there is no GPU.
 from fla.ops.delta_rule.naive import delta_rule_chunkwise, delta_rule_recurrence  # isort: skip

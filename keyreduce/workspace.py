@@ -171,7 +171,8 @@ def is_already_made(target: Path, recorded_inputs: dict | None, inputs: dict, ov
         return False
     if recorded_inputs == inputs:
         return True
-    differing = sorted(key for key in inputs if (recorded_inputs or {}).get(key) != inputs[key])
+    recorded = recorded_inputs or {}
+    differing = sorted(key for key in inputs.keys() | recorded.keys() if recorded.get(key) != inputs.get(key))
     detail = f"it differs in {', '.join(differing)}" if recorded_inputs else "keyreduce did not write it"
     raise KeyreduceError(
         f"{target} exists and was made from other inputs ({detail}); "

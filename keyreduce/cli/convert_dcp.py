@@ -98,6 +98,7 @@ def _convert(console, source, target, *, to_dcp, layout, dtype, max_shard_size, 
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.checkpoint.rewrite import rewrite
     from keyreduce.cli.console import megabytes
+    from keyreduce.models.rehearsal import check_loading
     from keyreduce.models.skeleton import Skeleton, UnknownArchitecture
     from keyreduce.pruning.prune import read_record
     from keyreduce.workspace import RECORD_NAME, appearing, is_already_made, refuse_source, write_json
@@ -121,7 +122,8 @@ def _convert(console, source, target, *, to_dcp, layout, dtype, max_shard_size, 
         else:
             rewrite(source, folder, dtype=dtype, max_shard_size=max_shard_size, progress=progress)
         try:
-            skeleton.check(source.config, {name: spec.shape for name, spec in source.tensors.items()}, source.path)
+            shapes = {name: spec.shape for name, spec in source.tensors.items()}
+            check_loading(skeleton, source.config, shapes, source.path)
         except UnknownArchitecture as error:
             console.note(f"not checked whether all tensors of the model are there: {error}")
         written = open_dcp(folder) if to_dcp else open_folder(folder)

@@ -109,6 +109,14 @@ def prune(
             show_default="tensors and shapes alone",
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="fla|transformers|vllm|sglang|mlx|llama.cpp",
+            help="Refuse sizes that it does not run.",
+            show_default="the result says which do",
+        ),
+    ] = None,
     recover: Annotated[
         str | None,
         typer.Option(
@@ -145,6 +153,7 @@ def prune(
     from keyreduce.errors import KeyreduceError
     from keyreduce.models.skeleton import Skeleton
     from keyreduce.pruning.budget import Budget
+    from keyreduce.pruning.engines import check_engine
     from keyreduce.pruning.methods import method_named
     from keyreduce.pruning.planning import check_method, check_options, make_plan, read_options
     from keyreduce.pruning.prune import write_pruned
@@ -171,6 +180,8 @@ def prune(
     check_method(source, chosen, budget.targets)
     if recover not in (None, *MODES):
         raise KeyreduceError(f"--recover {recover} is unknown; there are {' and '.join(MODES)}")
+    if engine is not None and not budget.needs_statistics:
+        check_engine(engine, source.config, budget.numbers(source.config, None, chosen, choices))
     words = text_source(text or (), dataset, dataset_config, split, default="calibration")
     folder = output or workspace.pruned
     refuse_source(folder, Path(model) if model and os.path.isdir(model) else source.path)
@@ -206,6 +217,8 @@ def prune(
     # It imports while channels are chosen and bytes are copied.
     with Skeleton() as skeleton:
         keeps = budget.numbers(source.config, statistics, chosen, choices)
+        if engine is not None:
+            check_engine(engine, source.config, keeps)
         with console.progress("selecting", len(next(iter(keeps.values()))), "layers") as progress:
             plan = make_plan(
                 source,

@@ -32,6 +32,7 @@ def verify(
     from keyreduce.checkpoint.verify import SUMS_NAME, check_finite, compare_sums, hash_files, read_sums
     from keyreduce.cli.console import Console, megabytes
     from keyreduce.errors import KeyreduceError
+    from keyreduce.models.rehearsal import check_loading
     from keyreduce.models.skeleton import Skeleton, UnknownArchitecture
     from keyreduce.pruning.prune import read_record
     from keyreduce.workspace import Workspace, appearing
@@ -52,7 +53,8 @@ def verify(
         if noted is not None:
             compare_sums(source.path, sums, noted)
         try:
-            skeleton.check(source.config, {name: spec.shape for name, spec in source.tensors.items()}, source.path)
+            shapes = {name: spec.shape for name, spec in source.tensors.items()}
+            check_loading(skeleton, source.config, shapes, source.path)
             is_whole = True
         except UnknownArchitecture as error:
             console.note(f"not checked whether all tensors of the model are there: {error}")

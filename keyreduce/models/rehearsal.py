@@ -4,8 +4,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from keyreduce.errors import KeyreduceError, reason
+from keyreduce.families import FAMILIES
+from keyreduce.models.skeleton import Skeleton, UnknownArchitecture
 
 _LISTED = 10
+
+
+def check_loading(
+    skeleton: Skeleton, config: Mapping, shapes: Mapping[str, Sequence[int]], path: Path
+) -> None:
+    """Refuse a checkpoint that does not hold what its config asks for, by the quicker of two ways.
+
+    Args:
+        skeleton: started already; where files name or divide tensors otherwise than the model does, it cannot tell.
+        config, shapes, path: see :func:`rehearse_loading`.
+
+    Raises:
+        UnknownArchitecture: nothing can be said of such a model; the checkpoint may be right.
+        KeyreduceError: see :meth:`keyreduce.models.skeleton.Skeleton.check`.
+    """
+    try:
+        skeleton.check(config, shapes, path)
+    except UnknownArchitecture:
+        if config.get("model_type") not in FAMILIES:
+            raise
+        rehearse_loading(config, shapes, path)
 
 
 def rehearse_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Path) -> None:

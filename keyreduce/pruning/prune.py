@@ -15,8 +15,8 @@ from keyreduce.checkpoint.rewrite import Edit, rewrite
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
-from keyreduce.models.rehearsal import rehearse_loading
-from keyreduce.models.skeleton import Skeleton, UnknownArchitecture
+from keyreduce.models.rehearsal import check_loading
+from keyreduce.models.skeleton import Skeleton
 from keyreduce.pruning.card import model_card
 from keyreduce.pruning.edits import layer_edits
 from keyreduce.pruning.plan import Plan
@@ -127,11 +127,7 @@ def _check_tensors(skeleton: Skeleton, written: Checkpoint, target: Path) -> Non
     if "quantization_config" in written.config:
         return  # the model that is built has none of the tensors in which other parts than the mixers are quantised
     shapes = {name: spec.shape for name, spec in written.tensors.items()}
-    try:
-        skeleton.check(written.config, shapes, target)
-    except UnknownArchitecture:
-        # The files of some models name or divide their tensors otherwise than the model does.
-        rehearse_loading(written.config, shapes, target)
+    check_loading(skeleton, written.config, shapes, target)
 
 
 def read_record(folder: Path) -> dict:

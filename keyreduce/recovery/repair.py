@@ -19,6 +19,7 @@ from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
 from keyreduce.models.loading import load_model, prepare_backend
+from keyreduce.models.mixer_tensors import mixer_tensors
 from keyreduce.recovery.least_squares import refit_output
 from keyreduce.recovery.modes import LEAST_SQUARES, MODES, RECONSTRUCT
 from keyreduce.recovery.reconstruct import SCOPES, Steps, reconstruct
@@ -119,6 +120,11 @@ def repair(
     }
     prepare_backend(device, gradients=True)
     model, family = loaded["pruned"].model, loaded["pruned"].family
+    if steps is not None and steps.scope == "block" and not _names_of_blocks(model, pruned):
+        raise KeyreduceError(
+            f"the files of {pruned.path} name other tensors than the mixers' otherwise than the model does; "
+            f"take another scope than block"
+        )
     rows = token_rows(text.documents(settings.seed), loaded["dense"].tokenizer, settings.seq_len)
     taken = list(batches(rows, settings.batch_size, settings.num_batches))
     tokens = sum(batch.numel() for batch in taken)
@@ -184,13 +190,19 @@ def _round(model: nn.Module, block: nn.Module, dtypes: dict[str, torch.dtype]) -
             raise KeyreduceError(f"the repair made {name!r} NaN or inf: activations overflow, or the model is damaged")
 
 
+def _names_of_blocks(model: nn.Module, pruned: Checkpoint) -> bool:
+    """Whether what is outside the mixers has the same names in the model and in its files."""
+    return any(name in pruned.tensors for name, _ in model.named_parameters() if ".mlp." in name)
+
+
 @torch.no_grad()
 def _changed(
     model: nn.Module, pruned: Checkpoint, dtypes: dict[str, torch.dtype]
 ) -> Iterable[tuple[str, torch.Tensor]]:
-    for name, parameter in model.named_parameters():
-        if name not in dtypes:
-            continue  # a tied one, under its other name
-        tensor = parameter.to(dtypes[name])
+    # Files may name and divide the tensors of a mixer otherwise than the model does.
+    of_mixers = dict(mixer_tensors(model, pruned))
+    others = {name: parameter for name, parameter in model.named_parameters() if name in dtypes}
+    for name, tensor in (others | of_mixers).items():
+        tensor = tensor.to(dtypes[name])
         if not tensor.equal(pruned.read(name)):
             yield name, tensor

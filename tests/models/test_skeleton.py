@@ -11,7 +11,6 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.models import skeleton
 from keyreduce.models.skeleton import UnknownArchitecture, check_tensors, describe, start_skeleton
 
-
 LLAMA = dict(model_type="llama", hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
 
 
