@@ -42,7 +42,7 @@ def write_trained(
     from keyreduce.errors import KeyreduceError
     from keyreduce.pruning.prune import read_record
     from keyreduce.recovery.repair import Repaired
-    from keyreduce.recovery.training.checks import refuse_other_vocabulary, refuse_without_extra
+    from keyreduce.recovery.training.checks import refuse_without_extra
     from keyreduce.recovery.training.picture import draw_losses
     from keyreduce.recovery.training.run import discard, train
     from keyreduce.recovery.training.settings import make_training
@@ -59,8 +59,6 @@ def write_trained(
         raise KeyreduceError(f"{compressed} does not say what it was pruned from; name that with --teacher")
     config = record.get("dense_config") if not teacher else None
     taught_by = None if teacher is None else open_folder(find_model(teacher or dense, config=config and Path(config)))
-    if taught_by is not None:
-        refuse_other_vocabulary(pruned, taught_by)
     sources = [
         pruned.path,
         *([Path(compressed)] if os.path.isdir(compressed) else []),

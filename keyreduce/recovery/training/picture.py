@@ -30,8 +30,14 @@ def draw_losses(tokens: Sequence[int], losses: Sequence[float], label: str, targ
         axes.legend(frameon=False)
     axes.set_xlabel("tokens seen")
     axes.set_ylabel(f"{label}, nats per token")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k")
+    axes.xaxis.set_major_formatter(lambda tokens, _: _scaled(tokens))
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     figure.savefig(target, dpi=150)
+
+
+def _scaled(tokens: float) -> str:
+    if tokens >= 1e6:
+        return f"{tokens / 1e6:g}M"
+    return f"{tokens / 1e3:g}k" if tokens >= 1e3 else f"{tokens:g}"

@@ -99,12 +99,12 @@ def train(
     settings.check()
     if settings.seq_len < 2:
         raise KeyreduceError("--seq-len is 1; training needs at least 2, to predict one from the other")
-    if teacher is not None:
-        refuse_other_vocabulary(pruned, teacher)
     with _quiet():
         arguments = trainer_arguments(settings, training, device, folder)
         device = arguments.device
         prepare_backend(device, gradients=training.kernels == "torch")
+        if teacher is not None:
+            refuse_other_vocabulary(pruned, teacher)
         targets = check(pruned, teacher, settings, mode, training, arguments)
         checkpoint = _last_checkpoint(folder, recipe, anew, is_first=arguments.process_index == 0)
         loaded = _load(pruned, mode, training, device)
