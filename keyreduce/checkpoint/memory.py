@@ -2,7 +2,7 @@
 
 import ctypes
 
-_M_MMAP_THRESHOLD = -3  # of malloc.h
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # of malloc.h
 _THRESHOLD = 1 << 20
 
 
@@ -12,6 +12,7 @@ def return_freed_tensors() -> None:
     glibc raises its threshold with every large block that is freed, and from then on keeps such blocks, in pieces that
     the next tensor may not fit: a stream of tensors would come to hold several.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
+        library.mallopt(_M_TRIM_THRESHOLD, _THRESHOLD)

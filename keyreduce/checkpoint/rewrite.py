@@ -6,7 +6,6 @@ from typing import Protocol
 
 import torch
 
-from keyreduce.checkpoint.memory import return_freed_tensors
 from keyreduce.checkpoint.shards import TORCH_DTYPES, ByteRange, TensorSpec, make_spec
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.checkpoint.writing import MAX_SHARD_SIZE, split_into_shards, write_folder_files, write_weights
@@ -42,7 +41,6 @@ class EditedTensors:
     """
 
     def __init__(self, source: Checkpoint, edits: Mapping[str, Sequence[Edit]], dtype: torch.dtype | None = None):
-        return_freed_tensors()
         self._source, self._edits, self._dtype = source, edits, dtype
         for name in edits:
             if name not in source.tensors:
