@@ -1,18 +1,26 @@
 """Memory of tensors that are done with."""
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # of malloc.h
-_THRESHOLD = 1 << 20
+_LOW, _HIGH = 1 << 20, 32 << 20
 
 
-def return_freed_tensors() -> None:
-    """Let the C library give the memory of each freed tensor back to the system at once; one that cannot is left alone.
+@contextlib.contextmanager
+def freed_tensors_returned() -> Iterator[None]:
+    """While the block runs, let the C library give the memory of each freed tensor back to the system at once.
 
     glibc raises its threshold with every large block that is freed, and from then on keeps such blocks, in pieces that
-    the next tensor may not fit: a stream of tensors would come to hold several.
+    the next tensor may not fit: a stream of tensors would come to hold several. A model that runs is better off with
+    memory that is kept, so the thresholds are high afterwards. Another C library is left alone.
     """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
-        library.mallopt(_M_TRIM_THRESHOLD, _THRESHOLD)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+    for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+        mallopt(option, _LOW)
+    try:
+        yield
+    finally:
+        for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            mallopt(option, _HIGH)

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 
-from keyreduce.checkpoint.memory import return_freed_tensors
 from keyreduce.checkpoint.shards import ByteRange, ShardPlan, TensorSpec
 from keyreduce.errors import KeyreduceError
 
@@ -49,7 +48,6 @@ class Checkpoint(ABC):
     shards: Mapping[str, ShardPlan] | None
 
     def __init__(self, files: Iterable[Path]):
-        return_freed_tensors()
         self._stamps = {path: _stamp(path) for path in files}
 
     @abstractmethod

@@ -96,6 +96,7 @@ def _convert(console, source, target, *, to_dcp, layout, dtype, max_shard_size, 
     from keyreduce.checkpoint.dcp import write_dcp
     from keyreduce.checkpoint.dcp_source import open_dcp
     from keyreduce.checkpoint.folder import open_folder
+    from keyreduce.checkpoint.memory import freed_tensors_returned
     from keyreduce.checkpoint.rewrite import rewrite
     from keyreduce.cli.console import megabytes
     from keyreduce.models.rehearsal import check_loading
@@ -113,7 +114,7 @@ def _convert(console, source, target, *, to_dcp, layout, dtype, max_shard_size, 
         console.result({"converted": str(target), "made": False})
         return
     with (
-        Skeleton() as skeleton,
+        Skeleton() as skeleton, freed_tensors_returned(),
         console.progress("converting", source.nbytes, "B") as progress,
         appearing(target, folder=True, overwrite=overwrite) as folder,
     ):

@@ -144,6 +144,7 @@ def prune(
     are for that and for --recover, --device also for --verify.
     """
     from keyreduce.checkpoint.find import model_name, open_model
+    from keyreduce.checkpoint.memory import freed_tensors_returned
     from keyreduce.checkpoint.writing import parse_size
     from keyreduce.cli.console import Console, command_line
     from keyreduce.cli.cut_report import report_cut
@@ -215,7 +216,7 @@ def prune(
         return
 
     # It imports while channels are chosen and bytes are copied.
-    with Skeleton() as skeleton:
+    with Skeleton() as skeleton, freed_tensors_returned():
         keeps = budget.numbers(source.config, statistics, chosen, choices)
         if engine is not None:
             check_engine(engine, source.config, keeps)

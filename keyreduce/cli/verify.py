@@ -29,6 +29,7 @@ def verify(
 ) -> None:
     """Read every value of a checkpoint: are all finite, all there, and those that were written?"""
     from keyreduce.checkpoint.find import open_model
+    from keyreduce.checkpoint.memory import freed_tensors_returned
     from keyreduce.checkpoint.verify import SUMS_NAME, check_finite, compare_sums, hash_files, read_sums
     from keyreduce.cli.console import Console, megabytes
     from keyreduce.errors import KeyreduceError
@@ -40,7 +41,7 @@ def verify(
     console, pruned = Console(as_json=json), Workspace(work).pruned
     if path is None and not pruned.is_dir():
         raise KeyreduceError(f"there is no pruned model at {pruned}; run keyreduce prune, or name a PATH")
-    with Skeleton() as skeleton:
+    with Skeleton() as skeleton, freed_tensors_returned():
         source = open_model(path or str(pruned), config=config)
         recorded = read_record(source.path).get("identity")
         if recorded not in (None, source.identity):
