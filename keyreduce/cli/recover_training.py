@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -118,9 +119,11 @@ def write_trained(
         "losses": [[step * per_step, round(loss, 6)] for step, loss in zip(trained.steps, trained.losses, strict=True)],
     }
 
-    def draw(made: Path) -> None:
+    def finish(made: Path) -> None:
         label = "loss" if taught_by is None else "loss with a teacher"
         draw_losses([step * per_step for step in trained.steps], trained.losses, label, made / "training.png")
+        if (folder / "runs").is_dir():
+            shutil.copytree(folder / "runs", made / "runs")  # tensorboard's
 
     write_repaired(
         pruned,
@@ -131,7 +134,7 @@ def write_trained(
         command=command_line(),
         overwrite=overwrite,
         figures=figures,
-        finish=draw,
+        finish=finish,
     )
     discard(folder)
     console.say(

@@ -33,7 +33,7 @@ def trainer_arguments(settings: Settings, training: Training, device: torch.devi
         raise KeyreduceError(
             "--shard shares a model out among processes: start keyreduce under torchrun, or leave it out"
         )
-    if device.type == "cuda" and device.index:
+    if device.type == "cuda" and device.index and not in_processes:
         raise KeyreduceError(f"training takes the first GPU; choose with CUDA_VISIBLE_DEVICES={device.index}")
     made = TrainingArguments(
         output_dir=str(folder),

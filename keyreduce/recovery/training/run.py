@@ -107,7 +107,8 @@ def train(
             refuse_other_vocabulary(pruned, teacher)
         targets = check(pruned, teacher, settings, mode, training, arguments)
         checkpoint = _last_checkpoint(folder, recipe, anew, is_first=arguments.process_index == 0)
-        loaded = _load(pruned, mode, training, device)
+        # FSDP takes weights of one dtype alone, and LoRA's additions are float32.
+        loaded = _load(pruned, training, device, is_frozen=mode == LORA and not training.shard)
         rows = Rows(text, loaded.tokenizer, settings.seq_len, settings.seed)
         model = add_lora(loaded.model, targets, training, settings.seed) if mode == LORA else loaded.model
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -115,7 +116,7 @@ def train(
             model=model.train(),
             args=arguments,
             train_dataset=rows,
-            teacher=None if teacher is None else _load(teacher, LORA, training, device).model.requires_grad_(False),
+            teacher=teacher and _load(teacher, training, device, is_frozen=True).model.requires_grad_(False),
             distill_weight=training.distill_weight,
             temperature=training.temperature,
         )
@@ -166,11 +167,9 @@ def _quiet() -> Iterator[None]:
         their_logging.set_verbosity(verbosity)
 
 
-def _load(source: Checkpoint, mode: str, training: Training, device: torch.device) -> LoadedModel:
-    """A model to train, in float32; frozen weights on a GPU in bfloat16, which is what they are computed in."""
-    # FSDP takes weights of one dtype alone, and those that are trained are float32.
-    is_short = mode == LORA and device.type != "cpu" and not training.shard
-    dtype = torch.bfloat16 if is_short else torch.float32
+def _load(source: Checkpoint, training: Training, device: torch.device, *, is_frozen: bool) -> LoadedModel:
+    """A model in float32; on a GPU, what is not trained is in bfloat16, which is what all is computed in there."""
+    dtype = torch.bfloat16 if is_frozen and device.type != "cpu" else torch.float32
     return load_model(source.path, device, dtype, gradients=training.kernels == "torch")
 
 
