@@ -72,7 +72,7 @@ def recover(
         typer.Option(
             min=0,
             help="The highest learning rate, of gradient steps.",
-            show_default="reconstruct 0.0005, lora 0.001, full 0.0002",
+            show_default="reconstruct 0.0005, lora 0.0005, full 0.0001",
         ),
     ] = None,
     scope: Annotated[

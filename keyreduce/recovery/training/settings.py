@@ -13,7 +13,7 @@ TRAINING_MODES = {
     FULL: "train all weights on the whole model's loss",
 }
 KERNELS = ("torch", "fla")
-_RATES = {LORA: 1e-3, FULL: 2e-4}
+_RATES = {LORA: 5e-4, FULL: 1e-4}
 _OF_LORA = ("rank", "alpha", "targets")
 
 
