@@ -17,6 +17,7 @@ from keyreduce.data.text import FileText
 from keyreduce.errors import KeyreduceError
 from keyreduce.models.loading import load_model
 from keyreduce.recovery.training import checks, memory, run
+from keyreduce.recovery.training import rows as rows_module
 from keyreduce.recovery.training.checks import refuse_other_vocabulary
 from keyreduce.recovery.training.distillation import teacher_loss, text_loss
 from keyreduce.recovery.training.lora import add_lora, find_targets, merge_lora
@@ -203,15 +204,21 @@ def test_a_student_comes_to_say_what_its_teacher_says(trained, student, tmp_path
         assert teacher_loss(model(tokens_BT).logits, logits[1], 2.0) < before
 
 
-def test_rows_are_the_text_once_and_then_once_more(text):
+def test_rows_are_the_text_once_and_then_once_more(text, monkeypatch):
     tokenizer = load_model(Path(run.__file__).parents[2] / "models/shipped/delta-net-5m", CPU, torch.float32).tokenizer
+    monkeypatch.setattr(rows_module, "_SHUFFLE_BUFFER", 20)
     rows = Rows(text, tokenizer, 50, seed=0)
     stream = iter(rows)
     whole = [256, *text.paths[0].read_bytes()]
-    first_pass = [next(stream)["input_ids"].tolist() for _ in range(len(whole) // 50)]
-    assert sum(first_pass, []) == whole[: len(whole) // 50 * 50]
+    inorder = [whole[start : start + 50] for start in range(0, len(whole) - 49, 50)]
+    drawn = [next(stream)["input_ids"].tolist() for _ in inorder]
+    assert drawn != inorder and sorted(drawn) == sorted(inorder)
+    # A row comes at most as many places early as the buffer holds.
+    assert all(inorder.index(row) <= place + 20 for place, row in enumerate(drawn))
     assert rows.passes == 1
-    assert next(stream)["input_ids"].tolist() == first_pass[0] and rows.passes == 2
+    again = [next(stream)["input_ids"].tolist() for _ in inorder]
+    assert rows.passes == 2 and again != drawn and sorted(again) == sorted(inorder)
+    assert [next(one)["input_ids"].tolist() for one in [iter(rows)] for _ in drawn] == drawn
     with pytest.raises(KeyreduceError, match="do not fill one row of 100,000"):
         Rows(text, tokenizer, 100_000, seed=0)
 

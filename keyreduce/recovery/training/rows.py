@@ -3,7 +3,8 @@
 Shapes: T tokens in a row.
 """
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable, Iterator
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -12,9 +13,14 @@ from keyreduce.data.batches import token_rows
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
 
+_SHUFFLE_BUFFER = 1_000  # rows
+
 
 class Rows(torch.utils.data.IterableDataset):
     """Rows of T tokens without an end: where the text ends, it begins anew in another order.
+
+    Rows of one document are not left beside each other, where a batch might hold nothing else: each row is drawn from
+    the next 1,000.
 
     Accelerate reads it in the first process, and shares each batch out among all of them. Row i depends on text and
     seed alone, so that a run that was broken off, and one of other processes, see the rows of an unbroken one.
@@ -43,5 +49,18 @@ class Rows(torch.utils.data.IterableDataset):
         self.passes = 0
         while True:
             self.passes += 1
-            for row_T in token_rows(self.text.documents(self.seed + self.passes - 1), self.tokenizer, self.row_length):
-                yield {"input_ids": row_T}
+            seed = self.seed + self.passes - 1
+            rows = token_rows(self.text.documents(seed), self.tokenizer, self.row_length)
+            yield from ({"input_ids": row_T} for row_T in _shuffled(rows, random.Random(seed)))
+
+
+def _shuffled(rows: Iterable[torch.Tensor], generator: random.Random) -> Iterator[torch.Tensor]:
+    buffer: list[torch.Tensor] = []
+    for row_T in rows:
+        buffer.append(row_T)
+        if len(buffer) > _SHUFFLE_BUFFER:
+            place = generator.randrange(len(buffer))
+            buffer[place], buffer[-1] = buffer[-1], buffer[place]
+            yield buffer.pop()
+    generator.shuffle(buffer)
+    yield from buffer
