@@ -1,0 +1,49 @@
+"""``keyreduce prune --recover`` is prune and then recover; ``--engine`` refuses before the work."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_models import tensors_of
+
+WORK = Path("keyreduce-out")
+TEXT = "A state that is smaller forgets more, unless what reads it makes up for that.\n"
+
+
+@pytest.fixture
+def cut(tiny_folder) -> tuple:
+    """The arguments of a cut of a tiny model, and a text of 2,000 lines to repair it on."""
+    Path("text.md").write_text(TEXT * 2000)
+    return ("--model", tiny_folder("delta_net"), "--method", "l2", "--ratio", 0.5, "--text", "text.md")
+
+
+def test_it_is_prune_and_then_recover(keyreduce, cut):
+    result = keyreduce("prune", *cut, "--recover", "least-squares", "--json").json()
+    assert result["repair"]["mode"] == "least-squares" and result["pruned"] == str(WORK / "pruned")
+    assert [path.name for path in WORK.iterdir()] == ["pruned"]
+
+    assert keyreduce("prune", *cut, "--output", "apart").code == 0
+    assert keyreduce("recover", "--compressed", "apart", "--text", "text.md", "--output", "after").code == 0
+    once, apart, after = (tensors_of(Path(folder)) for folder in (WORK / "pruned", "apart", "after"))
+    assert all(once[name].equal(after[name]) for name in after)
+    assert not all(once[name].equal(apart[name]) for name in apart)
+    record = json.loads((WORK / "pruned" / "keyreduce.json").read_text())
+    assert len(record["steps"]) == len(record["repairs"]) == 1
+
+    again = keyreduce("prune", *cut, "--recover", "least-squares", "--json")
+    assert again.json()["made"] is False
+    without = keyreduce("prune", *cut)
+    assert without.code == 2 and "differs in repairs" in without.err
+
+
+def test_another_mode_is_refused_before_the_work(keyreduce, cut):
+    result = keyreduce("prune", *cut, "--recover", "prayer")
+    assert result.code == 2 and "--recover prayer is unknown" in result.err
+    assert not WORK.exists()
+
+
+@pytest.mark.parametrize(("engine", "code"), [("fla", 0), ("llama.cpp", 2), ("steam", 2)])
+def test_an_engine_refuses_sizes_that_it_does_not_run(keyreduce, cut, engine, code):
+    result = keyreduce("prune", *cut, "--engine", engine)
+    assert result.code == code and (WORK / "pruned").exists() == (code == 0)
+    assert code == 0 or f"--engine {engine}" in result.err or "--engine is 'steam'" in result.err
