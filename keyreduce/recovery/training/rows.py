@@ -1,4 +1,4 @@
-"""The rows that a model is trained on: documents joined, cut, and streamed; no more of them in memory than a batch.
+"""The rows that a model is trained on: documents joined, cut, streamed, and drawn from the next thousand.
 
 Shapes: T tokens in a row.
 """
