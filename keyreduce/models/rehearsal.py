@@ -26,7 +26,8 @@ def check_loading(
     try:
         skeleton.check(config, shapes, path)
     except UnknownArchitecture:
-        if config.get("model_type") not in FAMILIES:
+        model_type = config.get("model_type")
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise
         rehearse_loading(config, shapes, path)
 

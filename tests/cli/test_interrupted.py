@@ -49,7 +49,7 @@ def run(arguments, deadly):
             return function(*arguments, **options)
         return call
     os.copy_file_range = counted(os.copy_file_range)
-    shard_writer._write_all = counted(shard_writer._write_all)
+    shard_writer.write_all = counted(shard_writer.write_all)
     torch.save = counted(torch.save)
     sys.addaudithook(audit)
     sys.argv = ["keyreduce", *arguments]
@@ -210,7 +210,7 @@ def test_a_disk_that_fills_in_the_middle_of_a_tensor(keyreduce, tiny_folder, tmp
     def copy(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(shard_writer, "_write_all", write)
+    monkeypatch.setattr(shard_writer, "write_all", write)
     monkeypatch.setattr(os, "copy_file_range", copy)
     result = keyreduce(*PRUNE, tiny_folder("delta_net"), "--output", tmp_path / "cut")
     assert result.code == 2 and "No space left on device" in result.err and len(result.err.splitlines()) == 1

@@ -307,11 +307,12 @@ def test_pca_of_dead_heads_is_still_orthonormal():
 
 
 def test_pca_does_not_fit_a_norm_by_sums():
-    unfit = METHODS["pca"].unfit
-    assert unfit({}) is None
-    assert unfit({"qk_norm": "l2"}) is None
-    assert "qk_norm 'sum'" in unfit({"qk_norm": "sum"})
-    assert all(method.unfit({"qk_norm": "sum"}) is None for name, method in METHODS.items() if name != "pca")
+    unfit, config = METHODS["pca"].unfit, {"model_type": "delta_net"}
+    assert unfit(config) is None
+    assert unfit(config | {"qk_norm": "l2"}) is None
+    assert "qk_norm 'sum'" in unfit(config | {"qk_norm": "sum"})
+    others = (method for name, method in METHODS.items() if name != "pca")
+    assert all(method.unfit(config | {"qk_norm": "sum"}) is None for method in others)
 
 
 # What a method is made of.
