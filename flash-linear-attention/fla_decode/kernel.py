@@ -18,20 +18,20 @@ import triton.language as tl
 
 
 @triton.jit
-def _load(pointers, mask, IS_MASKED: tl.constexpr, POLICY: tl.constexpr):
+def _load(pointers, mask, IS_MASKED: tl.constexpr, CACHE: tl.constexpr, POLICY: tl.constexpr):
     if IS_MASKED:
-        values = tl.load(pointers, mask=mask, other=0.0, eviction_policy=POLICY)
+        values = tl.load(pointers, mask=mask, other=0.0, cache_modifier=CACHE, eviction_policy=POLICY)
     else:
-        values = tl.load(pointers, eviction_policy=POLICY)
+        values = tl.load(pointers, cache_modifier=CACHE, eviction_policy=POLICY)
     return values.to(tl.float32)
 
 
 @triton.jit
-def _store(pointers, values, mask, IS_MASKED: tl.constexpr, POLICY: tl.constexpr):
+def _store(pointers, values, mask, IS_MASKED: tl.constexpr, CACHE: tl.constexpr, POLICY: tl.constexpr):
     if IS_MASKED:
-        tl.store(pointers, values, mask=mask, eviction_policy=POLICY)
+        tl.store(pointers, values, mask=mask, cache_modifier=CACHE, eviction_policy=POLICY)
     else:
-        tl.store(pointers, values, eviction_policy=POLICY)
+        tl.store(pointers, values, cache_modifier=CACHE, eviction_policy=POLICY)
 
 
 @triton.jit
@@ -72,12 +72,15 @@ def decode_kernel(
     H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_V: tl.constexpr,
     HAS_GATE: tl.constexpr, IS_GATE_RAW: tl.constexpr, HAS_DT_BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
-    BETA_IS_LOGIT: tl.constexpr, DOUBLE_BETA: tl.constexpr, V_FIRST: tl.constexpr, POLICY: tl.constexpr,
+    BETA_IS_LOGIT: tl.constexpr, DOUBLE_BETA: tl.constexpr, V_FIRST: tl.constexpr,
+    READ_CACHE: tl.constexpr, READ_POLICY: tl.constexpr, WRITE_CACHE: tl.constexpr, WRITE_POLICY: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Step one tile: BLOCK_V value channels of a head.
 
     Its key channels are HEAD of them and, where that leaves some over, a second part of at most TAIL: the sides of a
-    tile are powers of two, and in two parts 96 channels waste none. POLICY is the cache's, for the state.
+    tile are powers of two, and in two parts 96 channels waste none. What the caches are told is of the state alone.
+    With OVERLAPS the programs of a launch take their places while the launch before them ends.
     """
     BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     IS_V_MASKED: tl.constexpr = V % BLOCK_V != 0
@@ -90,23 +93,28 @@ def decode_kernel(
     value_channels = (tile % BLOCKS) * BLOCK_V + tl.arange(0, BLOCK_V)
     key_channels = tl.arange(0, HEAD)
 
+    # Nothing is read or written before all that was launched before is done.
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
     # The state first: all else is small, and arrives while the state is on its way.
     state += value_head * (K * V)
     offsets, mask = _offsets(key_channels, value_channels, K, V, V_FIRST)
-    old = _load(state + offsets, mask, IS_HEAD_MASKED or IS_V_MASKED, POLICY)
+    old = _load(state + offsets, mask, IS_HEAD_MASKED or IS_V_MASKED, READ_CACHE, READ_POLICY)
     if TAIL > 0:
         tail_channels = HEAD + tl.arange(0, TAIL)
         tail_offsets, tail_mask = _offsets(tail_channels, value_channels, K, V, V_FIRST)
-        old_tail = _load(state + tail_offsets, tail_mask, IS_TAIL_MASKED or IS_V_MASKED, POLICY)
+        old_tail = _load(state + tail_offsets, tail_mask, IS_TAIL_MASKED or IS_V_MASKED, READ_CACHE, READ_POLICY)
 
     query_BHK += key_head * K
     key_BHK += key_head * K
-    query = _load(query_BHK + key_channels, key_channels < K, IS_HEAD_MASKED, "")
-    key = _load(key_BHK + key_channels, key_channels < K, IS_HEAD_MASKED, "")
+    query = _load(query_BHK + key_channels, key_channels < K, IS_HEAD_MASKED, "", "")
+    key = _load(key_BHK + key_channels, key_channels < K, IS_HEAD_MASKED, "", "")
     if TAIL > 0:
-        query_tail = _load(query_BHK + tail_channels, tail_channels < K, IS_TAIL_MASKED, "")
-        key_tail = _load(key_BHK + tail_channels, tail_channels < K, IS_TAIL_MASKED, "")
-    value = _load(value_BWV + value_head * V + value_channels, value_channels < V, IS_V_MASKED, "")
+        query_tail = _load(query_BHK + tail_channels, tail_channels < K, IS_TAIL_MASKED, "", "")
+        key_tail = _load(key_BHK + tail_channels, tail_channels < K, IS_TAIL_MASKED, "", "")
+    value = _load(value_BWV + value_head * V + value_channels, value_channels < V, IS_V_MASKED, "", "")
     beta = tl.load(beta_BW + value_head).to(tl.float32)
     if BETA_IS_LOGIT:
         beta = tl.sigmoid(beta)
@@ -147,10 +155,10 @@ def decode_kernel(
 
     new_state += value_head * (K * V)
     new = _write(old, decay, key, update, V_FIRST)
-    _store(new_state + offsets, new, mask, IS_HEAD_MASKED or IS_V_MASKED, POLICY)
+    _store(new_state + offsets, new, mask, IS_HEAD_MASKED or IS_V_MASKED, WRITE_CACHE, WRITE_POLICY)
     if TAIL > 0:
         new_tail = _write(old_tail, decay, key_tail, update, V_FIRST)
-        _store(new_state + tail_offsets, new_tail, tail_mask, IS_TAIL_MASKED or IS_V_MASKED, POLICY)
+        _store(new_state + tail_offsets, new_tail, tail_mask, IS_TAIL_MASKED or IS_V_MASKED, WRITE_CACHE, WRITE_POLICY)
     output = query_scale * (decay * read_by_query + overlap * update)
     pointers = output_BWV + value_head * V + value_channels
-    _store(pointers, output.to(output_BWV.dtype.element_ty), value_channels < V, IS_V_MASKED, "")
+    _store(pointers, output.to(output_BWV.dtype.element_ty), value_channels < V, IS_V_MASKED, "", "")

@@ -4,6 +4,7 @@ Shapes: B sequences, H key heads, W value heads (a multiple of H), K key channel
 """
 
 import contextlib
+import functools
 from typing import NamedTuple
 
 import torch
@@ -15,20 +16,23 @@ MAX_KEY_CHANNELS = 256
 
 
 class Tiling(NamedTuple):
-    """How the kernel takes the state: value channels of a tile, warps of a program, and what the cache is told.
+    """How the kernel takes the state: value channels of a tile, warps of a program, and what the caches are told.
 
-    With ``streams`` the state is marked as not needed again soon.
+    ``reads`` and ``writes`` of the state are an eviction policy or, with a dot, a modifier of PTX. With ``overlaps`` a
+    launch begins while the one before it ends, on GPUs that can (programmatic dependent launch, Hopper and later).
     """
 
     block_v: int
     warps: int
-    streams: bool = True
+    reads: str = "evict_first"
+    writes: str = "evict_first"
+    overlaps: bool = False
 
 
 # By layout and key channels, the best of the search in decode_benchmark.py on an H100, with V = 128.
 TILINGS = {
     False: {32: Tiling(128, 2), 64: Tiling(64, 2), 96: Tiling(32, 2), 128: Tiling(64, 4), 256: Tiling(32, 8)},
-    True: {32: Tiling(128, 2), 64: Tiling(32, 1), 96: Tiling(16, 4), 128: Tiling(32, 8, False), 256: Tiling(16, 8)},
+    True: {32: Tiling(128, 2), 64: Tiling(32, 1), 96: Tiling(16, 4), 128: Tiling(32, 8, "", ""), 256: Tiling(16, 8)},
 }
 # So few columns of a state, over all heads, want small tiles, to reach every multiprocessor.
 FEW_COLUMNS = 1 << 16
@@ -52,6 +56,12 @@ def split_channels(K: int) -> tuple[int, int]:
     head = whole // 2
     tail = max(4, triton.next_power_of_2(K - head)) if head else whole
     return (whole, 0) if tail >= head else (head, tail)
+
+
+@functools.cache
+def can_overlap(device: torch.device) -> bool:
+    """Return whether a launch on a device can begin before the one before it has ended."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def decode_step(
@@ -106,6 +116,7 @@ def decode_step(
     tiling = tiling or choose_tiling(K, V, heads=B * W, state_v_first=state_v_first)
     head, tail = split_channels(K)
     programs = B * W * triton.cdiv(V, tiling.block_v)
+    overlap = {"launch_pdl": True} if tiling.overlaps and can_overlap(state.device) else {}
     with torch.cuda.device(state.device) if state.is_cuda else contextlib.nullcontext():
         decode_kernel[(programs,)](
             query, key, value, beta, gate, A_log, dt_bias, state, new_state, output,
@@ -113,6 +124,10 @@ def decode_step(
             H=H, W=W, K=K, V=V, HEAD=head, TAIL=tail, BLOCK_V=tiling.block_v,
             HAS_GATE=gate is not None, IS_GATE_RAW=A_log is not None, HAS_DT_BIAS=dt_bias is not None,
             NORMALIZE=normalize, BETA_IS_LOGIT=beta_is_logit, DOUBLE_BETA=allow_neg_eigval, V_FIRST=state_v_first,
-            POLICY="evict_first" if tiling.streams else "", num_warps=tiling.warps,
+            READ_CACHE=tiling.reads if tiling.reads[:1] == "." else "",
+            READ_POLICY=tiling.reads if tiling.reads[:1] != "." else "",
+            WRITE_CACHE=tiling.writes if tiling.writes[:1] == "." else "",
+            WRITE_POLICY=tiling.writes if tiling.writes[:1] != "." else "",
+            OVERLAPS=bool(overlap), num_warps=tiling.warps, **overlap,
         )  # fmt: skip
     return output, new_state

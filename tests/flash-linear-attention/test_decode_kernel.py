@@ -247,6 +247,31 @@ def test_on_a_gpu_steps_equal_the_definition(K, V, state_v_first, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("inplace", [False, True])
+def test_on_a_gpu_overlapping_launches_wait_for_each_other(inplace):
+    inputs = draw_inputs(0, B=64, T=32, H=16, W=16, K=128, V=128, device="cuda")
+
+    def decode(overlaps):
+        state, outputs = inputs[-1].clone(), []
+        for t in range(32):
+            *step, gate = (tensor[:, t : t + 1] for tensor in inputs[:-1])
+            tiling = fla_decode.Tiling(32, 4, overlaps=overlaps)
+            output, state = fla_decode.decode_step(*step, state, gate_B1W=gate, inplace=inplace, tiling=tiling)
+            outputs.append(output)
+        return torch.cat(outputs, dim=1), state
+
+    expected = decode(False)
+    for found, right in zip(decode(True), expected, strict=True):
+        assert torch.equal(found, right)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = decode(True)
+    graph.replay()
+    for found, right in zip(recorded, expected, strict=True):
+        assert torch.equal(found, right)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("family", ["delta_net", "gated_deltanet"])
 @torch.no_grad()
 def test_on_a_gpu_models_decode_by_it(monkeypatch, family, inplace):
