@@ -1,25 +1,30 @@
 """How fast pruned key sizes are on a GPU: DeltaNet and Gated DeltaNet of hidden 2048, 16 heads, 128 value channels.
 
     python benchmarks/h100.py [--output benchmarks/h100] [--only decode-32 ...]
+    python benchmarks/h100.py --compile-only    # beside other work, on another GPU; then --compiled
     python benchmarks/h100.py --table
 
 Each measurement is a file of its own below the output folder, and one that is there is not made again, so a run that
 was cut off goes on where it was. At the end, and with ``--table``, each architecture's files are put together into one
 JSON file and one picture, and the tables are printed as Markdown. Kernels are compiled by one process for each key size
-before anything is timed; which of their variants is best, the measuring process finds out by itself.
+before anything is timed; which of their variants is best, the measuring process finds out by itself, and gives each
+20 ms (Triton's own 100 would add up to minutes in a step of training).
 """
 
 import argparse
 import gc
+import itertools
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+import triton.testing
 
 from keyreduce.benchmarking.plot import plot_report
 from keyreduce.benchmarking.report import Request, benchmark_report
@@ -37,7 +42,8 @@ MEASUREMENTS = {
     **{f"mixer-{length}": Request(("mixer",), 32768 // length, (length,)) for length in (2048, 8192)},
     **{f"decode-{size}": Request(("decode",), decode_batch_sizes=(size,)) for size in (1, 32, 256)},
     **{f"forward-{length}": Request(("forward",), 32768 // length, (length,)) for length in (2048, 8192)},
-    "largest-batch": Request(("decode",), decode_batch_sizes=(256,), max_batch_size=65536, scopes=()),
+    # The first batch says how much memory one takes, and should be large enough that little else counts.
+    "largest-batch": Request(("decode",), decode_batch_sizes=(1024,), max_batch_size=1 << 20, scopes=()),
     "train_step-2048": Request(("train_step",), 4, (2048,), rounds=15),
 }
 
@@ -51,12 +57,18 @@ def main() -> None:
     parser.add_argument("--key-sizes", nargs="*", type=int, default=KEY_SIZES, metavar="K")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--table", action="store_true", help="measure nothing")
-    parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--compile-only", action="store_true", help="compile, and leave the rest to --compiled")
+    parser.add_argument("--compiled", action="store_true", help="Triton's cache has the kernels")
+    parser.add_argument("--compile-here", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.compile:
+    if chosen.compile_here:
         compile_here(chosen)
         return
+    if chosen.compile_only:
+        compile_kernels(missing(chosen.only, chosen), chosen)
+        return
     if not chosen.table:
+        triton.testing.do_bench = partial(triton.testing.do_bench, warmup=5, rep=20)
         # The kernels of training take minutes more to compile and to tune: all else is measured before.
         training = [name for name in chosen.only if MEASUREMENTS[name].kinds == ("train_step",)]
         for stage in ([name for name in MEASUREMENTS if name in set(chosen.only) - set(training)], training):
@@ -64,21 +76,26 @@ def main() -> None:
     put_together(chosen.output)
 
 
-def measure(names: Sequence[str], chosen: argparse.Namespace) -> None:
-    """Make those of some measurements that are not there yet, for each architecture."""
+def missing(names: Sequence[str], chosen: argparse.Namespace) -> dict[str, list[str]]:
+    """Return for each architecture those of some measurements that are not there yet, where there are any."""
     todo = {
         config: [name for name in names if not file_of(chosen.output, config, name).exists()]
         for config in chosen.config
     }
-    todo = {config: missing for config, missing in todo.items() if missing}
-    compiled = {}
-    if torch.device(chosen.device).type == "cuda":
-        compiled = {config: compile_kernels(config, missing, chosen) for config, missing in todo.items()}
+    return {config: found for config, found in todo.items() if found}
+
+
+def measure(names: Sequence[str], chosen: argparse.Namespace) -> None:
+    """Make those of some measurements that are not there yet, for each architecture."""
+    todo = missing(names, chosen)
+    compile_seconds = None
+    if todo and not chosen.compiled and torch.device(chosen.device).type == "cuda":
+        compile_seconds = compile_kernels(todo, chosen)
     start = time.perf_counter()
-    for config, missing in todo.items():
+    for config, found in todo.items():
         subjects = make_subjects(config, chosen)
-        for name in missing:
-            report = benchmark_report(subjects, MEASUREMENTS[name]) | {"compile_seconds": compiled.get(config)}
+        for name in found:
+            report = benchmark_report(subjects, MEASUREMENTS[name]) | {"compile_seconds": compile_seconds}
             write_json(file_of(chosen.output, config, name), report)
             tell(f"== {config} {name}, {time.perf_counter() - start:.0f} s after the first")
             print_tables(Console(as_json=False), report)
@@ -91,38 +108,48 @@ def make_subjects(config: str, chosen: argparse.Namespace) -> list[Subject]:
     return random_subjects(read_json(CONFIGS[config]), chosen.key_sizes, device, torch.bfloat16, whole=True, seed=0)
 
 
-def compile_kernels(config: str, missing: Sequence[str], chosen: argparse.Namespace) -> float:
-    """Let one process for each key size run everything once, so that Triton's cache on the disk has the kernels.
+def compile_kernels(todo: Mapping[str, Sequence[str]], chosen: argparse.Namespace) -> float:
+    """Let a process for each architecture and key size run everything once: then Triton's cache has the kernels.
 
-    Returns how many seconds that took, for all measurements of the architecture together.
+    Returns how many seconds that took.
     """
     gc.collect()
     torch.cuda.empty_cache()
     start = time.perf_counter()
-    # They disturb each other, so what they find to be the best variant must not be remembered.
+    # They time nothing, so the variants that they take must not be remembered as the best.
     environment = os.environ | {"FLA_CACHE_RESULTS": "0"}
-    command = [sys.executable, __file__, "--compile", "--config", config, "--only", *missing, "--device", chosen.device]
-    processes = {
-        keys: subprocess.Popen([*command, "--key-sizes", str(keys)], env=environment) for keys in chosen.key_sizes
-    }
+    command = [sys.executable, __file__, "--compile-here", "--device", chosen.device]
+    processes = {}
+    for (config, names), keys in itertools.product(todo.items(), chosen.key_sizes):
+        arguments = ["--config", config, "--key-sizes", str(keys), "--only", *names]
+        processes[config, keys] = subprocess.Popen([*command, *arguments], env=environment)
     try:
-        failed = [keys for keys, process in processes.items() if process.wait()]
+        failed = [f"{config} K={keys}" for (config, keys), process in processes.items() if process.wait()]
     finally:
         for process in processes.values():
             process.kill()
     seconds = time.perf_counter() - start
-    tell(f"== {config}: kernels compiled in {seconds:.0f} s")
+    tell(f"== kernels compiled in {seconds:.0f} s")
     if failed:
-        tell(f"the processes for K={failed} failed; their kernels are compiled when they are warmed up")
+        tell(f"the processes for {', '.join(failed)} failed; their kernels are compiled when they are warmed up")
     return seconds
 
 
 def compile_here(chosen: argparse.Namespace) -> None:
     """Run everything once, with the same kernels and as little else as may be."""
+    triton.testing.do_bench = run_once
     for config in chosen.config:
         subjects = make_subjects(config, chosen)
         for name in chosen.only:
-            benchmark_report(subjects, replace(MEASUREMENTS[name], max_batch_size=0, rounds=1))
+            request = MEASUREMENTS[name]
+            first = min(request.max_batch_size, *request.decode_batch_sizes)
+            benchmark_report(subjects, replace(request, max_batch_size=first, rounds=1))
+
+
+def run_once(call: Callable[[], object], quantiles: Sequence[float] | None = None, **_: object) -> list[float]:
+    """Stand in for Triton's timing of a variant: one run compiles it."""
+    call()
+    return [1.0] * len(quantiles or (0.5,))
 
 
 def put_together(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
     python flash-linear-attention/decode_benchmark.py --output decode.json
     python flash-linear-attention/decode_benchmark.py --search --layouts v-first --key-channels 128 96
+    python flash-linear-attention/decode_benchmark.py --table decode.json
 
 First it checks the kernel against a float64 step. With ``--search`` it tries tilings, and times the best of each
 size; without, those of `choose_tiling`. How is in decode_timing.py. Bytes are the state read and written, and query,
@@ -14,6 +15,7 @@ import argparse
 import itertools
 import json
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -76,6 +78,20 @@ def time_from_python(K: int = 64, calls: int = 500) -> list[dict]:
     return rows
 
 
+def table(rows: list[dict]) -> Iterator[str]:
+    """Yield the comparison as Markdown, for 64 and 256 sequences."""
+    head = "µs | of a copy | fla: µs | of a copy | faster (95% interval) |"
+    yield f"| rule | K | B=64: {head} B=256: {head}"
+    yield "|" + "---|" * 12
+    by_size = {(row["case"], row["K"], row["B"]): row for row in rows}
+    for case, K in itertools.product((case.name for case in CASES), KEY_CHANNELS):
+        cells = [case, str(K)]
+        for row in (by_size[case, K, B] for B in (64, 256)):
+            cells += [f"{row['us']:.1f}", f"{row['share']:.0%}", f"{row['fla_us']:.1f}", f"{row['fla_share']:.0%}"]
+            cells += [f"{row['speedup']:.3f} ({row['speedup_low']:.3f}-{row['speedup_high']:.3f})"]
+        yield f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--search", action="store_true", help="try tilings, and compare with the best")
@@ -84,7 +100,11 @@ def main() -> None:
     parser.add_argument("--batches", nargs="*", type=int, default=(64, 256), help="of the search")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds of the comparison (default: 15)")
     parser.add_argument("--output", type=Path, help="write everything here as JSON")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of an output, and do nothing else")
     options = parser.parse_args()
+    if options.table:
+        print(*table(json.loads(options.table.read_text())["comparison"]), sep="\n")
+        return
     result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
 
     def save(**entries: object) -> None:

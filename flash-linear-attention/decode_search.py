@@ -23,7 +23,7 @@ READS = ("", "evict_first", "evict_last", ".cg")
 WRITES = ("", "evict_first", "evict_last", ".cs", ".cg", ".wt")
 KEPT = 3  # tilings that go on from the first part
 FINALISTS = 5
-ROUNDS, FINAL_ROUNDS = 8, 100
+ROUNDS, FINAL_ROUNDS = 6, 60
 
 
 def workers() -> ProcessPoolExecutor:
@@ -73,7 +73,7 @@ def time_tilings(case: Case, K: int, tilings: Sequence[Tiling], batches: Sequenc
     for B in batches:
         sets = rotating(case, B, K)
         calls = {tiling: partial(step_of, sets, tiling) for tiling in tilings}
-        times = time_in_turns(calls, steps_of_a_graph(case, B, K), rounds=ROUNDS)
+        times = time_in_turns(calls, steps_of_a_graph(case, B, K, 1e-3), rounds=ROUNDS)
         us = {tiling: median(values) for tiling, values in times.items()}
         best = min(us.values())
         worst = {tiling: max(worst[tiling], us[tiling] / best) for tiling in tilings}

@@ -17,7 +17,6 @@ from decode_cases import Case, H, V, draw
 from keyreduce.benchmarking.timing import Timing, ratio
 
 START = time.perf_counter()
-GRAPH_SECONDS = 2e-3  # what a graph takes at least: its own launch should not be seen
 FASTEST = 3e12  # bytes a second, about; says how many steps that is
 
 
@@ -39,8 +38,9 @@ def rotating(case: Case, B: int, K: int) -> list[dict]:
     return [inputs | {"state": torch.randn_like(inputs["state"])} for _ in range(count)]
 
 
-def steps_of_a_graph(case: Case, B: int, K: int) -> int:
-    return math.ceil(GRAPH_SECONDS * FASTEST / max(moved_bytes(case, B, K), 5e-6 * FASTEST))
+def steps_of_a_graph(case: Case, B: int, K: int, seconds: float = 2e-3) -> int:
+    """Return how many steps take about so long: the launch of the graph itself should not be seen."""
+    return math.ceil(seconds * FASTEST / max(moved_bytes(case, B, K), 5e-6 * FASTEST))
 
 
 def record(call: Callable[[int], object], count: int, pool: object) -> torch.cuda.CUDAGraph:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from keyreduce.benchmarking import largest_batch
-from keyreduce.benchmarking.largest_batch import time_largest_batch
+from keyreduce.benchmarking.largest_batch import _Step, time_largest_batch
 from keyreduce.benchmarking.steps import Steps
 
 
@@ -33,6 +33,30 @@ def test_the_largest_batch_is_found_to_an_eighth(pair, device_that_holds, limit)
     assert found["batch_size"] <= limit <= found["batch_size"] + max(1, found["batch_size"] // 8)
     assert len(tried) < 40
     assert found["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("at_most", "room", "limit", "tried", "fits", "ended_by"),
+    [
+        (4096, lambda batch_size: 1000, 1000, [4, 1000], 1000, "memory"),
+        (4096, lambda batch_size: 1000, 960, [4, 1000, 889], 889, "memory"),
+        (4096, lambda batch_size: 500 if batch_size == 4 else 1000, 1000, [4, 500, 1000], 1000, "memory"),
+        (4096, lambda batch_size: 5000, 9000, [4, 4096], 4096, "bound"),
+        (1020, lambda batch_size: 1000 if batch_size == 4 else 1021, 9000, [4, 1000, 1020], 1020, "bound"),
+        (4096, lambda batch_size: 3, 1000, [4], 4, "memory"),
+    ],
+)
+def test_memory_says_what_to_try(pair, monkeypatch, at_most, room, limit, tried, fits, ended_by):
+    seen = []
+
+    def step(subject, batch_size, rounds):
+        seen.append(batch_size)
+        return "memory" if batch_size > limit else _Step(0.5, room(batch_size))
+
+    monkeypatch.setattr(largest_batch, "_step", step)
+    (found,) = time_largest_batch(pair[:1], start=4, at_most=at_most, rounds=1)
+    assert seen == tried
+    assert (found["batch_size"], found["ended_by"], found["tokens_per_second"]) == (fits, ended_by, fits / 0.5)
 
 
 @pytest.mark.parametrize(("start", "at_most"), [(1, 24), (8, 24), (24, 24), (256, 24)])

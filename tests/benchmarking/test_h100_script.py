@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton.testing
 
 from keyreduce.benchmarking.ceilings import Ceilings
 from keyreduce.benchmarking.subjects import random_subjects
@@ -19,6 +20,7 @@ SMALL = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "vocab_size
 @pytest.fixture
 def script(tmp_path, monkeypatch):
     """A function: run the script with arguments, for small models of its configs."""
+    monkeypatch.setattr(triton.testing, "do_bench", triton.testing.do_bench)  # the script puts another there
     monkeypatch.setattr("keyreduce.benchmarking.report.measure_ceilings", lambda device, dtype: Ceilings(1e9, 1e9))
     spec = importlib.util.spec_from_file_location("h100", REPOSITORY / "benchmarks/h100.py")
     h100 = importlib.util.module_from_spec(spec)
@@ -78,7 +80,7 @@ def test_measurements_are_made_once_and_put_together(script, tmp_path, capsys, m
 
 
 def test_training_comes_after_all_else_and_compiling_writes_nothing(script, tmp_path, capsys):
-    script("--compile", "--only", "train_step-2048", "mixer-8192", "--config", "delta-net", "--key-sizes", "8")
+    script("--compile-here", "--only", "train_step-2048", "mixer-8192", "--config", "delta-net", "--key-sizes", "8")
     assert not (tmp_path / "out").exists()
     script("--only", "train_step-2048", "mixer-8192")
     told = [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("==")]
@@ -87,3 +89,17 @@ def test_training_comes_after_all_else_and_compiling_writes_nothing(script, tmp_
         for name in ("mixer-8192", "train_step-2048")
         for config in ("delta-net", "gated-deltanet")
     ]
+
+
+def test_compiling_runs_each_variant_once(script):
+    calls = []
+    script.module.run_once(lambda: calls.append(1), quantiles=(0.5, 0.2, 0.8))
+    assert calls == [1]
+
+
+def test_compiling_is_for_what_is_missing(script, tmp_path, monkeypatch):
+    script("--only", "mixer-8192", "--config", "delta-net")
+    asked = []
+    monkeypatch.setattr(script.module, "compile_kernels", lambda todo, chosen: asked.append(todo))
+    script("--compile-only", "--only", "mixer-8192", "decode-1")
+    assert asked == [{"delta-net": ["decode-1"], "gated-deltanet": ["mixer-8192", "decode-1"]}]
