@@ -65,9 +65,8 @@ def _table(section: Section) -> str:
         told = [escape(text) for text in cells]
         if number in section.best:
             told[perplexity] = f"<b>{told[perplexity]}</b>"
-        starts = number > 0 and cells[:2] != section.rows[number - 1][:2]
         rows.append(
-            f"<tr{' class=first' if starts else ''}>"
+            f"<tr{' class=first' if number in section.starts else ''}>"
             + "".join(cell("td", column, content) for column, content in enumerate(told))
             + "</tr>"
         )

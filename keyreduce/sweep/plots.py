@@ -11,8 +11,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from keyreduce.sweep.recipe import NO_REPAIR
 from keyreduce.sweep.results import Results, Row, pareto_front
 
-# Okabe and Ito's colours, which the colour-blind tell apart, with brown for their yellow, which is pale on white.
+# Okabe and Ito's colours, which the colour-blind tell apart, with brown for their yellow, which is pale on white, and
+# four more, as there are twelve markers.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D46")
+_COLORS += ("#6A3D9A", "#8B0000", "#7F7F00", "#7F8FA9")
 _MARKERS = "osD^vPXp<>hd"
 _LINES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 _LEGEND_INCHES = 2.3

@@ -74,8 +74,11 @@ class Cell(NamedTuple):
     @property
     def label(self) -> str:
         """The method, with the options that are not its defaults."""
-        changed = ", ".join(f"{name} {value}" for name, value in self.changed_options.items())
-        return f"{self.method} ({changed})" if changed else self.method
+        told = []
+        for name, value in self.changed_options.items():
+            words = name.replace("_", " ")
+            told.append(words if value is True else f"no {words}" if value is False else f"{words} {value}")
+        return f"{self.method} ({', '.join(told)})" if told else self.method
 
 
 class Timing(NamedTuple):

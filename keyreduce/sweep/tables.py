@@ -32,7 +32,9 @@ class Section(NamedTuple):
         header: of its columns; the first ones name, those after ``names`` are figures.
         names: how many columns name.
         rows: cells, a list for each way of pruning.
-        best: numbers of the rows with the lowest perplexity of their target and ratio.
+        best: numbers of the rows with the lowest perplexity of their target and ratio, as it is written.
+        starts: numbers of the rows before which there is some room: where another method begins, or, if none has two
+            rows, another target.
     """
 
     title: str
@@ -40,6 +42,7 @@ class Section(NamedTuple):
     names: int
     rows: list[list[str]]
     best: set[int]
+    starts: set[int]
 
 
 def sections(results: Results) -> list[Section]:
@@ -98,7 +101,7 @@ def latex(results: Results) -> str:
         columns = "l" * section.names + "r" * (len(section.header) - section.names)
         lines = [_latex_line(section.header), r"\midrule"]
         for number, cells in enumerate(section.rows):
-            if number and cells[:2] != section.rows[number - 1][:2]:
+            if number in section.starts:
                 lines.append(r"\addlinespace")
             escaped = [_escape(cell) for cell in cells]
             if number in section.best:
@@ -107,7 +110,7 @@ def latex(results: Results) -> str:
         body = "\n".join(lines)
         caption = _escape(f"{section.title}. {' '.join(notes(results))}")
         parts.append(
-            f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n"
+            f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n\\medskip\n"
             f"\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%\n"
             f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}}}\n\\end{{table}}"
         )
@@ -142,15 +145,25 @@ def _section(results: Results, model: str) -> Section:
     kinds = results.kinds
     header = ["target", "method", "repair", "removed", "perplexity", "over dense", "bits per byte", "state"]
     header += [f"{kind} speedup" for kind in kinds] + ["seconds"]
-    lowest: dict[tuple, tuple[float, int]] = {}
-    for number, row in enumerate(rows):
+    lowest: dict[tuple, float] = {}
+    for row in rows:
         of = (row.target, row.ratio)
-        lowest[of] = min(lowest.get(of, (math.inf, -1)), (row.perplexity.mean, number))
+        lowest[of] = min(lowest.get(of, math.inf), row.perplexity.mean)
+    best = {
+        number
+        for number, row in enumerate(rows)
+        if math.isfinite(row.perplexity.mean)
+        and number_of(row.perplexity.mean) == number_of(lowest[row.target, row.ratio])
+    }
+    groups = [(row.target, row.label) for row in rows]
+    if len(set(groups)) == len(groups):
+        groups = [row.target for row in rows]
+    starts = {number for number in range(1, len(rows)) if groups[number] != groups[number - 1]}
     title = model
     if model in results.dense:
         perplexity, bits = results.dense[model]
         title += f" (dense: perplexity {number_of(perplexity)}, {bits:.3f} bits per byte)"
-    return Section(title, header, 3, [_cells(row, kinds) for row in rows], {number for _, number in lowest.values()})
+    return Section(title, header, 3, [_cells(row, kinds) for row in rows], best, starts)
 
 
 def _cells(row: Row, kinds: Sequence[str]) -> list[str]:

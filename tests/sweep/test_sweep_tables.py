@@ -5,7 +5,10 @@ import csv
 import html.parser
 import io
 import json
+import math
 import re
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from made_up_sweep import DENSE, make_up
@@ -13,7 +16,7 @@ from made_up_sweep import DENSE, make_up
 from keyreduce.errors import KeyreduceError
 from keyreduce.sweep.page import page
 from keyreduce.sweep.report import NAMES, write_report
-from keyreduce.sweep.results import read_results
+from keyreduce.sweep.results import Figure, read_results
 from keyreduce.sweep.tables import as_csv, as_json, latex, markdown, number_of, sections
 
 NASTY = r"a_b%c&d$e#f{g}h~i^j\k|l<m>n`*o*"
@@ -44,6 +47,33 @@ def test_cells(results):
     assert {tuple(first.rows[number][1:4]) for number in first.best} == {
         ("rrqr", "least-squares", ratio) for ratio in ("25%", "50%", "75%")
     }
+
+
+def with_perplexity(row, mean):
+    return replace(row, perplexity=Figure(mean, None))
+
+
+def test_those_that_read_alike_are_all_the_best(results):
+    first = [row for row in results.rows if row.model == "one-model" and row.ratio == 0.5]
+    means = [3.00012, math.inf, 3.00049, 3.001, math.nan] + [9.0] * len(first)
+    rows = [with_perplexity(row, mean) for row, mean in zip(first, means, strict=False)]
+    assert len(rows) >= 4
+    (section, _) = sections(results._replace(rows=rows))
+    assert section.best == {0, 2}
+    (section, _) = sections(results._replace(rows=[with_perplexity(row, math.inf) for row in rows]))
+    assert section.best == set()
+
+
+def test_room_is_between_methods_or_where_each_has_one_row_between_targets(results):
+    section = sections(results)[0]
+    expected = [n for n, (a, b) in enumerate(pairwise(section.rows), 1) if a[:2] != b[:2]]
+    assert section.starts == set(expected) != set()
+    one = {(row.target, row.label): row for row in results.rows if row.model == "one-model"}
+    rows = [*one.values(), *(replace(row, target="value") for row in one.values())]
+    (section, _) = sections(results._replace(rows=rows))
+    assert section.starts == {len(one)}
+    assert latex(results._replace(rows=rows)).count(r"\addlinespace") == 1
+    assert page(results._replace(rows=rows), {}).count("class=first") == 1
 
 
 def test_markdown_is_a_table_a_model(results):
