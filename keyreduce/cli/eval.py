@@ -18,10 +18,8 @@ def evaluate(
     dataset: options.Dataset = None,
     dataset_config: options.DatasetConfig = None,
     split: options.Split = None,
-    num_batches: Annotated[
-        int, typer.Option(envvar="NUM_BATCHES", min=0, help="Batches to measure on; 0 takes all the text.")
-    ] = 8,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 4,
+    num_batches: options.MeasuredBatches = 8,
+    batch_size: options.BatchSize = 4,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 1024,
     stride: Annotated[
         int | None,

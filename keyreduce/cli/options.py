@@ -79,7 +79,10 @@ DatasetConfig = Annotated[str | None, typer.Option(metavar="C", rich_help_panel=
 Split = Annotated[str | None, typer.Option(metavar="S", rich_help_panel=_TEXT, help="Its split.", show_default="train")]
 
 NumBatches = Annotated[int, typer.Option(envvar="NUM_BATCHES", help="Batches to run.")]
-BatchSize = Annotated[int, typer.Option(help="Rows in a batch.")]
+MeasuredBatches = Annotated[
+    int, typer.Option("--num-batches", envvar="NUM_BATCHES", min=0, help="Batches to measure on; 0 takes all the text.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows in a batch.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a row.")]
 Compressed = Annotated[
     str | None,

@@ -16,10 +16,8 @@ def rank(
     dataset: options.Dataset = None,
     dataset_config: options.DatasetConfig = None,
     split: options.Split = None,
-    num_batches: Annotated[
-        int, typer.Option(envvar="NUM_BATCHES", min=0, help="Batches to measure on; 0 takes all the text.")
-    ] = 4,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 4,
+    num_batches: options.MeasuredBatches = 4,
+    batch_size: options.BatchSize = 4,
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens in a row.")] = 1024,
     every: Annotated[int, typer.Option(min=1, help="Look at the states after so many tokens each.")] = 64,
     output: options.Figures = None,

@@ -11,11 +11,11 @@ from keyreduce.sweep.tables import Section, notes, sections
 
 _STYLE = """
 :root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; }
+th, td { padding: .25rem .55rem; text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid; vertical-align: bottom; } tbody tr:nth-child(even) { background: #8881; }
 tr.first td { border-top: 1px solid #8888; }
 .name { text-align: left; }

@@ -90,10 +90,10 @@ def draw_pareto(results: Results) -> Canvas:
             front = pareto_front(points)
             axes.plot(*zip(*(points[number] for number in front), strict=True), color="0.35", linewidth=1, zorder=0)
             words = ["", *(f"{row.target + ' ' if several else ''}{100 * row.ratio:g}%" for row in rows)]
-            _label_front(axes, [points[number] for number in front], [words[number] for number in front])
             axes.set(title=model, xlabel=_AXES[kind], ylabel="perplexity per token")
             axes.margins(x=0.12, y=0.1)
             _scale(axes, [cost for _, cost in points])
+            _label_front(axes, [points[number] for number in front], [words[number] for number in front])
     return figure
 
 
@@ -166,9 +166,19 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _label_front(axes: Axes, points: Sequence[tuple[float, float]], words: Sequence[str]) -> None:
-    """Write words beside the points of a front, which rises to the right: below them on their right is free."""
+    """Write words beside the points of a front, which rises to the right: below them on their right is free.
+
+    Where the word of the point before stands there already, it comes above the point.
+    """
+    axes.autoscale_view()  # which matplotlib puts off until it draws
+    below = None
     for (gain, cost), word in zip(points, words, strict=True):
-        axes.annotate(word, (gain, cost), xytext=(5, -11), textcoords="offset points", fontsize=8, color="0.25")
+        x, y = axes.transData.transform((gain, cost)) * 72 / axes.figure.dpi  # in points, as the font is
+        is_taken = below is not None and x - below[0] < 5 * len(below[2]) and abs(y - below[1]) < 10
+        place = {"xytext": (5, 7 if is_taken else -11), "textcoords": "offset points"}
+        axes.annotate(word, (gain, cost), fontsize=8, color="0.25", **place)
+        if word and not is_taken:
+            below = (x, y, word)
 
 
 def _gain(row: Row, kind: str) -> float:

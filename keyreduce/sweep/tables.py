@@ -66,9 +66,13 @@ def notes(results: Results) -> list[str]:
     if results.kinds and timing:
         told = "Speedups: time of the dense model over the pruned one's, median of all runs of the same sizes"
         told += f", on {results.record.get('device', '?')}"
-        told += f"; mixer and forward with {timing['batch_size']} x {timing['seq_len']} tokens"
-        if "decode" in results.kinds:
-            told += f", decode with {max(timing['decode_batch_sizes'])} sequences"
+        rows = " and ".join(kind for kind in results.kinds if kind != "decode")
+        sequences = max(timing["decode_batch_sizes"])
+        inputs = {
+            rows: f"{timing['batch_size']} x {timing['seq_len']} tokens",
+            "decode" if "decode" in results.kinds else "": f"{sequences} sequence{'s' if sequences > 1 else ''}",
+        }
+        told += "; " + ", ".join(f"{kind} with {size}" for kind, size in inputs.items() if kind)
         several = " and several processes at once, which disturb each other" if _is_disturbed(results.record) else ""
         said.append(f"{told}{several}.")
     return said

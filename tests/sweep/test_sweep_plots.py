@@ -1,8 +1,9 @@
 """What the pictures of a sweep hold: the points, the spreads and the front."""
 
 from made_up_sweep import DENSE, make_up, speedup
+from matplotlib.figure import Figure as Canvas
 
-from keyreduce.sweep.plots import draw_pareto, draw_perplexity
+from keyreduce.sweep.plots import _label_front, draw_pareto, draw_perplexity
 from keyreduce.sweep.results import read_results
 
 
@@ -85,3 +86,12 @@ def test_many_methods_look_different(tmp_path):
     (axes,) = draw_perplexity(results).axes
     looks = {(c.lines[0].get_color(), c.lines[0].get_marker()) for c in axes.containers}
     assert len(looks) == 12
+
+
+def test_words_beside_the_front_do_not_cover_each_other():
+    axes = Canvas(figsize=(4.6, 3.6)).subplots()
+    points = [(1.0, 2.0), (1.14, 2.3), (1.15, 2.4), (1.6, 3.0)]
+    axes.plot(*zip(*points, strict=True))
+    _label_front(axes, points, ["", "key 25%", "value 50%", "key 75%"])
+    heights = {text.get_text(): text.xyann[1] for text in axes.texts}
+    assert heights["key 25%"] == heights["key 75%"] < 0 < heights["value 50%"]
