@@ -90,7 +90,7 @@ def test_many_methods_look_different(tmp_path):
 
 def test_words_beside_the_front_do_not_cover_each_other():
     axes = Canvas(figsize=(4.6, 3.6)).subplots()
-    points = [(1.0, 2.0), (1.14, 2.3), (1.15, 2.4), (1.6, 3.0)]
+    points = [(1.0, 2.0), (1.14, 2.33), (1.15, 2.35), (1.6, 3.0)]
     axes.plot(*zip(*points, strict=True))
     _label_front(axes, points, ["", "key 25%", "value 50%", "key 75%"])
     heights = {text.get_text(): text.xyann[1] for text in axes.texts}
