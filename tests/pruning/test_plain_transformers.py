@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import hybrid_models
+import pytest
 import torch
 from cuts import cut, load, plan_of
 from tiny_models import draw_tokens
@@ -28,10 +29,11 @@ importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] == "fl
 
 import torch, transformers
 torch.set_grad_enabled(False)
-tokens = torch.tensor(json.loads(sys.argv[1]))
+device = sys.argv[1]
+tokens = torch.tensor(json.loads(sys.argv[2]), device=device)
 found = []
-for path in sys.argv[2:]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+for path in sys.argv[3:]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device)
     whole = model(tokens, use_cache=False).logits
     step = model(tokens[:, :4], use_cache=True)
     logits = [step.logits]
@@ -47,8 +49,9 @@ print(json.dumps({"found": found, "modules": modules}))
 """
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @torch.no_grad()
-def test_prefill_equals_decode_and_both_equal_what_fla_computes(tmp_path):
+def test_prefill_equals_decode_and_both_equal_what_fla_computes(tmp_path, device):
     tokens, folders = draw_tokens(1, 9), []
     for model_type in MODEL_TYPES:
         source = open_folder(hybrid_models.store(hybrid_models.build(model_type), tmp_path / model_type))
@@ -56,9 +59,9 @@ def test_prefill_equals_decode_and_both_equal_what_fla_computes(tmp_path):
         folders.append(cut(source, plan, tmp_path / f"{model_type}-cut"))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", PLAIN, json.dumps(tokens.tolist()), *map(str, folders)],
+        [sys.executable, "-c", PLAIN, device, json.dumps(tokens.tolist()), *map(str, folders)],
         capture_output=True, text=True, cwd=tmp_path, timeout=600, check=False,
-        env=environment | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=environment | {"HF_HUB_OFFLINE": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
