@@ -161,7 +161,7 @@ def test_a_language_model_that_was_saved_alone_is_found_too(tmp_path, dense, mod
 def test_the_check_of_logits_passes_what_is_right(tmp_path, dense, model_type, keep):
     source = dense(model_type)
     plan = plan_of(source, keep)
-    assert check_logits(source, cut(source, plan, tmp_path / "cut"), plan, device=torch.device("cpu")) < 1e-4
+    assert check_logits(source, cut(source, plan, tmp_path / "cut"), plan, device=torch.device("cpu")) < TOLERANCE
 
 
 @pytest.mark.parametrize("heads", [2, 1])
@@ -172,7 +172,7 @@ def test_projections(tmp_path, dense, model_type, heads):
     if heads == 1:
         plan = dataclasses.replace(plan, layers={layer: one_head(each) for layer, each in plan.layers.items()})
     target = cut(source, plan, tmp_path / "cut")
-    assert check_logits(source, target, plan, device=torch.device("cpu")) < 1e-4
+    assert check_logits(source, target, plan, device=torch.device("cpu")) < TOLERANCE
 
 
 def one_head(layer_cut):
