@@ -65,10 +65,10 @@ def check_step0(folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
-@pytest.fixture
-def handed_over(tmp_path: Path) -> Path:
-    """The checkpoint folder of a job whose step-0 is a model of a layer."""
-    folder = save(build("delta_net_2", num_hidden_layers=1), tmp_path / "model")
+@pytest.fixture(params=[False, True], ids=["two tensors", "tied"])
+def handed_over(request, tmp_path: Path) -> Path:
+    """The checkpoint folder of a job whose step-0 is a model of a layer; the output layer may be the embeddings."""
+    folder = save(build("delta_net_2", num_hidden_layers=1, tie_word_embeddings=request.param), tmp_path / "model")
     step = tmp_path / "job/checkpoint/step-0"
     step.mkdir(parents=True)
     write_dcp(open_folder(folder), step)
