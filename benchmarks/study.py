@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, ratios: Sequence[str], rep
     parser.add_argument("--heldout", type=Path, nargs="+", required=True)
     parser.add_argument("--ratios", nargs="+", default=ratios)
     parser.add_argument("--repairs", nargs="+", default=repairs)
-    parser.add_argument("--num-batches", type=int, default=64)
+    parser.add_argument("--num-batches", type=int, default=64, help="of a repair")
+    parser.add_argument("--calibration-batches", type=int, help="of the choice of channels; by default as many")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -60,23 +61,25 @@ class Study:
         self.device = pick_device(arguments.device)
         self.dense = open_folder(find_model(arguments.model))
         self.text, self.heldout = FileText(arguments.calibration), FileText(arguments.heldout)
-        self._amount = (arguments.num_batches, arguments.batch_size, arguments.seq_len)
+        self._rows = (arguments.batch_size, arguments.seq_len)
+        self._repair_batches = arguments.num_batches
+        self._calibration_batches = arguments.calibration_batches or arguments.num_batches
         refuse_overlap(self.text, self.heldout)
 
     def settings(self, seed: int) -> Settings:
-        """Return how much text pruning and repair take, in the order of a seed."""
-        return Settings(*self._amount, seed)
+        """Return how much text a repair takes, in the order of a seed."""
+        return Settings(self._repair_batches, *self._rows, seed)
 
     def measure(self, folder: Path) -> float:
         """Return the perplexity per token of the held-out text, all of it in rows of 1,024 tokens."""
         loaded = load_model(folder, self.device, torch.float32, gradients=True)
-        return evaluate(loaded, self.heldout, seq_len=1024, batch_size=4, num_rows=None)[0].perplexity
+        return evaluate(loaded, self.heldout, seq_len=1024, batch_size=8, num_rows=None)[0].perplexity
 
     def calibrate(self, seed: int) -> Statistics:
         """Return the sums that methods choose by."""
         # With gradients, fla's kernels leave the place to PyTorch's, which take float32 on any device.
         gradients = self.device.type != "cpu"
-        settings = self.settings(seed)
+        settings = Settings(self._calibration_batches, *self._rows, seed)
         return calibrate(
             self.dense, self.text, settings, device=self.device, dtype=torch.float32, gradients=gradients
         )
