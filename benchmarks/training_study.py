@@ -101,7 +101,8 @@ def make(chosen: argparse.Namespace) -> None:
             if not is_mine or path.exists():
                 continue
             folder = make_start(study, chosen, start)
-            run = {**start._asdict(), "kind": kind, **run_one(study, folder, kind, tokens, start.seed)}
+            run = {**start._asdict(), "kind": kind, "tokens": tokens}
+            run |= run_one(study, folder, kind, tokens, start.seed)
             write_json(path, run)
             tell(f"{path.relative_to(chosen.output)}: {run['perplexity']:.4f}, {run['seconds']:.0f} s")
 
@@ -125,7 +126,7 @@ def make_start(study: Study, chosen: argparse.Namespace, start: Start) -> Path:
 
 
 def run_one(study: Study, folder: Path, kind: str, tokens: int, seed: int) -> dict:
-    """Train the model of a folder and measure it; return the tokens it saw, the seconds, the losses and perplexity."""
+    """Train the model of a folder on about so many tokens and measure it; return the figures."""
     mode, is_distilled, training, rows = parse_kind(kind)
     batch_size, seq_len = rows
     settings = Settings(max(1, round(tokens / (batch_size * seq_len))), batch_size, seq_len, seed)
@@ -149,7 +150,7 @@ def run_one(study: Study, folder: Path, kind: str, tokens: int, seed: int) -> di
         perplexity = study.measure(made)
     losses = [[step, round(loss, 5)] for step, loss in zip(trained.steps, trained.losses, strict=True)]
     return {
-        "tokens": trained.tokens,
+        "trained_tokens": trained.tokens,
         "passes": trained.passes,
         "perplexity": perplexity,
         "seconds": seconds,
@@ -198,8 +199,8 @@ def print_table(output: Path) -> None:
     dense = read_json(output / "dense.json")["perplexity"]
     runs = [read_json(path) for path in sorted(output.glob("*/*.json"))]
     columns = sorted({run["tokens"] for run in runs} - {0})
-    print(f"\nperplexity of the dense model {dense:.4f}; increase over it by tokens trained\n")
-    print(f"| method | pruned | first | training | 0 | {' | '.join(f'{count / 1e6:.2f}M' for count in columns)} | s |")
+    print(f"\nperplexity of the dense model {dense:.4f}; increase over it by tokens trained; the longest run\n")
+    print(f"| method | pruned | first | training | 0 | {' | '.join(f'{count / 1e6:g}M' for count in columns)} | s |")
     print(f"|{'---|' * (len(columns) + 6)}")
     rows = sorted({tuple(run[name] for name in ("method", "ratio", "repair", "kind")) for run in runs if run["kind"]})
     for row in rows:
