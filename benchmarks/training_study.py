@@ -84,7 +84,7 @@ def make_in_processes(chosen: argparse.Namespace) -> None:
 
 
 def make(chosen: argparse.Namespace) -> None:
-    """Make all runs that are neither there nor being made, the numbers of tokens in the order in which they are given."""
+    """Make all runs that are neither there nor being made, the numbers of tokens in the order given."""
     study = Study(chosen)
     with claimed(chosen.output / "dense", wait=True):
         path = chosen.output / "dense.json"

@@ -137,7 +137,9 @@ def _convert(console, source, target, *, to_dcp, layout, dtype, max_shard_size, 
         write_json(folder / RECORD_NAME, record, overwrite=True)
     kind = f"a distributed checkpoint, {layout}," if to_dcp else "a Hugging Face folder"
     left_out = 0 if to_dcp else source.left_out
-    console.say(f"wrote {target}: {kind} of {len(source.tensors)} tensors, {megabytes(source.nbytes)}, from {source.path}")
+    console.say(
+        f"wrote {target}: {kind} of {len(source.tensors)} tensors, {megabytes(source.nbytes)}, from {source.path}"
+    )
     if left_out:
         console.say(f"left out: {left_out} entries of optimizer and training state")
     console.result({"converted": str(target), "made": True, "bytes": source.nbytes, "layout": layout})

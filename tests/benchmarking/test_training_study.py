@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,12 @@ def script(tmp_path, monkeypatch):
     for name in ("calibration", "heldout"):
         (tmp_path / f"{name}.txt").write_text("".join(f"{name} {n} is {n * n}, yes\n" for n in range(100)))
 
-    def run(*arguments: str, output: str = "out") -> Path:
-        given = ["--model", folder, "--calibration", tmp_path / "calibration.txt", "--heldout", tmp_path / "heldout.txt"]
-        command = [REPOSITORY / "benchmarks/training_study.py", *given, "--output", tmp_path / output, *FEW, *arguments]
+    def run(*arguments: str) -> Path:
+        texts = [f"--{name}={tmp_path / name}.txt" for name in ("calibration", "heldout")]
+        command = [module.__file__, "--model", folder, *texts, "--output", tmp_path / "out", *FEW, *arguments]
         monkeypatch.setattr(sys, "argv", [str(word) for word in command])
         module.main()
-        return tmp_path / output
+        return tmp_path / "out"
 
     run.module = module
     return run
@@ -41,7 +42,7 @@ def test_each_run_is_made_once_and_all_are_in_the_table(script, capsys, monkeypa
     runs = {path.relative_to(out).as_posix(): json.loads(path.read_text()) for path in out.glob("*/*.json")}
     assert {(run["repair"], run["kind"], run["tokens"]) for run in runs.values()} == {
         *((repair, None, 0) for repair in ("none", "least-squares")),
-        *((repair, kind, count) for repair in ("none", "least-squares") for kind in (FULL, LORA) for count in (160, 320)),
+        *product(("none", "least-squares"), (FULL, LORA), (160, 320)),
     }
     distilled = runs["rrqr-0.5-least-squares-0/full-distilled_lr_0.003_batch_size_2_seq_len_40-320.json"]
     assert distilled["trained_tokens"] == 320 and len(distilled["losses"]) == 4
@@ -60,7 +61,8 @@ def test_each_run_is_made_once_and_all_are_in_the_table(script, capsys, monkeypa
     run_one = script.module.run_one
     monkeypatch.setattr(script.module, "run_one", lambda *arguments: made.append(arguments) or run_one(*arguments))
     script("--ratios", "0.5", "--tokens", "160", "320", "--kinds", FULL, LORA)
-    assert len(made) == 1 and json.loads(lost.read_text())["perplexity"] == runs[lost.relative_to(out).as_posix()]["perplexity"]
+    assert len(made) == 1
+    assert json.loads(lost.read_text())["perplexity"] == runs[lost.relative_to(out).as_posix()]["perplexity"]
     script("--table")
     assert len(made) == 1 and FULL in capsys.readouterr().out
 
@@ -73,8 +75,8 @@ def test_processes_share_the_runs(script, capsys):
     assert "failed" not in capsys.readouterr().out
 
 
-def test_runs_of_another_process_are_left_to_it(script):
-    path = script("--ratios", "0.5", "--repairs", "none", "--tokens", "80", "--kinds", FULL) / "rrqr-0.5-none-0/start.json"
+def test_runs_of_another_process_are_left_to_it(script, tmp_path):
+    path = tmp_path / "a/run.json"
     with script.module.claimed(path, wait=False) as first, script.module.claimed(path, wait=False) as second:
         assert first and not second
     with script.module.claimed(path, wait=False) as again:
