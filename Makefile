@@ -19,6 +19,7 @@ demo: setup
 	rm -rf $(DEMO)
 	$(BIN)/keyreduce calibrate
 	$(BIN)/keyreduce prune --method wanda --ratio 0.25
+	$(BIN)/keyreduce recover --num-batches 8
 	$(BIN)/keyreduce convert-dcp
 	$(BIN)/keyreduce benchmark --mixer
 	$(BIN)/keyreduce eval

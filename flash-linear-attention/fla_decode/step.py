@@ -32,7 +32,13 @@ class Tiling(NamedTuple):
 # By layout and key channels, the best of the search in decode_benchmark.py on an H100, with V = 128.
 TILINGS = {
     False: {32: Tiling(128, 2), 64: Tiling(64, 2), 96: Tiling(32, 2), 128: Tiling(64, 4), 256: Tiling(32, 8)},
-    True: {32: Tiling(128, 2), 64: Tiling(32, 1), 96: Tiling(16, 4), 128: Tiling(32, 8, "", ""), 256: Tiling(16, 8)},
+    True: {
+        32: Tiling(128, 2),
+        64: Tiling(32, 1),
+        96: Tiling(16, 4, "evict_last", "", True),
+        128: Tiling(16, 8, "evict_last", "", True),
+        256: Tiling(16, 8),
+    },
 }
 # So few columns of a state, over all heads, want small tiles, to reach every multiprocessor.
 FEW_COLUMNS = 1 << 16

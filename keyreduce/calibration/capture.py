@@ -31,6 +31,7 @@ def collect(
     progress: Callable[[int], None] | None = None,
     *,
     gradients: bool = False,
+    add: Callable[[torch.Tensor], object] = lambda sums: None,
 ) -> tuple[dict[int, LayerStatistics], int]:
     """Run batches of tokens through a model and sum what its mixers see.
 
@@ -39,7 +40,9 @@ def collect(
         batches: LongTensors ``[B, T]`` without padding.
         progress: called after each batch with its number of tokens.
         gradients: also sum what the loss says (:class:`keyreduce.calibration.statistics.TaylorSums`), from the same
-            forward passes, a row at a time.
+            forward passes.
+        add: puts into a tensor what it comes to over all processes, where several share the batches out; used for what
+            gradients give, which is no sum over rows.
 
     Returns:
         Layer number -> sums, and the number of tokens.
@@ -57,9 +60,9 @@ def collect(
         run = forward
         if gradients:
             for layer, sizes in loaded.family.layer_sizes(model.config.to_dict()).items():
-                layers[layer].taylor = TaylorSums.zeros(sizes, model.device)
+                layers[layer].taylor = TaylorSums.zeros(sizes, layers[layer].input_square_D.device)
             taylor = {layer: statistics.taylor for layer, statistics in layers.items()}
-            run = stack.enter_context(differentiating(model, loaded.family, taylor))
+            run = stack.enter_context(differentiating(model, loaded.family, taylor, loaded.folder, add))
         for tokens_BT in batches:
             run(tokens_BT.to(model.device))
             tokens += tokens_BT.numel()
@@ -74,8 +77,8 @@ def watching(
 ) -> Iterator[dict[int, LayerStatistics]]:
     """While the block runs, every forward pass of ``model`` adds to the sums that are yielded, layer by layer.
 
-    Passes that build a graph for gradients may be watched too: the sums are no part of it. ``output_energy_W`` is
-    there once the block has ended; for it weights that wait on the disk are read from ``folder``, the checkpoint.
+    What builds a graph for gradients adds nothing: it repeats a pass that did. ``output_energy_W`` is there once the
+    block has ended; for it weights that wait on the disk are read from ``folder``, the checkpoint.
     """
     config = model.config.to_dict()
     hidden = round(family.hidden.read(config))
@@ -89,20 +92,23 @@ def watching(
 
     def before_mixer(statistics: LayerStatistics):
         def hook(mixer, args, kwargs):
-            running[:] = [statistics]
-            statistics.add_input(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+            running[:] = [] if torch.is_grad_enabled() else [statistics]
+            if running:
+                statistics.add_input(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
         return hook
 
     def before_output(statistics: LayerStatistics):
         def hook(projection, args):
-            statistics.add_output(args[0])
+            if running:
+                statistics.add_output(args[0])
 
         return hook
 
     def watched(operator):
         def call(*args, **kwargs):
-            running[0].add_operands(*operands(args, kwargs))
+            if running:
+                running[0].add_operands(*operands(args, kwargs))
             return operator(*args, **kwargs)
 
         return call
@@ -122,7 +128,5 @@ def watching(
                 setattr(module, name, watched(original))
         yield layers
         for layer, statistics in layers.items():
-            weight = model.get_parameter(output_names[layer])
-            if weight.is_meta and folder is not None:
-                weight = read_parameter(model, output_names[layer], folder)
+            weight = read_parameter(model, output_names[layer], folder)
             statistics.weigh_output(weight.to(statistics.output_gram_WVV.device))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from keyreduce.calibration.capture import collect
-from keyreduce.calibration.shared import Group, add_up
+from keyreduce.calibration.shared import Group, add_up, adding
 from keyreduce.calibration.statistics import Statistics
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.data.batches import batches, token_rows
@@ -84,7 +84,7 @@ def calibrate(
         text: documents to draw rows from.
         settings: how many, how long.
         device, dtype: where and in what to run the model; sums are float64 either way.
-        gradients: also sum what the loss says of each channel (``TaylorSums``), from a backward pass for each row.
+        gradients: also sum what the loss says of each channel (``TaylorSums``), from a backward pass for each batch.
         offload: where layers wait for their turn on the device: "disk", "cpu", or with "auto" wherever there is room.
         processes: of torchrun, which share the batches out; each returns the sums over all of them.
         progress: called after each batch with its number of tokens.
@@ -96,11 +96,6 @@ def calibrate(
     """
     settings.check(gradients=gradients)
     refuse_quantized(source)
-    if offload and gradients:
-        raise KeyreduceError("--gradients need the whole model on the device: leave out --offload")
-    if gradients and processes is not None and processes.number > 1:
-        # Weight by weight, a gradient of all rows is needed before it becomes a sum.
-        raise KeyreduceError("--gradients run in one process: start keyreduce without torchrun")
     with offloading(source.config, device, offload) as placement:
         loaded = load_model(source.path, device, dtype, gradients=gradients, placement=placement)
         layers, tokens = _collect(loaded, text, settings, gradients, processes, progress, note)
@@ -118,7 +113,9 @@ def _collect(loaded: LoadedModel, text: TextSource, settings: Settings, gradient
         note(f"the text is shorter than one sequence: {len(first_row)} tokens instead of {settings.seq_len}")
     taken = batches(itertools.chain([first_row], rows), settings.batch_size, settings.num_batches)
     if processes is not None and processes.number > 1:
-        layers, tokens = add_up(*collect(loaded, processes.own(taken), progress))
+        with adding() as add:
+            found = collect(loaded, processes.own(taken), progress, gradients=gradients, add=add)
+            layers, tokens = add_up(*found, add)
     else:
         layers, tokens = collect(loaded, taken, progress, gradients=gradients)
     if tokens < settings.tokens and len(first_row) == settings.seq_len:

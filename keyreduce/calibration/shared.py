@@ -1,13 +1,14 @@
 """Sums over text that the processes of ``torchrun`` share out: each takes every n-th batch, and at the end they add."""
 
+import contextlib
 import datetime
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from keyreduce.calibration.statistics import LayerStatistics
+from keyreduce.calibration.statistics import TAYLOR, LayerStatistics
 
 T = TypeVar("T")
 _LONGEST = datetime.timedelta(days=7)  # for which the first to finish waits for the last
@@ -23,21 +24,46 @@ class Group(Protocol):
         """Yield this process's share."""
 
 
-def add_up(layers: dict[int, LayerStatistics], tokens: int) -> tuple[dict[int, LayerStatistics], int]:
+@contextlib.contextmanager
+def adding() -> Iterator[Callable[[torch.Tensor], None]]:
+    """While the block runs, give a function that puts into a tensor what it comes to over all processes.
+
+    Every process calls it as often, for tensors of the same shapes; where one ends before that, torchrun ends the
+    others.
+    """
+
+    def add(tensor: torch.Tensor) -> None:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=_LONGEST)
+        total = tensor.cpu()
+        dist.all_reduce(total)
+        tensor.copy_(total)
+
+    try:
+        yield add
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def add_up(
+    layers: dict[int, LayerStatistics], tokens: int, add: Callable[[torch.Tensor], None]
+) -> tuple[dict[int, LayerStatistics], int]:
     """Return the sums and the number of tokens of all processes together, the same in each, on the CPU.
 
-    Every process calls it once; where one ends before that, torchrun ends the others.
+    What gradients gave is so already (:func:`keyreduce.calibration.taylor.differentiating`).
+
+    Args:
+        layers, tokens: of this process.
+        add: what :func:`adding` gives.
     """
-    dist.init_process_group("gloo", timeout=_LONGEST)
-    try:
-        count = torch.tensor(tokens, dtype=torch.int64)
-        dist.all_reduce(count)
-        added = {}
-        for layer in sorted(layers):
-            tensors = {name: tensor.clone() for name, tensor in sorted(layers[layer].tensors().items())}
-            for tensor in tensors.values():
-                dist.all_reduce(tensor)
-            added[layer] = LayerStatistics.of_tensors(tensors)
-        return added, int(count)
-    finally:
-        dist.destroy_process_group()
+    count = torch.tensor(tokens, dtype=torch.int64)
+    add(count)
+    added = {}
+    for layer in sorted(layers):
+        tensors = {name: tensor.clone() for name, tensor in sorted(layers[layer].tensors().items())}
+        for name, tensor in tensors.items():
+            if not name.startswith(TAYLOR):
+                add(tensor)
+        added[layer] = LayerStatistics.of_tensors(tensors)
+    return added, int(count)

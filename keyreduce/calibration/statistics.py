@@ -118,9 +118,13 @@ class LayerStatistics:
 
     @torch.no_grad()
     def add_operands(self, query_BTHK: torch.Tensor, key_BTHK: torch.Tensor, value_BTWV: torch.Tensor) -> None:
-        """Add what one batch gives to the delta-rule operator."""
+        """Add what one batch gives to the delta-rule operator.
+
+        Queries and keys may also come once for each value head, as from transformers before 5.20.
+        """
         for kind, operand_BTHK in (("query", query_BTHK), ("key", key_BTHK)):
-            raw_HTK = _by_head(operand_BTHK)
+            times = operand_BTHK.shape[2] // len(self.query_sum_HK)
+            raw_HTK = _by_head(operand_BTHK[:, :, ::times])
             unit_HTK = raw_HTK * torch.rsqrt(raw_HTK.square().sum(dim=-1, keepdim=True) + _UNIT_EPS)
             for prefix, rows_HTK in ((kind, raw_HTK), (f"unit_{kind}", unit_HTK)):
                 getattr(self, f"{prefix}_sum_HK").add_(rows_HTK.sum(dim=1))

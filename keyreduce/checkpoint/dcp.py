@@ -9,7 +9,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from keyreduce.checkpoint.rewrite import EditedTensors, config_with_dtype
 from keyreduce.checkpoint.shard_writer import copy_range, write_all, writing
 from keyreduce.checkpoint.shards import ByteRange, TensorSpec, torch_layout
 from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.checkpoint.tied import tied_output
 from keyreduce.checkpoint.writing import write_folder_files
 from keyreduce.errors import KeyreduceError
 
@@ -36,6 +37,8 @@ def write_dcp(
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write a checkpoint as a DCP, config.json and what else belongs to the model beside it.
+
+    An output layer that is the embeddings is there by its own name too, at no cost: both names lead to the same bytes.
 
     Args:
         source: the checkpoint to read; memory stays at about one of its tensors.
@@ -51,12 +54,14 @@ def write_dcp(
     """
     edited = EditedTensors(source, {}, dtype)
     # DCP plans from dtypes and shapes alone: the numbers are read when it is their turn.
-    described = {name: torch.empty(**torch_layout(spec), device="meta") for name, spec in edited.tensors.items()}
+    tied = tied_output(source.config, source.tensors)
+    specs = {name: edited.tensors[embedding] for name, embedding in tied.items()} | edited.tensors
+    described = {name: torch.empty(**torch_layout(spec), device="meta") for name, spec in specs.items()}
     write_folder_files(target, config_with_dtype(source.config, dtype), source.sidecars)
     with _without_checksums(), in_one_process(f"cannot write {target}"):
         dcp.save(
             {"model": described} if nested else described,
-            storage_writer=_StreamingWriter(target, edited, nested, progress),
+            storage_writer=_StreamingWriter(target, specs, edited, nested, progress),
             no_dist=True,
         )
     source.refuse_changed()
@@ -68,22 +73,30 @@ class _StreamingWriter(dcp.FileSystemWriter):
     As ``cp`` does, it leaves to the system when the disk gets what was written.
     """
 
-    def __init__(self, target: Path, edited: EditedTensors, nested: bool, progress: Callable[[int], None] | None):
+    def __init__(
+        self,
+        target: Path,
+        specs: Mapping[str, TensorSpec],
+        edited: EditedTensors,
+        nested: bool,
+        progress: Callable[[int], None] | None,
+    ):
         super().__init__(target, sync_files=False)
-        self.edited, self.nested, self.progress = edited, nested, progress
+        self.specs, self.edited, self.nested, self.progress = specs, edited, nested, progress
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
-        name, results = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}", []
+        name, results, places = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}", [], {}
         path = self.path / name
         with writing(path), open(path, "wb", buffering=0) as file:
             for item in plan.items:
                 begin, key = file.tell(), item.index.fqn
-                spec = self.edited.tensors[key.removeprefix("model.") if self.nested else key]
-                _save(self.edited.fetch(spec.name), spec, file)
-                length = file.tell() - begin
-                results.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
-                if self.progress is not None:
-                    self.progress(spec.nbytes)
+                spec = self.specs[key.removeprefix("model.") if self.nested else key]
+                if spec.name not in places:
+                    _save(self.edited.fetch(spec.name), spec, file)
+                    places[spec.name] = _StorageInfo(name, begin, file.tell() - begin)
+                    if self.progress is not None:
+                        self.progress(spec.nbytes)
+                results.append(WriteResult(item.index, places[spec.name].length, places[spec.name]))
         written = Future()
         written.set_result(results)
         return written

@@ -15,12 +15,17 @@ from keyreduce.checkpoint.dcp_metadata import RestrictedReader, SavedTensor, fin
 from keyreduce.checkpoint.folder import CONFIG_NAME, find_sidecars
 from keyreduce.checkpoint.shards import ByteRange, make_spec
 from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.checkpoint.tied import tied_output
 from keyreduce.errors import KeyreduceError
 from keyreduce.workspace import read_json
+
+_COMPARED_BYTES = 2**24
 
 
 class DcpCheckpoint(Checkpoint):
     """The model of an open DCP folder; see :class:`Checkpoint`. Optimizer and training state are not looked at.
+
+    An output layer that is the embeddings is left out, as in a Hugging Face folder.
 
     Attributes:
         layout: ``nested`` where the model was saved under the key ``model``, ``flat`` where its tensors have their own
@@ -34,7 +39,8 @@ class DcpCheckpoint(Checkpoint):
         layout: which one to take where a DCP holds both; by default nested.
 
     Raises:
-        KeyreduceError: the DCP is damaged, incomplete or holds no model of that layout.
+        KeyreduceError: the DCP is damaged, incomplete or holds no model of that layout, or its output layer is not the
+            embeddings though the config says so.
     """
 
     shards = None
@@ -49,6 +55,15 @@ class DcpCheckpoint(Checkpoint):
         self.tensors = {name: make_spec(name, saved.dtype, saved.shape) for name, saved in self._saved.items()}
         super().__init__(path / file for file in find_files(path, self._reader.metadata, self._saved.values()))
         self._ranges: dict[str, tuple[ByteRange, ...] | None] = {}
+        for output, embeddings in tied_output(config, self.tensors).items():
+            if output not in self.tensors:
+                continue
+            if not self._are_same(output, embeddings):
+                raise KeyreduceError(
+                    f"{path} holds a {output!r} that is not {embeddings!r}, though its config ties the two "
+                    "(tie_word_embeddings); give the config of the model that was trained, with --config"
+                )
+            del self.tensors[output], self._saved[output]
 
     @property
     def sidecars(self) -> tuple[Path, ...]:
@@ -93,6 +108,17 @@ class DcpCheckpoint(Checkpoint):
                 f"{self.path} holds {usual} where its config says {declared}: {', '.join(names[:10])}{more}; "
                 f"choose with --dtype {usual} or --dtype {declared}"
             )
+
+    def _are_same(self, one: str, other: str) -> bool:
+        if self.tensors[one][1:] != self.tensors[other][1:]:
+            return False
+        ranges = self.ranges(one), self.ranges(other)
+        if None in ranges:
+            return self.read(one).equal(self.read(other))
+        # Where write_dcp made it, both names lead to the same bytes. Others are compared piece by piece.
+        begins = range(0, 0 if ranges[0] == ranges[1] else self.tensors[one].nbytes, _COMPARED_BYTES)
+        pieces = ((begin, begin + _COMPARED_BYTES) for begin in begins)
+        return all(self._read_bytes(one, *piece) == self._read_bytes(other, *piece) for piece in pieces)
 
     def _find(self, name: str) -> SavedTensor:
         if name not in self._saved:

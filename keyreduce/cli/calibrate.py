@@ -25,7 +25,7 @@ def calibrate(
     seq_len: options.SeqLen = 512,
     gradients: Annotated[
         bool,
-        typer.Option("--gradients", help="Add what prune --method taylor needs; two to three times slower."),
+        typer.Option("--gradients", help="Add what prune --method taylor needs; about three times slower."),
     ] = False,
     offload: Annotated[
         str | None,

@@ -18,7 +18,7 @@ def convert_dcp(
             metavar="SRC",
             envvar="COMPRESSED_MODEL",
             help="Hugging Face folder, or DCP folder (or its parent, of which the latest step is taken).",
-            show_default="what prune wrote into --work",
+            show_default="what prune or recover wrote into --work",
         ),
     ] = None,
     destination: Annotated[
@@ -55,6 +55,7 @@ def convert_dcp(
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.checkpoint.writing import parse_size
     from keyreduce.cli.console import Console
+    from keyreduce.cli.pair import latest
     from keyreduce.devices import dtype_named
     from keyreduce.errors import KeyreduceError
     from keyreduce.pruning.prune import read_record
@@ -67,9 +68,9 @@ def convert_dcp(
         "dtype": dtype and dtype_named(dtype),
         "max_shard_size": max_shard_size and parse_size(max_shard_size),
     }
-    if source is None and not workspace.pruned.is_dir():
-        raise KeyreduceError(f"there is no pruned model at {workspace.pruned}; run keyreduce prune, or name a SRC")
-    path = workspace.pruned if source is None else Path(source)
+    path = latest(workspace) if source is None else Path(source)
+    if source is None and not path.is_dir():
+        raise KeyreduceError(f"there is no pruned model at {path}; run keyreduce prune, or name a SRC")
     dcp = find_dcp(path) if os.path.isdir(path) else None
     if dcp is None:
         checkpoint = open_folder(find_model(str(path)))
@@ -136,7 +137,9 @@ def _convert(console, source, target, *, to_dcp, layout, dtype, max_shard_size, 
         write_json(folder / RECORD_NAME, record, overwrite=True)
     kind = f"a distributed checkpoint, {layout}," if to_dcp else "a Hugging Face folder"
     left_out = 0 if to_dcp else source.left_out
-    console.say(f"wrote {target}: {kind} of {len(source.tensors)} tensors, {megabytes(source.nbytes)}")
+    console.say(
+        f"wrote {target}: {kind} of {len(source.tensors)} tensors, {megabytes(source.nbytes)}, from {source.path}"
+    )
     if left_out:
         console.say(f"left out: {left_out} entries of optimizer and training state")
     console.result({"converted": str(target), "made": True, "bytes": source.nbytes, "layout": layout})

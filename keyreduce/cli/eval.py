@@ -120,7 +120,8 @@ def evaluate(
         source = text_source(text or (), dataset, dataset_config, split, default="heldout")
         on = pick_device(processes.device(device))
         found = {"text": source.describe(), "recall": asked and asked.describe(), "models": []}
-        for label, loaded in load_pair(console, model, compressed, workspace, on, pick_dtype(dtype, on)).items():
+        models = load_pair(console, model, compressed, workspace, on, pick_dtype(dtype, on), each=True)
+        for label, loaded in models.items():
             tokens = (num_rows or 0) * seq_len // processes.number or None
             with console.progress(f"measuring {label}", tokens, "tokens") as progress:
                 rows = text_costs(

@@ -90,6 +90,6 @@ Compressed = Annotated[
         envvar="COMPRESSED_MODEL",
         metavar="PATH",
         help="The pruned model to compare with --model.",
-        show_default="what prune wrote into --work",
+        show_default="what prune or recover wrote into --work",
     ),
 ]

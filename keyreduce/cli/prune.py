@@ -24,7 +24,7 @@ def prune(
     work: options.Work = options.DEFAULT_WORK,
     method: Annotated[
         str, typer.Option(envvar="PRUNING_STRATEGY", metavar="NAME", help=_METHOD_HELP)
-    ] = "wanda",
+    ] = "auto",
     target: Annotated[
         str,
         typer.Option(

@@ -65,8 +65,9 @@ def rank(
     device = pick_device(device)
     models = load_pair(console, model, compressed, workspace, device, pick_dtype(dtype, device))
     sizes = {label: loaded.family.layer_sizes(loaded.model.config.to_dict()) for label, loaded in models.items()}
-    kept = kept_channels(read_record(models["pruned"].folder)) if "pruned" in models else {}
-    if kept and not is_cut_of(kept, sizes["dense"], sizes["pruned"]):
+    cut = list(models)[-1]  # or the dense one, which lacks nothing
+    kept = kept_channels(read_record(models[cut].folder)) if cut != "dense" else {}
+    if kept and not is_cut_of(kept, sizes["dense"], sizes[cut]):
         console.note("the pruned model was not made from this dense one: its heads are counted, its channels not drawn")
         kept = {}
     num_rows = num_batches * batch_size or None
@@ -75,7 +76,7 @@ def rank(
         rows = islice(token_rows(source.documents(), loaded.tokenizer, seq_len), num_rows)
         with console.progress(f"measuring {label}", (num_rows or 0) * seq_len or None, "tokens") as progress:
             found = measure_rank(loaded, batches(rows, batch_size), every, progress)
-        heads = {layer: one.value_heads for layer, one in kept.items()} if label == "pruned" else {}
+        heads = {layer: one.value_heads for layer, one in kept.items()} if label == cut else {}
         report["positions"] = list(found.positions)
         report["models"].append(
             {

@@ -220,8 +220,9 @@ def write_recovered(
     from keyreduce.cli.console import command_line
     from keyreduce.errors import KeyreduceError
     from keyreduce.pruning.prune import read_record
+    from keyreduce.recovery.record import read_repairs
     from keyreduce.recovery.repair import check_pair, make_steps, repair
-    from keyreduce.recovery.writing import read_repairs, write_repaired
+    from keyreduce.recovery.writing import write_repaired
     from keyreduce.workspace import is_already_made, refuse_source, refuse_unwritable
 
     settings = Settings(*amount)

@@ -42,12 +42,13 @@ def write_trained(
     from keyreduce.cli.console import command_line
     from keyreduce.errors import KeyreduceError
     from keyreduce.pruning.prune import read_record
+    from keyreduce.recovery.record import read_repairs
     from keyreduce.recovery.repair import Repaired
     from keyreduce.recovery.training.checks import refuse_without_extra
     from keyreduce.recovery.training.picture import draw_losses
     from keyreduce.recovery.training.run import discard, train
     from keyreduce.recovery.training.settings import make_training
-    from keyreduce.recovery.writing import read_repairs, write_repaired
+    from keyreduce.recovery.writing import write_repaired
     from keyreduce.workspace import is_already_made, refuse_source, refuse_unwritable
 
     refuse_without_extra()

@@ -15,7 +15,7 @@ def verify(
             metavar="PATH",
             envvar="COMPRESSED_MODEL",
             help="Hugging Face folder, or DCP folder.",
-            show_default="what prune wrote into --work",
+            show_default="what prune or recover wrote into --work",
         ),
     ] = None,
     work: options.Work = options.DEFAULT_WORK,
@@ -32,17 +32,18 @@ def verify(
     from keyreduce.checkpoint.memory import freed_tensors_returned
     from keyreduce.checkpoint.verify import SUMS_NAME, check_finite, compare_sums, hash_files, read_sums
     from keyreduce.cli.console import Console, megabytes
+    from keyreduce.cli.pair import latest
     from keyreduce.errors import KeyreduceError
     from keyreduce.models.rehearsal import check_loading
     from keyreduce.models.skeleton import Skeleton, UnknownArchitecture
     from keyreduce.pruning.prune import read_record
     from keyreduce.workspace import Workspace, appearing
 
-    console, pruned = Console(as_json=json), Workspace(work).pruned
-    if path is None and not pruned.is_dir():
-        raise KeyreduceError(f"there is no pruned model at {pruned}; run keyreduce prune, or name a PATH")
+    console, found = Console(as_json=json), path or str(latest(Workspace(work)))
+    if path is None and not os.path.isdir(found):
+        raise KeyreduceError(f"there is no pruned model at {found}; run keyreduce prune, or name a PATH")
     with Skeleton() as skeleton, freed_tensors_returned():
-        source = open_model(path or str(pruned), config=config)
+        source = open_model(found, config=config)
         recorded = read_record(source.path).get("identity")
         if recorded not in (None, source.identity):
             raise KeyreduceError(f"{source.path} is not what its record describes: it was changed since, or damaged")

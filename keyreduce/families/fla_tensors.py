@@ -2,10 +2,7 @@
 
 from keyreduce.families.axes import Part
 
-JOINED_CONVOLUTIONS = {
-    f"{which}_conv1d.weight": ("conv1d.weight", part)
-    for which, part in (("q", Part.QUERY), ("k", Part.KEY), ("v", Part.VALUE))
-}
+JOINED_CONVOLUTIONS = {f"{which}_conv1d.weight": "conv1d.weight" for which in "qkv"}
 """Separate in files, one tensor in models of transformers."""
 
 FLA_TENSORS = {

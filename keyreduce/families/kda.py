@@ -61,7 +61,7 @@ KIMI_LINEAR = Family(
     layers=LayerTypes(first=4, listed=_SECTION),
     shipped_by="transformers",
     inside=JOINED_CONVOLUTIONS
-    | {name: (f"forget_gate.{name}", None) for name in ("f_a_proj.weight", "f_b_proj.weight", "A_log", "dt_bias")},
+    | {name: f"forget_gate.{name}" for name in ("f_a_proj.weight", "f_b_proj.weight", "A_log", "dt_bias")},
     tied=(
         "a kimi_linear config says one size for the key and the value channels of a head: "
         "cut both alike, with --target key,value and one --keep"

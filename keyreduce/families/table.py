@@ -61,8 +61,8 @@ class Family:
         layers: how the config says which layers have a mixer.
         shipped_by: what package has the model's class; serving engines know none of keyreduce's own.
         elsewhere: other paths of a mixer in checkpoints, as in those of a larger model of which this is a part.
-        inside: name below the mixer in files -> its name in the model and, where that tensor joins several, the part
-            of its first axis that it is; only for those whose name in the model is another one.
+        inside: name below the mixer in files -> its name in the model, only for those that have another one there.
+            Those of one name are joined there, in this order, along the first axis.
         fixed: a size -> why it cannot change, where one cannot.
         tied: where a head has always as many key as value channels, why, and what to ask for.
     """
@@ -80,7 +80,7 @@ class Family:
     layers: SoftmaxList | LayerTypes = SoftmaxList()
     shipped_by: str = "fla"
     elsewhere: tuple[str, ...] = ()
-    inside: Mapping[str, tuple[str, Part | None]] = field(default_factory=dict)
+    inside: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, str] = field(default_factory=dict)
     tied: str | None = None
 
@@ -167,6 +167,27 @@ class Family:
     def tensor_name(self, layer: int, name: str) -> str:
         """Return the full name of a mixer's tensor."""
         return f"{self.mixer.format(layer=layer)}.{name}"
+
+    def joined_with(self, name: str) -> list[str]:
+        """Return the names below the mixer of the pieces that the model joins, if ``name`` is one of them."""
+        pieces = [other for other, inner in self.inside.items() if inner == self.inside.get(name)]
+        return pieces if len(pieces) > 1 else []
+
+    def divided(
+        self, layer: int, name: str, shapes: Mapping[str, tuple[int, ...]], lengths: Mapping[Part, int]
+    ) -> tuple[list[int], list[int]]:
+        """Return how long the pieces of a joined tensor are in a checkpoint, and how long they should be.
+
+        transformers, which puts them together when it loads, cuts them into equal ones when it saves.
+
+        Args:
+            layer, name: which tensor; see :meth:`joined_with` for the order of the pieces.
+            shapes: tensor name -> shape, of the whole checkpoint; a piece that is missing has no length.
+            lengths: how many entries each part has.
+        """
+        pieces = self.joined_with(name)
+        found = [shapes.get(self.tensor_name(layer, piece), (0,))[0] for piece in pieces]
+        return found, [lengths[self.tensors[piece][0]] for piece in pieces]
 
     def state_bytes(self, config: Mapping) -> int:
         """Return the bytes of recurrent state that one sequence holds in all layers, in float32."""

@@ -5,10 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from keyreduce.checkpoint.source import Checkpoint
-from keyreduce.families import Joined, Part, family_of
-from keyreduce.families.layout import place_of
-
-_JOINED = Joined((Part.QUERY, Part.KEY, Part.VALUE))
+from keyreduce.families import family_of
 
 
 @torch.no_grad()
@@ -21,6 +18,7 @@ def mixer_tensors(model: torch.nn.Module, source: Checkpoint) -> Iterator[tuple[
     """
     config = model.config.to_dict()
     ours, theirs = family_of(config), family_of(source.config, source.tensors)
+    shapes = {name: spec.shape for name, spec in source.tensors.items()}
     for layer, sizes in ours.layer_sizes(config).items():
         mixer = model.get_submodule(ours.mixer.format(layer=layer))
         found = dict(mixer.named_parameters())
@@ -28,6 +26,8 @@ def mixer_tensors(model: torch.nn.Module, source: Checkpoint) -> Iterator[tuple[
             name = theirs.tensor_name(layer, short_name)
             if name not in source.tensors:
                 continue
-            inner, part = theirs.inside.get(short_name, (short_name, None))
-            tensor = found[inner]
-            yield name, tensor if part is None else tensor[place_of(_JOINED, part, sizes.lengths, sizes.key_heads)]
+            tensor, pieces = found[theirs.inside.get(short_name, short_name)], theirs.joined_with(short_name)
+            if pieces:
+                lengths, _ = theirs.divided(layer, short_name, shapes, sizes.lengths)
+                tensor = tensor.split(lengths)[pieces.index(short_name)]
+            yield name, tensor

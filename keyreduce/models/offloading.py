@@ -62,13 +62,13 @@ def device_of(module: torch.nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def read_parameter(model: torch.nn.Module, name: str, folder: Path) -> torch.Tensor:
+def read_parameter(model: torch.nn.Module, name: str, folder: Path | None) -> torch.Tensor:
     """Return a parameter of a model, from its checkpoint where it waits on the disk.
 
     Args:
         model: the model.
         name: the parameter's name in the model: of a mixer, with the name that it has in the checkpoint too.
-        folder: the checkpoint.
+        folder: the checkpoint; None for a model that is there as a whole.
     """
     parameter = model.get_parameter(name)
     if not parameter.is_meta:

@@ -3,6 +3,7 @@
 Shapes: H key heads, W value heads, K key channels, V value channels, R kept, N length of an axis.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from functools import partial
 import torch
 
 from keyreduce.checkpoint.rewrite import Edit
-from keyreduce.families import Family, Part
+from keyreduce.families import Family, MixerSizes, Part
 from keyreduce.families.axes import parts_of
 from keyreduce.families.layout import kept_places, places
 from keyreduce.pruning.plan import LayerCut
@@ -105,6 +106,28 @@ class Fill:
 
 
 @dataclass(frozen=True)
+class Divide:
+    """Be another piece of a tensor that is in pieces: some of the rows of all of them, one after another.
+
+    Attributes:
+        pieces: give the pieces in order.
+        begin, end: the rows.
+    """
+
+    pieces: tuple[Callable[[], torch.Tensor], ...]
+    begin: int
+    end: int
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape with these rows."""
+        return (self.end - self.begin, *shape[1:])
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a new tensor of these rows."""
+        return torch.cat([piece() for piece in self.pieces])[self.begin : self.end]
+
+
+@dataclass(frozen=True)
 class Narrow:
     """Narrow a bottleneck ``outer @ inner`` to the best product of a lower rank.
 
@@ -179,9 +202,10 @@ def layer_edits(
         name = family.tensor_name(layer, short_name)
         if name not in shapes:
             continue
-        changes: list[Edit] = []
+        changes: list[Edit] = _divided_anew(family, layer, short_name, cut.before, shapes, read)
+        shape = changes[0].shape(shapes[name]) if changes else shapes[name]
         for axis, part in enumerate(axes):
-            parts, length = parts_of(part), shapes[name][axis]
+            parts, length = parts_of(part), shape[axis]
             if part is Part.VALUE and axis > 0 and norm is not None:
                 weight_V = read(norm).double() * (cut.before.head_v_dim / cut.after.head_v_dim) ** 0.5
                 changes.append(Scale(axis, weight_V.repeat(cut.before.value_heads)))
@@ -213,6 +237,24 @@ def layer_edits(
         if changes:
             edits[name] = changes
     return edits
+
+
+def _divided_anew(
+    family: Family,
+    layer: int,
+    name: str,
+    sizes: MixerSizes,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], torch.Tensor],
+) -> list[Edit]:
+    """What gives a piece of a joined tensor its own rows, where they are divided otherwise."""
+    found, wanted = family.divided(layer, name, shapes, sizes.lengths)
+    if found == wanted:
+        return []
+    pieces = family.joined_with(name)
+    ends, place = list(itertools.accumulate(wanted)), pieces.index(name)
+    readers = tuple(partial(read, family.tensor_name(layer, piece)) for piece in pieces)
+    return [Divide(readers, ends[place] - wanted[place], ends[place])]
 
 
 def _kept_entries(cut: LayerCut) -> dict[Part, torch.Tensor]:

@@ -221,6 +221,7 @@ def _check_statistics(source: Checkpoint, method: Method, statistics: Statistics
 
 def _check_shapes(source: Checkpoint, family: Family, layers: list[int]) -> None:
     """Refuse a checkpoint whose mixers have not the shapes that its config says."""
+    shapes = {name: spec.shape for name, spec in source.tensors.items()}
     for layer in layers:
         sizes = family.axis_sizes(source.config, layer)
         if not any(family.tensor_name(layer, short_name) in source.tensors for short_name in family.tensors):
@@ -233,16 +234,14 @@ def _check_shapes(source: Checkpoint, family: Family, layers: list[int]) -> None
             name = family.tensor_name(layer, short_name)
             if name not in source.tensors:
                 continue
-            shape = source.tensors[name].shape
+            shape = shapes[name]
             expected = tuple(
                 1 if axis is Part.HEAD_OR_ALL and size == 1 else length_of(axis, sizes) or size
                 for axis, size in zip(axes, shape, strict=False)
             )
-            if shape != expected and family.inside.get(short_name, (None, None))[1] is not None:
-                raise KeyreduceError(
-                    f"tensor {name!r} of {source.path} is {list(shape)}, where config.json makes it {list(expected)}: "
-                    "transformers joins q, k and v here, and cuts them elsewhere when it saves; divide the tensors anew"
-                )
+            found, wanted = family.divided(layer, short_name, shapes, sizes)
+            if sum(found) == sum(wanted):  # however they are divided
+                shape = (*expected[:1], *shape[1:]) if found else shape
             if len(shape) != len(axes) or shape != expected:
                 raise KeyreduceError(
                     f"tensor {name!r} of {source.path} is {list(shape)}, which is not what config.json says: "

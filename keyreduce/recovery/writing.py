@@ -9,8 +9,8 @@ import torch
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.rewrite import rewrite
 from keyreduce.checkpoint.source import Checkpoint
-from keyreduce.errors import KeyreduceError
 from keyreduce.recovery.modes import MODES
+from keyreduce.recovery.record import read_repairs
 from keyreduce.recovery.repair import Repaired
 from keyreduce.recovery.training.settings import TRAINING_MODES
 from keyreduce.workspace import RECORD_NAME, appearing, read_json, write_json
@@ -31,19 +31,6 @@ class Replace:
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the other numbers."""
         return self.tensor
-
-
-def read_repairs(folder: Path) -> list[dict]:
-    """Return what a checkpoint folder records of its repairs, oldest first.
-
-    Raises:
-        KeyreduceError: the record is damaged.
-    """
-    path = folder / RECORD_NAME
-    repairs = (read_json(path) if path.is_file() else {}).get("repairs", [])
-    if not isinstance(repairs, list) or not all(isinstance(one, dict) and "inputs" in one for one in repairs):
-        raise KeyreduceError(f"{path} is damaged: it does not say what was repaired; remove it, or prune again")
-    return repairs
 
 
 def write_repaired(

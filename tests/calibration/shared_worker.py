@@ -1,20 +1,25 @@
-"""What test_shared_sums.py lets torchrun start: each process has sums of its own, and writes down what all have."""
+"""What test_shared_sums.py lets torchrun start: each process calibrates on its share, and writes what all have."""
 
 import sys
 from pathlib import Path
 
+import fla_torch
+
+fla_torch.enable()
+
 import torch
 
-from keyreduce.calibration.shared import add_up
-from keyreduce.calibration.statistics import LayerStatistics
+from keyreduce.calibration.file import write_statistics
+from keyreduce.calibration.run import Settings, calibrate
+from keyreduce.checkpoint.folder import open_folder
+from keyreduce.data.text import text_source
 from keyreduce.evaluation.processes import Processes
-from keyreduce.families import MixerSizes
 
-rank = Processes.of_torchrun().rank
-layers = {layer: LayerStatistics.zeros(3, MixerSizes(1, 2, 2, 2), torch.device("cpu")) for layer in (4, 0)}
-for layer, statistics in layers.items():
-    for tensor in statistics.tensors().values():
-        tensor += 10**rank * (1 + layer)
-added, tokens = add_up(layers, 100 * (rank + 1))
-numbers = {layer: {tensor.unique().item() for tensor in sums.tensors().values()} for layer, sums in added.items()}
-(Path(sys.argv[1]) / str(rank)).write_text(f"{tokens} {numbers}")
+model, text, target = map(Path, sys.argv[1:4])
+processes = Processes.of_torchrun()
+statistics = calibrate(
+    open_folder(model), text_source((text,), None, None, None, default="calibration"),
+    Settings(num_batches=5, batch_size=2, seq_len=24), device=torch.device(processes.device(sys.argv[4])), dtype=torch.float32,
+    gradients=True, processes=processes,
+)  # fmt: skip
+write_statistics(statistics, target / str(processes.rank), overwrite=False)

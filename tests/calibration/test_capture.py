@@ -185,6 +185,19 @@ def test_memory_does_not_grow_with_the_number_of_batches():
     assert max(sizes) - max(sizes[:10]) < 10e6
 
 
+def test_queries_and_keys_may_come_once_for_each_value_head():
+    """As older versions of transformers give them to the operator."""
+    query, key, value = torch.randn(2, 5, 2, 3), torch.randn(2, 5, 2, 3), torch.randn(2, 5, 4, 3)
+    found = []
+    for times in (1, 2):
+        statistics = LayerStatistics.zeros(6, MixerSizes(2, 4, 3, 3), torch.device("cpu"))
+        statistics.add_operands(query.repeat_interleave(times, 2), key.repeat_interleave(times, 2), value)
+        found.append(statistics.tensors())
+    assert found[0]["query_gram_HKK"].any()
+    for name, tensor in found[0].items():
+        assert torch.equal(found[1][name], tensor), name
+
+
 def test_no_tokens_are_zero_sums_of_the_shapes_in_their_names():
     statistics = LayerStatistics.zeros(6, MixerSizes(2, 4, 3, 5), torch.device("cpu"))
     sizes = {"D": 6, "H": 2, "W": 4, "K": 3, "V": 5}

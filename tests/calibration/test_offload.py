@@ -29,17 +29,19 @@ def store(tmp_path, model_type):
     return open_folder(hybrid_models.store(hybrid_models.build(model_type), tmp_path / model_type))
 
 
+@pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_sums_are_the_same_bit_by_bit(tmp_path, text, model_type):
+def test_sums_are_the_same_bit_by_bit(tmp_path, text, model_type, gradients):
     source = store(tmp_path, model_type)
     whole, offloaded = (
-        calibrate(source, text, SETTINGS, device=CPU, dtype=torch.float32, offload=offload)
+        calibrate(source, text, SETTINGS, device=CPU, dtype=torch.float32, offload=offload, gradients=gradients)
         for offload in (None, "disk")
     )
     assert (whole.tokens, whole.inputs) == (offloaded.tokens, offloaded.inputs)
     assert whole.layers.keys() == offloaded.layers.keys()
     for layer, statistics in whole.layers.items():
         assert statistics.output_energy_W.all()
+        assert (statistics.taylor is not None) == gradients
         for name, tensor in statistics.tensors().items():
             assert torch.equal(offloaded.layers[layer].tensors()[name], tensor), name
 
@@ -75,7 +77,6 @@ def test_auto_leaves_what_has_room_where_it_is(tmp_path, text):
     [
         ({"offload": "tape"}, "--offload is 'tape'; take one of disk, cpu, auto"),
         ({"offload": "cpu"}, "--offload disk"),
-        ({"offload": "disk", "gradients": True}, "leave out --offload"),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, text, options, told):

@@ -46,7 +46,7 @@ def test_bare_commands_with_json(keyreduce):
     assert 1 < dense["perplexity_per_token"] < cut["perplexity_per_token"] < 2 * dense["perplexity_per_token"]
     assert json.loads((WORK / "eval.json").read_text()) == measured
 
-    for again in (CALIBRATE, ("prune", "--ratio", 0.25), ("convert-dcp",), ("convert-dcp", WORK / "dcp")):
+    for again in (CALIBRATE, ("prune", "--method", "wanda", "--ratio", 0.25), ("convert-dcp",), ("convert-dcp", WORK / "dcp")):
         result = keyreduce(*again, "--json")
         assert result.json()["made"] is False
         assert "is there already, from the same inputs" in result.err
@@ -59,7 +59,7 @@ def test_bare_commands_with_json(keyreduce):
 def test_bare_prune_calibrates_first_and_says_so(keyreduce, tiny_folder, monkeypatch, model_type):
     monkeypatch.setenv("BASE_MODEL_DIR", str(tiny_folder(model_type)))
     result = keyreduce("prune", "--json")
-    assert result.json()["method"] == "wanda"
+    assert result.json()["method"] == "auto"
     assert f"there are no calibration sums at {WORK / 'calibration.safetensors'}: calibrating first" in result.err
     assert f"calibrating {model_type} on cpu (float32)" in result.err
     assert "32,768 tokens, 2 layers" in result.err

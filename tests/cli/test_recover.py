@@ -45,6 +45,46 @@ def test_it_finds_what_prune_wrote(keyreduce, pruned, model_type):
     assert other.code == 2 and "differs in seed" in other.err
 
 
+def test_commands_after_it_take_the_repaired_model(keyreduce, pruned, tiny_folder):
+    pruned()
+    keyreduce("recover", *FEW)
+    converted = keyreduce("convert-dcp")
+    assert f"from {WORK / 'recovered'}" in converted.out
+    keyreduce("convert-dcp", WORK / "dcp", "back")
+    repaired = tensors_of(WORK / "recovered")
+    assert all(tensor.equal(repaired[name]) for name, tensor in tensors_of(Path("back")).items())
+    timed = keyreduce("benchmark", "--rounds", 2, "--seq-len", 64, "--json").json()["models"]
+    assert [(entry["label"], entry["folder"]) for entry in timed][1:] == [("recovered", str(WORK / "recovered"))]
+    looked_at = keyreduce("rank", "--num-batches", 1, "--batch-size", 1, "--seq-len", 64, "--json").json()["models"]
+    assert [entry["label"] for entry in looked_at] == ["dense", "recovered"]
+    assert keyreduce("verify", "--json").json()["verified"] == str(WORK / "recovered")
+    ask = ("eval", "--num-batches", 1, "--seq-len", 64, "--json")
+    models = keyreduce(*ask).json()["models"]
+    assert [entry["label"] for entry in models] == ["dense", "pruned", "recovered"]
+    assert len({entry["perplexity_per_token"] for entry in models}) == 3
+    alone = keyreduce(*ask, "--compressed", WORK / "recovered").json()["models"]
+    assert [entry["label"] for entry in alone] == ["dense", "pruned"]
+    assert alone[1]["perplexity_per_token"] == models[2]["perplexity_per_token"]
+
+    # Pruned otherwise, it is no longer a repair of what is there.
+    keyreduce("prune", "--model", tiny_folder("delta_net"), "--method", "l2", "--ratio", 0.25, "--overwrite")
+    assert [entry["label"] for entry in keyreduce(*ask).json()["models"]] == ["dense", "pruned"]
+    assert keyreduce("verify", "--json").json()["verified"] == str(WORK / "pruned")
+    # Of a model that was pruned elsewhere, the repair alone is there.
+    (WORK / "pruned").rename("elsewhere")
+    assert [entry["label"] for entry in keyreduce(*ask).json()["models"]] == ["dense", "recovered"]
+
+
+def test_a_damaged_record_of_a_repair_is_told(keyreduce, pruned):
+    pruned()
+    keyreduce("recover", *FEW)
+    record = json.loads((WORK / "recovered/keyreduce.json").read_text())
+    (WORK / "recovered/keyreduce.json").write_text(json.dumps(record | {"repairs": [{"inputs": 3}]}))
+    for command in ("eval", "convert-dcp", "verify"):
+        result = keyreduce(command)
+        assert result.code == 2 and "does not say what was repaired" in result.err
+
+
 def test_reconstruct_says_what_it_did(keyreduce, pruned):
     pruned()
     told = keyreduce("recover", "--mode", "reconstruct", "--steps", 2, "--lr", 1e-3, *FEW)

@@ -134,7 +134,7 @@ def test_hybrids_of_transformers(model_type):
     hook = model.model.register_forward_hook(lambda module, args, output: outputs.append(output.last_hidden_state))
     found = measure_rank(loaded(model), [tokens], 32)
     hook.remove()
-    torch.testing.assert_close(outputs[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs[0], expected, rtol=1e-3, atol=1e-3)
     seen = operands_of(model, tokens)
     assert sorted(found.utilisation) == [0, 2]
     for arguments, mean_PW in zip(seen, found.utilisation.values(), strict=True):

@@ -17,7 +17,7 @@ from keyreduce.checkpoint.folder import open_folder
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "flame/jobs").glob("*.toml"))
-# Of flame's config_manager.py: an option that it has not would be taken without a word, and do nothing.
+# Of flame's config_manager.py and train.py: an option that they have not would be taken without a word, and do nothing.
 OPTIONS = {
     "job": {"dump_folder", "description", "print_args"},
     "model": {"name", "config", "tokenizer_path"},
@@ -27,7 +27,7 @@ OPTIONS = {
         *("batch_size", "seq_len", "context_len", "varlen", "gradient_accumulation_steps", "steps", "max_norm"),
         *("skip_nan_inf", "dataset", "dataset_name", "dataset_split", "streaming", "num_workers", "seed", "compile"),
         *("data_parallel_replicate_degree", "data_parallel_shard_degree"),
-        *("mixed_precision_param", "mixed_precision_reduce"),
+        *("mixed_precision_param", "mixed_precision_reduce", "pin_memory", "persistent_workers"),
     },
     "checkpoint": {
         *("enable_checkpoint", "folder", "interval", "load_step", "model_weights_only", "export_dtype"),
@@ -49,6 +49,8 @@ def test_jobs_say_what_flame_knows_and_the_readme_tells(path):
     assert rows == 64
     assert rows * training["seq_len"] * training["steps"] == pytest.approx(TOKENS[path.stem], rel=0.06)
     assert training["context_len"] == training["seq_len"]
+    # train.py reads them, and config_manager.py gives them no default.
+    assert {"pin_memory", "persistent_workers"} <= training.keys()
     assert job["checkpoint"]["enable_checkpoint"] and job["checkpoint"]["load_step"] == -1
     assert training["steps"] % job["checkpoint"]["interval"] == 0
     assert f"`jobs/{path.name}`" in (ROOT / "flame/README.md").read_text()
@@ -65,10 +67,10 @@ def check_step0(folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
-@pytest.fixture
-def handed_over(tmp_path: Path) -> Path:
-    """The checkpoint folder of a job whose step-0 is a model of a layer."""
-    folder = save(build("delta_net_2", num_hidden_layers=1), tmp_path / "model")
+@pytest.fixture(params=[False, True], ids=["two tensors", "tied"])
+def handed_over(request, tmp_path: Path) -> Path:
+    """The checkpoint folder of a job whose step-0 is a model of a layer; the output layer may be the embeddings."""
+    folder = save(build("delta_net_2", num_hidden_layers=1, tie_word_embeddings=request.param), tmp_path / "model")
     step = tmp_path / "job/checkpoint/step-0"
     step.mkdir(parents=True)
     write_dcp(open_folder(folder), step)

@@ -252,7 +252,10 @@ def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
 
 
 def on_operand(layer_cut: LayerCut, what: str, operand: torch.Tensor) -> torch.Tensor:
-    """Return q, k or v, ``[B, T, G, C]``, with what is dropped at zero."""
+    """Return q, k or v, ``[B, T, G, C]``, with what is dropped at zero.
+
+    q and k may also come once for each value head, as from transformers before 5.20.
+    """
     mask_GC = torch.zeros(operand.shape[2:], dtype=operand.dtype)
     if what == "value":
         group = layer_cut.before.value_heads // layer_cut.before.key_heads
@@ -260,6 +263,10 @@ def on_operand(layer_cut: LayerCut, what: str, operand: torch.Tensor) -> torch.T
             for member in range(group):
                 mask_GC[head * group + member, layer_cut.value_WR[place * group + member]] = 1
         return operand * mask_GC
+    times = operand.shape[2] // layer_cut.before.key_heads
+    if times > 1:
+        one = on_operand(layer_cut, what, operand[:, :, ::times])
+        return one.repeat_interleave(times, dim=2)
     if layer_cut.projection_HKR is not None:
         projected = torch.zeros_like(operand)
         for place, head in enumerate(layer_cut.heads_H.tolist()):

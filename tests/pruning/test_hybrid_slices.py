@@ -161,7 +161,7 @@ def test_a_language_model_that_was_saved_alone_is_found_too(tmp_path, dense, mod
 def test_the_check_of_logits_passes_what_is_right(tmp_path, dense, model_type, keep):
     source = dense(model_type)
     plan = plan_of(source, keep)
-    assert check_logits(source, cut(source, plan, tmp_path / "cut"), plan, device=torch.device("cpu")) < 1e-4
+    assert check_logits(source, cut(source, plan, tmp_path / "cut"), plan, device=torch.device("cpu")) < TOLERANCE
 
 
 @pytest.mark.parametrize("heads", [2, 1])
@@ -172,7 +172,7 @@ def test_projections(tmp_path, dense, model_type, heads):
     if heads == 1:
         plan = dataclasses.replace(plan, layers={layer: one_head(each) for layer, each in plan.layers.items()})
     target = cut(source, plan, tmp_path / "cut")
-    assert check_logits(source, target, plan, device=torch.device("cpu")) < 1e-4
+    assert check_logits(source, target, plan, device=torch.device("cpu")) < TOLERANCE
 
 
 def one_head(layer_cut):
@@ -203,12 +203,30 @@ def test_the_check_of_logits_refuses_what_is_wrong(tmp_path, dense, fault):
         check_logits(source, target, plan, device=torch.device("cpu"))
 
 
-def test_convolutions_that_transformers_divided_otherwise_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("method", "keep"),
+    [("pca", {"key": 5}), *(("random", keep) for keep in ({"key": 5}, {"value": 4}, {"head": 1}, KEEP, {}))],
+    ids=str,
+)
+def test_convolutions_that_transformers_divided_otherwise_are_divided_anew(tmp_path, method, keep):
     """What it saves of olmo_hybrid itself are thirds, each with some rows of two of q, k and v."""
-    model = hybrid_models.build("olmo_hybrid")
-    source = open_folder(save(model, tmp_path / "saved"))
-    with pytest.raises(KeyreduceError, match=r"q_conv1d.weight' .* is \[19, 1, 4\], where .* \[16, 1, 4\].*anew"):
-        plan_of(source, {"key": 5})
+    model, found = hybrid_models.build("olmo_hybrid"), []
+    for write in (hybrid_models.store, save):
+        source = open_folder(write(model, tmp_path / write.__name__))
+        found.append(tensors_of(cut(source, plan_of(source, keep, method), tmp_path / f"{write.__name__}-cut")))
+    rows = [source.tensors[f"model.layers.0.linear_attn.{which}_conv1d.weight"].shape[0] for which in "qkv"]
+    assert rows == [19, 19, 18]
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        assert torch.equal(found[1][name], tensor), name
+
+
+def test_convolutions_that_are_no_division_of_what_the_config_says_are_refused(tmp_path):
+    folder = hybrid_models.store(hybrid_models.build("olmo_hybrid"), tmp_path / "saved")
+    name = "model.layers.0.linear_attn.q_conv1d.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name][1:].contiguous()}))
+    with pytest.raises(KeyreduceError, match=r"q_conv1d.weight' .* is \[15, 1, 4\], which is not what config.json"):
+        plan_of(open_folder(folder), {"key": 5})
 
 
 def test_every_family_of_transformers_is_tested():

@@ -194,6 +194,7 @@ def test_methods_say_what_they_read(name, target):
 def test_which_method_chooses_what():
     everything = set(TARGETS)
     assert {name: set(method.select) for name, method in METHODS.items()} == {
+        "auto": everything,
         "rrqr": {"key", "value"},
         "wanda": everything,
         "taylor": everything,
@@ -204,6 +205,13 @@ def test_which_method_chooses_what():
         "energy": everything,
         "random": everything,
     }
+
+
+@pytest.mark.parametrize(("target", "name"), [("key", "rrqr"), ("value", "energy"), ("head", "wanda")])
+def test_auto_chooses_as_the_method_that_it_names(target, name):
+    assert f"{name} for {target}s" in METHODS["auto"].summary
+    for seed in range(4):
+        assert select("auto", target, view(seed), 2).kept_GR.equal(select(name, target, view(seed), 2).kept_GR)
 
 
 # random

@@ -7,6 +7,7 @@ import difflib
 from importlib.metadata import EntryPoint, entry_points
 
 from keyreduce.errors import KeyreduceError, reason
+from keyreduce.pruning.methods.auto import AUTO
 from keyreduce.pruning.methods.energy import ENERGY
 from keyreduce.pruning.methods.magnitude import MAGNITUDE
 from keyreduce.pruning.methods.method import TARGETS, LayerView, Method, Selection, all_targets, highest, ranked
@@ -17,7 +18,7 @@ from keyreduce.pruning.methods.rrqr import RRQR
 from keyreduce.pruning.methods.taylor import TAYLOR
 from keyreduce.pruning.methods.wanda import WANDA
 
-METHODS = {method.name: method for method in (RRQR, WANDA, TAYLOR, PCA, L1, L2, MAGNITUDE, ENERGY, RANDOM)}
+METHODS = {method.name: method for method in (AUTO, RRQR, WANDA, TAYLOR, PCA, L1, L2, MAGNITUDE, ENERGY, RANDOM)}
 ENTRY_POINT_GROUP = "keyreduce.methods"
 
 __all__ = [

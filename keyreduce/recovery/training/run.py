@@ -106,10 +106,11 @@ def train(
         if teacher is not None:
             refuse_other_vocabulary(pruned, teacher)
         targets = check(pruned, teacher, settings, mode, training, arguments)
-        checkpoint = _last_checkpoint(folder, recipe, anew, is_first=arguments.process_index == 0)
         # FSDP takes weights of one dtype alone, and LoRA's additions are float32.
         loaded = _load(pruned, training, device, is_frozen=mode == LORA and not training.shard)
         rows = Rows(text, loaded.tokenizer, settings.seq_len, settings.seed)
+        # After what can refuse the inputs: from here on there is a folder.
+        checkpoint = _last_checkpoint(folder, recipe, anew, is_first=arguments.process_index == 0)
         model = add_lora(loaded.model, targets, training, settings.seed) if mode == LORA else loaded.model
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         trainer = RecoveryTrainer(

@@ -1,0 +1,111 @@
+"""What the studies of repair have in common: a model, the text that it is pruned and repaired by, and other text."""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from keyreduce.calibration.run import Settings, calibrate
+from keyreduce.calibration.statistics import Statistics
+from keyreduce.checkpoint.find import find_model
+from keyreduce.checkpoint.folder import open_folder
+from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.data.text import FileText
+from keyreduce.devices import pick_device
+from keyreduce.evaluation.perplexity import evaluate
+from keyreduce.models.loading import load_model
+from keyreduce.pruning.budget import Budget
+from keyreduce.pruning.methods import method_named
+from keyreduce.pruning.planning import make_plan
+from keyreduce.pruning.prune import write_pruned
+from keyreduce.recovery.overlap import refuse_overlap
+from keyreduce.recovery.repair import Repaired, make_steps, repair
+from keyreduce.recovery.writing import write_repaired
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, ratios: Sequence[str], repairs: Sequence[str]) -> None:
+    """Add the options that every study takes, with these ratios and repairs by default."""
+    parser.add_argument("--model")
+    parser.add_argument("--calibration", type=Path, nargs="+", required=True)
+    parser.add_argument("--heldout", type=Path, nargs="+", required=True)
+    parser.add_argument("--ratios", nargs="+", default=ratios)
+    parser.add_argument("--repairs", nargs="+", default=repairs)
+    parser.add_argument("--num-batches", type=int, default=64, help="of a repair")
+    parser.add_argument("--calibration-batches", type=int, help="of the choice of channels; by default as many")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--device")
+
+
+def parse_options(text: str, kinds: dict[str, type]) -> tuple[str, dict]:
+    """Return the name and the options of ``name`` or ``name:option=value,...``; ``kinds`` makes values of text."""
+    name, _, rest = text.partition(":")
+    given = dict(option.split("=") for option in rest.split(",") if option)
+    return name, {option: kinds[option](value) for option, value in given.items()}
+
+
+class Study:
+    """One dense model, and what is done to it and measured.
+
+    Args:
+        arguments: of :func:`add_arguments`.
+
+    Raises:
+        KeyreduceError: a model or text is not there, or a document is in both texts.
+    """
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.device = pick_device(arguments.device)
+        self.dense = open_folder(find_model(arguments.model))
+        self.text, self.heldout = FileText(arguments.calibration), FileText(arguments.heldout)
+        self._rows = (arguments.batch_size, arguments.seq_len)
+        self._repair_batches = arguments.num_batches
+        self._calibration_batches = arguments.calibration_batches or arguments.num_batches
+        refuse_overlap(self.text, self.heldout)
+
+    def settings(self, seed: int) -> Settings:
+        """Return how much text a repair takes, in the order of a seed."""
+        return Settings(self._repair_batches, *self._rows, seed)
+
+    def measure(self, folder: Path) -> float:
+        """Return the perplexity per token of the held-out text, all of it in rows of 1,024 tokens."""
+        loaded = load_model(folder, self.device, torch.float32, gradients=True)
+        return evaluate(loaded, self.heldout, seq_len=1024, batch_size=8, num_rows=None)[0].perplexity
+
+    def calibrate(self, seed: int) -> Statistics:
+        """Return the sums that methods choose by."""
+        # With gradients, fla's kernels leave the place to PyTorch's, which take float32 on any device.
+        gradients = self.device.type != "cpu"
+        settings = Settings(self._calibration_batches, *self._rows, seed)
+        return calibrate(
+            self.dense, self.text, settings, device=self.device, dtype=torch.float32, gradients=gradients
+        )
+
+    def prune(self, statistics: Statistics, method: str, ratio: str, seed: int, target: Path) -> Checkpoint:
+        """Write the model without a share of its key channels, and return it."""
+        chosen = method_named(method)
+        numbers = Budget.parse("key", ratio=ratio).numbers(self.dense.config, statistics, chosen, chosen.options)
+        inputs = {"method": method, "target": ["key"], "ratio": ratio}
+        plan = make_plan(self.dense, chosen, numbers, seed=seed, statistics=statistics, inputs=inputs)
+        write_pruned(self.dense, plan, target, dense=str(self.dense.path))
+        return open_folder(target)
+
+    def repair(self, pruned: Checkpoint, text: str, seed: int, target: Path) -> tuple[Repaired, float]:
+        """Write the pruned model repaired by a mode of `keyreduce recover`, with options; return how, and in how long.
+
+        Args:
+            pruned: what :meth:`prune` gave.
+            text: ``mode`` or ``mode:option=value,...``.
+            seed: of the order of the text.
+            target: the folder to make.
+        """
+        mode, options = parse_options(text, {"steps": int, "lr": float, "scope": str})
+        start = time.perf_counter()
+        steps = make_steps(mode, options)
+        repaired = repair(self.dense, pruned, self.text, self.settings(seed), steps=steps, device=self.device)
+        seconds = time.perf_counter() - start
+        write_repaired(pruned, repaired, target, inputs={"mode": mode}, seconds=seconds)
+        return repaired, seconds
