@@ -1,5 +1,6 @@
 """How many sequences a model can write at once, and how fast it is then: where a smaller state pays most."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from keyreduce.benchmarking.steps import model_steps
 from keyreduce.benchmarking.subjects import Subject, available_memory, is_out_of_memory
 from keyreduce.benchmarking.timing import interleave, peak_memory
+from keyreduce.benchmarking.tuning import tuned_once_for_any_batch
 
 # A launch grid has an end, too.
 _BEYOND_KERNELS = ("invalid argument", "invalid configuration")
@@ -26,8 +28,8 @@ class _Step(NamedTuple):
 def time_largest_batch(subjects: Sequence[Subject], *, start: int, at_most: int, rounds: int) -> list[dict]:
     """Find for each model the largest batch that runs, and time a step of it.
 
-    A batch of another size makes fla compile and tune some kernels anew, so few are tried: what a step holds in memory
-    says which should fit, and that one says it better. Where it does not run, an eighth less is tried, then halves.
+    A batch of another size makes fla compile some kernels anew, so few are tried: what a step holds in memory says
+    which should fit, and that one says it better. Where it does not run, an eighth less is tried, then halves.
     Launched by Python; at such batches the device is what is waited for. All models stay on the device meanwhile.
 
     Returns:
@@ -35,26 +37,29 @@ def time_largest_batch(subjects: Sequence[Subject], *, start: int, at_most: int,
         ``ended_by``, which is ``bound`` where that is ``at_most``, ``memory``, or ``kernel`` where a kernel takes no
         larger batch, and ``tokens_per_second`` (None for a batch of 0).
     """
-    entries = []
-    for subject in subjects:
-        fits, fails, step, ended_by = 0, None, None, "bound"
-        trial = min(start, at_most)
-        while trial > fits:
-            taken = _step(subject, trial, rounds)
-            if isinstance(taken, str):
-                ended_by = taken
-                trial, fails = _smaller(fits, trial, is_first=fails is None), trial
-            else:
-                fits, step = trial, taken
-                trial = _larger(fits, fails, step.room, at_most)
-                if fails is None and trial == fits < at_most:
-                    ended_by = "memory"
-            if fits == 0:
-                break
-        speed = None if step is None else fits / step.seconds
-        entry = {"label": subject.label, "head_k_dim": subject.sizes.head_k_dim, "batch_size": fits}
-        entries.append(entry | {"ended_by": ended_by, "tokens_per_second": speed})
-    return entries
+    on_gpu = subjects[0].model.device.type == "cuda"
+    with tuned_once_for_any_batch() if on_gpu else contextlib.nullcontext():
+        return [_largest_batch(subject, start, at_most, rounds) for subject in subjects]
+
+
+def _largest_batch(subject: Subject, start: int, at_most: int, rounds: int) -> dict:
+    fits, fails, step, ended_by = 0, None, None, "bound"
+    trial = min(start, at_most)
+    while trial > fits:
+        taken = _step(subject, trial, rounds)
+        if isinstance(taken, str):
+            ended_by = taken
+            trial, fails = _smaller(fits, trial, is_first=fails is None), trial
+        else:
+            fits, step = trial, taken
+            trial = _larger(fits, fails, step.room, at_most)
+            if fails is None and trial == fits < at_most:
+                ended_by = "memory"
+        if fits == 0:
+            break
+    speed = None if step is None else fits / step.seconds
+    entry = {"label": subject.label, "head_k_dim": subject.sizes.head_k_dim, "batch_size": fits}
+    return entry | {"ended_by": ended_by, "tokens_per_second": speed}
 
 
 def _smaller(fits: int, failed: int, *, is_first: bool) -> int:

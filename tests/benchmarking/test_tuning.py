@@ -1,0 +1,19 @@
+from fla.modules.norm.l2norm import l2norm_fwd_kernel
+from fla.modules.norm.layernorm import layer_norm_fwd_kernel
+
+from keyreduce.benchmarking.tuning import tuned_once_for_any_batch
+
+
+def keys_of(kernel) -> list[str]:
+    while not hasattr(kernel, "keys"):
+        kernel = kernel.fn
+    return kernel.keys
+
+
+def test_rows_are_no_reason_to_tune_within_the_block():
+    kernels = (l2norm_fwd_kernel, layer_norm_fwd_kernel)
+    before = [list(keys_of(kernel)) for kernel in kernels]
+    assert all("NB" in keys for keys in before)
+    with tuned_once_for_any_batch():
+        assert [keys_of(kernel) for kernel in kernels] == [[key for key in keys if key != "NB"] for keys in before]
+    assert [keys_of(kernel) for kernel in kernels] == before
