@@ -24,7 +24,7 @@ import torch
 import triton
 from decode_cases import CASES, SIZES, H, V, call_fla, check_sizes, draw
 from decode_search import fla_of, search, step_of, workers
-from decode_timing import copy_speed, median, moved_bytes, rotating, say, speedup, steps_of_a_graph, time_in_turns
+from decode_timing import copy_speed, median, moved_bytes, rotating, say, speedup, time_in_turns
 from fla_decode.step import Tiling, choose_tiling
 
 KEY_CHANNELS, BATCHES = (128, 96, 64, 32), (1, 8, 64, 128, 256)
@@ -40,8 +40,8 @@ def compare(tilings: dict[tuple[bool, int], Tiling], ceiling: float, rounds: int
         tiling = tiling or choose_tiling(K, V, heads=B * H, state_v_first=case.state_v_first)
         sets = rotating(case, B, K)
         calls = {"ours": partial(step_of, sets, tiling), "fla": partial(fla_of, case, sets)}
-        calls["copy"] = lambda index, sets=sets: sets[index % len(sets)]["state"].clone()
-        times = time_in_turns(calls, steps_of_a_graph(case, B, K), rounds=rounds)
+        calls["copy"] = lambda index, sets=sets: sets[index]["state"].clone()
+        times = time_in_turns(calls, len(sets), rounds=rounds)
         us = {name: median(values) for name, values in times.items()}
         floor = moved_bytes(case, B, K) / ceiling * 1e6
         row = dict(case=case.name, K=K, B=B, tiling=tiling, us=us["ours"], fla_us=us["fla"], copy_us=us["copy"])

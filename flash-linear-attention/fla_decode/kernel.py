@@ -27,11 +27,11 @@ def _load(pointers, mask, IS_MASKED: tl.constexpr, CACHE: tl.constexpr, POLICY: 
 
 
 @triton.jit
-def _store(pointers, values, mask, IS_MASKED: tl.constexpr, CACHE: tl.constexpr, POLICY: tl.constexpr):
+def _store(pointers, values, mask, IS_MASKED: tl.constexpr, POLICY: tl.constexpr):
     if IS_MASKED:
-        tl.store(pointers, values, mask=mask, cache_modifier=CACHE, eviction_policy=POLICY)
+        tl.store(pointers, values, mask=mask, eviction_policy=POLICY)
     else:
-        tl.store(pointers, values, cache_modifier=CACHE, eviction_policy=POLICY)
+        tl.store(pointers, values, eviction_policy=POLICY)
 
 
 @triton.jit
@@ -73,8 +73,7 @@ def decode_kernel(
     HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_V: tl.constexpr,
     HAS_GATE: tl.constexpr, IS_GATE_RAW: tl.constexpr, HAS_DT_BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
     BETA_IS_LOGIT: tl.constexpr, DOUBLE_BETA: tl.constexpr, V_FIRST: tl.constexpr,
-    READ_CACHE: tl.constexpr, READ_POLICY: tl.constexpr, WRITE_CACHE: tl.constexpr, WRITE_POLICY: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    READ_CACHE: tl.constexpr, READ_POLICY: tl.constexpr, WRITE_POLICY: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Step one tile: BLOCK_V value channels of a head.
 
@@ -155,10 +154,10 @@ def decode_kernel(
 
     new_state += value_head * (K * V)
     new = _write(old, decay, key, update, V_FIRST)
-    _store(new_state + offsets, new, mask, IS_HEAD_MASKED or IS_V_MASKED, WRITE_CACHE, WRITE_POLICY)
+    _store(new_state + offsets, new, mask, IS_HEAD_MASKED or IS_V_MASKED, WRITE_POLICY)
     if TAIL > 0:
         new_tail = _write(old_tail, decay, key_tail, update, V_FIRST)
-        _store(new_state + tail_offsets, new_tail, tail_mask, IS_TAIL_MASKED or IS_V_MASKED, WRITE_CACHE, WRITE_POLICY)
+        _store(new_state + tail_offsets, new_tail, tail_mask, IS_TAIL_MASKED or IS_V_MASKED, WRITE_POLICY)
     output = query_scale * (decay * read_by_query + overlap * update)
     pointers = output_BWV + value_head * V + value_channels
-    _store(pointers, output.to(output_BWV.dtype.element_ty), value_channels < V, IS_V_MASKED, "", "")
+    _store(pointers, output.to(output_BWV.dtype.element_ty), value_channels < V, IS_V_MASKED, "")

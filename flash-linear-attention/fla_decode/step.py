@@ -18,8 +18,9 @@ MAX_KEY_CHANNELS = 256
 class Tiling(NamedTuple):
     """How the kernel takes the state: value channels of a tile, warps of a program, and what the caches are told.
 
-    ``reads`` and ``writes`` of the state are an eviction policy or, with a dot, a modifier of PTX. With ``overlaps`` a
-    launch begins while the one before it ends, on GPUs that can (programmatic dependent launch, Hopper and later).
+    ``reads`` and ``writes`` of the state are an eviction policy or, with a dot, a modifier of PTX (of reads alone).
+    With ``overlaps`` a launch begins while the one before it ends, on GPUs that can (programmatic dependent launch,
+    Hopper and later).
     """
 
     block_v: int
@@ -35,8 +36,8 @@ TILINGS = {
     True: {
         32: Tiling(128, 2),
         64: Tiling(32, 1),
-        96: Tiling(16, 4, "evict_last", "", True),
-        128: Tiling(16, 8, "evict_last", "", True),
+        96: Tiling(16, 4, "", "", True),
+        128: Tiling(16, 8, "", "", True),
         256: Tiling(16, 8),
     },
 }
@@ -132,8 +133,6 @@ def decode_step(
             NORMALIZE=normalize, BETA_IS_LOGIT=beta_is_logit, DOUBLE_BETA=allow_neg_eigval, V_FIRST=state_v_first,
             READ_CACHE=tiling.reads if tiling.reads[:1] == "." else "",
             READ_POLICY=tiling.reads if tiling.reads[:1] != "." else "",
-            WRITE_CACHE=tiling.writes if tiling.writes[:1] == "." else "",
-            WRITE_POLICY=tiling.writes if tiling.writes[:1] != "." else "",
-            OVERLAPS=bool(overlap), num_warps=tiling.warps, **overlap,
+            WRITE_POLICY=tiling.writes, OVERLAPS=bool(overlap), num_warps=tiling.warps, **overlap,
         )  # fmt: skip
     return output, new_state

@@ -26,7 +26,7 @@ SIZES = {
     "two parts": (12, 5, 1, 2, None),
     "odd": (23, 40, 2, 4, None),
     "long": (96, 16, 1, 1, fla_decode.Tiling(8, 2)),
-    "tiles of four": (12, 18, 1, 3, fla_decode.Tiling(4, 1, "", ".cs")),
+    "tiles of four": (12, 18, 1, 3, fla_decode.Tiling(4, 1, ".cg", "")),
 }
 RULES = ("ungated", "gated", "raw")
 STEPS = 2
