@@ -103,3 +103,19 @@ def test_compiling_is_for_what_is_missing(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script.module, "compile_kernels", lambda todo, chosen: asked.append(todo))
     script("--compile-only", "--only", "mixer-8192", "decode-1")
     assert asked == [{"delta-net": ["decode-1"], "gated-deltanet": ["mixer-8192", "decode-1"]}]
+
+
+def test_one_that_fails_is_told_and_the_rest_go_on(script, tmp_path, monkeypatch, capsys):
+    measured = script.module.benchmark_report
+
+    def report(subjects, request):
+        if subjects[0].family.model_type == "delta_net" and request.kinds == ("mixer",):
+            raise RuntimeError("Triton is too old")
+        return measured(subjects, request)
+
+    monkeypatch.setattr(script.module, "benchmark_report", report)
+    with pytest.raises(SystemExit, match="not measured:\ndelta-net mixer-8192: .*Triton is too old"):
+        script("--only", "mixer-8192", "decode-1")
+    found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*/*.json")}
+    assert found == {"delta-net/decode-1.json", "gated-deltanet/decode-1.json", "gated-deltanet/mixer-8192.json"}
+    assert "== delta-net mixer-8192: " in capsys.readouterr().out
