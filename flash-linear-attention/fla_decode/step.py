@@ -27,7 +27,7 @@ class Tiling(NamedTuple):
     warps: int
     reads: str = "evict_first"
     writes: str = "evict_first"
-    overlaps: bool = False
+    overlaps: bool = True
 
 
 # By layout and key channels, the best of the search in decode_benchmark.py on an H100, with V = 128.
@@ -36,8 +36,8 @@ TILINGS = {
     True: {
         32: Tiling(128, 2),
         64: Tiling(32, 1),
-        96: Tiling(16, 4, "", "", True),
-        128: Tiling(16, 8, "", "", True),
+        96: Tiling(16, 4, "", ""),
+        128: Tiling(16, 8, "", ""),
         256: Tiling(16, 8),
     },
 }
