@@ -187,6 +187,7 @@ def test_files_that_are_no_recipe(tmp_path):
 
 def test_the_shipped_recipe_of_methods_holds_every_method_on_every_target():
     recipe = read_recipe(next(path for path in SHIPPED if path.stem == "methods"))
+    # auto is one of the others.
     assert {(cell.method, cell.target) for cell in recipe.cells} == {
-        (name, target) for name, method in METHODS.items() for target in method.select
+        (name, target) for name, method in METHODS.items() if name != "auto" for target in method.select
     }
