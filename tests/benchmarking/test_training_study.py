@@ -75,6 +75,13 @@ def test_processes_share_the_runs(script, capsys):
     assert "failed" not in capsys.readouterr().out
 
 
+def test_a_run_that_diverges_stops_no_other(script, capsys):
+    diverging = "full:lr=1e30,batch_size=1,seq_len=40"
+    out = script("--ratios", "0.5", "--repairs", "none", "--tokens", "160", "--kinds", diverging, LORA)
+    assert "NaN or inf" in capsys.readouterr().out
+    assert [json.loads(path.read_text())["kind"] for path in out.glob("*/*-160.json")] == [LORA]
+
+
 def test_runs_of_another_process_are_left_to_it(script, tmp_path):
     path = tmp_path / "a/run.json"
     with script.module.claimed(path, wait=False) as first, script.module.claimed(path, wait=False) as second:
