@@ -32,6 +32,7 @@ from study import Study, add_arguments, parse_options
 
 from keyreduce.calibration.run import Settings
 from keyreduce.checkpoint.folder import open_folder
+from keyreduce.errors import KeyreduceError
 from keyreduce.jobs import Job, run_jobs
 from keyreduce.recovery.repair import Repaired
 from keyreduce.recovery.training.run import train
@@ -102,7 +103,11 @@ def make(chosen: argparse.Namespace) -> None:
                 continue
             folder = make_start(study, chosen, start)
             run = {**start._asdict(), "kind": kind, "tokens": tokens}
-            run |= run_one(study, folder, kind, tokens, start.seed)
+            try:
+                run |= run_one(study, folder, kind, tokens, start.seed)
+            except KeyreduceError as error:  # such as a loss that became NaN: the next run may do better
+                tell(f"{path.relative_to(chosen.output)}: {error}")
+                continue
             write_json(path, run)
             tell(f"{path.relative_to(chosen.output)}: {run['perplexity']:.4f}, {run['seconds']:.0f} s")
 

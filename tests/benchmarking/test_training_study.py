@@ -1,40 +1,26 @@
 """benchmarks/training_study.py, with a tiny model on a CPU."""
 
-import importlib.util
 import json
-import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
-from tiny_models import build, save
 
-REPOSITORY = Path(__file__).parents[2]
-FEW = ("--num-batches", "1", "--batch-size", "2", "--seq-len", "40", "--device", "cpu")
 FULL = "full-distilled:lr=0.003,batch_size=2,seq_len=40"
 LORA = "lora:lr=0.003,rank=2,batch_size=1,seq_len=40"
 
 
 @pytest.fixture
-def script(tmp_path, monkeypatch):
-    """A function: run the script with arguments on a tiny model and its text."""
-    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
-    spec = importlib.util.spec_from_file_location("training_study", REPOSITORY / "benchmarks/training_study.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    folder = save(build("delta_net", initializer_range=0.05), tmp_path / "model")
-    for name in ("calibration", "heldout"):
-        (tmp_path / f"{name}.txt").write_text("".join(f"{name} {n} is {n * n}, yes\n" for n in range(100)))
+def script(study, tmp_path):
+    """A function: run the script with arguments, and return the folder of the runs."""
+    module, run = study("training_study")
 
-    def run(*arguments: str) -> Path:
-        texts = [f"--{name}={tmp_path / name}.txt" for name in ("calibration", "heldout")]
-        command = [module.__file__, "--model", folder, *texts, "--output", tmp_path / "out", *FEW, *arguments]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-        module.main()
+    def run_into(*arguments: str) -> Path:
+        run("--output", tmp_path / "out", *arguments)
         return tmp_path / "out"
 
-    run.module = module
-    return run
+    run_into.module = module
+    return run_into
 
 
 def test_each_run_is_made_once_and_all_are_in_the_table(script, capsys, monkeypatch):
@@ -75,6 +61,13 @@ def test_processes_share_the_runs(script, capsys):
     assert "failed" not in capsys.readouterr().out
 
 
+def test_a_run_that_diverges_stops_no_other(script, capsys):
+    diverging = "full:lr=1e30,batch_size=1,seq_len=40"
+    out = script("--ratios", "0.5", "--repairs", "none", "--tokens", "160", "--kinds", diverging, LORA)
+    assert "NaN or inf" in capsys.readouterr().out
+    assert [json.loads(path.read_text())["kind"] for path in out.glob("*/*-160.json")] == [LORA]
+
+
 def test_runs_of_another_process_are_left_to_it(script, tmp_path):
     path = tmp_path / "a/run.json"
     with script.module.claimed(path, wait=False) as first, script.module.claimed(path, wait=False) as second:
@@ -86,6 +79,6 @@ def test_runs_of_another_process_are_left_to_it(script, tmp_path):
 def test_another_model_or_text_needs_another_folder(script, tmp_path):
     arguments = ("--ratios", "0.5", "--repairs", "none", "--tokens", "80", "--kinds", LORA)
     script(*arguments)
-    (tmp_path / "heldout.txt").write_text("other text, of another kind\n" * 100)
+    (tmp_path / "heldout.jsonl").write_text('{"text": "of another kind"}\n' * 100)
     with pytest.raises(SystemExit, match="of another model or other text"):
         script(*arguments)
