@@ -120,7 +120,7 @@ class LayerStatistics:
     def add_operands(self, query_BTHK: torch.Tensor, key_BTHK: torch.Tensor, value_BTWV: torch.Tensor) -> None:
         """Add what one batch gives to the delta-rule operator.
 
-        Queries and keys may also come once for each value head, as from transformers before 5.20.
+        Queries and keys may also come once for each value head: transformers 5.21 gives them so, 5.23 does not.
         """
         for kind, operand_BTHK in (("query", query_BTHK), ("key", key_BTHK)):
             times = operand_BTHK.shape[2] // len(self.query_sum_HK)

@@ -3,10 +3,9 @@
 Ma et al., "LLM-Pruner", arXiv:2305.11627; Molchanov et al., arXiv:1906.10771. The sums are described at
 :class:`keyreduce.calibration.statistics.TaylorSums`.
 
-No weight asks for a gradient. A projection ``y = W x`` has ``dL/dW = sum_t dL/dy_t x_t^T``, so that what a row of W adds
-up to is ``sum_d W_cd dL/dW_cd = sum_t y_tc dL/dy_tc``, and of a column it is the same of x: what goes in and out says
-all, wherever the weights wait. Each block is run once more on the way back, so that one alone keeps what its gradient
-needs.
+No weight asks for a gradient. A projection ``y = W x`` has ``dL/dW = sum_t dL/dy_t x_t^T``, so that a row of W comes to
+``sum_d W_cd dL/dW_cd = sum_t y_tc dL/dy_tc``, and a column to the same of x: what goes in and out says all, wherever
+the weights wait. Each block is run once more on the way back, so that one alone keeps what its gradient needs.
 
 Shapes: B rows, T tokens, U token ids, C channels of a projection, D hidden, N outputs and M inputs of a weight.
 """

@@ -186,7 +186,7 @@ class Family:
             lengths: how many entries each part has.
         """
         pieces = self.joined_with(name)
-        found = [shapes.get(self.tensor_name(layer, piece), (0,))[0] for piece in pieces]
+        found = [(*shapes.get(self.tensor_name(layer, piece), ()), 0)[0] for piece in pieces]
         return found, [lengths[self.tensors[piece][0]] for piece in pieces]
 
     def state_bytes(self, config: Mapping) -> int:

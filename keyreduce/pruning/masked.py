@@ -241,7 +241,7 @@ def _masking(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
         def call(*args, **kwargs):
             key_GC, value_GC = running[0]
             q, k, v = operands(args, kwargs)
-            # transformers before 5.20 gives queries and keys once for each value head.
+            # transformers 5.21 gives queries and keys once for each value head, 5.23 does not.
             key_GC = key_GC.repeat_interleave(q.shape[2] // len(key_GC), dim=0)
             q, k, v = normed(q * key_GC), normed(k * key_GC), v * value_GC
             return operator(q, k, v, *args[3:], **{name: kwargs[name] for name in kwargs if name not in "qkv"})

@@ -240,8 +240,8 @@ def _check_shapes(source: Checkpoint, family: Family, layers: list[int]) -> None
                 for axis, size in zip(axes, shape, strict=False)
             )
             found, wanted = family.divided(layer, short_name, shapes, sizes)
-            if sum(found) == sum(wanted):  # however they are divided
-                shape = (*expected[:1], *shape[1:]) if found else shape
+            if found and sum(found) == sum(wanted):
+                shape = (expected[0], *shape[1:])  # however they are divided, they are put together
             if len(shape) != len(axes) or shape != expected:
                 raise KeyreduceError(
                     f"tensor {name!r} of {source.path} is {list(shape)}, which is not what config.json says: "

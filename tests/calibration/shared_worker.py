@@ -19,7 +19,7 @@ model, text, target = map(Path, sys.argv[1:4])
 processes = Processes.of_torchrun()
 statistics = calibrate(
     open_folder(model), text_source((text,), None, None, None, default="calibration"),
-    Settings(num_batches=5, batch_size=2, seq_len=24), device=torch.device(processes.device(sys.argv[4])), dtype=torch.float32,
-    gradients=True, processes=processes,
+    Settings(num_batches=5, batch_size=2, seq_len=24), device=torch.device(processes.device(sys.argv[4])),
+    dtype=torch.float32, gradients=True, processes=processes,
 )  # fmt: skip
 write_statistics(statistics, target / str(processes.rank), overwrite=False)

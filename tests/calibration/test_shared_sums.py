@@ -25,11 +25,10 @@ def test_every_process_gets_the_sums_of_all(tmp_path, tiny_folder, number, devic
     text, model = tmp_path / "text.txt", tiny_folder("gated_deltanet")
     text.write_text("the quick brown fox jumps over the lazy dog. " * 30)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+    paths = [str(REPOSITORY), str(REPOSITORY / "flash-linear-attention"), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [*torchrun, WORKER, model, text, tmp_path, device], capture_output=True, text=True, timeout=600, check=False,
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "flash-linear-attention")))}
-        | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     whole = calibrate(

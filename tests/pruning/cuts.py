@@ -254,7 +254,7 @@ def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
 def on_operand(layer_cut: LayerCut, what: str, operand: torch.Tensor) -> torch.Tensor:
     """Return q, k or v, ``[B, T, G, C]``, with what is dropped at zero.
 
-    q and k may also come once for each value head, as from transformers before 5.20.
+    q and k may also come once for each value head: transformers 5.21 gives them so, 5.23 does not.
     """
     mask_GC = torch.zeros(operand.shape[2:], dtype=operand.dtype)
     if what == "value":

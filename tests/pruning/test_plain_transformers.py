@@ -87,7 +87,9 @@ def test_prefill_equals_decode_and_both_equal_what_is_computed_here(tmp_path, hi
         plan = plan_of(source, {"key": 5, "value": 5, "head": 1})
         folders.append(cut(source, plan, tmp_path / f"{model_type}-cut"))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    environment["PYTHONPATH"] = str(Path(fla_torch.__file__).parents[1])
+    if "fla_torch" not in hidden:
+        paths = [str(Path(fla_torch.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
     arguments = [json.dumps(given) for given in (hidden, device, tokens.tolist(), [*map(str, folders)])]
     done = subprocess.run(
         [sys.executable, "-c", PLAIN, *arguments],
