@@ -35,8 +35,8 @@ TILINGS = {
     False: {32: Tiling(128, 2), 64: Tiling(64, 2), 96: Tiling(32, 2), 128: Tiling(64, 4), 256: Tiling(32, 8)},
     True: {
         32: Tiling(128, 2),
-        64: Tiling(32, 1),
-        96: Tiling(16, 4, "", ""),
+        64: Tiling(32, 1, ".cg", ""),
+        96: Tiling(16, 4, ".cg", ""),
         128: Tiling(16, 8, "", ""),
         256: Tiling(16, 8),
     },

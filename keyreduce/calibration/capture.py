@@ -45,7 +45,7 @@ def collect(
             gradients give, which is no sum over rows.
 
     Returns:
-        Layer number -> sums, and the number of tokens.
+        Layer number -> sums, on the CPU, and the number of tokens.
 
     Raises:
         KeyreduceError: with ``gradients``, a row has one token alone, or a loss that is NaN or inf.
@@ -68,7 +68,7 @@ def collect(
             tokens += tokens_BT.numel()
             if progress is not None:
                 progress(tokens_BT.numel())
-    return layers, tokens
+    return {layer: LayerStatistics.of_tensors(sums.tensors()) for layer, sums in layers.items()}, tokens
 
 
 @contextlib.contextmanager

@@ -23,12 +23,15 @@ Work = Annotated[
 ]
 DEFAULT_WORK = Path("keyreduce-out")
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")]
+# Typer 0.27 takes a metavar that is the parameter's name in capitals for the option's name, where none is given.
 Device = Annotated[
-    str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ...", show_default="a GPU if there is one")
+    str | None,
+    typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...", show_default="a GPU if there is one"),
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(
+        "--dtype",
         metavar="DTYPE",
         help="float32, bfloat16 or float16, to compute in.",
         show_default="bfloat16 on a GPU, float32 on a CPU",

@@ -4,9 +4,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+from typer.models import OptionInfo
 
+from keyreduce.cli import app
 from keyreduce.cli.console import mebibytes, scaled
 from keyreduce.pruning.methods import METHODS
 
@@ -42,6 +45,21 @@ def test_help_imports_nothing_heavy():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[]\n"
+
+
+def test_no_option_leaves_its_name_to_a_metavar():
+    """Some versions of typer then take the metavar for the name."""
+    looked_at = 0
+    for command in app.registered_commands:
+        for name, hint in get_type_hints(command.callback, include_extras=True).items():
+            for option in getattr(hint, "__metadata__", ()):
+                if not isinstance(option, OptionInfo):
+                    continue
+                looked_at += 1
+                # Beside Annotated, typer keeps the first name that is given as the default.
+                is_named = option.param_decls or str(option.default).startswith("--")
+                assert is_named or (option.metavar or "").lower() != name, (command.callback, name)
+    assert looked_at > 100
 
 
 def test_help_lists_the_commands(keyreduce):
