@@ -4,6 +4,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -15,11 +16,13 @@ from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.data.text import FileText
 from keyreduce.devices import pick_device
 from keyreduce.evaluation.perplexity import evaluate
+from keyreduce.evaluation.recall import KINDS, RecallProbes, RecallSettings, recall_figures
 from keyreduce.models.loading import load_model
 from keyreduce.pruning.budget import Budget
 from keyreduce.pruning.methods import method_named
 from keyreduce.pruning.planning import make_plan
 from keyreduce.pruning.prune import write_pruned
+from keyreduce.recovery.modes import REPEATS
 from keyreduce.recovery.overlap import refuse_overlap
 from keyreduce.recovery.repair import Repaired, make_steps, repair
 from keyreduce.recovery.writing import write_repaired
@@ -75,6 +78,16 @@ class Study:
         loaded = load_model(folder, self.device, torch.float32, gradients=True)
         return evaluate(loaded, self.heldout, seq_len=1024, batch_size=8, num_rows=None)[0].perplexity
 
+    def recall(self, folder: Path) -> dict[str, float]:
+        """Return, for each kind of recall, how often a model prefers the right answer to seven others, over the grid.
+
+        The lengths and numbers of pairs are those of `keyreduce eval --recall`, the haystacks held-out text.
+        """
+        loaded = load_model(folder, self.device, torch.float32, gradients=True)
+        probes = RecallProbes(loaded, self.heldout, RecallSettings(tuple(KINDS), probes=16))
+        figures = recall_figures([probes.ask(batch_size=16)])
+        return {kind: mean(cell["choice_accuracy"] for cell in cells) for kind, cells in figures.items()}
+
     def calibrate(self, seed: int) -> Statistics:
         """Return the sums that methods choose by."""
         # With gradients, fla's kernels leave the place to PyTorch's, which take float32 on any device.
@@ -102,10 +115,12 @@ class Study:
             seed: of the order of the text.
             target: the folder to make.
         """
-        mode, options = parse_options(text, {"steps": int, "lr": float, "scope": str})
+        mode, options = parse_options(text, {"steps": int, "lr": float, "scope": str, "repeats": float})
         start = time.perf_counter()
+        repeats = options.pop("repeats", REPEATS)
         steps = make_steps(mode, options)
-        repaired = repair(self.dense, pruned, self.text, self.settings(seed), steps=steps, device=self.device)
+        amounts = {"steps": steps, "repeats": repeats, "device": self.device}
+        repaired = repair(self.dense, pruned, self.text, self.settings(seed), **amounts)
         seconds = time.perf_counter() - start
         write_repaired(pruned, repaired, target, inputs={"mode": mode}, seconds=seconds)
         return repaired, seconds

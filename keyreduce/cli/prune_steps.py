@@ -18,7 +18,7 @@ def recorded_inputs(folder: Path) -> dict | None:
 def repair_cut(text, cut: Path, folder: Path, *, mode: str, device, seed: int, overwrite: bool) -> dict:
     """Repair the checkpoint ``cut`` into ``folder``, remove it, and return what keyreduce recover says of that."""
     from keyreduce.cli.console import Console
-    from keyreduce.cli.recover import write_recovered
+    from keyreduce.cli.recover_layers import write_recovered
 
     try:
         return write_recovered(

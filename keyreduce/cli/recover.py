@@ -1,13 +1,12 @@
 """``keyreduce recover``: a pruned model and text to the same model, repaired."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from keyreduce.cli import options, training_options
-from keyreduce.recovery.modes import LEAST_SQUARES, MODES
+from keyreduce.recovery.modes import LEAST_SQUARES, MODES, REPEATS
 from keyreduce.recovery.training.settings import TRAINING_MODES
 
 _OF_RECONSTRUCT = "Options of --mode reconstruct"
@@ -63,6 +62,15 @@ def recover(
     num_batches: options.NumBatches = 32,
     batch_size: options.BatchSize = 8,
     seq_len: options.SeqLen = 512,
+    repeats: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="With least-squares and reconstruct, the share of the rows that are random tokens, repeated, in the "
+            "place of text: they keep recall.",
+            show_default=f"{REPEATS:g}",
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(min=1, rich_help_panel=_OF_RECONSTRUCT, help="Gradient steps in each layer.", show_default="512"),
@@ -110,6 +118,7 @@ def recover(
     """
     from keyreduce.cli.console import Console
     from keyreduce.cli.recover_heldout import measure
+    from keyreduce.cli.recover_layers import write_recovered
     from keyreduce.cli.recover_training import leave, write_trained
     from keyreduce.data.text import FileText, text_source
     from keyreduce.devices import pick_device
@@ -139,6 +148,8 @@ def recover(
         raise KeyreduceError(f"--mode {mode} is unknown; take one of {', '.join(MODES | TRAINING_MODES)}")
     if of_training and not trains:
         raise KeyreduceError(f"--mode {mode} takes no options of lora and full, such as {min(of_training)}")
+    if repeats is not None and trains:
+        raise KeyreduceError(f"--mode {mode} takes no --repeats; leave it out, or take one of {', '.join(MODES)}")
     if processes.number > 1 and not trains:
         raise KeyreduceError(f"--mode {mode} runs in one process: start keyreduce without torchrun")
     run_on = pick_device(processes.device(device))
@@ -183,101 +194,10 @@ def recover(
             options=given,
             amount=amount,
             device=run_on,
+            repeats=REPEATS if repeats is None else repeats,
             overwrite=overwrite,
         )
     if judge is not None:
         result["perplexity"] = measure(console, result, judge, run_on)
     console.result(result)
     leave(processes)
-
-
-def write_recovered(
-    console, model, compressed, text, target, *, mode, options, amount, device, overwrite=False
-) -> dict:
-    """Make the repaired checkpoint, or say that it is there already; return the command's JSON object.
-
-    Args:
-        console: where to print.
-        model: the dense model, as a user names it; None takes the one that the pruned one's record names.
-        compressed: the pruned model.
-        text: a TextSource to calibrate on.
-        target: the folder to make.
-        mode: one of MODES.
-        options: fields of Steps that are not its defaults; for reconstruct alone.
-        amount: the fields of calibration Settings: batches, rows, tokens, seed.
-        device: where to run.
-        overwrite: whether an existing ``target`` is replaced.
-
-    Raises:
-        KeyreduceError: the mode or an option is unknown, the models do not belong together, or what
-            keyreduce.recovery raises.
-    """
-    import time
-
-    from keyreduce.calibration.run import Settings
-    from keyreduce.checkpoint.find import find_model, model_name
-    from keyreduce.checkpoint.folder import open_folder
-    from keyreduce.cli.console import command_line
-    from keyreduce.errors import KeyreduceError
-    from keyreduce.pruning.prune import read_record
-    from keyreduce.recovery.record import read_repairs
-    from keyreduce.recovery.repair import check_pair, make_steps, repair
-    from keyreduce.recovery.writing import write_repaired
-    from keyreduce.workspace import is_already_made, refuse_source, refuse_unwritable
-
-    settings = Settings(*amount)
-    settings.check()
-    steps = make_steps(mode, options)
-    pruned = open_folder(find_model(compressed))
-    record = read_record(pruned.path)
-    name = model or record.get("dense")
-    if name is None:
-        raise KeyreduceError(f"{compressed} does not say what it was pruned from; name that with --model")
-    config = record.get("dense_config") if model is None else None
-    dense = open_folder(find_model(name, config=config and Path(config)))
-    check_pair(dense, pruned)
-    for source in (Path(compressed) if os.path.isdir(compressed) else pruned.path, dense.path):
-        refuse_source(target, source)
-    inputs = {
-        "mode": mode,
-        "options": {} if steps is None else steps._asdict(),
-        "pruned": pruned.identity,
-        "dense": dense.identity,
-        "text": {**text.describe(), "identity": text.identity},
-        **settings._asdict(),
-    }
-    repairs = read_repairs(target) if os.path.isdir(target) and not overwrite else None
-    if is_already_made(target, repairs[-1]["inputs"] if repairs else None, inputs, overwrite):
-        console.say(f"{target} is there already, from the same inputs")
-        return {"recovered": str(target), "made": False, "pruned": str(pruned.path), "dense": str(dense.path)}
-    refuse_unwritable(target, folder=True)
-    console.note(f"repairing {Path(model_name(compressed)).name} on {device} ({mode}), {settings.tokens:,} tokens")
-    start = time.perf_counter()
-    with console.progress("repairing", dense.config.get("num_hidden_layers"), "layers") as progress:
-        repaired = repair(
-            dense, pruned, text, settings, steps=steps, device=device, progress=progress, note=console.note
-        )
-    seconds = time.perf_counter() - start
-    write_repaired(
-        pruned, repaired, target, inputs=inputs, seconds=seconds, command=command_line(), overwrite=overwrite
-    )
-    rows = [
-        (str(layer), *(f"{100 * figures[name]:.2f}%" for name in ("missing_before", "missing_after")))
-        for layer, figures in repaired.layers.items()
-    ]
-    console.table(
-        f"{mode}, {repaired.tokens:,} tokens, {seconds:.0f} s: missing of the dense mixer's output",
-        ("layer", "before", "after least squares"),
-        rows,
-    )
-    console.say(f"wrote {target}")
-    return {
-        "recovered": str(target),
-        "made": True,
-        "mode": mode,
-        "pruned": str(pruned.path),
-        "dense": str(dense.path),
-        "tokens": repaired.tokens,
-        "seconds": seconds,
-        "layers": {str(layer): figures for layer, figures in repaired.layers.items()},
-    }

@@ -76,6 +76,11 @@ def batches(
         yield torch.stack(batch)
 
 
+def text_token_ids(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> torch.Tensor:
+    """Return the ids below ``vocab_size`` that text is made of (LongTensor, S): no special tokens, none without use."""
+    return bytes_per_token(tokenizer)[:vocab_size].nonzero()[:, 0]
+
+
 def bytes_per_token(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     """Return how many UTF-8 bytes of text each token id stands for (LongTensor, V); special tokens stand for none.
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from keyreduce.data.batches import bytes_per_token
+from keyreduce.data.batches import text_token_ids
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation import mqar, needle
@@ -79,7 +79,7 @@ class RecallProbes:
 
     def __init__(self, loaded: LoadedModel, text: TextSource, settings: RecallSettings):
         self.loaded, self.text, self.settings = loaded, text, settings
-        self.symbols_S = bytes_per_token(loaded.tokenizer)[: loaded.model.config.vocab_size].nonzero()[:, 0]
+        self.symbols_S = text_token_ids(loaded.tokenizer, loaded.model.config.vocab_size)
         self.wording = needle.Wording.of(loaded.tokenizer) if "needle" in settings.kinds else None
         self.cells = [cell for cell in settings.grid() if self._fits(cell)]
         self.left_out = [cell for cell in settings.grid() if cell not in self.cells]

@@ -14,15 +14,16 @@ from torch import nn
 from keyreduce.calibration.run import Settings
 from keyreduce.checkpoint.shards import TORCH_DTYPES
 from keyreduce.checkpoint.source import Checkpoint
-from keyreduce.data.batches import batches, token_rows
+from keyreduce.data.batches import batches, text_token_ids, token_rows
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
 from keyreduce.models.loading import load_model, prepare_backend
 from keyreduce.models.mixer_tensors import mixer_tensors
 from keyreduce.recovery.least_squares import refit_output
-from keyreduce.recovery.modes import LEAST_SQUARES, MODES, RECONSTRUCT
+from keyreduce.recovery.modes import LEAST_SQUARES, MODES, RECONSTRUCT, REPEATS
 from keyreduce.recovery.reconstruct import SCOPES, Steps, reconstruct
+from keyreduce.recovery.repeats import check_repeats, with_repeats
 from keyreduce.recovery.streams import Stream, open_stream
 
 
@@ -91,6 +92,7 @@ def repair(
     *,
     steps: Steps | None,
     device: torch.device,
+    repeats: float = REPEATS,
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda message: None,
 ) -> Repaired:
@@ -105,14 +107,16 @@ def repair(
         settings: how much of it.
         steps: the gradient steps that follow the least squares in each layer; None takes none.
         device: where blocks run.
+        repeats: the share of the rows that are not text (:mod:`keyreduce.recovery.repeats`).
         progress: called with 1 after each layer.
         note: told where the text is shorter than was asked for.
 
     Raises:
-        KeyreduceError: the models do not belong together, one does not load, the text is empty, or numbers are NaN or
-            inf.
+        KeyreduceError: the models do not belong together, one does not load, the text is empty, ``repeats`` is no share,
+            or numbers are NaN or inf.
     """
     settings.check()
+    check_repeats(repeats)
     check_pair(dense, pruned)
     loaded = {
         name: load_model(source.path, torch.device("cpu"), torch.float32)
@@ -126,6 +130,7 @@ def repair(
             f"take another scope than block"
         )
     rows = token_rows(text.documents(settings.seed), loaded["dense"].tokenizer, settings.seq_len)
+    rows = with_repeats(rows, repeats, text_token_ids(loaded["dense"].tokenizer, model.config.vocab_size), settings.seed)
     taken = list(batches(rows, settings.batch_size, settings.num_batches))
     tokens = sum(batch.numel() for batch in taken)
     if tokens < settings.tokens:

@@ -13,6 +13,6 @@ def test_figures_are_kept_and_printed(study, tmp_path, capsys):
     assert len({one["perplexity"] for one in runs.values()}) == 6
     assert all(one["tokens"] == 80 for one in runs.values())
     assert set(runs[0, "least-squares"]["layers"]) == {"0", "1"}
-    rises = [100 * (runs[seed, "least-squares"]["perplexity"] / figures["dense"] - 1) for seed in (0, 1)]
+    rises = [100 * (runs[seed, "least-squares"]["perplexity"] / figures["dense"]["perplexity"] - 1) for seed in (0, 1)]
     told = f"| least-squares | {sum(rises) / 2:+.1f} ± {abs(rises[0] - rises[1]) / 2:.1f}% |"
     assert told in capsys.readouterr().out

@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from keyreduce.calibration.run import Settings
 from keyreduce.checkpoint.folder import open_folder
-from keyreduce.data.batches import batches, token_rows
+from keyreduce.data.batches import batches, text_token_ids, token_rows
 from keyreduce.data.text import FileText
 from keyreduce.errors import KeyreduceError
 from keyreduce.models.loading import load_model
 from keyreduce.recovery.reconstruct import Steps
 from keyreduce.recovery.repair import make_steps, repair
+from keyreduce.recovery.repeats import with_repeats
 from keyreduce.recovery.writing import write_repaired
 
 CPU = torch.device("cpu")
@@ -36,9 +37,9 @@ def text(tmp_path: Path) -> FileText:
 def repaired(tmp_path, text):
     """A function: the folder of a pruned model, repaired, and the figures."""
 
-    def run(dense: Path, pruned: Path, steps: Steps | None = None, settings: Settings = SETTINGS):
+    def run(dense: Path, pruned: Path, steps: Steps | None = None, settings: Settings = SETTINGS, repeats: float = 0):
         sources = open_folder(dense), open_folder(pruned)
-        result = repair(*sources, text, settings, steps=steps, device=CPU)
+        result = repair(*sources, text, settings, steps=steps, repeats=repeats, device=CPU)
         inputs = {"mode": "least-squares" if steps is None else "reconstruct"}
         target = tmp_path / f"{pruned.name}-repaired"
         write_repaired(sources[1], result, target, inputs=inputs, seconds=1.0, overwrite=True)
@@ -47,7 +48,9 @@ def repaired(tmp_path, text):
     return run
 
 
-def run_hooked(folder: Path, text: FileText) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+def run_hooked(
+    folder: Path, text: FileText, repeats: float = 0
+) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
     """What each output projection of a whole model receives, and what it gives, in rows."""
     loaded = load_model(folder, CPU, torch.float32)
     received, given = {}, {}
@@ -60,6 +63,7 @@ def run_hooked(folder: Path, text: FileText) -> tuple[dict[int, torch.Tensor], d
 
             undo.callback(block.attn.o_proj.register_forward_hook(hook).remove)
         rows = token_rows(text.documents(SETTINGS.seed), loaded.tokenizer, SETTINGS.seq_len)
+        rows = with_repeats(rows, repeats, text_token_ids(loaded.tokenizer, loaded.model.config.vocab_size), seed=7)
         for batch in batches(rows, SETTINGS.batch_size, SETTINGS.num_batches):
             loaded.model(batch, use_cache=False)
     return tuple({layer: torch.cat(parts) for layer, parts in found.items()} for found in (received, given))
@@ -111,6 +115,17 @@ def test_only_output_projections_change_and_the_folder_is_an_ordinary_one(pruned
     assert not any(report.values())
     for name, tensor in model.state_dict().items():
         assert tensor.equal(after.get(name, after["model.embeddings.weight"]))
+
+
+def test_rows_that_repeat_are_fitted_too(pruned_pair, repaired, text):
+    (text.paths[0]).write_text("ab" * 2000)  # as unlike random tokens as can be
+    dense, pruned = pruned_pair(build("delta_net", initializer_range=0.3), key=6)
+    wanted_ND = run_hooked(dense, text, repeats=0.9)[1][0]
+    errors = []
+    for share in (0, 0.5):
+        folder, _ = repaired(dense, pruned, repeats=share)
+        errors.append(float((run_hooked(folder, text, repeats=0.9)[1][0] - wanted_ND).square().sum()))
+    assert errors[1] < errors[0]
 
 
 def test_a_layer_that_says_nothing_ends_well(pruned_pair, repaired):
