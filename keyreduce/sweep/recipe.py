@@ -40,7 +40,7 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.pruning.budget import Budget
 from keyreduce.pruning.methods import method_named
 from keyreduce.pruning.planning import check_options
-from keyreduce.recovery.modes import MODES
+from keyreduce.recovery.modes import MODES, REPEATS
 from keyreduce.sweep.fields import check_filled, check_kind, check_list, check_table
 
 NO_REPAIR = "none"
@@ -92,12 +92,19 @@ class Timing(NamedTuple):
 
 
 class Recovery(NamedTuple):
-    """How much text a repair takes, and how many gradient steps a layer, where it makes any; None leaves them to it."""
+    """What a repair works with.
+
+    Attributes:
+        num_batches, batch_size, seq_len: how much text.
+        steps: gradient steps a layer, where it makes any; None leaves them to it.
+        repeats: the share of the rows that are random tokens, repeated, in the place of text.
+    """
 
     num_batches: int
     batch_size: int
     seq_len: int
     steps: int | None = None
+    repeats: float = REPEATS
 
 
 @dataclass(frozen=True)
@@ -206,7 +213,9 @@ def _settings(path: Path, name: str, table: Mapping) -> Settings:
 
 
 def _recovery(path: Path, table: Mapping) -> Recovery:
-    check_table(path, "recover.", table, _SIZES, {"steps": int})
+    check_table(path, "recover.", table, _SIZES, {"steps": int, "repeats": float})
+    if not 0 <= table.get("repeats", 0) < 1:
+        raise KeyreduceError(f"{path}: recover.repeats is {table['repeats']}; it is a share, from 0 to below 1")
     if table.get("steps", 1) < 1:
         raise KeyreduceError(f"{path}: recover.steps is {table['steps']}; it is at least 1")
     _settings(path, "recover", {name: table[name] for name in _SIZES})

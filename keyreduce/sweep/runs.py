@@ -181,6 +181,7 @@ class _Planner(NamedTuple):
         recovery = self.recipe.recovery
         command = ["recover", "--mode", cell.repair, "--compressed", str(cut), "--model", model.path]
         command += [*_sizes(recovery), "--seed", str(seed), *_text(self.calibration)]
+        command += ["--repeats", str(recovery.repeats)]
         if cell.repair == RECONSTRUCT and recovery.steps is not None:
             command += ["--steps", str(recovery.steps)]
         return [*command, "--device", self.place.device, "--output", str(checkpoint), "--json"]

@@ -148,6 +148,7 @@ def test_the_commands_of_a_run(plan, tiny_folder):
     assert says("prune", "--set form=squared")
     assert says("recover", "--mode least-squares") and not says("recover", "--steps")
     assert says("recover", "--num-batches 1 --batch-size 2 --seq-len 8 --seed 9 --text")
+    assert says("recover", "--repeats 0.125")
     assert says("benchmark", "--mixer --decode --batch-size 3 --seq-len 4 --rounds 5 --decode-batch-sizes 6,7")
     assert says("eval", "--num-batches 1 --batch-size 2 --seq-len 8 --text")
     # What one step writes is what the next ones read.

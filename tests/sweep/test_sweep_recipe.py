@@ -94,10 +94,10 @@ def test_seeds_and_the_text_of_each(read):
 
 def test_all_fields_of_timing_and_recovery(read):
     told = 'kinds = ["decode", "forward"]\nbatch_size = 2\nseq_len = 3\nrounds = 4\ndecode_batch_sizes = [5, 6]'
-    text = GOOD.replace('kinds = ["mixer"]', told).replace("seq_len = 7", "seq_len = 7\nsteps = 8")
+    text = GOOD.replace('kinds = ["mixer"]', told).replace("seq_len = 7", "seq_len = 7\nsteps = 8\nrepeats = 0")
     recipe = read(text)
     assert recipe.timing == Timing(("decode", "forward"), 2, 3, 4, (5, 6))
-    assert recipe.recovery.steps == 8
+    assert (recipe.recovery.steps, recipe.recovery.repeats) == (8, 0)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,7 @@ def test_all_fields_of_timing_and_recovery(read):
         ("num_batches = 3", "num_batches = 3.0", "heldout.num_batches is 3.0, where a whole number belongs"),
         ("seq_len = 16", "seq_len = 16\nseed = 1", "heldout.seed is unknown; known are num_batches"),
         ("seq_len = 16", "seq_len = 1", "heldout.seq_len is 1; it is at least 2"),
+        ("seq_len = 7", "seq_len = 7\nrepeats = 1", "recover.repeats is 1; it is a share, from 0 to below 1"),
         ('target = "key"', 'target = "query"', "there is no target 'query'"),
         ('target = "key"', "target = 1", "prune.target is 1, where a string belongs"),
         ('target = "key"', 'target = "head"', "rrqr does not choose heads"),
