@@ -83,7 +83,9 @@ def write_repaired(
         if card.is_file():
             mode = inputs["mode"]
             summary, kind = (MODES | TRAINING_MODES).get(mode, ""), "" if mode in TRAINING_MODES else "calibration "
-            told = f"- {mode}: {summary}; {repaired.tokens:,} tokens of {kind}text"
+            share = inputs.get("repeats")
+            rest = f", {share:.1%} of the rows random tokens that repeat" if share else ""
+            told = f"- {mode}: {summary}; {repaired.tokens:,} tokens of {kind}text{rest}"
             before = card.read_text(encoding="utf-8")
             heading = "" if "## Repair\n" in before else "\n## Repair\n\n"
             card.write_text(f"{before.rstrip()}\n{heading}{told}\n", encoding="utf-8")

@@ -98,6 +98,17 @@ def test_reconstruct_says_what_it_did(keyreduce, pruned):
     assert {"error_first", "error_last"} <= entry["layers"]["0"].keys()
 
 
+def test_rows_that_repeat_are_recorded_and_matter(keyreduce, pruned):
+    pruned()
+    for output, share in (("plain", 0), ("half", 0.5)):
+        keyreduce("recover", *FEW, "--repeats", share, "--output", output, "--json").json()
+        (entry,) = json.loads(Path(output, "keyreduce.json").read_text())["repairs"]
+        assert entry["inputs"]["repeats"] == share
+        assert ("50.0% of the rows" in Path(output, "README.md").read_text()) == bool(share)
+    plain, half = tensors_of(Path("plain")), tensors_of(Path("half"))
+    assert not all(half[name].equal(plain[name]) for name in plain)
+
+
 def test_what_was_repaired_can_be_pruned_and_repaired_again(keyreduce, pruned):
     dense = pruned()
     keyreduce("recover", *FEW, "--json").json()
@@ -128,6 +139,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(keyreduce, pruned, tiny_folder
     for arguments, told in (
         (("--mode", "magic"), "take one of least-squares, reconstruct"),
         (("--steps", 3), "takes no --steps"),
+        (("--repeats", 1), "--repeats is 1; it is a share of the rows"),
         (("--text", "same.jsonl", "--heldout", "same.jsonl"), "are the same"),
         (("--text", "absent.txt"), "absent.txt"),
         (("--model", other), "was not pruned from"),

@@ -128,6 +128,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(keyreduce, pruned, tiny_copy):
         (("--mode", "least-squares", "--lora-rank", 3), "takes no options of lora and full, such as rank"),
         (("--mode", "full", "--lora-rank", 3), "takes no --lora-rank"),
         (("--mode", "full", "--scope", "mixer"), "takes no --scope"),
+        (("--mode", "full", "--repeats", 0.5), "takes no --repeats"),
         (("--mode", "lora", "--lora-targets", "w_proj"), "w_proj matches no linear layer"),
         (("--mode", "full", "--teacher", other), "its vocabulary has 300 tokens, not 264"),
         (("--mode", "full", "--seq-len", 100_000), "which do not fill one row"),
