@@ -8,7 +8,6 @@ Shapes: B sequences, D hidden.
 
 import contextlib
 import copy
-import sys
 from collections.abc import Callable, Iterator
 from inspect import signature
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from transformers import Cache, DynamicCache
 from keyreduce.benchmarking.subjects import Subject
 from keyreduce.benchmarking.timing import copies_past_cache
 from keyreduce.benchmarking.work import mixer_work
+from keyreduce.models.operators import replaced_operators
 
 _TOKENS = 4
 
@@ -116,7 +116,7 @@ STEPS: dict[str, Callable[[Subject, int, int], Steps]] = {
 @contextlib.contextmanager
 def _last_call(subject: Subject) -> Iterator[list]:
     """Note the last operator that the block makes a mixer call, with its arguments."""
-    module, calls = sys.modules[type(subject.mixer).__module__], []
+    calls: list = []
 
     def noting(operator):
         def call(*operands, initial_state=None, **arguments):
@@ -127,9 +127,5 @@ def _last_call(subject: Subject) -> Iterator[list]:
 
         return call
 
-    with contextlib.ExitStack() as undo:
-        for name in subject.family.operators:
-            original = getattr(module, name)
-            undo.callback(setattr, module, name, original)
-            setattr(module, name, noting(original))
+    with replaced_operators(subject.family, [subject.mixer], noting):
         yield calls

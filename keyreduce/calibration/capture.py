@@ -5,8 +5,7 @@ different ways on different paths, but what reaches the delta-rule operator mean
 """
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,11 +16,7 @@ from keyreduce.calibration.taylor import differentiating
 from keyreduce.families import Family
 from keyreduce.models.loading import LoadedModel
 from keyreduce.models.offloading import device_of, read_parameter
-
-
-def operands(args: Sequence, kwargs: Mapping) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return q, k and v of a call of a delta-rule operator: fla's layers name them, those of transformers do not."""
-    return tuple(args[:3]) if args else (kwargs["q"], kwargs["k"], kwargs["v"])
+from keyreduce.models.operators import operands, replaced_operators
 
 
 @torch.no_grad()
@@ -114,18 +109,12 @@ def watching(
         return call
 
     with contextlib.ExitStack() as undo:
-        modules = set()
         for layer, statistics in layers.items():
-            mixer = mixers[layer]
-            undo.callback(mixer.register_forward_pre_hook(before_mixer(statistics), with_kwargs=True).remove)
+            hook = mixers[layer].register_forward_pre_hook(before_mixer(statistics), with_kwargs=True)
+            undo.callback(hook.remove)
             projection = model.get_submodule(output_names[layer].rpartition(".")[0])
             undo.callback(projection.register_forward_pre_hook(before_output(statistics)).remove)
-            modules.add(sys.modules[type(mixer).__module__])
-        for module in modules:
-            for name in family.operators:
-                original = getattr(module, name)
-                undo.callback(setattr, module, name, original)
-                setattr(module, name, watched(original))
+        undo.enter_context(replaced_operators(family, mixers.values(), watched))
         yield layers
         for layer, statistics in layers.items():
             weight = read_parameter(model, output_names[layer], folder)

@@ -8,7 +8,6 @@ Shapes: B rows, T tokens, P positions, W value heads, K key channels, V value ch
 """
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ import torch
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import Family, MixerSizes
 from keyreduce.models.loading import LoadedModel
+from keyreduce.models.operators import replaced_by_layer
 
 _BY_TOKEN = ("q", "k", "v", "beta", "g")
 """The operators' arguments that have an entry for each token, on axis 1."""
@@ -135,9 +135,8 @@ def _looking(
     model: torch.nn.Module, family: Family, every: int, look: Callable[[int, int, torch.Tensor], None]
 ) -> Iterator[None]:
     """While the block runs, operators go from position to position, and ``look(layer, place, state)`` at each."""
-    running: list[int] = []
 
-    def in_parts(operator):
+    def in_parts(operator, layer):
         def call(*operands, **arguments):
             # fla's layers name them, those of transformers do not.
             arguments |= zip("qkv", operands, strict=False)
@@ -153,23 +152,12 @@ def _looking(
                 }
                 first = [part.pop(name) for name in "qkv"[: len(operands)]]
                 output_BTWV, state = operator(*first, **part, initial_state=state, output_final_state=True)
-                look(running[0], place, state)
+                look(layer(), place, state)
                 outputs.append(output_BTWV)
                 start = end
             return torch.cat(outputs, dim=1), state if wants_state else None
 
         return call
 
-    with contextlib.ExitStack() as undo:
-        modules = set()
-        for layer in family.mixer_layers(model.config.to_dict()):
-            mixer = model.get_submodule(family.mixer.format(layer=layer))
-            hook = mixer.register_forward_pre_hook(lambda *_, layer=layer: running.__setitem__(slice(None), [layer]))
-            undo.callback(hook.remove)
-            modules.add(sys.modules[type(mixer).__module__])
-        for module in modules:
-            for name in family.operators:
-                original = getattr(module, name)
-                undo.callback(setattr, module, name, original)
-                setattr(module, name, in_parts(original))
+    with replaced_by_layer(model, family, family.mixer_layers(model.config.to_dict()), in_parts):
         yield

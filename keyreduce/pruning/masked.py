@@ -15,14 +15,12 @@ Shapes: B rows, T tokens, G heads of C channels, H key heads, K key and V value 
 """
 
 import contextlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from keyreduce.calibration.capture import operands
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError, reason
@@ -30,6 +28,7 @@ from keyreduce.families import Family, Part, family_of
 from keyreduce.families.axes import parts_of
 from keyreduce.families.layout import places
 from keyreduce.models.loading import prepare_backend
+from keyreduce.models.operators import operands, replaced_by_layer
 from keyreduce.pruning.edits import Narrow, layer_edits
 from keyreduce.pruning.plan import LayerCut, Plan
 
@@ -230,16 +229,19 @@ def _fold(weights: dict[str, torch.Tensor], family: Family, plan: Plan) -> set[s
 def _masking(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     """Let the operators of a dense model see zeros where the cut one has nothing."""
     family = family_of(model.config.to_dict())
-    running: list[tuple[torch.Tensor, torch.Tensor]] = []
+    masks = {
+        layer: tuple(mask.to(_weight(model, family, layer)) for mask in _masks(cut))
+        for layer, cut in plan.layers.items()
+    }
     sums_keys = model.config.to_dict().get("qk_norm") == "sum"
 
     def normed(operand_BTGC: torch.Tensor) -> torch.Tensor:
         # This norm comes before the operator, and of the channels that stay alone it is another one.
         return torch.nn.functional.normalize(operand_BTGC, p=1, dim=-1, eps=1e-6) if sums_keys else operand_BTGC
 
-    def masked(operator):
+    def masked(operator, layer):
         def call(*args, **kwargs):
-            key_GC, value_GC = running[0]
+            key_GC, value_GC = masks[layer()]
             q, k, v = operands(args, kwargs)
             # transformers 5.21 gives queries and keys once for each value head, 5.23 does not.
             key_GC = key_GC.repeat_interleave(q.shape[2] // len(key_GC), dim=0)
@@ -248,20 +250,13 @@ def _masking(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
 
         return call
 
-    with contextlib.ExitStack() as undo:
-        modules = set()
-        for layer, cut in plan.layers.items():
-            mixer = model.get_submodule(family.mixer.format(layer=layer))
-            masks = tuple(mask.to(next(mixer.parameters())) for mask in _masks(cut))
-            hook = mixer.register_forward_pre_hook(lambda *_, masks=masks: running.__setitem__(slice(None), [masks]))
-            undo.callback(hook.remove)
-            modules.add(sys.modules[type(mixer).__module__])
-        for module in modules:
-            for name in family.operators:
-                original = getattr(module, name)
-                undo.callback(setattr, module, name, original)
-                setattr(module, name, masked(original))
+    with replaced_by_layer(model, family, plan.layers, masked):
         yield
+
+
+def _weight(model: PreTrainedModel, family: Family, layer: int) -> torch.Tensor:
+    """A weight of a layer's mixer, of its dtype and on its device."""
+    return next(model.get_submodule(family.mixer.format(layer=layer)).parameters())
 
 
 def _masks(cut: LayerCut) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,50 @@
+"""The delta-rule operators that mixers call, replaced for a while.
+
+A mixer finds its operators by their names in its module, so that a function put in their place sees, and may change,
+what each layer gives to them and gets.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from keyreduce.families import Family
+
+
+def operands(args: Sequence, kwargs: Mapping) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return q, k and v of a call of a delta-rule operator: fla's layers name them, those of transformers do not."""
+    return tuple(args[:3]) if args else (kwargs["q"], kwargs["k"], kwargs["v"])
+
+
+@contextlib.contextmanager
+def replaced_operators(
+    family: Family, mixers: Iterable[nn.Module], replace: Callable[[Callable], Callable]
+) -> Iterator[None]:
+    """While the block runs, ``replace(operator)`` stands in for each operator in the modules of the mixers."""
+    with contextlib.ExitStack() as undo:
+        for module in {sys.modules[type(mixer).__module__] for mixer in mixers}:
+            for name in family.operators:
+                original = getattr(module, name)
+                undo.callback(setattr, module, name, original)
+                setattr(module, name, replace(original))
+        yield
+
+
+@contextlib.contextmanager
+def replaced_by_layer(
+    model: nn.Module, family: Family, layers: Iterable[int], replace: Callable[[Callable, Callable[[], int]], Callable]
+) -> Iterator[None]:
+    """The same with ``replace(operator, layer)``; ``layer()`` is the one of the layers whose mixer runs."""
+    running: list[int] = []
+    mixers = {layer: model.get_submodule(family.mixer.format(layer=layer)) for layer in layers}
+    with contextlib.ExitStack() as undo:
+        for layer, mixer in mixers.items():
+            hook = mixer.register_forward_pre_hook(lambda *_, layer=layer: running.__setitem__(slice(None), [layer]))
+            undo.callback(hook.remove)
+        undo.enter_context(
+            replaced_operators(family, mixers.values(), lambda operator: replace(operator, lambda: running[0]))
+        )
+        yield
