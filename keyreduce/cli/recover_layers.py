@@ -74,7 +74,15 @@ def write_recovered(
     start = time.perf_counter()
     with console.progress("repairing", dense.config.get("num_hidden_layers"), "layers") as progress:
         repaired = repair(
-            dense, pruned, text, settings, steps=steps, device=device, repeats=repeats, progress=progress, note=console.note
+            dense,
+            pruned,
+            text,
+            settings,
+            steps=steps,
+            device=device,
+            repeats=repeats,
+            progress=progress,
+            note=console.note,
         )
     seconds = time.perf_counter() - start
     write_repaired(

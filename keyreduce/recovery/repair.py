@@ -112,8 +112,8 @@ def repair(
         note: told where the text is shorter than was asked for.
 
     Raises:
-        KeyreduceError: the models do not belong together, one does not load, the text is empty, ``repeats`` is no share,
-            or numbers are NaN or inf.
+        KeyreduceError: the models do not belong together, one does not load, the text is empty, ``repeats`` is no
+            share, or numbers are NaN or inf.
     """
     settings.check()
     check_repeats(repeats)
@@ -130,7 +130,8 @@ def repair(
             f"take another scope than block"
         )
     rows = token_rows(text.documents(settings.seed), loaded["dense"].tokenizer, settings.seq_len)
-    rows = with_repeats(rows, repeats, text_token_ids(loaded["dense"].tokenizer, model.config.vocab_size), settings.seed)
+    tokens_S = text_token_ids(loaded["dense"].tokenizer, model.config.vocab_size)
+    rows = with_repeats(rows, repeats, tokens_S, settings.seed)
     taken = list(batches(rows, settings.batch_size, settings.num_batches))
     tokens = sum(batch.numel() for batch in taken)
     if tokens < settings.tokens:
