@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from keyreduce.data.batches import batches, bytes_per_token, document_tokens, token_rows
+from keyreduce.data.batches import batches, bytes_per_token, document_tokens, text_token_ids, token_rows
 
 SEPARATOR = "<|endoftext|>"
 TEXTS = ["def f(x):\n    return x  # é 四 😀\n" * 3, "the state is low-rank\n", "\r\n\t\x00 don't"]
@@ -121,6 +121,10 @@ def test_bytes_of_added_tokens():
     lengths_V = bytes_per_token(tokenizer)
     assert lengths_V[tokenizer.convert_tokens_to_ids("é    ")] == 6
     assert lengths_V[tokenizer.convert_tokens_to_ids("<|tool|>")] == 0
+    ids = text_token_ids(tokenizer, len(tokenizer)).tolist()
+    assert tokenizer.convert_tokens_to_ids("é    ") in ids
+    assert not {tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("<|tool|>")} & set(ids)
+    assert text_token_ids(tokenizer, 100).tolist() == [token_id for token_id in ids if token_id < 100]
 
 
 def test_bytes_of_sentencepiece_tokens():
