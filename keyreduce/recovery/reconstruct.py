@@ -62,9 +62,11 @@ def reconstruct(
     Raises:
         KeyreduceError: the error is NaN or inf.
     """
-    module = pruned.block(layer) if settings.scope == "block" else pruned.mixer(layer)
+    block = pruned.block(layer)
+    module = block if settings.scope == "block" else pruned.mixer(layer)
     parameters = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
-    asked = [parameter.requires_grad for parameter in parameters]
+    asked = [(parameter, parameter.requires_grad) for parameter in block.parameters()]
+    block.requires_grad_(False)  # no time is spent on gradients of what stays
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(parameters, lr=settings.lr, betas=(0.9, 0.99))
@@ -92,7 +94,7 @@ def reconstruct(
                 if progress is not None:
                     progress(1)
     finally:
-        for parameter, was_asked in zip(parameters, asked, strict=True):
+        for parameter, was_asked in asked:
             parameter.grad = None
             parameter.requires_grad_(was_asked)
     few = max(1, settings.steps // 16)
