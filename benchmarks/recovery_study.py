@@ -1,8 +1,8 @@
 """How much of the damage of pruning each repair takes back, on one model.
 
-    python benchmarks/recovery_study.py --model PATH --calibration FILE --heldout FILE [--ratios 0.25 0.5 0.75]
+    python benchmarks/recovery_study.py [--model PATH] [--calibration FILE] [--heldout FILE] [--ratios 0.25 0.5 0.75]
         [--method rrqr] [--repairs none least-squares reconstruct reconstruct:scope=mixer,lr=0.001]
-        [--num-batches 64] [--seeds 0 1 2] [--recall] [--output figures.json]
+        [--num-batches 64] [--heldout-rows 64] [--seeds 0 1 2] [--recall] [--output figures.json]
 
 A repair is a mode of `keyreduce recover`, after a colon the options that are not its defaults. Each seed takes another
 order of the calibration text, for the choice of channels and for the repair. The increase of perplexity over the dense

@@ -13,7 +13,8 @@ from keyreduce.calibration.statistics import Statistics
 from keyreduce.checkpoint.find import find_model
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.source import Checkpoint
-from keyreduce.data.text import FileText
+from keyreduce.data.stdlib import Split
+from keyreduce.data.text import FileText, StdlibText
 from keyreduce.devices import pick_device
 from keyreduce.evaluation.perplexity import evaluate
 from keyreduce.evaluation.recall import KINDS, RecallProbes, RecallSettings, recall_figures
@@ -31,8 +32,9 @@ from keyreduce.recovery.writing import write_repaired
 def add_arguments(parser: argparse.ArgumentParser, *, ratios: Sequence[str], repairs: Sequence[str]) -> None:
     """Add the options that every study takes, with these ratios and repairs by default."""
     parser.add_argument("--model")
-    parser.add_argument("--calibration", type=Path, nargs="+", required=True)
-    parser.add_argument("--heldout", type=Path, nargs="+", required=True)
+    parser.add_argument("--calibration", type=Path, nargs="+", help="text; by default the standard library's source")
+    parser.add_argument("--heldout", type=Path, nargs="+", help="other text; by default other files of that")
+    parser.add_argument("--heldout-rows", type=int, help="rows of 1,024 tokens to measure on, by default all")
     parser.add_argument("--ratios", nargs="+", default=ratios)
     parser.add_argument("--repairs", nargs="+", default=repairs)
     parser.add_argument("--num-batches", type=int, default=64, help="of a repair")
@@ -55,15 +57,18 @@ class Study:
 
     Args:
         arguments: of :func:`add_arguments`.
+        split: of the standard library's source, where no text is named.
 
     Raises:
         KeyreduceError: a model or text is not there, or a document is in both texts.
     """
 
-    def __init__(self, arguments: argparse.Namespace):
+    def __init__(self, arguments: argparse.Namespace, split: Split = "calibration"):
         self.device = pick_device(arguments.device)
         self.dense = open_folder(find_model(arguments.model))
-        self.text, self.heldout = FileText(arguments.calibration), FileText(arguments.heldout)
+        self.text = FileText(arguments.calibration) if arguments.calibration else StdlibText(split)
+        self.heldout = FileText(arguments.heldout) if arguments.heldout else StdlibText("heldout")
+        self.heldout_rows = arguments.heldout_rows
         self._rows = (arguments.batch_size, arguments.seq_len)
         self._repair_batches = arguments.num_batches
         self._calibration_batches = arguments.calibration_batches or arguments.num_batches
@@ -74,9 +79,9 @@ class Study:
         return Settings(self._repair_batches, *self._rows, seed)
 
     def measure(self, folder: Path) -> float:
-        """Return the perplexity per token of the held-out text, all of it in rows of 1,024 tokens."""
+        """Return the perplexity per token of the held-out text, in rows of 1,024 tokens."""
         loaded = load_model(folder, self.device, torch.float32, gradients=True)
-        return evaluate(loaded, self.heldout, seq_len=1024, batch_size=8, num_rows=None)[0].perplexity
+        return evaluate(loaded, self.heldout, seq_len=1024, batch_size=8, num_rows=self.heldout_rows)[0].perplexity
 
     def recall(self, folder: Path) -> dict[str, float]:
         """Return, for each kind of recall, how often a model prefers the right answer to seven others, over the grid.

@@ -1,9 +1,9 @@
 """How much of the damage of pruning training takes back, against the tokens that it takes, on one model.
 
-    python benchmarks/training_study.py --model PATH --calibration FILE --heldout FILE --output FOLDER
+    python benchmarks/training_study.py --output FOLDER [--model PATH] [--calibration FILE] [--heldout FILE]
         [--methods rrqr] [--ratios 0.5 0.75] [--repairs none least-squares] [--tokens 250000 1000000 4000000]
         [--kinds lora full lora-distilled full-distilled full-distilled:lr=0.001,temperature=1,batch_size=16]
-        [--num-batches 64] [--seeds 0] [--jobs 4]
+        [--num-batches 64] [--heldout-rows 64] [--seeds 0] [--jobs 4]
     python benchmarks/training_study.py ... --table
 
 A repair comes before the training and a kind is the training: a mode of `keyreduce recover`, distilled or not from the
@@ -86,11 +86,11 @@ def make_in_processes(chosen: argparse.Namespace) -> None:
 
 def make(chosen: argparse.Namespace) -> None:
     """Make all runs that are neither there nor being made, the numbers of tokens in the order given."""
-    study = Study(chosen)
+    study = Study(chosen, "train")
     with claimed(chosen.output / "dense", wait=True):
         path = chosen.output / "dense.json"
         inputs = {"model": study.dense.identity, "text": study.text.identity, "heldout": study.heldout.identity}
-        inputs |= study.settings(0)._asdict()
+        inputs |= {"heldout_rows": study.heldout_rows, **study.settings(0)._asdict()}
         if not path.exists():
             write_json(path, {"inputs": inputs, "perplexity": study.measure(study.dense.path)})
         if read_json(path)["inputs"] != inputs:
