@@ -86,10 +86,10 @@ class Study:
     def recall(self, folder: Path) -> dict[str, float]:
         """Return, for each kind of recall, how often a model prefers the right answer to seven others, over the grid.
 
-        The lengths and numbers of pairs are those of `keyreduce eval --recall`, the haystacks held-out text.
+        Lengths, numbers of pairs and of sequences are those of `keyreduce eval --recall`, the haystacks held-out text.
         """
         loaded = load_model(folder, self.device, torch.float32, gradients=True)
-        probes = RecallProbes(loaded, self.heldout, RecallSettings(tuple(KINDS), probes=16))
+        probes = RecallProbes(loaded, self.heldout, RecallSettings(tuple(KINDS)))
         figures = recall_figures([probes.ask(batch_size=16)])
         return {kind: mean(cell["choice_accuracy"] for cell in cells) for kind, cells in figures.items()}
 

@@ -1,9 +1,9 @@
 """Rows of random tokens that repeat, among the rows of text that a layer is repaired on.
 
 Text asks little of what a state keeps of a single association: the next word can mostly be guessed without it. A fit
-to text alone gives that up, and recall falls where perplexity rises. In a row of random tokens that repeat, nothing but
-recall tells what comes next (as Olsson et al., arXiv:2209.11895, measure induction), so the dense model's mixers show
-on it what they keep, and the fit keeps it too.
+to text alone gives that up: recall gets worse, though perplexity gets better. In a row of random tokens that repeat,
+nothing but recall tells what comes next (as Olsson et al., arXiv:2209.11895, measure induction), so the dense model's
+mixers show on it what they keep, and the fit keeps it too.
 
 Shapes: T tokens in a row, P tokens in a period, S token ids to draw from.
 """

@@ -41,6 +41,7 @@ from keyreduce.pruning.budget import Budget
 from keyreduce.pruning.methods import method_named
 from keyreduce.pruning.planning import check_options
 from keyreduce.recovery.modes import MODES, REPEATS
+from keyreduce.recovery.repeats import check_repeats
 from keyreduce.sweep.fields import check_filled, check_kind, check_list, check_table
 
 NO_REPAIR = "none"
@@ -214,12 +215,15 @@ def _settings(path: Path, name: str, table: Mapping) -> Settings:
 
 def _recovery(path: Path, table: Mapping) -> Recovery:
     check_table(path, "recover.", table, _SIZES, {"steps": int, "repeats": float})
-    if not 0 <= table.get("repeats", 0) < 1:
-        raise KeyreduceError(f"{path}: recover.repeats is {table['repeats']}; it is a share, from 0 to below 1")
     if table.get("steps", 1) < 1:
         raise KeyreduceError(f"{path}: recover.steps is {table['steps']}; it is at least 1")
     _settings(path, "recover", {name: table[name] for name in _SIZES})
-    return Recovery(**table)
+    recovery = Recovery(**table)
+    try:
+        check_repeats(recovery.repeats)
+    except KeyreduceError as error:
+        raise KeyreduceError(f"{path}: recover: {error}") from None
+    return recovery
 
 
 def _timing(path: Path, table: Mapping) -> Timing:

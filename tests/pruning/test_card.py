@@ -55,7 +55,7 @@ def drawn_card(**changes) -> str:
 @pytest.mark.parametrize("model_type", MODELS)
 def test_the_hub_reads_its_front_matter(tiny_folder, pruned, model_type):
     card = ModelCard(card_of(pruned(tiny_folder(model_type), 5)))
-    assert card.data.library_name == "transformers"
+    assert card.data["library_name"] == "transformers"
     assert card.data.tags == ["keyreduce", "pruned", "linear-attention", model_type]
     assert card.data.base_model is None  # a folder of this machine is none
     assert model_type.replace("_", r"\_") in card.text.split("\n## ")[0]

@@ -113,7 +113,7 @@ def test_all_fields_of_timing_and_recovery(read):
         ("num_batches = 3", "num_batches = 3.0", "heldout.num_batches is 3.0, where a whole number belongs"),
         ("seq_len = 16", "seq_len = 16\nseed = 1", "heldout.seed is unknown; known are num_batches"),
         ("seq_len = 16", "seq_len = 1", "heldout.seq_len is 1; it is at least 2"),
-        ("seq_len = 7", "seq_len = 7\nrepeats = 1", "recover.repeats is 1; it is a share, from 0 to below 1"),
+        ("seq_len = 7", "seq_len = 7\nrepeats = 1", "recover: --repeats is 1; it is a share of the rows"),
         ('target = "key"', 'target = "query"', "there is no target 'query'"),
         ('target = "key"', "target = 1", "prune.target is 1, where a string belongs"),
         ('target = "key"', 'target = "head"', "rrqr does not choose heads"),
