@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from keyreduce.data.text import DatasetText, TextSource
 from keyreduce.errors import KeyreduceError
 
-_SHORTEST = 40  # characters; a licence line or an empty stub may well be in both
+_SHORTEST = 100  # characters; a licence line or a stub, as the standard library has some, may well be in both
 
 
 def refuse_overlap(calibration: TextSource, heldout: TextSource) -> None:
     """Refuse a held-out text that shares a document with the calibration text.
 
-    Documents (a file is one, unless it holds rows) are compared whole, those of at least 40 characters. What is cut
+    Documents (a file is one, unless it holds rows) are compared whole, those of at least 100 characters. What is cut
     otherwise or changed is not seen, and documents of a ``datasets`` name are not looked at, since that would fetch
     all of it.
 
