@@ -3,18 +3,18 @@
 import hashlib
 from collections.abc import Iterator
 
-from keyreduce.data.text import DatasetText, TextSource
+from keyreduce.data.text import DatasetText, StdlibText, TextSource
 from keyreduce.errors import KeyreduceError
 
-_SHORTEST = 100  # characters; a licence line or a stub, as the standard library has some, may well be in both
+_SHORTEST = 40  # characters; a licence line or an empty stub may well be in both
 
 
 def refuse_overlap(calibration: TextSource, heldout: TextSource) -> None:
     """Refuse a held-out text that shares a document with the calibration text.
 
-    Documents (a file is one, unless it holds rows) are compared whole, those of at least 100 characters. What is cut
-    otherwise or changed is not seen, and documents of a ``datasets`` name are not looked at, since that would fetch
-    all of it.
+    Documents (a file is one, unless it holds rows) are compared whole, those of at least 40 characters. What is cut
+    otherwise or changed is not seen. Documents of a ``datasets`` name are not looked at, since that would fetch all of
+    it, nor are two splits of the standard library, which are of different files, though of some stubs it has copies.
 
     Raises:
         KeyreduceError: it is the same text, or a document is in both.
@@ -22,6 +22,8 @@ def refuse_overlap(calibration: TextSource, heldout: TextSource) -> None:
     if calibration.identity == heldout.identity:
         raise KeyreduceError("calibration and held-out text are the same; give different ones")
     if isinstance(calibration, DatasetText) or isinstance(heldout, DatasetText):
+        return
+    if isinstance(calibration, StdlibText) and isinstance(heldout, StdlibText):
         return
     seen = set(_digests(calibration))
     count = sum(digest in seen for digest in _digests(heldout))

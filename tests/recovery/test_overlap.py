@@ -15,7 +15,7 @@ def documents(path: Path, *texts: str) -> FileText:
     return FileText([path])
 
 
-A, B, C = ("a" * 100, "b" * 100, "c" * 100)
+A, B, C = ("a" * 50, "b" * 50, "c" * 50)
 
 
 def test_the_same_text_is_refused(tmp_path):
@@ -41,7 +41,7 @@ def test_a_file_under_another_name_is_refused(tmp_path):
 
 
 def test_other_text_and_stubs_pass(tmp_path):
-    stub = "s" * 99
+    stub = "s" * 39
     one, other = documents(tmp_path / "one.jsonl", A, stub), documents(tmp_path / "other.jsonl", B, stub)
     refuse_overlap(one, other)
 
