@@ -84,6 +84,24 @@ def test_two_processes_train_as_one_does(keyreduce, pruned, mode, sharing):
     assert done.stderr.count("step 4 of 4") == 1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("sharing", [(), ("--shard",), ("--micro-batch", 1, "--gradient-checkpointing")])
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_two_gpus_train_as_one_does(keyreduce, pruned, mode, sharing):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    arguments = ("recover", "--mode", mode, "--teacher", pruned, *FEW[:-1], "cuda")
+    alone = keyreduce(*arguments, "--json").json()
+    done = under_torchrun(*arguments, *sharing, "--output", "both", "--json")
+    assert done.returncode == 0, done.stderr
+    # What all is computed in has three digits.
+    assert json.loads(done.stdout)["loss_last"] == pytest.approx(alone["loss_last"], rel=0.02)
+    one, two = tensors_of(WORK / "recovered"), tensors_of(Path("both"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-2, rtol=0.1)
+
+
 def test_from_a_dcp_it_is_the_same_as_from_the_folder(keyreduce, pruned):
     keyreduce("convert-dcp", "--json").json()
     keyreduce("recover", "--mode", "lora", *FEW, "--json").json()

@@ -224,6 +224,7 @@ def test_rows_of_two_lengths_are_refused():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("model_type", ["delta_net", "gated_deltanet"])
+@torch.no_grad()
 def test_fla_kernels_on_a_gpu_agree_with_the_recurrence(model_type):
     model = build(model_type).to("cuda", torch.bfloat16)
     tokens = draw_tokens(2, 200)

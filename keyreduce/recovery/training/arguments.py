@@ -63,6 +63,10 @@ def trainer_arguments(settings: Settings, training: Training, device: torch.devi
         disable_tqdm=True,
         report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else "none",
     )
+    if device.type == "cuda" and not in_processes:
+        # With several GPUs in sight Trainer would share out each batch among threads (DataParallel); here that is what
+        # torchrun's processes are for.
+        made._n_gpu = 1
     rows, rest = divmod(settings.batch_size, made.world_size)
     if rest:
         raise KeyreduceError(f"--batch-size {settings.batch_size} does not divide among {made.world_size} processes")

@@ -135,6 +135,11 @@ def train(
             where = f"the last good checkpoint is {kept}" if kept else "there was no checkpoint yet"
             raise KeyreduceError(f"{error}: {where}; give a lower --lr, with --overwrite to begin anew") from error
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        # Sharded weights are gathered by kernels that a GPU runs behind its process: one that ended before they are
+        # done would leave the others waiting for its share for ever.
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        trainer.accelerator.wait_for_everyone()
         if arguments.process_index:
             return None
         final = _final(pruned, mode, training, targets, state)
