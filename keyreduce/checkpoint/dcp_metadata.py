@@ -18,7 +18,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from keyreduce.checkpoint.find import METADATA_NAME
+from keyreduce.checkpoint.source import METADATA_NAME
 from keyreduce.errors import KeyreduceError
 
 _DCP = "torch.distributed.checkpoint"

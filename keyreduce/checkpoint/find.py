@@ -8,13 +8,12 @@ import tempfile
 from pathlib import Path
 
 from keyreduce.checkpoint.folder import open_folder
-from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.checkpoint.source import METADATA_NAME, Checkpoint
 from keyreduce.errors import KeyreduceError, reason
 from keyreduce.workspace import RECORD_NAME
 
 SHIPPED = Path(__file__).parents[1] / "models" / "shipped"
 DEFAULT_MODEL = "delta-net-5m"
-METADATA_NAME = ".metadata"
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]

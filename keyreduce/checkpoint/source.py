@@ -17,6 +17,8 @@ import torch
 from keyreduce.checkpoint.shards import ByteRange, ShardPlan, TensorSpec
 from keyreduce.errors import KeyreduceError
 
+METADATA_NAME = ".metadata"  # the file by which a folder is a DCP
+
 # config.json holds these, and they change without the model changing.
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from keyreduce import __version__
-from keyreduce.checkpoint.find import METADATA_NAME, open_model
+from keyreduce.checkpoint.find import open_model
+from keyreduce.checkpoint.source import METADATA_NAME
 from keyreduce.checkpoint.folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.harness import Figure, main_figures
