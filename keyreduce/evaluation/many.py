@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from keyreduce import __version__
 from keyreduce.checkpoint.find import open_model
-from keyreduce.checkpoint.source import METADATA_NAME
 from keyreduce.checkpoint.folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from keyreduce.checkpoint.source import METADATA_NAME
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.harness import Figure, main_figures
 from keyreduce.jobs import Job, Outcome, keyreduce_command, run_jobs
