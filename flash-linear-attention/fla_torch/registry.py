@@ -117,6 +117,12 @@ def _check_version() -> None:
         wanted.append(("fla.ops.kda.fused_recurrent", "fused_recurrent_kda_fwd"))
         wanted.append((SOFTMAX_MODULE, "flash_attn_func"))
         missing += [f"{module}.{name}" for module, name in wanted if not hasattr(importlib.import_module(module), name)]
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] != "fla":
+            raise UnsupportedVersionError(
+                f"flash-linear-attention needs {error.name}: pip install {error.name}"
+            ) from error
+        missing = [error.name or str(error)]
     except ImportError as error:
         missing = [str(error)]
     if missing:

@@ -111,6 +111,12 @@ def test_a_version_that_works_is_named_where_a_module_is_missing(monkeypatch):
         fla_torch.enable()
 
 
+def test_a_package_that_fla_needs_is_named():
+    process = run_python("import sys; sys.modules['triton'] = None; import fla_torch; fla_torch.enable()")
+    last_line = process.stderr.strip().splitlines()[-1]
+    assert last_line.endswith("UnsupportedVersionError: flash-linear-attention needs triton: pip install triton")
+
+
 def test_a_registry_that_is_switched_off_is_named():
     process = run_python("import fla_torch; fla_torch.enable()", FLA_DISABLE_BACKEND_DISPATCH="1")
     last_line = process.stderr.strip().splitlines()[-1]
