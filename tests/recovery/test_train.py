@@ -18,7 +18,6 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.models.loading import load_model
 from keyreduce.recovery.training import checks, memory, run
 from keyreduce.recovery.training import rows as rows_module
-from keyreduce.recovery.training.arguments import trainer_arguments
 from keyreduce.recovery.training.checks import refuse_other_vocabulary
 from keyreduce.recovery.training.distillation import teacher_loss, text_loss
 from keyreduce.recovery.training.lora import add_lora, find_targets, merge_lora
@@ -293,10 +292,3 @@ def test_numbers_that_are_not_there_stop_at_the_first_step(trained, student):
     edit_config(student, tie_word_embeddings=False)
     with pytest.raises(KeyreduceError, match="at step 1: there was no checkpoint yet"):
         trained(student)
-
-
-def test_one_process_trains_on_one_gpu_of_several(tmp_path, monkeypatch):
-    for name, value in {"is_available": True, "device_count": 2, "set_device": None, "is_bf16_supported": True}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *given, value=value: value)
-    arguments = trainer_arguments(SETTINGS, make_training("full", {}), torch.device("cuda"), tmp_path)
-    assert arguments.n_gpu == 1 and arguments.train_batch_size == SETTINGS.batch_size

@@ -1,0 +1,15 @@
+"""Training's settings in the words of transformers' Trainer."""
+
+import torch
+
+from keyreduce.calibration.run import Settings
+from keyreduce.recovery.training.arguments import trainer_arguments
+from keyreduce.recovery.training.settings import make_training
+
+
+def test_one_process_trains_on_one_gpu_of_several(tmp_path, monkeypatch):
+    for name, value in {"is_available": True, "device_count": 2, "set_device": None, "is_bf16_supported": True}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *given, value=value: value)
+    settings = Settings(num_batches=8, batch_size=4, seq_len=32)
+    arguments = trainer_arguments(settings, make_training("full", {}), torch.device("cuda"), tmp_path)
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == 4
