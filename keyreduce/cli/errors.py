@@ -11,5 +11,6 @@ def stop(message: str) -> NoReturn:
     """Print the message as one line and exit with code 2."""
     # A name out of a damaged file need not be Unicode.
     line = " ".join(message.split()).encode(errors="backslashreplace").decode()
-    print(f"keyreduce: {line}", file=sys.stderr)
+    # In one piece: processes of torchrun may be stopping at the same time.
+    sys.stderr.write(f"keyreduce: {line}\n")
     sys.exit(2)
