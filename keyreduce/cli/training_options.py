@@ -77,8 +77,7 @@ Targets = Annotated[
 ]
 
 
-def training_options(**given: object) -> dict:
-    """Return those that a user gave, as fields of Training; False and None are not given."""
-    if given.get("targets"):
-        given["targets"] = tuple(given["targets"])
-    return {name: value for name, value in given.items() if value not in (None, False)}
+def training_options(targets: list[str] | None, **given: object) -> dict:
+    """Return those that a user gave, as fields of Training. None and a flag's False are not given; 0 is."""
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
+    return given | ({"targets": tuple(targets)} if targets else {})

@@ -63,6 +63,13 @@ def test_it_ends_as_an_ordinary_checkpoint_that_says_how_it_was_made(keyreduce, 
     assert other.code == 2 and "differs in options" in other.err
 
 
+def test_nought_is_a_value(keyreduce, pruned):
+    nought = ("--warmup", 0, "--distill-weight", 0)
+    keyreduce("recover", "--mode", "full", "--teacher", pruned, *nought, *FEW, "--json").json()
+    (entry,) = json.loads((WORK / "recovered/keyreduce.json").read_text())["repairs"]
+    assert entry["inputs"]["options"]["warmup"] == entry["inputs"]["options"]["distill_weight"] == 0
+
+
 @pytest.mark.parametrize(
     ("mode", "sharing"), [("full", ("--distill-weight", 0.5)), ("lora", ("--shard", "--gradient-checkpointing"))]
 )
