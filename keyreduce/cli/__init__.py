@@ -1,6 +1,8 @@
 """The command line: one file a subcommand. Heavy imports wait until a command runs."""
 
+import os
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -39,6 +41,15 @@ app.command()(verify)
 
 def main() -> None:
     """Run the command line; what a user did wrong is told in one line, with exit code 2."""
+    try:
+        _run()
+    except SystemExit as exit_:
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # by which torch knows the processes of torchrun
+            errors.leave(exit_.code or 0)
+        raise
+
+
+def _run() -> NoReturn:
     # Typer's own mistakes of usage share a base class that it does not export.
     usage_error = typer.BadParameter.__base__
     try:

@@ -1,5 +1,7 @@
-"""How a command ends when the input is bad: one line on stderr, exit code 2."""
+"""How a command ends: when the input is bad, with one line on stderr and exit code 2; and under ``torchrun``."""
 
+import atexit
+import os
 import sys
 from typing import NoReturn
 
@@ -14,3 +16,15 @@ def stop(message: str) -> NoReturn:
     # In one piece: processes of torchrun may be stopping at the same time.
     sys.stderr.write(f"keyreduce: {line}\n")
     sys.exit(2)
+
+
+def leave(code: int) -> NoReturn:
+    """End a process of ``torchrun``, with what it has put off until its end, such as the removal of temporary folders.
+
+    Not by way of destructors: that of gloo's process group waits for its threads while it holds the GIL, for which one
+    of those threads may be waiting to let go of a tensor (seen with torch 2.13).
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -119,7 +119,7 @@ def recover(
     from keyreduce.cli.console import Console
     from keyreduce.cli.recover_heldout import measure
     from keyreduce.cli.recover_layers import write_recovered
-    from keyreduce.cli.recover_training import leave, write_trained
+    from keyreduce.cli.recover_training import write_trained
     from keyreduce.data.text import FileText, text_source
     from keyreduce.devices import pick_device
     from keyreduce.errors import KeyreduceError
@@ -180,7 +180,6 @@ def recover(
             overwrite=overwrite,
         )
         if result is None:
-            leave(processes)
             return
         result["dense"] = result["dense"] or model
     else:
@@ -200,4 +199,3 @@ def recover(
     if judge is not None:
         result["perplexity"] = measure(console, result, judge, run_on)
     console.result(result)
-    leave(processes)

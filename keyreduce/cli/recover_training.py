@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import sys
 from pathlib import Path
 
 
@@ -145,15 +144,3 @@ def write_trained(
     console.say(f"wrote {target}, with training.png")
     del figures["losses"]
     return paths | {"made": True, "mode": mode, "tokens": trained.tokens, "seconds": seconds, **figures}
-
-
-def leave(processes) -> None:
-    """End a process of ``torchrun`` here, if it is one.
-
-    Not by way of destructors: that of gloo's process group waits for its threads while it holds the GIL, for which one
-    of those threads may be waiting to let go of a tensor (seen with torch 2.13).
-    """
-    if processes.number > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)

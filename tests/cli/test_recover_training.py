@@ -30,7 +30,8 @@ def pruned(keyreduce, tiny_folder):
 def under_torchrun(*arguments: object) -> subprocess.CompletedProcess:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "flash-linear-attention")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    Path("temporary").mkdir()
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TMPDIR": str(Path("temporary").resolve())}
     command = [*torchrun, "-m", "keyreduce", *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
@@ -76,8 +77,11 @@ def test_nought_is_a_value(keyreduce, pruned):
 def test_two_processes_train_as_one_does(keyreduce, pruned, mode, sharing):
     arguments = ("recover", "--mode", mode, *FEW)
     alone = keyreduce(*arguments, *(sharing if mode == "full" else ()), "--json").json()
-    done = under_torchrun(*arguments, *sharing, "--output", "both", "--json")
+    keyreduce("convert-dcp", WORK / "pruned", "dcp", "--json").json()
+    of_dcp = ("--compressed", "dcp", "--output", "both")
+    done = under_torchrun(*arguments, *sharing, *of_dcp, "--json")
     assert done.returncode == 0, done.stderr
+    assert not list(Path("temporary").glob("keyreduce*"))  # the folders into which the DCP was converted
     assert json.loads(done.stdout)["loss_last"] == pytest.approx(alone["loss_last"], rel=1e-4)
     folders = (WORK / "recovered", Path("both"))
     records = [json.loads((folder / "keyreduce.json").read_text())["repairs"][0] for folder in folders]
