@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from keyreduce.errors import KeyreduceError, reason
 from keyreduce.families import FAMILIES
 from keyreduce.models.skeleton import Skeleton, UnknownArchitecture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _LISTED = 10
 
@@ -32,13 +36,16 @@ def check_loading(
         rehearse_loading(config, shapes, path)
 
 
-def rehearse_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Path) -> None:
+def rehearse_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Path) -> "PreTrainedModel":
     """Refuse a checkpoint that transformers would not load whole, on torch's meta device.
 
     Args:
         config: the content of config.json.
         shapes: tensor name -> shape, of the whole checkpoint.
         path: what to call it.
+
+    Returns:
+        The model, on that device.
 
     Raises:
         KeyreduceError: tensors are missing, left over or of another shape, or no model is made from the config.
@@ -57,7 +64,7 @@ def rehearse_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path:
         model_class = AutoModelForCausalLM._model_mapping[type(their_config)]
         if not isinstance(their_config, model_class.config_class):
             their_config = their_config.get_text_config()  # the language model of a larger one
-        _, report = model_class.from_pretrained(
+        model, report = model_class.from_pretrained(
             None,
             config=their_config,
             state_dict=tensors,
@@ -86,3 +93,4 @@ def rehearse_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path:
     ]
     if told:
         raise KeyreduceError(f"the tensors of {path} are not those that its config.json asks for; {'; '.join(told)}")
+    return model

@@ -5,7 +5,7 @@ config, and differs from it in numbers alone.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,8 +18,8 @@ from keyreduce.data.batches import batches, text_token_ids, token_rows
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
+from keyreduce.models.file_tensors import changed_tensors, rehearse_writing
 from keyreduce.models.loading import load_model, prepare_backend
-from keyreduce.models.mixer_tensors import mixer_tensors
 from keyreduce.recovery.least_squares import refit_output
 from keyreduce.recovery.modes import LEAST_SQUARES, MODES, RECONSTRUCT, REPEATS
 from keyreduce.recovery.reconstruct import SCOPES, Steps, reconstruct
@@ -118,17 +118,15 @@ def repair(
     settings.check()
     check_repeats(repeats)
     check_pair(dense, pruned)
+    beyond_mixers = steps is not None and steps.scope == "block"
+    if beyond_mixers:
+        rehearse_writing(pruned)
     loaded = {
         name: load_model(source.path, torch.device("cpu"), torch.float32)
         for name, source in (("dense", dense), ("pruned", pruned))
     }
     prepare_backend(device, gradients=True)
     model, family = loaded["pruned"].model, loaded["pruned"].family
-    if steps is not None and steps.scope == "block" and not _names_of_blocks(model, pruned):
-        raise KeyreduceError(
-            f"the files of {pruned.path} name other tensors than the mixers' otherwise than the model does; "
-            f"take another scope than block"
-        )
     rows = token_rows(text.documents(settings.seed), loaded["dense"].tokenizer, settings.seq_len)
     tokens_S = text_token_ids(loaded["dense"].tokenizer, model.config.vocab_size)
     rows = with_repeats(rows, repeats, tokens_S, settings.seed)
@@ -139,7 +137,7 @@ def repair(
     streams = [open_stream(one.model, family, taken, device) for one in loaded.values()]
     dtypes = {name: TORCH_DTYPES[spec.dtype] for name, spec in pruned.tensors.items()}
     layers = repair_streams(*streams, dtypes, steps=steps, seed=settings.seed, progress=progress)
-    return Repaired(dict(_changed(model, pruned, dtypes)), tokens, layers)
+    return Repaired(dict(changed_tensors(model, pruned, whole=beyond_mixers)), tokens, layers)
 
 
 def repair_streams(
@@ -194,21 +192,3 @@ def _round(model: nn.Module, block: nn.Module, dtypes: dict[str, torch.dtype]) -
             parameter.copy_(parameter.to(dtypes[name]))
         if not torch.isfinite(parameter).all():
             raise KeyreduceError(f"the repair made {name!r} NaN or inf: activations overflow, or the model is damaged")
-
-
-def _names_of_blocks(model: nn.Module, pruned: Checkpoint) -> bool:
-    """Whether what is outside the mixers has the same names in the model and in its files."""
-    return any(name in pruned.tensors for name, _ in model.named_parameters() if ".mlp." in name)
-
-
-@torch.no_grad()
-def _changed(
-    model: nn.Module, pruned: Checkpoint, dtypes: dict[str, torch.dtype]
-) -> Iterable[tuple[str, torch.Tensor]]:
-    # Files may name and divide the tensors of a mixer otherwise than the model does.
-    of_mixers = dict(mixer_tensors(model, pruned))
-    others = {name: parameter for name, parameter in model.named_parameters() if name in dtypes}
-    for name, tensor in (others | of_mixers).items():
-        tensor = tensor.to(dtypes[name])
-        if not tensor.equal(pruned.read(name)):
-            yield name, tensor

@@ -3,12 +3,13 @@
 import importlib.util
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoTokenizer, TrainingArguments
 
 from keyreduce.calibration.run import Settings
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
+from keyreduce.models.file_tensors import rehearse_writing
 from keyreduce.recovery.training.lora import find_targets
 from keyreduce.recovery.training.memory import Needs, available_bytes, refuse_without_room
 from keyreduce.recovery.training.settings import LORA, Training
@@ -59,23 +60,18 @@ def check(
         arguments: the same, in Trainer's words.
 
     Raises:
-        KeyreduceError: targets match nothing, weights have other names in the checkpoint, or there is no room.
+        KeyreduceError: targets match nothing, weights cannot be written back, or there is no room.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pruned.path))
+    model = rehearse_writing(pruned)
     family = family_of(model.config.to_dict())
     every = dict(model.named_parameters())
     targets = find_targets(model, family, training.targets) if mode == LORA else []
-    written = [f"{target}.weight" for target in targets] or list(every)
-    for name in written:
-        if name not in pruned.tensors:
-            raise KeyreduceError(f"{pruned.path} holds {name!r} under another name, so that it cannot be written back")
     weights = sum(parameter.numel() for parameter in every.values())
     # Low-rank additions to a matrix of m x n are r x (m + n) numbers.
     attended = targets or find_targets(model, family, ())
     added = training.rank * sum(sum(every[f"{target}.weight"].shape) for target in attended)
     micro = arguments.per_device_train_batch_size
-    row = settings.seq_len * pruned.config["vocab_size"]
+    row = settings.seq_len * model.config.vocab_size
     needs = Needs(
         weights=weights,
         trained=added if mode == LORA else weights,

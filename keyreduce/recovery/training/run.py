@@ -21,10 +21,10 @@ from transformers.utils import logging as their_logging
 
 from keyreduce.calibration.run import Settings
 from keyreduce.checkpoint.rewrite import is_finite
-from keyreduce.checkpoint.shards import TORCH_DTYPES
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
+from keyreduce.models.file_tensors import changed_tensors
 from keyreduce.models.loading import LoadedModel, load_model, prepare_backend
 from keyreduce.recovery.training.arguments import trainer_arguments
 from keyreduce.recovery.training.checks import check, refuse_other_vocabulary, refuse_without_extra
@@ -210,13 +210,8 @@ def _final(pruned: Checkpoint, mode: str, training: Training, targets: list[str]
     return merge_lora(whole)
 
 
-@torch.no_grad()
 def _changed(model: PreTrainedModel, pruned: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, parameter in model.named_parameters():
-        if name not in pruned.tensors:
-            continue  # not trained: what is was looked for before
-        tensor = parameter.detach().to(TORCH_DTYPES[pruned.tensors[name].dtype])
+    for name, tensor in changed_tensors(model, pruned, whole=True):
         if not is_finite(tensor):
             raise KeyreduceError(f"training made {name!r} NaN or inf; give a lower --lr")
-        if not tensor.equal(pruned.read(name)):
-            yield name, tensor
+        yield name, tensor

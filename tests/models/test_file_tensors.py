@@ -6,10 +6,14 @@ import tiny_models
 import torch
 
 from keyreduce.checkpoint.folder import open_folder
+from keyreduce.checkpoint.rewrite import rewrite
+from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
+from keyreduce.models.file_tensors import changed_tensors, file_tensors, mixer_tensors, rehearse_writing
 from keyreduce.models.loading import load_model
-from keyreduce.models.mixer_tensors import mixer_tensors
+from keyreduce.recovery.writing import Replace
 
+CPU = torch.device("cpu")
 MODEL_TYPES = [*hybrid_models.HYBRIDS, *hybrid_models.CHANNEL_DECAY, *tiny_models.FAMILIES]
 
 
@@ -17,6 +21,31 @@ def store(model_type, folder):
     if model_type in tiny_models.FAMILIES:
         return open_folder(tiny_models.save(tiny_models.build(model_type), folder))
     return open_folder(hybrid_models.store(hybrid_models.build(model_type), folder))
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_model_that_was_changed_is_written_back_and_loaded_again(tmp_path, model_type):
+    source = store(model_type, tmp_path / "model")
+    rehearse_writing(source)
+    assert not list(changed_tensors(load_model(source.path, CPU, torch.float32).model, source, whole=True))
+    model = load_model(source.path, CPU, torch.float32).model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.rand_like(parameter)
+    changed = dict(changed_tensors(model, source, whole=True))
+    assert sum(tensor.numel() for tensor in changed.values()) == sum(p.numel() for p in model.parameters())
+    rewrite(source, tmp_path / "changed", edits={name: [Replace(tensor)] for name, tensor in changed.items()})
+    again = dict(load_model(tmp_path / "changed", CPU, torch.float32).model.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(again[name], parameter), name
+
+
+def test_what_the_checkpoint_has_otherwise_is_refused(tmp_path):
+    source = store("qwen3_next", tmp_path)
+    model = load_model(source.path, CPU, torch.float32).model
+    del source.tensors["model.layers.0.mlp.experts.1.down_proj.weight"]
+    with pytest.raises(KeyreduceError, match="layers.0.mlp.experts.1.down_proj.weight.*cannot be written back"):
+        file_tensors(model, source)
 
 
 def test_pieces_of_other_lengths_are_found_again(tmp_path):
@@ -30,7 +59,7 @@ def test_what_was_loaded_is_found_again(tmp_path, model_type):
 
 
 def check(source):
-    model = load_model(source.path, torch.device("cpu"), torch.float32).model
+    model = load_model(source.path, CPU, torch.float32).model
     found = dict(mixer_tensors(model, source))
     family = family_of(source.config, source.tensors)
     prefixes = tuple(family.tensor_name(layer, "") for layer in family.mixer_layers(source.config))
@@ -42,7 +71,7 @@ def check(source):
 @pytest.mark.parametrize("model_type", ["olmo_hybrid", "kimi_linear", "qwen3_5"])
 def test_what_changed_since_is_found(tmp_path, model_type):
     source = store(model_type, tmp_path)
-    model = load_model(source.path, torch.device("cpu"), torch.float32).model
+    model = load_model(source.path, CPU, torch.float32).model
     family = family_of(model.config.to_dict())
     mixer = model.get_submodule(family.mixer.format(layer=2))
     with torch.no_grad():

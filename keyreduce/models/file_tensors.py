@@ -1,0 +1,95 @@
+"""A model's tensors under the names, and in the pieces, that its checkpoint has them in."""
+
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from keyreduce.checkpoint.shards import TORCH_DTYPES
+from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.errors import KeyreduceError
+from keyreduce.families import family_of
+from keyreduce.models.rehearsal import rehearse_loading
+
+
+@torch.no_grad()
+def file_tensors(model: PreTrainedModel, source: Checkpoint) -> dict[str, torch.Tensor]:
+    """Return name in the checkpoint -> tensor of the model, for all that the model has of it.
+
+    Args:
+        model: a model that was loaded from ``source``, and perhaps trained since.
+        source: the checkpoint.
+
+    Raises:
+        KeyreduceError: the checkpoint has something of the model otherwise than transformers would save it.
+    """
+    config = model.config.to_dict()
+    family = family_of(config)
+    mixers = tuple(f"{family.mixer.format(layer=layer)}." for layer in family.mixer_layers(config))
+    others = {name: tensor for name, tensor in model.named_parameters() if not name.startswith(mixers)}
+    saved = revert_weight_conversion(model, others)
+    for name, tensor in saved.items():
+        if name not in source.tensors or tuple(source.tensors[name].shape) != tuple(tensor.shape):
+            raise KeyreduceError(
+                f"{source.path} has no {name!r} of {list(tensor.shape)}, which is how transformers would save it, so "
+                "that it cannot be written back"
+            )
+    return saved | dict(mixer_tensors(model, source))
+
+
+def rehearse_writing(source: Checkpoint) -> PreTrainedModel:
+    """Refuse a checkpoint into which its model cannot be written back, before any weights are loaded.
+
+    Returns:
+        The model, on torch's meta device.
+
+    Raises:
+        KeyreduceError: see :func:`file_tensors` and :func:`keyreduce.models.rehearsal.rehearse_loading`.
+    """
+    shapes = {name: spec.shape for name, spec in source.tensors.items()}
+    model = rehearse_loading(source.config, shapes, source.path)
+    file_tensors(model, source)
+    return model
+
+
+@torch.no_grad()
+def changed_tensors(model: PreTrainedModel, source: Checkpoint, *, whole: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name in the checkpoint and tensor of the model, in the checkpoint's dtype, where the two differ.
+
+    Args:
+        model, source: see :func:`file_tensors`.
+        whole: whether to look at all of the model, or at its mixers alone.
+
+    Raises:
+        KeyreduceError: see :func:`file_tensors`.
+    """
+    for name, tensor in file_tensors(model, source).items() if whole else mixer_tensors(model, source):
+        tensor = tensor.to(TORCH_DTYPES[source.tensors[name].dtype])
+        if not tensor.equal(source.read(name)):
+            yield name, tensor
+
+
+@torch.no_grad()
+def mixer_tensors(model: torch.nn.Module, source: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name in the checkpoint and tensor of the model, for all mixers.
+
+    Args:
+        model: a model that was loaded from ``source``, and perhaps trained since.
+        source: the checkpoint; what it does not have is left out.
+    """
+    config = model.config.to_dict()
+    ours, theirs = family_of(config), family_of(source.config, source.tensors)
+    shapes = {name: spec.shape for name, spec in source.tensors.items()}
+    for layer, sizes in ours.layer_sizes(config).items():
+        mixer = model.get_submodule(ours.mixer.format(layer=layer))
+        found = dict(mixer.named_parameters())
+        for short_name in theirs.tensors:
+            name = theirs.tensor_name(layer, short_name)
+            if name not in source.tensors:
+                continue
+            tensor, pieces = found[theirs.inside.get(short_name, short_name)], theirs.joined_with(short_name)
+            if pieces:
+                lengths, _ = theirs.divided(layer, short_name, shapes, sizes.lengths)
+                tensor = tensor.split(lengths)[pieces.index(short_name)]
+            yield name, tensor
