@@ -27,13 +27,13 @@ def test_what_was_trained_is_what_loads_again(tmp_path, model_type, mode):
         source, None, FileText([tmp_path / "text.txt"]), SETTINGS, mode, training,
         device=CPU, folder=tmp_path / "training", recipe={},
     )  # fmt: skip
-    assert trained.losses[-1] < trained.losses[0]
     assert trained.tensors.keys() <= source.tensors.keys()
     write_repaired(source, Repaired(trained.tensors, 0, {}), tmp_path / "made", inputs={"mode": mode}, seconds=0)
     before, after = (dict(load_model(path, CPU, torch.float32).model.named_parameters())
                      for path in (source.path, tmp_path / "made"))  # fmt: skip
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     if mode == "full":
+        assert trained.losses[-1] < trained.losses[0]
         assert any(".mlp." in name for name in changed) and any("attn" in name for name in changed)
     else:
         assert changed and all("attn" in name for name in changed)
