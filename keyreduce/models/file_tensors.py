@@ -27,15 +27,21 @@ def file_tensors(model: PreTrainedModel, source: Checkpoint) -> dict[str, torch.
     config = model.config.to_dict()
     family = family_of(config)
     mixers = tuple(f"{family.mixer.format(layer=layer)}." for layer in family.mixer_layers(config))
-    others = {name: tensor for name, tensor in model.named_parameters() if not name.startswith(mixers)}
-    saved = revert_weight_conversion(model, others)
+    parameters = dict(model.named_parameters())
+    saved = revert_weight_conversion(
+        model, {name: tensor for name, tensor in parameters.items() if not name.startswith(mixers)}
+    )
     for name, tensor in saved.items():
         if name not in source.tensors or tuple(source.tensors[name].shape) != tuple(tensor.shape):
             raise KeyreduceError(
                 f"{source.path} has no {name!r} of {list(tensor.shape)}, which is how transformers would save it, so "
                 "that it cannot be written back"
             )
-    return saved | dict(mixer_tensors(model, source))
+    # Of weights that are tied a model has one, and a checkpoint perhaps one under each name.
+    named = dict(model.named_parameters(remove_duplicate=False))
+    again = revert_weight_conversion(model, {name: named[name] for name in named.keys() - parameters.keys()})
+    tied = {name: tensor for name, tensor in again.items() if name in source.tensors}
+    return saved | tied | dict(mixer_tensors(model, source))
 
 
 def rehearse_writing(source: Checkpoint) -> PreTrainedModel:

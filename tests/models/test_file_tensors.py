@@ -40,6 +40,21 @@ def test_a_model_that_was_changed_is_written_back_and_loaded_again(tmp_path, mod
         assert torch.equal(again[name], parameter), name
 
 
+@pytest.mark.parametrize("is_twice", [False, True])
+def test_tied_weights_are_written_under_the_names_that_the_checkpoint_has(tmp_path, is_twice):
+    folder = tiny_models.save(tiny_models.build("gated_deltanet", tie_word_embeddings=True), tmp_path)
+    if is_twice:
+        embeddings = tiny_models.tensors_of(folder)["model.embeddings.weight"]
+        tiny_models.edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": embeddings.clone()}))
+    source = open_folder(folder)
+    model = load_model(folder, CPU, torch.float32).model
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    changed = dict(changed_tensors(model, source, whole=True))
+    assert changed.keys() == {"model.embeddings.weight"} | ({"lm_head.weight"} if is_twice else set())
+    assert all(torch.equal(tensor, model.lm_head.weight) for tensor in changed.values())
+
+
 def test_what_the_checkpoint_has_otherwise_is_refused(tmp_path):
     source = store("qwen3_next", tmp_path)
     model = load_model(source.path, CPU, torch.float32).model
