@@ -4,6 +4,7 @@ import contextlib
 import json
 from pathlib import Path
 
+import hybrid_models
 import numpy as np
 import pytest
 import torch
@@ -162,6 +163,14 @@ def test_gradient_steps_come_nearer_and_stay_in_their_layer(pruned_pair, repaire
         assert any("q_proj" in name for name in names)
         assert any(".mlp." in name for name in names) == (scope == "block")
     assert not {name for name in result.tensors if "layers" not in name}
+
+
+def test_experts_are_fitted_under_the_names_that_files_have(pruned_pair, repaired):
+    dense, pruned = pruned_pair(hybrid_models.build("qwen3_next"), key=4)
+    _, result = repaired(dense, pruned, Steps(16, 3e-3, "block"), FEW)
+    assert {"error_first", "error_last"} <= result.layers[2].keys()
+    assert any(name.startswith("model.layers.2.mlp.experts.1.") for name in result.tensors)
+    assert result.tensors.keys() <= open_folder(pruned).tensors.keys()
 
 
 def test_gradient_steps_bring_the_first_mixer_nearer_than_least_squares(pruned_pair, repaired, text):
