@@ -131,7 +131,7 @@ def compile_kernels(todo: Mapping[str, Sequence[str]], chosen: argparse.Namespac
     torch.cuda.empty_cache()
     start = time.perf_counter()
     # They time nothing, so the variants that they take must not be remembered as the best.
-    environment = os.environ | {"FLA_CACHE_RESULTS": "0"}
+    environment = os.environ | {"FLA_CACHE_RESULTS": "0", "TRITON_CACHE_AUTOTUNING": "0"}
     command = [sys.executable, __file__, "--compile-here", "--device", chosen.device]
     processes = {}
     for (config, names), keys in itertools.product(todo.items(), chosen.key_sizes):

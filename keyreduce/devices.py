@@ -1,4 +1,7 @@
-"""What to compute on, and in what dtype."""
+"""What to compute on, in what dtype, and how much memory there is."""
+
+import os
+from pathlib import Path
 
 import torch
 
@@ -43,3 +46,18 @@ def dtype_named(dtype: str) -> torch.dtype:
     if dtype not in DTYPES:
         raise KeyreduceError(f"dtype {dtype!r} is unknown; take one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def available_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device, without swapping.
+
+    On a GPU, what PyTorch keeps in reserve is given back first: it is free, too, and the driver does not know.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 
 from keyreduce.benchmarking.steps import model_steps
-from keyreduce.benchmarking.subjects import Subject, available_memory, is_out_of_memory
+from keyreduce.benchmarking.subjects import Subject, is_out_of_memory
 from keyreduce.benchmarking.timing import interleave, peak_memory
 from keyreduce.benchmarking.tuning import tuned_once_for_any_batch
+from keyreduce.devices import available_memory
 
 # A launch grid has an end, too.
 _BEYOND_KERNELS = ("invalid argument", "invalid configuration")
@@ -80,8 +81,6 @@ def _larger(fits: int, fails: int | None, room: int, at_most: int) -> int:
 def _step(subject: Subject, batch_size: int, rounds: int) -> _Step | str:
     """Return what a decoding step takes, or why there is none."""
     device = subject.model.device
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     free = available_memory(device)
     # On a CPU two states and what is computed from them; it is asked before, since the system kills whoever takes more.
     held = 4 * batch_size * subject.family.state_bytes(subject.config)
@@ -91,7 +90,6 @@ def _step(subject: Subject, batch_size: int, rounds: int) -> _Step | str:
         steps = model_steps(subject, batch_size, seed=0)
         seconds = interleave({"step": steps.run}, device, rounds=rounds, warmup=4)["step"].median / steps.count
         if device.type == "cuda":
-            torch.cuda.empty_cache()
             held = free - available_memory(device) + peak_memory(steps.run, device).reserved
     except RuntimeError as error:
         if is_out_of_memory(error):

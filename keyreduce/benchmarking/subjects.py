@@ -1,7 +1,6 @@
 """What is timed: models from checkpoints, or random ones of several key sizes made from one config."""
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from keyreduce.devices import available_memory
 from keyreduce.errors import KeyreduceError, reason
 from keyreduce.families import Family, family_of
 from keyreduce.families.table import MixerSizes
@@ -165,17 +165,6 @@ def refuse_beyond_memory(size: int, device: torch.device, what: str) -> None:
     """
     if size > available_memory(device):
         raise KeyreduceError(f"{what} needs more memory than there is; take a smaller batch size or sequence length")
-
-
-def available_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _first_layers(family: Family, config: Mapping, count: int) -> dict:

@@ -7,8 +7,6 @@ and the logits of a micro-batch with their gradients. Activations come on top.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
-
 from keyreduce.errors import KeyreduceError
 
 _FLOAT = 4
@@ -42,15 +40,6 @@ class Needs(NamedTuple):
         student = frozen + self.trained * _FLOAT * (2 + _MOMENTS)
         logits = self.logits * _FLOAT * (_LOGIT_COPIES + (1 if self.teacher else 0))
         return student // self.shards + self.teacher * self.weight_bytes + logits
-
-
-def available_bytes(device: torch.device) -> int:
-    """Return the free memory of a GPU, or what this machine can give without swapping."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil  # comes with accelerate
-
-    return psutil.virtual_memory().available
 
 
 def refuse_without_room(needs: Needs, room: int, options: Mapping[str, Needs]) -> None:
