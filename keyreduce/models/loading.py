@@ -12,6 +12,7 @@ from transformers.utils import logging as their_logging
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.errors import KeyreduceError, reason
 from keyreduce.families import Family, family_of
+from keyreduce.models.miscompiled import warn_of_wrong_results
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +80,8 @@ def load_model(
     family = family_of(config)
     family.layer_sizes(config)
     prepare_backend(device, gradients=gradients)
+    if not gradients:
+        warn_of_wrong_results(family, config, device)
     their_logging.disable_progress_bar()  # the commands show progress themselves
     verbosity = their_logging.get_verbosity()
     their_logging.set_verbosity_error()  # what its report of the weights says, _check_weights says in one line

@@ -7,11 +7,13 @@ from transformers import AutoTokenizer, TrainingArguments
 
 from keyreduce.calibration.run import Settings
 from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.devices import available_memory
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
 from keyreduce.models.file_tensors import rehearse_writing
+from keyreduce.models.miscompiled import refuse_wrong_gradients
 from keyreduce.recovery.training.lora import find_targets
-from keyreduce.recovery.training.memory import Needs, available_bytes, refuse_without_room
+from keyreduce.recovery.training.memory import Needs, refuse_without_room
 from keyreduce.recovery.training.settings import LORA, Training
 
 
@@ -60,10 +62,13 @@ def check(
         arguments: the same, in Trainer's words.
 
     Raises:
-        KeyreduceError: targets match nothing, weights cannot be written back, or there is no room.
+        KeyreduceError: targets match nothing, weights cannot be written back, the gradients of fla's kernels are wrong
+            here, or there is no room.
     """
     model = rehearse_writing(pruned)
     family = family_of(model.config.to_dict())
+    if training.kernels == "fla":
+        refuse_wrong_gradients(family, model.config.to_dict(), arguments.device, ", or take --kernels torch")
     every = dict(model.named_parameters())
     targets = find_targets(model, family, training.targets) if mode == LORA else []
     weights = sum(parameter.numel() for parameter in every.values())
@@ -88,7 +93,7 @@ def check(
         "--mode lora --micro-batch 1 without a teacher": smaller._replace(trained=added, teacher=0),
         "--shard over 8 processes": smaller._replace(shards=8),
     }
-    refuse_without_room(needs, available_bytes(arguments.device), options)
+    refuse_without_room(needs, available_memory(arguments.device), options)
     return targets
 
 
