@@ -92,7 +92,7 @@ def missing(names: Sequence[str], chosen: argparse.Namespace) -> dict[str, list[
 def measure(names: Sequence[str], chosen: argparse.Namespace) -> list[str]:
     """Make those of some measurements that are not there yet, for each architecture; return which failed, and why.
 
-    fla refuses to train Gated DeltaNet on Hopper with a Triton from 3.4 to 3.7.0, which gave wrong gradients.
+    Where Triton is known to get fla's gradients wrong, training is refused (``keyreduce/models/miscompiled.py``).
     """
     failed = []
     todo = missing(names, chosen)
