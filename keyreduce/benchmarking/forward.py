@@ -12,7 +12,6 @@ from keyreduce.benchmarking.figures import compare, figures
 from keyreduce.benchmarking.subjects import Subject, refuse_beyond_memory
 from keyreduce.benchmarking.timing import interleave, peak_memory, rotated
 from keyreduce.benchmarking.work import Work, model_work
-from keyreduce.models.miscompiled import refuse_wrong_gradients
 
 _INPUTS = 4
 
@@ -45,17 +44,11 @@ def time_models(
     Returns:
         One entry for each subject (:mod:`keyreduce.benchmarking.figures`). A step of training counts three times the
         operations of a forward pass with all logits, and three times its bytes.
-
-    Raises:
-        KeyreduceError: there is no memory for it, or fla's kernels cannot train such a model here.
     """
     device = subjects[0].model.device
     vocabulary = subjects[0].vocabulary
     width = 5 * subjects[0].hidden + (vocabulary if train else 0)
     size = batch_size * seq_len * width * subjects[0].model.dtype.itemsize
-    if train:
-        for subject in subjects:
-            refuse_wrong_gradients(subject.family, subject.config, device)
     refuse_beyond_memory(size, device, f"a batch of {batch_size} x {seq_len} tokens")
     generator = torch.Generator().manual_seed(seed)
     inputs = [torch.randint(vocabulary, (batch_size, seq_len), generator=generator).to(device) for _ in range(_INPUTS)]

@@ -14,6 +14,7 @@ from keyreduce.benchmarking.forward import time_models
 from keyreduce.benchmarking.largest_batch import time_largest_batch
 from keyreduce.benchmarking.mixer import time_mixers
 from keyreduce.benchmarking.subjects import Subject, memory_errors_told
+from keyreduce.models.miscompiled import refuse_wrong_gradients
 
 KINDS = ("mixer", "forward", "decode", "train_step")
 
@@ -59,9 +60,12 @@ def benchmark_report(
         with ``largest_batch`` beside ``decode``; and ``warmup_seconds``, what all warming up took.
 
     Raises:
-        KeyreduceError: something needs more memory than there is.
+        KeyreduceError: something needs more memory than there is, or fla's kernels cannot train such a model here.
     """
     model = subjects[0].model
+    if "train_step" in request.kinds:
+        for subject in subjects:
+            refuse_wrong_gradients(subject.family, subject.config, model.device, ", or leave --train-step out")
     report: dict = {"settings": _settings(model, request)}
     models = [subject.describe() for subject in subjects]
     for entry in models[1:]:

@@ -54,13 +54,3 @@ def test_a_hybrid_trains_after_a_prefill(loaded, ceilings):
 def test_a_batch_beyond_all_memory_is_one_line(pair, ceilings, train):
     with pytest.raises(KeyreduceError, match="needs more memory than there is"):
         time_models(pair, ceilings, **SETTINGS | {"batch_size": 10**12}, train=train)
-
-
-def test_what_cannot_be_trained_here_is_still_read(pair, ceilings, monkeypatch):
-    def refuse(family, config, device):
-        raise KeyreduceError(f"no gradients of {config['model_type']} on {device}")
-
-    monkeypatch.setattr("keyreduce.benchmarking.forward.refuse_wrong_gradients", refuse)
-    assert len(time_models(pair, ceilings, **SETTINGS)) == 2
-    with pytest.raises(KeyreduceError, match="no gradients of delta_net on cpu"):
-        time_models(pair, ceilings, **SETTINGS, train=True)
