@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,15 +29,29 @@ def pruned(keyreduce, tiny_folder):
     return tiny_folder("delta_net")
 
 
-def under_torchrun(*arguments: object) -> subprocess.CompletedProcess:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def start_torchrun(nodes: list[str], arguments: tuple, folder: Path = Path()) -> subprocess.Popen:
+    """Start the processes of one node, with options that say which, in a folder."""
     paths = [REPOSITORY, REPOSITORY / "flash-linear-attention", *filter(None, [os.environ.get("PYTHONPATH")])]
-    temporary = Path("temporary").resolve()
+    temporary = (folder / "temporary").resolve()
     temporary.mkdir()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
-    command = [*torchrun, "-m", "keyreduce", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    command = [sys.executable, "-m", "torch.distributed.run", *nodes, "-m", "keyreduce", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def under_torchrun(*arguments: object) -> subprocess.CompletedProcess:
+    return ended(start_torchrun(["--standalone", "--nproc-per-node=2"], arguments))
+
+
+def ended(started: subprocess.Popen) -> subprocess.CompletedProcess:
+    try:
+        out, err = started.communicate(timeout=600)
+    finally:
+        started.kill()
+    return subprocess.CompletedProcess(started.args, started.returncode, out, err)
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
@@ -95,6 +111,25 @@ def test_two_processes_train_as_one_does(keyreduce, pruned, mode, sharing):
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-3, rtol=1e-2)
     assert done.stderr.count("step 4 of 4") == 1
+
+
+def test_nodes_that_share_no_folder_are_refused(pruned):
+    """A checkpoint is of all processes: without its files some would begin anew where others go on."""
+    other = Path("other")
+    other.mkdir()
+    shutil.copytree(WORK, other / WORK)
+    shutil.copy("text.txt", other)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    nodes = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=localhost", f"--master-port={port}"]
+    arguments = ("recover", "--mode", "full", *FEW)
+    folders = (Path(), other)
+    started = [start_torchrun([*nodes, f"--node-rank={n}"], arguments, folder) for n, folder in enumerate(folders)]
+    for done in map(ended, started):
+        assert done.returncode != 0
+        assert "not all processes see keyreduce-out/recovered.training: put --output" in done.stderr, done.stderr
+    assert not [*Path().rglob("recovered*")]
 
 
 @pytest.mark.gpu

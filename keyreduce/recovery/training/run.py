@@ -92,8 +92,8 @@ def train(
 
     Raises:
         KeyreduceError: models do not load or belong together, there is no room, the text does not fill a row, LoRA's
-            targets match nothing, a setting does not fit, or the loss becomes NaN or inf (:class:`DivergedError`, with
-            the last checkpoint kept).
+            targets match nothing, a setting does not fit, processes do not share ``folder``, or the loss becomes NaN or
+            inf (:class:`DivergedError`, with the last checkpoint kept).
     """
     refuse_without_extra()
     settings.check()
@@ -110,7 +110,9 @@ def train(
         loaded = _load(pruned, training, device, is_frozen=mode == LORA and not training.shard)
         rows = Rows(text, loaded.tokenizer, settings.seq_len, settings.seed)
         # After what can refuse the inputs: from here on there is a folder.
-        checkpoint = _last_checkpoint(folder, recipe, anew, is_first=arguments.process_index == 0)
+        is_first = arguments.process_index == 0
+        checkpoint = _last_checkpoint(folder, recipe, anew, is_first=is_first)
+        _refuse_unshared(folder, recipe, is_to_go=is_first and checkpoint is None)
         model = add_lora(loaded.model, targets, training, settings.seed) if mode == LORA else loaded.model
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         trainer = RecoveryTrainer(
@@ -196,6 +198,20 @@ def _last_checkpoint(folder: Path, recipe: dict, anew: bool, *, is_first: bool) 
         write_json(path, recipe)
     newest = max(complete if is_same else (), key=lambda one: int(one.name.rpartition("-")[2]), default=None)
     return newest and str(newest)
+
+
+def _refuse_unshared(folder: Path, recipe: dict, *, is_to_go: bool) -> None:
+    """Refuse a folder that some processes do not see, as those of another node may not: checkpoints are of them all."""
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    PartialState().wait_for_everyone()
+    path = folder / _RECIPE_NAME
+    if all(gather_object([path.is_file() and read_json(path) == json.loads(json.dumps(recipe))])):
+        return
+    if is_to_go:
+        discard(folder)
+    raise KeyreduceError(f"not all processes see {folder}: put --output on a file system that all nodes share")
 
 
 def _final(pruned: Checkpoint, mode: str, training: Training, targets: list[str], state: dict) -> PreTrainedModel:
