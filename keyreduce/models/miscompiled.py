@@ -9,12 +9,13 @@ kernel                      K x V   what it gives
 =========================== ======= ==================================================================
 ``chunk_bwd_dqkwg``         24x128  gradients that are wrong by 105% of their norm
 same                        16x128  an illegal memory access; 32x64 and 32x128 too
-``chunk_bwd_dv_local``      64x32   gradients that are not those of the other variants
-``recompute_w_u_fwd``       32x64   weights that are not those of the other variants, in the forward pass
+``chunk_bwd_dv_local``      64x32   a gradient of v that is not what the other variants give
+``recompute_w_u_fwd``       32x64   in the forward pass, a w that is not what the other variants give
 =========================== ======= ==================================================================
 
-These are right: 16x16, 32x32, 64x128, 48x128, 128x128 and, forward, 16x128, 24x128 and 32x128; the gated rule's forward
-pass at 16x128, 32x64, 32x128 and 64x32. So what is suspected is a head of the ungated rule with no more than 32 channels
+``chunk_bwd_dqkwg`` is right at 16x16, 32x32, 64x16, 64x32 and 48, 64 and 128 x 128, all that the ungated rule runs at
+48x128, its forward pass at 16, 24 and 32 x 128 and at 64x32, and that of the gated rule at 16x128, 32x64, 32x128 and
+64x32. So what is suspected is a head of the ungated rule with no more than 32 channels
 on one side and more on the other; which variant is fastest, and is taken, hangs on the model. Triton's issue 10573 is of
 the same kind.
 """
