@@ -15,9 +15,8 @@ same                        16x128  an illegal memory access; 32x64 and 32x128 t
 
 ``chunk_bwd_dqkwg`` is right at 16x16, 32x32, 64x16, 64x32 and 48, 64 and 128 x 128, all that the ungated rule runs at
 48x128, its forward pass at 16, 24 and 32 x 128 and at 64x32, and that of the gated rule at 16x128, 32x64, 32x128 and
-64x32. So what is suspected is a head of the ungated rule with no more than 32 channels
-on one side and more on the other; which variant is fastest, and is taken, hangs on the model. Triton's issue 10573 is of
-the same kind.
+64x32. So what is suspected is a head of the ungated rule with no more than 32 channels on one side and more on the
+other; which variant is the fastest, and so is taken, hangs on the GPU. Triton's issue 10573 is of the same kind.
 """
 
 import importlib.util
