@@ -1,22 +1,8 @@
 """Where Triton makes something else of fla's kernels than they say: on Hopper GPUs, before Triton 3.7.1.
 
-fla itself refuses the backward pass of the gated rule there (its issue 640). Found beside it, on an H100 with Triton
-3.6.0 and fla 0.6.0 in bfloat16, by running every variant that fla tunes among; K x V are the channels of a head, and
-the variants are those of four warps:
-
-=========================== ======= ==================================================================
-kernel                      K x V   what it gives
-=========================== ======= ==================================================================
-``chunk_bwd_dqkwg``         24x128  gradients that are wrong by 105% of their norm
-same                        16x128  an illegal memory access; 32x64 and 32x128 too
-``chunk_bwd_dv_local``      64x32   a gradient of v that is not what the other variants give
-``recompute_w_u_fwd``       32x64   in the forward pass, a w that is not what the other variants give
-=========================== ======= ==================================================================
-
-``chunk_bwd_dqkwg`` is right at 16x16, 32x32, 64x16, 64x32 and 48, 64 and 128 x 128, all that the ungated rule runs at
-48x128, its forward pass at 16, 24 and 32 x 128 and at 64x32, and that of the gated rule at 16x128, 32x64, 32x128 and
-64x32. So what is suspected is a head of the ungated rule with no more than 32 channels on one side and more on the
-other; which variant is the fastest, and so is taken, hangs on the GPU. Triton's issue 10573 is of the same kind.
+fla refuses the backward pass of the gated rule there by itself (its issue 640). Of the ungated rule variants were found
+wrong where a head has no more than 32 channels on one side and more on the other; ``flash-linear-attention/README.md``
+says which, and ``kernel_variants.py`` beside it finds them. Whether such a one is taken hangs on which is fastest.
 """
 
 import importlib.util

@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-)
+from transformers import PreTrainedModel, PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as their_logging
 
@@ -183,10 +180,8 @@ def _load(source: Checkpoint, training: Training, device: torch.device, *, is_fr
 
 def _last_checkpoint(folder: Path, recipe: dict, anew: bool, *, is_first: bool) -> str | None:
     """Return the newest complete checkpoint of this very training; ``trainer_state.json`` is what is written last."""
-    recipe = json.loads(json.dumps(recipe))
-    path = folder / _RECIPE_NAME
     # In this order: the first process may be removing them right now.
-    is_same = path.is_file() and read_json(path) == recipe
+    is_same = _is_of(folder, recipe)
     complete = [one.parent for one in folder.glob("checkpoint-*/trainer_state.json")]
     if complete and not is_same and not anew:
         raise KeyreduceError(
@@ -195,9 +190,14 @@ def _last_checkpoint(folder: Path, recipe: dict, anew: bool, *, is_first: bool) 
         )
     if is_first and not is_same:
         discard(folder)
-        write_json(path, recipe)
+        write_json(folder / _RECIPE_NAME, recipe)
     newest = max(complete if is_same else (), key=lambda one: int(one.name.rpartition("-")[2]), default=None)
     return newest and str(newest)
+
+
+def _is_of(folder: Path, recipe: dict) -> bool:
+    path = folder / _RECIPE_NAME
+    return path.is_file() and read_json(path) == json.loads(json.dumps(recipe))
 
 
 def _refuse_unshared(folder: Path, recipe: dict, *, is_to_go: bool) -> None:
@@ -206,8 +206,7 @@ def _refuse_unshared(folder: Path, recipe: dict, *, is_to_go: bool) -> None:
     from accelerate.utils import gather_object
 
     PartialState().wait_for_everyone()
-    path = folder / _RECIPE_NAME
-    if all(gather_object([path.is_file() and read_json(path) == json.loads(json.dumps(recipe))])):
+    if all(gather_object([_is_of(folder, recipe)])):
         return
     if is_to_go:
         discard(folder)
