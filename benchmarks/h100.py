@@ -32,7 +32,7 @@ from keyreduce.benchmarking.subjects import Subject, random_subjects
 from keyreduce.cli.benchmark_tables import print_tables
 from keyreduce.cli.console import Console, scaled
 from keyreduce.errors import KeyreduceError, reason
-from keyreduce.workspace import read_json, write_json
+from keyreduce.outputs import read_json, write_json
 
 HERE = Path(__file__).parent
 CONFIGS = {name: HERE.parent / f"configs/benchmark/{name}-2048.json" for name in ("delta-net", "gated-deltanet")}

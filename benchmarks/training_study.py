@@ -34,11 +34,11 @@ from keyreduce.calibration.run import Settings
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.errors import KeyreduceError
 from keyreduce.jobs import Job, run_jobs
+from keyreduce.outputs import read_json, write_json
 from keyreduce.recovery.repair import Repaired
 from keyreduce.recovery.training.run import train
 from keyreduce.recovery.training.settings import Training, make_training
 from keyreduce.recovery.writing import write_repaired
-from keyreduce.workspace import read_json, write_json
 
 _DISTILLED = "-distilled"
 _OPTIONS = {

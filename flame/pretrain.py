@@ -27,7 +27,7 @@ from keyreduce.data.batches import batches, bytes_per_token, document_tokens, to
 from keyreduce.data.text import text_source
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.perplexity import measure_rows
-from keyreduce.workspace import appearing, read_json, write_json
+from keyreduce.outputs import appearing, read_json, write_json
 
 
 class RandomWindows(torch.utils.data.Dataset):

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from keyreduce.errors import KeyreduceError
-from keyreduce.workspace import appearing, is_already_made, read_json, refuse_source, refuse_unwritable, write_json
+from keyreduce.outputs import appearing, is_already_made, read_json, refuse_source, refuse_unwritable, write_json
 
 
 def fill(made, folder: bool, content: str = "new") -> None:
@@ -42,7 +42,7 @@ def test_what_exists_is_replaced_only_if_asked_and_only_at_the_end(tmp_path, fol
         with appearing(target, folder=folder, overwrite=content == "new") as made:
             fill(made, folder, content)
         assert content_of(target, folder) == content
-    with pytest.raises(KeyreduceError, match="--overwrite"), appearing(target, folder=folder):
+    with pytest.raises(KeyreduceError, match="`overwrite`"), appearing(target, folder=folder):
         pytest.fail("the block must not run")
     with pytest.raises(RuntimeError), appearing(target, folder=folder, overwrite=True) as made:
         fill(made, folder, "newest")
@@ -118,7 +118,7 @@ def test_a_folder_that_had_stepped_aside_when_its_run_was_killed_comes_back(tmp_
     aside = tmp_path / ".target.partial" / "target.old"
     aside.mkdir(parents=True)
     (aside / "old").touch()
-    with pytest.raises(KeyreduceError, match="exists; pass --overwrite"), appearing(tmp_path / "target", folder=True):
+    with pytest.raises(KeyreduceError, match="exists; pass `overwrite`"), appearing(tmp_path / "target", folder=True):
         pytest.fail("the block must not run")
     assert os.listdir(tmp_path) == ["target"] and os.listdir(tmp_path / "target") == ["old"]
 
@@ -156,7 +156,7 @@ def test_what_an_existing_output_means(tmp_path):
     assert not is_already_made(tmp_path / "none", None, inputs, overwrite=False)
     assert is_already_made(tmp_path, json.loads(json.dumps(inputs)), inputs, overwrite=False)
     assert not is_already_made(tmp_path, inputs, inputs, overwrite=True)
-    with pytest.raises(KeyreduceError, match=r"differs in seed\); pass --overwrite"):
+    with pytest.raises(KeyreduceError, match=r"differs in seed\); pass `overwrite`"):
         is_already_made(tmp_path, {"seed": 1, "model": "x"}, inputs, overwrite=False)
     with pytest.raises(KeyreduceError, match="keyreduce did not write it"):
         is_already_made(tmp_path, None, inputs, overwrite=False)

@@ -65,7 +65,7 @@ def benchmark_report(
     model = subjects[0].model
     if "train_step" in request.kinds:
         for subject in subjects:
-            refuse_wrong_gradients(subject.family, subject.config, model.device, ", or leave --train-step out")
+            refuse_wrong_gradients(subject.family, subject.config, model.device, ", or leave `train_step` out")
     report: dict = {"settings": _settings(model, request)}
     models = [subject.describe() for subject in subjects]
     for entry in models[1:]:

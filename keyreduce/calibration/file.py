@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from keyreduce.calibration.statistics import TAYLOR, LayerStatistics, Statistics
 from keyreduce.checkpoint.shards import read_header
 from keyreduce.errors import KeyreduceError
-from keyreduce.workspace import appearing
+from keyreduce.outputs import appearing
 
 _KEY = "keyreduce"
 
@@ -70,7 +70,7 @@ def read_statistics(path: Path) -> Statistics:
         if found.keys() != expected:
             raise KeyreduceError(
                 f"{path} was made by another version of keyreduce (layer {layer} differs in "
-                f"{', '.join(sorted(found.keys() ^ expected))}); make it again with keyreduce calibrate --overwrite"
+                f"{', '.join(sorted(found.keys() ^ expected))}); make it again with keyreduce calibrate `overwrite`"
             )
     layers = {layer: LayerStatistics.of_tensors(tensors[layer]) for layer in sorted(tensors)}
     return Statistics(record["model"], record["tokens"], layers, record["inputs"])

@@ -39,11 +39,11 @@ class Settings(NamedTuple):
         """
         for name in ("num_batches", "batch_size", "seq_len"):
             if getattr(self, name) < 1:
-                raise KeyreduceError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it is at least 1")
+                raise KeyreduceError(f"`{name}` is {getattr(self, name)}; it is at least 1")
             if getattr(self, name) > _MOST:
-                raise KeyreduceError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it is at most {_MOST:,}")
+                raise KeyreduceError(f"`{name}` is {getattr(self, name)}; it is at most {_MOST:,}")
         if gradients and self.seq_len < 2:
-            raise KeyreduceError("--seq-len is 1; --gradients need at least 2, to predict one from the other")
+            raise KeyreduceError("`seq_len` is 1; `gradients` need at least 2, to predict one from the other")
 
     @property
     def tokens(self) -> int:

@@ -15,7 +15,7 @@ _LONGEST = datetime.timedelta(days=7)  # for which the first to finish waits for
 
 
 class Group(Protocol):
-    """Which process this is, of how many, as :class:`keyreduce.evaluation.processes.Processes` says it."""
+    """Which process this is, of how many, as :class:`keyreduce.processes.Processes` says it."""
 
     rank: int
     number: int

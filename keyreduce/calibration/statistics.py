@@ -180,7 +180,7 @@ class Statistics:
                     what = "gradients" if name.startswith(TAYLOR) else "activations"
                     raise KeyreduceError(
                         f"{what} of layer {layer} hold NaN or inf ({name.rsplit('_', 1)[0]}): "
-                        f"the model is damaged, or its {what} overflow this dtype (try --dtype float32)"
+                        f"the model is damaged, or its {what} overflow this dtype (try `dtype` float32)"
                     )
 
 

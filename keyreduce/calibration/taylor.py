@@ -156,7 +156,7 @@ def _loss(head: torch.nn.Module, hidden_TD: torch.Tensor, tokens_T: torch.Tensor
     if not torch.isfinite(loss):
         raise KeyreduceError(
             f"the loss of a row of the text is {loss.item()}: the model is damaged, or its activations overflow "
-            "this dtype (try --dtype float32)"
+            "this dtype (try `dtype` float32)"
         )
     return loss
 

@@ -98,7 +98,7 @@ def find_model_tensors(
         raise KeyreduceError(f"{folder / METADATA_NAME} is damaged: it does not describe its tensors") from error
     if not tensors and any(keys.values()):
         other = "nested" if layout == "flat" else "flat"
-        raise KeyreduceError(f"{folder} holds no {layout} model, but a {other} one; leave --layout out")
+        raise KeyreduceError(f"{folder} holds no {layout} model, but a {other} one; leave `layout` out")
     if not tensors:
         raise KeyreduceError(f"{folder} holds no model: no tensors at its top level, and none under 'model'")
     return layout, tensors

@@ -17,7 +17,7 @@ from keyreduce.checkpoint.shards import ByteRange, make_spec
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.checkpoint.tied import tied_output
 from keyreduce.errors import KeyreduceError
-from keyreduce.workspace import read_json
+from keyreduce.outputs import read_json
 
 _COMPARED_BYTES = 2**24
 
@@ -61,7 +61,7 @@ class DcpCheckpoint(Checkpoint):
             if not self._are_same(output, embeddings):
                 raise KeyreduceError(
                     f"{path} holds a {output!r} that is not {embeddings!r}, though its config ties the two "
-                    "(tie_word_embeddings); give the config of the model that was trained, with --config"
+                    "(tie_word_embeddings); give the config of the model that was trained, with `config`"
                 )
             del self.tensors[output], self._saved[output]
 
@@ -106,7 +106,7 @@ class DcpCheckpoint(Checkpoint):
             more = f" and {len(names) - 10} more" if len(names) > 10 else ""
             raise KeyreduceError(
                 f"{self.path} holds {usual} where its config says {declared}: {', '.join(names[:10])}{more}; "
-                f"choose with --dtype {usual} or --dtype {declared}"
+                f"choose with `dtype` {usual} or `dtype` {declared}"
             )
 
     def _are_same(self, one: str, other: str) -> bool:
@@ -177,7 +177,7 @@ def open_dcp(path: Path, *, config: Path | None = None, layout: str | None = Non
         KeyreduceError: there is no config, or the DCP is damaged, incomplete or holds no model.
     """
     if config is None and not (path / CONFIG_NAME).is_file():
-        raise KeyreduceError(f"{path} has no {CONFIG_NAME}; pass the one of the model with --config")
+        raise KeyreduceError(f"{path} has no {CONFIG_NAME}; pass the one of the model with `config`")
     home = path if config is None else config
     content = read_json(home / CONFIG_NAME if home.is_dir() else home)
     return DcpCheckpoint(path, content, home if home.is_dir() else path, layout)

@@ -8,7 +8,8 @@ from safetensors import SafetensorError, safe_open
 from keyreduce.checkpoint.shards import ByteRange, Header, ShardPlan, TensorEntry, TensorSpec, read_header
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
-from keyreduce.workspace import PROJECTIONS_NAME, RECORD_NAME, read_json
+from keyreduce.outputs import read_json
+from keyreduce.workspace import PROJECTIONS_NAME, RECORD_NAME
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"

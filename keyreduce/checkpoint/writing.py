@@ -12,7 +12,7 @@ from keyreduce.checkpoint.folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from keyreduce.checkpoint.shard_writer import ShardWriter
 from keyreduce.checkpoint.shards import ByteRange, ShardPlan, TensorSpec, read_header
 from keyreduce.errors import KeyreduceError
-from keyreduce.workspace import write_json
+from keyreduce.outputs import write_json
 
 MAX_SHARD_SIZE = 5 * 10**9
 

@@ -1,14 +1,14 @@
 """The command line: one file a subcommand. Heavy imports wait until a command runs."""
 
-import os
 import sys
 from typing import NoReturn
 
 import typer
 
-from keyreduce.cli import errors
+from keyreduce.api.calibrate import CalibrateRequest
+from keyreduce.cli import calibrate, errors
 from keyreduce.cli.benchmark import benchmark
-from keyreduce.cli.calibrate import calibrate
+from keyreduce.cli.command import add_command
 from keyreduce.cli.convert_dcp import convert_dcp
 from keyreduce.cli.eval import evaluate
 from keyreduce.cli.prune import prune
@@ -18,6 +18,7 @@ from keyreduce.cli.sweep import sweep
 from keyreduce.cli.table import table
 from keyreduce.cli.verify import verify
 from keyreduce.errors import KeyreduceError
+from keyreduce.processes import is_torchrun
 
 app = typer.Typer(
     name="keyreduce",
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(calibrate)
+add_command(app, CalibrateRequest, calibrate.show, "calibrate")
 app.command()(prune)
 app.command()(recover)
 app.command(name="convert-dcp")(convert_dcp)
@@ -44,7 +45,7 @@ def main() -> None:
     try:
         _run()
     except SystemExit as exit_:
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # by which torch knows the processes of torchrun
+        if is_torchrun():
             errors.leave(exit_.code or 0)
         raise
 
@@ -57,7 +58,7 @@ def _run() -> NoReturn:
     except KeyreduceError as error:
         if errors.show_tracebacks:
             raise
-        errors.stop(str(error))
+        errors.stop(errors.message_of(error))
     except usage_error as error:
         # It has nothing to say where no command was given: the help has been printed.
         errors.stop(f"{error.format_message() or 'name a command'} (see keyreduce --help)")

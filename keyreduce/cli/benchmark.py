@@ -88,7 +88,8 @@ def benchmark(
     from keyreduce.cli.pair import load_pair
     from keyreduce.devices import pick_device, pick_dtype
     from keyreduce.errors import KeyreduceError
-    from keyreduce.workspace import Workspace, refuse_existing, refuse_unwritable, write_json
+    from keyreduce.outputs import refuse_existing, refuse_unwritable, write_json
+    from keyreduce.workspace import Workspace
 
     console, workspace = Console(as_json=json), Workspace(work)
     if config is not None and scaling is None:
@@ -147,7 +148,7 @@ def _config(path: Path | None, model: str | None) -> dict:
     """Return the config that random models are made of: the one named, else the model's own."""
     from keyreduce.checkpoint.find import find_model
     from keyreduce.checkpoint.folder import open_folder
-    from keyreduce.workspace import read_json
+    from keyreduce.outputs import read_json
 
     if path is None:
         return open_folder(find_model(model)).config

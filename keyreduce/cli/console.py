@@ -5,10 +5,15 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from keyreduce.api.request import Result
+from keyreduce.processes import torchrun_rank
+from keyreduce.reporting import Reporter
 
 
-class Console:
-    """One command's voice.
+class Console(Reporter):
+    """What one command prints; under ``torchrun`` the first process alone prints.
 
     Args:
         as_json: whether stdout gets one JSON object, and tables go to stderr.
@@ -20,6 +25,7 @@ class Console:
         self.as_json = as_json
         self.errors = RichConsole(stderr=True, highlight=False)
         self.tables = self.errors if as_json else RichConsole(highlight=False)
+        self.errors.quiet = self.tables.quiet = torchrun_rank() > 0
 
     def note(self, message: str) -> None:
         """Say something in passing, on stderr."""
@@ -46,8 +52,21 @@ class Console:
         if self.as_json:
             print(json.dumps(content))
 
+    def finish(self, result: Result, output: Path | None = None) -> None:
+        """End a command: say what was there already, and with ``--json`` print the object that a shell reads.
+
+        Args:
+            result: what the command made.
+            output: what it would have made, if the result says that it made nothing.
+        """
+        content = result.to_json()
+        if output is not None and not content.get("made", True):
+            self.say(f"{output} is there already, from the same inputs")
+        if self.as_json:
+            print(json.dumps(content))
+
     @contextlib.contextmanager
-    def progress(self, description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    def progress(self, description: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
         """Show a bar with rate and time left while the block runs; it is fed numbers of ``unit``."""
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 

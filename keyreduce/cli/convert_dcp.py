@@ -102,8 +102,9 @@ def _convert(console, source, target, *, to_dcp, layout, dtype, max_shard_size, 
     from keyreduce.cli.console import megabytes
     from keyreduce.models.rehearsal import check_loading
     from keyreduce.models.skeleton import Skeleton, UnknownArchitecture
+    from keyreduce.outputs import appearing, is_already_made, refuse_source, write_json
     from keyreduce.pruning.prune import read_record
-    from keyreduce.workspace import RECORD_NAME, appearing, is_already_made, refuse_source, write_json
+    from keyreduce.workspace import RECORD_NAME
 
     refuse_source(target, source.path)
     inputs = {"source": source.identity, "layout": layout}

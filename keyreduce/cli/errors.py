@@ -3,10 +3,26 @@
 import atexit
 import os
 import sys
+from collections.abc import Mapping
 from typing import NoReturn
 
+from keyreduce.errors import KeyreduceError
+
 show_tracebacks = False
-"""Set by ``--debug``."""
+"""Whether ``--debug`` was given."""
+_flags: dict[str, str] = {}
+
+
+def begin_command(flags: Mapping[str, str], *, show_tracebacks: bool) -> None:
+    """Remember what the running command calls the fields of its request, and whether tracebacks are wanted."""
+    globals()["show_tracebacks"] = show_tracebacks
+    _flags.clear()
+    _flags.update(flags)
+
+
+def message_of(error: KeyreduceError) -> str:
+    """Return an error's message in the words of the command line."""
+    return error.with_names(lambda field: _flags.get(field, f"--{field.replace('_', '-')}"))
 
 
 def stop(message: str) -> NoReturn:

@@ -81,9 +81,10 @@ def evaluate(
     from keyreduce.data.text import text_source
     from keyreduce.devices import pick_device, pick_dtype
     from keyreduce.evaluation.perplexity import check_lengths, text_costs, total
-    from keyreduce.evaluation.processes import Processes
     from keyreduce.evaluation.recall import RecallProbes, recall_figures
-    from keyreduce.workspace import Workspace, refuse_existing, refuse_unwritable, write_json
+    from keyreduce.outputs import refuse_existing, refuse_unwritable, write_json
+    from keyreduce.processes import Processes
+    from keyreduce.workspace import Workspace
 
     console, workspace, processes = Console(as_json=json), Workspace(work), Processes.of_torchrun()
     console.errors.quiet = console.tables.quiet = processes.rank > 0

@@ -81,7 +81,7 @@ def evaluate_base(
     """
     from keyreduce.errors import KeyreduceError
     from keyreduce.evaluation.many import Subject, find_checkpoints, measure_all
-    from keyreduce.workspace import write_json
+    from keyreduce.outputs import write_json
 
     subjects = find_checkpoints(base)
     if model is not None:

@@ -87,7 +87,7 @@ def run(
     """
     from keyreduce.cli.console import command_line
     from keyreduce.evaluation.harness import figures, run_tasks, write_results
-    from keyreduce.workspace import refuse_unwritable
+    from keyreduce.outputs import refuse_unwritable
 
     file = results_file(output, label)
     refuse_unwritable(file, folder=False)

@@ -153,12 +153,13 @@ def prune(
     from keyreduce.devices import dtype_named, pick_device
     from keyreduce.errors import KeyreduceError
     from keyreduce.models.skeleton import Skeleton
+    from keyreduce.outputs import is_already_made, refuse_source, refuse_unwritable
     from keyreduce.pruning.budget import Budget
     from keyreduce.pruning.engines import check_engine
     from keyreduce.pruning.methods import method_named
     from keyreduce.pruning.planning import check_method, check_options, make_plan, read_options
     from keyreduce.pruning.prune import write_pruned
-    from keyreduce.workspace import Workspace, is_already_made, refuse_source, refuse_unwritable
+    from keyreduce.workspace import Workspace
 
     if verify not in (None, "logits"):
         raise KeyreduceError(f"--verify {verify} is unknown; the one that there is is logits")
@@ -184,6 +185,7 @@ def prune(
     if engine is not None and not budget.needs_statistics:
         check_engine(engine, source.config, budget.numbers(source.config, None, chosen, choices))
     words = text_source(text or (), dataset, dataset_config, split, default="calibration")
+    given_text = {"text": text or (), "dataset": dataset, "dataset_config": dataset_config, "split": split}
     folder = output or workspace.pruned
     refuse_source(folder, Path(model) if model and os.path.isdir(model) else source.path)
 
@@ -205,7 +207,7 @@ def prune(
     statistics = None
     if chosen.needs_statistics or budget.needs_statistics:
         statistics = calibrated(
-            console, model, config, source, words, calibration, workspace, device, gradients=chosen.needs_gradients
+            console, model, config, source, given_text, calibration, workspace, device, gradients=chosen.needs_gradients
         )
         # Gradients leave the other sums as they are.
         without = () if chosen.needs_gradients else ("gradients",)

@@ -45,26 +45,14 @@ def calibrated(console, model, config, source, text, calibration, workspace, dev
 
     path = calibration or workspace.calibration
     if calibration is None and not path.exists():
-        # What runs a model takes seconds to import.
-        from keyreduce.calibration.run import Settings
-        from keyreduce.cli.calibrate import write_calibration
+        from keyreduce.api import calibrate
         from keyreduce.cli.console import Console
 
         console.note(f"there are no calibration sums at {path}: calibrating first")
-        # What it says goes to stderr: this command's own result comes at the end.
-        aside = Console(as_json=True)
-        write_calibration(
-            aside,
-            model,
-            text,
-            Settings(),
-            path,
-            config=config,
-            device=device,
-            dtype=None,
-            overwrite=False,
-            gradients=gradients,
+        request = calibrate.CalibrateRequest(
+            model=model, output=path, config=config, device=device, gradients=gradients, **text
         )
+        calibrate.run(request, Console(as_json=True))
     check_calibration(source, read_record(path)["model"])
     statistics = read_statistics(path)
     try:

@@ -51,8 +51,9 @@ def rank(
     from keyreduce.evaluation.kept import is_cut_of, kept_channels
     from keyreduce.evaluation.picture_folder import draw_folder, refuse_other_files
     from keyreduce.evaluation.rank import measure_rank
+    from keyreduce.outputs import refuse_existing, refuse_unwritable, write_json
     from keyreduce.pruning.prune import read_record
-    from keyreduce.workspace import Workspace, refuse_existing, refuse_unwritable, write_json
+    from keyreduce.workspace import Workspace
 
     console, workspace = Console(as_json=json), Workspace(work)
     target, folder = output or workspace.rank, plot or workspace.rank_pictures

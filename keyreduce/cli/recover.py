@@ -123,7 +123,7 @@ def recover(
     from keyreduce.data.text import FileText, text_source
     from keyreduce.devices import pick_device
     from keyreduce.errors import KeyreduceError
-    from keyreduce.evaluation.processes import Processes
+    from keyreduce.processes import Processes
     from keyreduce.recovery.overlap import refuse_overlap
     from keyreduce.workspace import Workspace
 

@@ -35,12 +35,12 @@ def write_recovered(
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.cli.console import command_line
     from keyreduce.errors import KeyreduceError
+    from keyreduce.outputs import is_already_made, refuse_source, refuse_unwritable
     from keyreduce.pruning.prune import read_record
     from keyreduce.recovery.record import read_repairs
     from keyreduce.recovery.repair import check_pair, make_steps, repair
     from keyreduce.recovery.repeats import check_repeats
     from keyreduce.recovery.writing import write_repaired
-    from keyreduce.workspace import is_already_made, refuse_source, refuse_unwritable
 
     settings = Settings(*amount)
     settings.check()

@@ -40,6 +40,7 @@ def write_trained(
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.cli.console import command_line
     from keyreduce.errors import KeyreduceError
+    from keyreduce.outputs import is_already_made, refuse_source, refuse_unwritable
     from keyreduce.pruning.prune import read_record
     from keyreduce.recovery.record import read_repairs
     from keyreduce.recovery.repair import Repaired
@@ -48,7 +49,6 @@ def write_trained(
     from keyreduce.recovery.training.run import discard, train
     from keyreduce.recovery.training.settings import make_training
     from keyreduce.recovery.writing import write_repaired
-    from keyreduce.workspace import is_already_made, refuse_source, refuse_unwritable
 
     refuse_without_extra()
     settings, training = Settings(*amount), make_training(mode, options)

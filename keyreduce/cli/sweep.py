@@ -75,11 +75,12 @@ def sweep(
     from keyreduce.cli.table import write_and_print
     from keyreduce.data.text import text_source
     from keyreduce.devices import pick_device, pick_dtype
+    from keyreduce.outputs import refuse_unwritable
     from keyreduce.sweep.engines import engine_named
     from keyreduce.sweep.recipe import check_seeds, read_recipe
     from keyreduce.sweep.record import SWEEP_NAME
     from keyreduce.sweep.run import plan_sweep, run_sweep
-    from keyreduce.workspace import Workspace, refuse_unwritable
+    from keyreduce.workspace import Workspace
 
     console = Console(as_json=json)
     target = output or Workspace(work).root / "sweep"

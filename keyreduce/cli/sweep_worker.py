@@ -19,9 +19,10 @@ import typer
 
 from keyreduce import cli
 from keyreduce.errors import KeyreduceError
+from keyreduce.outputs import read_json, write_json
 from keyreduce.sweep.record import FAILURE_NAME, LOG_NAME, RESULT_NAME, TASK_NAME
 from keyreduce.sweep.runs import CHECKPOINT_NAME, CUT_NAME, DCP_NAME
-from keyreduce.workspace import RECORD_NAME, read_json, write_json
+from keyreduce.workspace import RECORD_NAME
 
 _INTERRUPTED = 130
 

@@ -27,8 +27,9 @@ def table(
     A picture shows perplexity against the share removed, another against speed, with the Pareto front.
     """
     from keyreduce.cli.console import Console
+    from keyreduce.outputs import refuse_existing, refuse_unwritable
     from keyreduce.sweep.report import NAMES
-    from keyreduce.workspace import Workspace, refuse_existing, refuse_unwritable
+    from keyreduce.workspace import Workspace
 
     console = Console(as_json=json)
     source = folder or Workspace(work).root / "sweep"

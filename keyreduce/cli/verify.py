@@ -36,8 +36,9 @@ def verify(
     from keyreduce.errors import KeyreduceError
     from keyreduce.models.rehearsal import check_loading
     from keyreduce.models.skeleton import Skeleton, UnknownArchitecture
+    from keyreduce.outputs import appearing
     from keyreduce.pruning.prune import read_record
-    from keyreduce.workspace import Workspace, appearing
+    from keyreduce.workspace import Workspace
 
     console, found = Console(as_json=json), path or str(latest(Workspace(work)))
     if path is None and not os.path.isdir(found):

@@ -52,7 +52,7 @@ class TextSource(ABC):
                 yield document
         if is_empty:
             described = ", ".join(f"{name} {value}" for name, value in self.describe().items())
-            raise KeyreduceError(f"the text is empty ({described}); give other text with --text or --dataset")
+            raise KeyreduceError(f"the text is empty ({described}); give other text with `text` or `dataset`")
 
 
 class StdlibText(TextSource):
@@ -125,7 +125,7 @@ class DatasetText(TextSource):
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise KeyreduceError(
-                f"dataset {self.name!r} cannot be loaded, check --dataset, --dataset-config and --split: {reason}"
+                f"dataset {self.name!r} cannot be loaded, check `dataset`, `dataset_config` and `split`: {reason}"
             ) from error
         if seed is not None:
             rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
@@ -140,7 +140,7 @@ def text_source(
     *,
     default: Split,
 ) -> TextSource:
-    """Return the text that a command's ``--text``, ``--dataset``, ``--dataset-config`` and ``--split`` ask for.
+    """Return the text that a command's ``text``, ``dataset``, ``dataset_config`` and ``split`` ask for.
 
     Args:
         default: the split of the standard library's source that is taken when none of them is given.
@@ -149,11 +149,11 @@ def text_source(
         KeyreduceError: the options contradict each other, or a path is refused by `FileText`.
     """
     if paths and dataset:
-        raise KeyreduceError("--text and --dataset are both given; give one of them")
+        raise KeyreduceError("`text` and `dataset` are both given; give one of them")
     if dataset:
         return DatasetText(dataset, dataset_config, split or "train")
     if dataset_config or split:
-        raise KeyreduceError("--dataset-config and --split say which part of a --dataset; give its name too")
+        raise KeyreduceError("`dataset_config` and `split` say which part of a `dataset`; give its name too")
     return FileText(paths) if paths else StdlibText(default)
 
 

@@ -21,7 +21,8 @@ from keyreduce import __version__
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.errors import KeyreduceError, reason
 from keyreduce.models.loading import LoadedModel
-from keyreduce.workspace import RECORD_NAME, appearing, read_json
+from keyreduce.outputs import appearing, read_json
+from keyreduce.workspace import RECORD_NAME
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -79,7 +80,7 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
     """
     _refuse_absent()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise KeyreduceError("tasks run in one process: leave out torchrun; --base takes several models at a time")
+        raise KeyreduceError("tasks run in one process: leave out torchrun; `base` takes several models at a time")
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not include_path.is_dir():
@@ -121,7 +122,7 @@ def run_tasks(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise KeyreduceError(
-            "tasks run in one process: start keyreduce without torchrun, or use --base for many models"
+            "tasks run in one process: start keyreduce without torchrun, or use `base` for many models"
         )
     _refuse_absent()
     import lm_eval
@@ -204,7 +205,7 @@ def _match(name: str, manager: "TaskManager") -> list[str]:
     near = difflib.get_close_matches(name, manager.all_tasks, n=1)
     meant = f"; did you mean {near[0]}?" if near else ""
     raise KeyreduceError(
-        f"lm-evaluation-harness has no task {name!r}{meant} (lm_eval ls tasks lists them, --include-path adds a folder)"
+        f"lm-evaluation-harness has no task {name!r}{meant} (lm_eval ls tasks lists them, `include_path` adds a folder)"
     )
 
 
@@ -214,7 +215,7 @@ def _refuse_absent() -> None:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
         raise KeyreduceError(
-            f"--tasks needs lm-evaluation-harness ({reason(error)}); pip install 'keyreduce[harness]'"
+            f"`tasks` needs lm-evaluation-harness ({reason(error)}); pip install 'keyreduce[harness]'"
         ) from error
 
 
@@ -225,7 +226,7 @@ def _refuse_not_finite(folder: Path):
         if not all(extreme.isfinite() for extreme in torch.aminmax(output.logits)):
             raise KeyreduceError(
                 f"logits of {folder} are NaN or inf: the model is damaged, or its activations overflow this dtype "
-                "(try --dtype float32)"
+                "(try `dtype` float32)"
             )
 
     return check
@@ -260,7 +261,7 @@ def _provenance(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness's remarks to itself, and what it prints off stdout, which belongs to ``--json``."""
+    """Keep the harness's remarks to itself, and what it prints off stdout, which belongs to the result."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

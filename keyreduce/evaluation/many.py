@@ -14,7 +14,7 @@ from keyreduce.checkpoint.source import METADATA_NAME
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.harness import Figure, main_figures
 from keyreduce.jobs import Job, Outcome, keyreduce_command, run_jobs
-from keyreduce.workspace import read_json, refuse_unwritable, write_json
+from keyreduce.outputs import read_json, refuse_unwritable, write_json
 
 INPUTS = "inputs"
 

@@ -51,7 +51,7 @@ class Wording(NamedTuple):
             alphabet = [vocabulary[letter] for letter in "abcdefghijklmnopqrstuvwxyz" if letter in vocabulary]
             size, space = _LETTERS, " "
         if len(alphabet) <= CHOICES:
-            raise KeyreduceError("the tokenizer has neither words nor letters as tokens; leave needle out of --recall")
+            raise KeyreduceError("the tokenizer has neither words nor letters as tokens; leave needle out of `recall`")
         parts = (f"\nThe password of the{space}", f" is{space}", ".\n")
         encoded = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
         separator = separator_id(tokenizer)
@@ -116,7 +116,7 @@ def _haystacks(text: TextSource, tokenizer: PreTrainedTokenizerFast, size: int, 
     if not found:
         raise KeyreduceError(
             f"the text has {len(rest_N)} tokens, too few for a haystack of {size}; "
-            "give more text, or smaller --recall-lengths"
+            "give more text, or smaller `recall_lengths`"
         )
     return found[:number]
 

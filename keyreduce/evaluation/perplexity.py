@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from keyreduce.data.batches import bytes_per_token
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
-from keyreduce.evaluation.processes import Processes
 from keyreduce.evaluation.windows import Window, alike, document_windows, windows
 from keyreduce.models.loading import LoadedModel
+from keyreduce.processes import Processes
 
 
 class RowCost(NamedTuple):
@@ -102,7 +102,7 @@ def finite_logits(model: torch.nn.Module, tokens_BT: torch.Tensor, name: str) ->
     if not all(extreme.isfinite() for extreme in torch.aminmax(logits_BTV)):
         raise KeyreduceError(
             f"logits of {name} are NaN or inf: the model is damaged, or its activations overflow this dtype "
-            "(try --dtype float32)"
+            "(try `dtype` float32)"
         )
     return logits_BTV
 
@@ -177,11 +177,11 @@ def check_lengths(seq_len: int, stride: int | None, *, by_document: bool = False
         KeyreduceError: names the option.
     """
     if seq_len < 2:
-        raise KeyreduceError(f"rows of {seq_len} token leave nothing to predict; give --seq-len 2 or more")
+        raise KeyreduceError(f"rows of {seq_len} token leave nothing to predict; give `seq_len` 2 or more")
     most, called = (seq_len - 1, "below") if by_document else (seq_len, "at most")
     stride = most if stride is None else stride
     if not 1 <= stride <= most:
-        raise KeyreduceError(f"--stride is {stride}; it is at least 1 and {called} --seq-len, {seq_len}")
+        raise KeyreduceError(f"`stride` is {stride}; it is at least 1 and {called} `seq_len`, {seq_len}")
     return stride
 
 

@@ -10,7 +10,7 @@ from keyreduce.evaluation.filters import filters_of
 from keyreduce.evaluation.kept import Kept
 from keyreduce.evaluation.pictures import draw_curves, draw_filters, draw_heat_map, draw_kept_channels, save
 from keyreduce.families import family_of
-from keyreduce.workspace import appearing
+from keyreduce.outputs import appearing
 
 _OURS = re.compile(r"(rank-heat-map|rank-curves|kept-channels|filters-layer-\d+)\.png")
 

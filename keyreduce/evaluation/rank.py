@@ -105,7 +105,7 @@ def measure_rank(
         if not state_BWKV.isfinite().all():
             raise KeyreduceError(
                 f"the state of layer {layer} of {loaded.folder} holds NaN or inf: the model is damaged, or its "
-                "activations overflow this dtype (try --dtype float32)"
+                "activations overflow this dtype (try `dtype` float32)"
             )
         sums[layer][place] += rank_utilisation(state_BWKV).sum(dim=0)
 

@@ -16,8 +16,8 @@ from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation import mqar, needle
 from keyreduce.evaluation.probes import Probe, ask, average
-from keyreduce.evaluation.processes import Processes
 from keyreduce.models.loading import LoadedModel
+from keyreduce.processes import Processes
 
 KINDS = {"mqar": "multi-query associative recall", "needle": "a needle in a haystack"}
 
@@ -47,14 +47,14 @@ class RecallSettings:
     def __post_init__(self) -> None:
         for kind in self.kinds:
             if kind not in KINDS:
-                raise KeyreduceError(f"--recall {kind!r} is unknown; take {' or '.join(KINDS)}, or both with a comma")
+                raise KeyreduceError(f"`recall` {kind!r} is unknown; take {' or '.join(KINDS)}, or both with a comma")
         for name in ("kinds", "lengths", "pairs"):
             given = getattr(self, name)
             if not given or len(set(given)) < len(given):
-                option = "--recall" if name == "kinds" else f"--recall-{name}"
+                option = "`recall`" if name == "kinds" else f"`recall_{name}`"
                 raise KeyreduceError(f"{option} names nothing, or one thing twice")
         if min(*self.lengths, *self.pairs, self.probes) < 1:
-            raise KeyreduceError("--recall-lengths, --recall-pairs and --recall-probes are at least 1")
+            raise KeyreduceError("`recall_lengths`, `recall_pairs` and `recall_probes` are at least 1")
 
     def grid(self) -> Iterator[Cell]:
         """Yield all cells, whether or not they have room for their pairs."""
@@ -85,7 +85,7 @@ class RecallProbes:
         self.left_out = [cell for cell in settings.grid() if cell not in self.cells]
         if not self.cells:
             raise KeyreduceError(
-                "no --recall-lengths has room for any --recall-pairs; give longer ones, or fewer pairs"
+                "no `recall_lengths` has room for any `recall_pairs`; give longer ones, or fewer pairs"
             )
 
     @property

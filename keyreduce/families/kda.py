@@ -64,6 +64,6 @@ KIMI_LINEAR = Family(
     | {name: f"forget_gate.{name}" for name in ("f_a_proj.weight", "f_b_proj.weight", "A_log", "dt_bias")},
     tied=(
         "a kimi_linear config says one size for the key and the value channels of a head: "
-        "cut both alike, with --target key,value and one --keep"
+        "cut both alike, with `target` key,value and one `keep`"
     ),
 )

@@ -35,19 +35,19 @@ def offloading(config: Mapping, device: torch.device, place: str | None) -> Iter
         yield {}
         return
     if place not in PLACES:
-        raise KeyreduceError(f"--offload is {place!r}; take one of {', '.join(PLACES)}")
+        raise KeyreduceError(f"`offload` is {place!r}; take one of {', '.join(PLACES)}")
     try:
         import accelerate  # noqa: F401
     except ImportError:
-        raise KeyreduceError("--offload needs accelerate: pip install accelerate") from None
+        raise KeyreduceError("`offload` needs accelerate: pip install accelerate") from None
     family = family_of(config)
     if family.shipped_by != "transformers":
         raise KeyreduceError(
-            f"--offload is for models of transformers; those of {family.shipped_by}, such as {family.model_type}, use "
+            f"`offload` is for models of transformers; those of {family.shipped_by}, such as {family.model_type}, use "
             "weights past the modules that hold them, so that they would not be there"
         )
     if place == "cpu" and device.type == "cpu":
-        raise KeyreduceError("--offload cpu is for a GPU; on a CPU, layers can wait on the disk: --offload disk")
+        raise KeyreduceError("`offload` cpu is for a GPU; on a CPU, layers can wait on the disk: `offload` disk")
     with tempfile.TemporaryDirectory(prefix="keyreduce-") as folder:
         placement = "auto" if place == "auto" else _placement(config, device, place)
         yield {"device_map": placement, "offload_folder": folder}

@@ -25,7 +25,7 @@ class Budget:
     """How much is to stay of what.
 
     Attributes:
-        ratio, keep: target -> what ``--ratio`` and ``--keep`` say of it, exactly one of them, unless ``variance`` does.
+        ratio, keep: target -> what ``ratio`` and ``keep`` say of it, exactly one of them, unless ``variance`` does.
         variance: for a projection, the share of the variance to keep.
         allocate: ``uniform`` or ``energy``.
         multiple_of: kept channels are rounded to a multiple.
@@ -55,18 +55,18 @@ class Budget:
         """
         targets = parse_targets(target)
         if variance is not None and (ratio is not None or keep is not None):
-            raise KeyreduceError("--variance says how much to keep; leave --ratio (or PRUNING_RATIO) and --keep out")
+            raise KeyreduceError("`variance` says how much to keep; leave `ratio` (or PRUNING_RATIO) and `keep` out")
         if variance is not None and not 0 < variance <= 1:
-            raise KeyreduceError(f"--variance is {variance:g}; it is the share to keep, above 0 and at most 1")
+            raise KeyreduceError(f"`variance` is {variance:g}; it is the share to keep, above 0 and at most 1")
         if variance is None and ratio is None and keep is None:
             ratio = "0.25"
         if ratio is not None and keep is not None:
-            raise KeyreduceError("say how much to prune with either --ratio (or PRUNING_RATIO) or --keep, not both")
+            raise KeyreduceError("say how much to prune with either `ratio` (or PRUNING_RATIO) or `keep`, not both")
         if allocate not in ("uniform", "energy"):
-            raise KeyreduceError(f"--allocate is {allocate!r}; take uniform or energy")
+            raise KeyreduceError(f"`allocate` is {allocate!r}; take uniform or energy")
         if allocate == "energy" and ("key" not in targets or variance is not None):
-            raise KeyreduceError("--allocate energy shares out key channels: take --target key and --ratio or --keep")
-        amounts = (parse_amounts("--ratio", ratio, targets), parse_amounts("--keep", keep, targets))
+            raise KeyreduceError("`allocate` energy shares out key channels: take `target` key and `ratio` or `keep`")
+        amounts = (parse_amounts("`ratio`", ratio, targets), parse_amounts("`keep`", keep, targets))
         return cls(*amounts, variance, allocate, multiple_of)
 
     @property
@@ -98,12 +98,12 @@ class Budget:
                 projection; or the family has the size tied to something that stays.
         """
         if self.variance is not None and (method.moments is None or self.targets != ["key"]):
-            raise KeyreduceError("--variance goes with --method pca --target key; give --ratio or --keep")
+            raise KeyreduceError("`variance` goes with `method` pca `target` key; give `ratio` or `keep`")
         family = family_of(config)
         if self.allocate == "energy" and "head_k_dim" not in family.per_layer:
             raise KeyreduceError(
                 f"a {family.model_type} config says one head_k_dim for all layers, so a model pruned with "
-                "--allocate energy could not be loaded; of the known architectures delta_net_2 alone has one for each"
+                "`allocate` energy could not be loaded; of the known architectures delta_net_2 alone has one for each"
             )
         if self.variance is None:
             numbers = self._uniform(config)
@@ -112,7 +112,7 @@ class Budget:
                 family.check_cut(sizes, sizes_after(sizes, keep))
             return
         if family.tied:
-            raise KeyreduceError(f"--variance chooses key sizes alone, and {family.tied}")
+            raise KeyreduceError(f"`variance` chooses key sizes alone, and {family.tied}")
         for sizes in family.layer_sizes(config).values():
             keep_count("key", sizes.head_k_dim, ratio=Fraction(0), keep=None, multiple_of=self.multiple_of)
 
@@ -163,7 +163,7 @@ class Budget:
 
 
 def parse_targets(text: str) -> list[str]:
-    """Return the targets of ``--target``, such as ``key,value``, in that order.
+    """Return the targets of ``target``, such as ``key,value``, in that order.
 
     Raises:
         KeyreduceError: one is unknown or named twice.
@@ -173,12 +173,12 @@ def parse_targets(text: str) -> list[str]:
         if target not in TARGETS:
             raise KeyreduceError(f"there is no target {target!r}; take {', '.join(TARGETS)}, or several with commas")
     if len(set(targets)) < len(targets):
-        raise KeyreduceError(f"--target {text} names a target twice")
+        raise KeyreduceError(f"`target` {text} names a target twice")
     return targets
 
 
 def parse_amounts(option: str, text: str | None, targets: Sequence[str]) -> dict[str, Fraction | None]:
-    """Return what ``--ratio`` or ``--keep`` says for each target: one number for all, or one for each with commas.
+    """Return what ``ratio`` or ``keep`` says for each target: one number for all, or one for each with commas.
 
     Numbers are taken as they are written: in binary, 10 * (1 - 0.9) is a little less than 1.
 
@@ -218,17 +218,17 @@ def keep_count(
     """
     if ratio is not None:
         if not 0 <= ratio < 1:
-            raise KeyreduceError(f"--ratio is {float(ratio):g}; it is the share to remove, at least 0 and below 1")
+            raise KeyreduceError(f"`ratio` is {float(ratio):g}; it is the share to remove, at least 0 and below 1")
         keep = max(1, int(available * (1 - ratio)))
     if not 1 <= keep <= available or int(keep) != keep:
         raise KeyreduceError(
-            f"--keep is {float(keep):g}; {_HOLDER[target]} of this model has 1 to {available} {_THINGS[target]} to keep"
+            f"`keep` is {float(keep):g}; {_HOLDER[target]} of this model has 1 to {available} {_THINGS[target]} to keep"
         )
     if target == "head":
         return int(keep)
     if not 1 <= multiple_of <= available:
         raise KeyreduceError(
-            f"--multiple-of is {multiple_of}; it is at least 1, and at most {SIZE_OF[target]}, {available}"
+            f"`multiple_of` is {multiple_of}; it is at least 1, and at most {SIZE_OF[target]}, {available}"
         )
     multiples = max(1, int(Fraction(keep, multiple_of) + Fraction(1, 2)))
     return min(multiples, available // multiple_of) * multiple_of

@@ -48,7 +48,7 @@ CHOICES = {
     "llama.cpp": ENGINES[5],
     "transformers": _ANY,
 }
-"""What ``--engine`` calls them."""
+"""What ``engine`` calls them."""
 
 
 def suited_engines(family: Family, layers: Iterable[MixerSizes]) -> tuple[list[str], list[str]]:
@@ -79,16 +79,16 @@ def check_engine(name: str, config: Mapping, keep: Mapping[str, Mapping[int, int
         KeyreduceError: there is no such engine, it knows no such architecture, or it does not run such sizes.
     """
     if name not in CHOICES:
-        raise KeyreduceError(f"--engine is {name!r}; take one of {', '.join(CHOICES)}")
+        raise KeyreduceError(f"`engine` is {name!r}; take one of {', '.join(CHOICES)}")
     engine, family = CHOICES[name], family_of(config)
     if family.shipped_by == "keyreduce":
-        raise KeyreduceError(f"--engine {name}: it does not know {family.model_type}, which keyreduce alone ships")
+        raise KeyreduceError(f"`engine` {name}: it does not know {family.model_type}, which keyreduce alone ships")
     for layer, before in family.layer_sizes(config).items():
         after = sizes_after(before, {target: number_of[layer] for target, number_of in keep.items()})
         if engine.is_met(after):
             continue
         raise KeyreduceError(
-            f"--engine {name} wants {engine.demand}, and the cut leaves {after.head_k_dim} key and {after.head_v_dim} "
+            f"`engine` {name} wants {engine.demand}, and the cut leaves {after.head_k_dim} key and {after.head_v_dim} "
             f"value channels a head; {_fitting(engine, before, after)}"
         )
 
@@ -98,11 +98,11 @@ def _fitting(engine: Engine, before: MixerSizes, after: MixerSizes) -> str:
     keys = [key for key in range(1, before.head_k_dim + 1) if engine.is_met(after._replace(head_k_dim=key))]
     if keys:
         listed = ", ".join(map(str, keys)) if len(keys) < 12 else f"{keys[0]} to {keys[-1]}"
-        return f"with --target key, --keep one of {listed}"
+        return f"with `target` key, `keep` one of {listed}"
     pairs = [
         f"{key},{value}"
         for value in range(before.head_v_dim, 0, -1)
         for key in range(before.head_k_dim, 0, -1)
         if engine.is_met(after._replace(head_k_dim=key, head_v_dim=value))
     ]
-    return f"with --target key,value, --keep one of {' '.join(pairs[:8])}" if pairs else "no cut of this model fits"
+    return f"with `target` key,value, `keep` one of {' '.join(pairs[:8])}" if pairs else "no cut of this model fits"

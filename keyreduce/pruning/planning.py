@@ -29,8 +29,8 @@ def check_method(source: Checkpoint, method: Method, targets: list[str]) -> None
     refuse_quantized(source)
     for target in targets:
         if target not in method.select:
-            known = " and ".join(f"--target {name}" for name in method.select)
-            raise KeyreduceError(f"--method {method.name} is for {known} alone; for {target} take another method")
+            known = " and ".join(f"`target` {name}" for name in method.select)
+            raise KeyreduceError(f"`method` {method.name} is for {known} alone; for {target} take another method")
     unfit = method.unfit(source.config)
     if unfit is not None:
         raise KeyreduceError(unfit)
@@ -44,8 +44,7 @@ def check_options(method: Method, given: Mapping[str, object]) -> dict[str, obje
     """
     for name in given:
         if name not in method.options:
-            flag = "--" + name.replace("_", "-")
-            raise KeyreduceError(f"--method {method.name} takes no {flag}; leave it out, or take another method")
+            raise KeyreduceError(f"`method` {method.name} takes no `{name}`; leave it out, or take another method")
     chosen = {**method.options, **given}
     method.check(chosen)
     return chosen
@@ -63,12 +62,12 @@ def read_options(method: Method, settings: Sequence[str]) -> dict[str, object]:
         name = name.replace("-", "_")
         if not equals or name not in method.options:
             known = ", ".join(f"{name}={default}" for name, default in method.options.items()) or "none"
-            raise KeyreduceError(f"--set {setting}: give NAME=VALUE; options of {method.name}: {known}")
+            raise KeyreduceError(f"`set` {setting}: give NAME=VALUE; options of {method.name}: {known}")
         kind = type(method.options[name])
         try:
             options[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError):
-            raise KeyreduceError(f"--set {setting}: the value is to be a {kind.__name__}") from None
+            raise KeyreduceError(f"`set` {setting}: the value is to be a {kind.__name__}") from None
     return options
 
 
@@ -138,7 +137,7 @@ def check_calibration(source: Checkpoint, calibrated: str) -> None:
     if calibrated != source.identity:
         raise KeyreduceError(
             f"the calibration file was made from another model ({calibrated[:12]}) than {source.path} "
-            f"({source.identity[:12]}); run keyreduce calibrate for this one, or give another --calibration or --work"
+            f"({source.identity[:12]}); run keyreduce calibrate for this one, or give another `calibration` or `work`"
         )
 
 
@@ -211,11 +210,11 @@ def _view(
 def _check_statistics(source: Checkpoint, method: Method, statistics: Statistics, layers: list[int]) -> None:
     check_calibration(source, statistics.model)
     if sorted(statistics.layers) != layers:
-        raise KeyreduceError("the calibration file lacks layers of this model; calibrate again with --overwrite")
+        raise KeyreduceError("the calibration file lacks layers of this model; calibrate again with `overwrite`")
     if method.needs_gradients and any(sums.taylor is None for sums in statistics.layers.values()):
         raise KeyreduceError(
             f"{method.name} needs gradients, which the calibration file does not hold: "
-            "run keyreduce calibrate --gradients --overwrite"
+            "run keyreduce calibrate `gradients` `overwrite`"
         )
 
 

@@ -17,11 +17,12 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
 from keyreduce.models.rehearsal import check_loading
 from keyreduce.models.skeleton import Skeleton
+from keyreduce.outputs import appearing, read_json, write_json
 from keyreduce.pruning.card import model_card
 from keyreduce.pruning.edits import layer_edits
 from keyreduce.pruning.plan import Plan
 from keyreduce.pruning.savings import Savings, savings
-from keyreduce.workspace import PROJECTIONS_NAME, RECORD_NAME, appearing, read_json, write_json
+from keyreduce.workspace import PROJECTIONS_NAME, RECORD_NAME
 
 
 def plan_edits(source: Checkpoint, plan: Plan) -> dict[str, list[Edit]]:

@@ -85,7 +85,7 @@ def strong_rrqr(gram_KK: np.ndarray, keep: int, *, f: float = 1.5) -> StrongRRQR
         KeyreduceError: f is below 1.
     """
     if not f >= 1:
-        raise KeyreduceError(f"--f is {f}; it is at least 1")
+        raise KeyreduceError(f"`f` is {f}; it is at least 1")
     # BLAS would update a copy of anything else than this.
     gram_KK = np.asarray(gram_KK, dtype=np.float64)
     channels = len(gram_KK)

@@ -1,4 +1,4 @@
-"""The ways to repair a pruned model, by the names that ``--mode`` knows. Nothing heavy is imported here."""
+"""The ways to repair a pruned model, by the names that ``mode`` knows. Nothing heavy is imported here."""
 
 REPEATS = 0.125  # of the rows of a repair, see keyreduce.recovery.repeats
 LEAST_SQUARES = "least-squares"

@@ -100,7 +100,7 @@ def reconstruct(
     few = max(1, settings.steps // 16)
     first, last = (float(torch.stack(some).mean()) for some in (errors[:few], errors[-few:]))
     if not math.isfinite(last):
-        raise KeyreduceError(f"layer {layer} does not converge at learning rate {settings.lr:g}; give a lower --lr")
+        raise KeyreduceError(f"layer {layer} does not converge at learning rate {settings.lr:g}; give a lower `lr`")
     return {"error_first": first, "error_last": last}
 
 

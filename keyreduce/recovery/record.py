@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from keyreduce.errors import KeyreduceError
-from keyreduce.workspace import RECORD_NAME, read_json
+from keyreduce.outputs import read_json
+from keyreduce.workspace import RECORD_NAME
 
 
 def read_repairs(folder: Path) -> list[dict]:

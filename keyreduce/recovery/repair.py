@@ -52,16 +52,16 @@ def make_steps(mode: str, options: Mapping[str, object]) -> Steps | None:
         KeyreduceError: there is no such mode, it takes no such option, or not this value.
     """
     if mode not in MODES:
-        raise KeyreduceError(f"--mode {mode} is unknown; take one of {', '.join(MODES)}")
+        raise KeyreduceError(f"`mode` {mode} is unknown; take one of {', '.join(MODES)}")
     if mode == LEAST_SQUARES:
         if options:
-            raise KeyreduceError(f"--mode {mode} takes no --{min(options)}; leave it out, or take --mode {RECONSTRUCT}")
+            raise KeyreduceError(f"`mode` {mode} takes no `{min(options)}`; leave it out, or take `mode` {RECONSTRUCT}")
         return None
     steps = Steps(**options)
     if steps.scope not in SCOPES:
-        raise KeyreduceError(f"--scope {steps.scope} is unknown; take one of {', '.join(SCOPES)}")
+        raise KeyreduceError(f"`scope` {steps.scope} is unknown; take one of {', '.join(SCOPES)}")
     if steps.steps < 1 or not 0 < steps.lr < math.inf:
-        raise KeyreduceError("--steps is at least 1, and --lr above 0")
+        raise KeyreduceError("`steps` is at least 1, and `lr` above 0")
     return steps
 
 

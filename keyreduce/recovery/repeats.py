@@ -24,7 +24,7 @@ def check_repeats(share: float) -> None:
         KeyreduceError: it is not from 0 up to, but not including, 1.
     """
     if not 0 <= share < 1:
-        raise KeyreduceError(f"--repeats is {share:g}; it is a share of the rows, at least 0 and below 1")
+        raise KeyreduceError(f"`repeats` is {share:g}; it is a share of the rows, at least 0 and below 1")
 
 
 def with_repeats(

@@ -9,11 +9,12 @@ import torch
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.rewrite import rewrite
 from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.outputs import appearing, read_json, write_json
 from keyreduce.recovery.modes import MODES
 from keyreduce.recovery.record import read_repairs
 from keyreduce.recovery.repair import Repaired
 from keyreduce.recovery.training.settings import TRAINING_MODES
-from keyreduce.workspace import RECORD_NAME, appearing, read_json, write_json
+from keyreduce.workspace import RECORD_NAME
 
 _CARD_NAME = "README.md"
 

@@ -25,7 +25,7 @@ def engine_named(name: str, *, jobs: int | None, device: str) -> tuple[Callable[
         KeyreduceError: there is no such engine, it is not installed, or no cluster answers.
     """
     if name not in ENGINES:
-        raise KeyreduceError(f"--engine {name} is unknown; take one of {', '.join(ENGINES)}")
+        raise KeyreduceError(f"`engine` {name} is unknown; take one of {', '.join(ENGINES)}")
     on_any_gpu = device == "cuda"
     if name == "ray":
         return _ray(jobs, on_any_gpu)
@@ -36,7 +36,7 @@ def engine_named(name: str, *, jobs: int | None, device: str) -> tuple[Callable[
 
 def _ray(jobs: int | None, on_any_gpu: bool) -> tuple[Callable[[Sequence[Job]], list[Outcome]], int]:
     if importlib.util.find_spec("ray") is None:
-        raise KeyreduceError("--engine ray needs Ray: pip install keyreduce[ray]")
+        raise KeyreduceError("`engine` ray needs Ray: pip install keyreduce[ray]")
     import ray
 
     try:
@@ -49,7 +49,7 @@ def _ray(jobs: int | None, on_any_gpu: bool) -> tuple[Callable[[Sequence[Job]], 
         needs = {"num_cpus": 1, "num_gpus": 1}
         workers = jobs or int(resources.get("GPU", 0))
         if not workers:
-            raise KeyreduceError("the Ray cluster has no GPU; give --device cpu")
+            raise KeyreduceError("the Ray cluster has no GPU; give `device` cpu")
     else:
         workers = jobs or max(1, int(resources.get("CPU", 1)) // 2)
         needs = {"num_cpus": max(1, min(2, int(resources.get("CPU", 1)) // workers))}

@@ -1,6 +1,6 @@
 """What a sweep compares, read from a TOML file.
 
-models = ["delta-net-5m"]           # as --model takes them; may be left to the command line
+models = ["delta-net-5m"]           # folders or names; may be left to the command line
 seeds = [0]                         # of whatever is drawn; what comes out is averaged over them
 convert = true                      # also write each pruned model as a distributed checkpoint
 
@@ -46,7 +46,7 @@ from keyreduce.sweep.fields import check_filled, check_kind, check_list, check_t
 
 NO_REPAIR = "none"
 REPAIRS = (NO_REPAIR, *MODES)
-"""What ``keyreduce recover --mode`` takes, and the word for leaving it out."""
+"""What the modes of ``keyreduce recover``, and the word for leaving it out."""
 KINDS = ("mixer", "forward", "decode")
 _MOST_SEED = 2**32 - 1
 _SIZES = dict.fromkeys(("num_batches", "batch_size", "seq_len"), int)
@@ -113,7 +113,7 @@ class Recipe:
     """A sweep.
 
     Attributes:
-        models: the models, as ``--model`` takes them.
+        models: the models, as ``model`` takes them.
         seeds: of what is drawn.
         calibration, heldout: how much text for the sums, and for measuring.
         per_seed: whether each seed has calibration text of its own.

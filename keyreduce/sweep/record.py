@@ -14,7 +14,7 @@ table.md, .csv, .tex, .html, perplexity.png, pareto.png
 from pathlib import Path
 
 from keyreduce.errors import KeyreduceError
-from keyreduce.workspace import read_json
+from keyreduce.outputs import read_json
 
 SWEEP_NAME = "sweep.json"
 TASK_NAME = "task.json"

@@ -5,11 +5,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from keyreduce.errors import KeyreduceError
+from keyreduce.outputs import appearing
 from keyreduce.sweep.page import page
 from keyreduce.sweep.plots import draw_pareto, draw_perplexity
 from keyreduce.sweep.results import Results
 from keyreduce.sweep.tables import as_csv, latex, markdown
-from keyreduce.workspace import appearing
 
 NAMES = ("table.md", "table.csv", "table.tex", "perplexity.png", "pareto.png", "table.html")
 

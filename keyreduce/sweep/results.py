@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from keyreduce.errors import KeyreduceError
+from keyreduce.outputs import read_json
 from keyreduce.sweep.record import RESULT_NAME, failure_of, is_done, read_sweep
 from keyreduce.sweep.runs import DENSE, PRUNED
-from keyreduce.workspace import read_json
 
 
 class Figure(NamedTuple):

@@ -17,13 +17,13 @@ from keyreduce.checkpoint.find import model_name, open_model
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
 from keyreduce.jobs import Job, Outcome
+from keyreduce.outputs import write_json
 from keyreduce.pruning.methods import method_named
 from keyreduce.pruning.planning import check_method
 from keyreduce.recovery.overlap import refuse_overlap
 from keyreduce.sweep.recipe import Recipe
 from keyreduce.sweep.record import FAILURE_NAME, RESULT_NAME, SWEEP_NAME, TASK_NAME, failure_of, is_done
 from keyreduce.sweep.runs import PRUNED, Model, Place, Run, Texts, plan_runs
-from keyreduce.workspace import write_json
 
 Engine = Callable[[Sequence[Job]], list[Outcome]]
 """Runs jobs and returns how each ended."""
@@ -63,7 +63,7 @@ def plan_sweep(
             the texts overlap.
     """
     if not recipe.models:
-        raise KeyreduceError("the recipe names no models; give them with --model")
+        raise KeyreduceError("the recipe names no models; give them with `model`")
     refuse_overlap(calibration, heldout)
     models = []
     for name in recipe.models:
@@ -112,7 +112,7 @@ def run_sweep(
     """
     root = Path(os.path.realpath(root))
     if root.is_dir() and any(root.iterdir()) and not (root / SWEEP_NAME).is_file():
-        raise KeyreduceError(f"{root} holds other things than a sweep; give another --output")
+        raise KeyreduceError(f"{root} holds other things than a sweep; give another `output`")
     failures: dict[str, str] = {}
     with _locked(root):
         write_json(
@@ -221,12 +221,12 @@ def _locked(root: Path) -> Iterator[None]:
         root.mkdir(parents=True, exist_ok=True)
         lock = open(root / _LOCK_NAME, "w")
     except OSError as error:
-        raise KeyreduceError(f"cannot write to {root}: {error.strerror}; give another --output") from None
+        raise KeyreduceError(f"cannot write to {root}: {error.strerror}; give another `output`") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise KeyreduceError(f"another sweep is at work in {root}; wait for it, or give another --output") from None
+            raise KeyreduceError(f"another sweep is at work in {root}; wait for it, or give another `output`") from None
         yield
 
 

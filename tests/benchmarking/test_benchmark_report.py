@@ -62,7 +62,7 @@ def test_what_cannot_be_trained_here_is_refused_before_anything_is_measured(pair
     monkeypatch.setattr("keyreduce.models.miscompiled._is_affected", lambda device: True)
     monkeypatch.setattr("keyreduce.models.miscompiled._SMALL", 8)
     assert {(subject.sizes.head_k_dim, subject.sizes.head_v_dim) for subject in pair} == {(16, 16), (8, 16)}
-    with pytest.raises(KeyreduceError, match=r"of heads of 8 x 16 channels may be wrong.*, or leave --train-step out"):
+    with pytest.raises(KeyreduceError, match=r"of heads of 8 x 16 channels may be wrong.*, or leave `train_step` out"):
         benchmark_report(pair, Request(kinds=("mixer", "train_step")), pytest.fail)
     assert benchmark_report(pair, Request(kinds=("mixer",), seq_lens=(16,), rounds=1))["mixer"]
 

@@ -13,7 +13,7 @@ from keyreduce.calibration.file import write_statistics
 from keyreduce.calibration.run import Settings, calibrate
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.data.text import text_source
-from keyreduce.evaluation.processes import Processes
+from keyreduce.processes import Processes
 
 model, text, target = map(Path, sys.argv[1:4])
 processes = Processes.of_torchrun()

@@ -71,7 +71,7 @@ def test_others_may_read_the_file_as_any_new_one(written, tmp_path):
 def test_an_existing_file_is_replaced_only_if_asked(statistics, written):
     before = written.read_bytes()
     statistics.tokens = 13
-    with pytest.raises(KeyreduceError, match="--overwrite"):
+    with pytest.raises(KeyreduceError, match="`overwrite`"):
         write_statistics(statistics, written)
     assert written.read_bytes() == before
     write_statistics(statistics, written, overwrite=True)

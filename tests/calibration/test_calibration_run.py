@@ -134,7 +134,7 @@ def test_gradients_on_a_gpu_take_our_backend(monkeypatch, device, gradients, on_
 
 
 def test_gradients_take_two_tokens(tiny_folder, text):
-    with pytest.raises(KeyreduceError, match="--seq-len is 1; --gradients need at least 2"):
+    with pytest.raises(KeyreduceError, match="`seq_len` is 1; `gradients` need at least 2"):
         run(tiny_folder("delta_net"), text("abc"), Settings(1, 1, 1), gradients=True)
 
 

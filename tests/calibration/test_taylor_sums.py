@@ -175,7 +175,7 @@ def test_a_loss_that_is_not_finite_is_refused():
     model = build("delta_net")
     torch.nn.init.constant_(model.lm_head.weight, 3e38)
     before = state(model)
-    with pytest.raises(KeyreduceError, match="the loss of a row of the text is nan: .*try --dtype float32.$"):
+    with pytest.raises(KeyreduceError, match="the loss of a row of the text is nan: .*try `dtype` float32.$"):
         run(model, [draw_tokens(1, 8)], gradients=True)
     assert state(model) == before
 

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from keyreduce.api.calibrate import CalibrateRequest
+from keyreduce.api.calibrate import run as calibrate
 from keyreduce.calibration import run
 from keyreduce.calibration.file import read_record, read_statistics
-from keyreduce.calibration.run import Settings
-from keyreduce.cli.calibrate import write_calibration
 from keyreduce.cli.console import Console
-from keyreduce.data.text import FileText
 from keyreduce.errors import KeyreduceError
 
 
@@ -19,10 +18,18 @@ def write(tiny_folder, tmp_path):
     (tmp_path / "text.txt").write_text("the state is low-rank " * 4)
 
     def call(target: Path = tmp_path / "sums", *, overwrite: bool = False, **options) -> dict:
-        text, settings = FileText([tmp_path / "text.txt"]), Settings(1, 2, 16)
-        common = {"device": "cpu", "dtype": None, "overwrite": overwrite}
-        model = str(tiny_folder("delta_net"))
-        return write_calibration(Console(as_json=True), model, text, settings, target, **common, **options)
+        request = CalibrateRequest(
+            model=str(tiny_folder("delta_net")),
+            text=(tmp_path / "text.txt",),
+            output=target,
+            num_batches=1,
+            batch_size=2,
+            seq_len=16,
+            device="cpu",
+            overwrite=overwrite,
+            **options,
+        )
+        return calibrate(request, Console(as_json=True)).to_json()
 
     return call
 
@@ -39,13 +46,13 @@ def test_a_file_with_gradients_serves_who_asks_for_none(write, tmp_path, capsys)
     assert read_record(tmp_path / "sums")["inputs"]["gradients"] is True
     assert read_statistics(tmp_path / "sums").layers[1].taylor is not None
     for options in ({"gradients": True}, {"gradients": False}, {}):
-        assert write(**options) == {"calibration": str(tmp_path / "sums"), "made": False}
+        assert write(**options) == made | {"made": False}
 
 
 def test_a_file_without_gradients_does_not_serve_who_asks_for_them(write, tmp_path):
     assert write()["gradients"] is False
     assert write()["made"] is False
-    with pytest.raises(KeyreduceError, match=r"made from other inputs \(it differs in gradients\); pass --overwrite"):
+    with pytest.raises(KeyreduceError, match=r"made from other inputs \(it differs in gradients\); pass `overwrite`"):
         write(gradients=True)
     assert write(gradients=True, overwrite=True)["made"]
     assert read_statistics(tmp_path / "sums").layers[0].taylor is not None

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from keyreduce.errors import KeyreduceError
-from keyreduce.evaluation.processes import Processes
+from keyreduce.processes import Processes
 
 processes = Processes.of_torchrun()
 

@@ -13,9 +13,9 @@ from keyreduce.data.batches import bytes_per_token
 from keyreduce.data.text import FileText
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.perplexity import Perplexity, evaluate, measure_rows, text_costs, total
-from keyreduce.evaluation.processes import Processes
 from keyreduce.families import FAMILIES
 from keyreduce.models.loading import LoadedModel
+from keyreduce.processes import Processes
 
 SEPARATOR, VOCABULARY, SEQ_LEN = 256, 264, 72
 DOCUMENTS = ["the state is low-rank, é 四 😀\n" * 9, "x", "def f(x):\n    return x\n" * 12]
@@ -220,9 +220,9 @@ def test_no_rows_cost_nothing(loaded):
 
 @pytest.mark.parametrize("stride", [0, -1, SEQ_LEN + 1])
 def test_a_stride_beyond_the_row_is_refused(loaded, text, stride):
-    with pytest.raises(KeyreduceError, match=f"--stride is {stride}; it is at least 1 and at most --seq-len, 72"):
+    with pytest.raises(KeyreduceError, match=f"`stride` is {stride}; it is at least 1 and at most `seq_len`, 72"):
         evaluate(loaded, text, seq_len=SEQ_LEN, stride=stride, batch_size=2, num_rows=None)
-    with pytest.raises(KeyreduceError, match="--stride is 72; it is at least 1 and below --seq-len, 72"):
+    with pytest.raises(KeyreduceError, match="`stride` is 72; it is at least 1 and below `seq_len`, 72"):
         evaluate(loaded, text, seq_len=SEQ_LEN, stride=SEQ_LEN, batch_size=2, num_rows=None, by_document=True)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.perplexity import Perplexity, RowCost
-from keyreduce.evaluation.processes import Processes
+from keyreduce.processes import Processes
 
 REPOSITORY = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("processes_worker.py")

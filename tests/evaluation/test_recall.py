@@ -17,10 +17,10 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.needle import DEPTHS, Wording, draw
 from keyreduce.evaluation.perplexity import bytes_per_token
 from keyreduce.evaluation.probes import CHOICES
-from keyreduce.evaluation.processes import Processes
 from keyreduce.evaluation.recall import RecallProbes, RecallSettings, recall_figures
 from keyreduce.families import FAMILIES
 from keyreduce.models.loading import LoadedModel
+from keyreduce.processes import Processes
 
 BYTES = AutoTokenizer.from_pretrained(SHIPPED / DEFAULT_MODEL)
 WORDS = ["".join(letters) for letters in itertools.product("abcdefg", repeat=3)]
@@ -218,7 +218,7 @@ def test_what_has_no_room_is_left_out(text):
     probes = RecallProbes(loaded(build("delta_net")), text, SETTINGS)
     assert probes.left_out == [("needle", 96, 3)]
     assert probes.tokens == 5 * (3 * 96 + 4 * 256)
-    with pytest.raises(KeyreduceError, match="no --recall-lengths has room"):
+    with pytest.raises(KeyreduceError, match="no `recall_lengths` has room"):
         RecallProbes(loaded(build("delta_net")), text, RecallSettings(("mqar",), (8,), (3,)))
 
 

@@ -204,19 +204,19 @@ def test_heads_are_not_rounded():
 
 @pytest.mark.parametrize("ratio", ["-0.1", "1", "1.5", "1e9"])
 def test_ratios_outside_are_refused(ratio):
-    with pytest.raises(KeyreduceError, match="--ratio is .*at least 0 and below 1"):
+    with pytest.raises(KeyreduceError, match="`ratio` is .*at least 0 and below 1"):
         keep_count("key", 128, ratio=Fraction(ratio), keep=None)
 
 
 @pytest.mark.parametrize("keep", ["0", "-1", "129", "0.5"])
 def test_impossible_numbers_are_refused(keep):
-    with pytest.raises(KeyreduceError, match=f"--keep is {keep}; .* has 1 to 128 channels"):
+    with pytest.raises(KeyreduceError, match=f"`keep` is {keep}; .* has 1 to 128 channels"):
         keep_count("key", 128, ratio=None, keep=Fraction(keep))
 
 
 @pytest.mark.parametrize("multiple_of", [0, -2, 129])
 def test_impossible_multiples_are_refused(multiple_of):
-    with pytest.raises(KeyreduceError, match=f"--multiple-of is {multiple_of}; .* at most head_v_dim, 128"):
+    with pytest.raises(KeyreduceError, match=f"`multiple_of` is {multiple_of}; .* at most head_v_dim, 128"):
         keep_count("value", 128, ratio=Fraction(1, 2), keep=None, multiple_of=multiple_of)
 
 

@@ -174,7 +174,7 @@ def test_both_places_of_kimi_linear_say_the_size(tmp_path, dense):
 
 @pytest.mark.parametrize("target", ["key", "value"])
 def test_keys_and_values_of_kimi_linear_go_together(dense, target):
-    with pytest.raises(KeyreduceError, match="cut both alike, with --target key,value"):
+    with pytest.raises(KeyreduceError, match="cut both alike, with `target` key,value"):
         Budget.parse(target, keep="5").check(dense("kimi_linear").config, METHODS["l2"])
     Budget.parse("key,value", keep="5").check(dense("kimi_linear").config, METHODS["l2"])
     Budget.parse("head", keep="1").check(dense("kimi_linear").config, METHODS["l2"])

@@ -265,7 +265,7 @@ def test_rrqr_shuffles_ties_and_nothing_else():
 
 @pytest.mark.parametrize("f", [0.99, 0.0, -1.0, math.nan, math.inf])
 def test_rrqr_refuses_a_bound_below_one(f):
-    with pytest.raises(KeyreduceError, match=f"--f is {f:g}; it is at least 1"):
+    with pytest.raises(KeyreduceError, match=f"`f` is {f:g}; it is at least 1"):
         METHODS["rrqr"].check({"f": f, "permute": False})
     METHODS["rrqr"].check({"f": 1.0, "permute": False})
 
@@ -274,7 +274,7 @@ def test_rrqr_refuses_a_bound_below_one(f):
 
 
 def test_taylor_refuses_other_forms():
-    with pytest.raises(KeyreduceError, match="--form is 'second'; take one of first, squared, element"):
+    with pytest.raises(KeyreduceError, match="`form` is 'second'; take one of first, squared, element"):
         METHODS["taylor"].check({"form": "second"})
     for form in FORMS["taylor"]:
         METHODS["taylor"].check({"form": form})

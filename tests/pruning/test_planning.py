@@ -146,16 +146,16 @@ def test_pca_refuses_a_norm_that_a_rotation_changes(tmp_path, model_type):
 def test_options():
     assert check_options(METHODS["rrqr"], {}) == {"f": 1.5, "permute": False}
     assert check_options(METHODS["rrqr"], {"f": 2.0}) == {"f": 2.0, "permute": False}
-    with pytest.raises(KeyreduceError, match="--method wanda takes no --include-queries; leave it out"):
+    with pytest.raises(KeyreduceError, match="`method` wanda takes no `include_queries`; leave it out"):
         check_options(METHODS["wanda"], {"include_queries": True})
-    with pytest.raises(KeyreduceError, match="--f is 0.5"):
+    with pytest.raises(KeyreduceError, match="`f` is 0.5"):
         check_options(METHODS["rrqr"], {"f": 0.5})
 
 
 def test_calibration_without_gradients_is_refused(source):
     statistics = statistics_of(source)
     statistics.layers[1] = dataclasses.replace(statistics.layers[1], taylor=None)
-    with pytest.raises(KeyreduceError, match="taylor needs gradients.*calibrate --gradients --overwrite"):
+    with pytest.raises(KeyreduceError, match="taylor needs gradients.*calibrate `gradients` `overwrite`"):
         plan(source, "taylor", statistics=statistics)
     plan(source, "rrqr", statistics=statistics)
 

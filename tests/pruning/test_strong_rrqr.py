@@ -379,7 +379,7 @@ def test_memory_layout_and_precision_of_the_gram_matrix_do_not_matter():
 
 @pytest.mark.parametrize("f", [0.99, 0, -2, float("nan")])
 def test_f_below_one_is_refused(f):
-    with pytest.raises(KeyreduceError, match=rf"--f is {f}; it is at least 1"):
+    with pytest.raises(KeyreduceError, match=rf"`f` is {f}; it is at least 1"):
         strong_rrqr(np.eye(4), 2, f=f)
 
 

@@ -191,7 +191,7 @@ def test_gradient_steps_repeat(pruned_pair, repaired):
 
 def test_steps_that_run_away_are_refused(pruned_pair, repaired):
     dense, pruned = pruned_pair(build("delta_net"), key=6)
-    with pytest.raises(KeyreduceError, match="give a lower --lr"):
+    with pytest.raises(KeyreduceError, match="give a lower `lr`"):
         repaired(dense, pruned, Steps(20, 1e18, "block"), FEW)
 
 

@@ -61,5 +61,5 @@ def test_without_tokens_to_draw_all_rows_stay():
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 1.5, float("nan")])
 def test_what_is_no_share_is_refused(share):
-    with pytest.raises(KeyreduceError, match="--repeats is"):
+    with pytest.raises(KeyreduceError, match="`repeats` is"):
         check_repeats(share)

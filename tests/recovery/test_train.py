@@ -128,7 +128,7 @@ def test_a_broken_off_run_ends_in_the_same_weights(trained, student, tmp_path):
     assert resumed.losses == unbroken.losses
     assert resumed.tensors.keys() == unbroken.tensors.keys()
     assert all(resumed.tensors[name].equal(unbroken.tensors[name]) for name in unbroken.tensors)
-    with pytest.raises(KeyreduceError, match="from other inputs; pass --overwrite"):
+    with pytest.raises(KeyreduceError, match="from other inputs; pass `overwrite`"):
         trained(student, folder=broken, recipe={"of": "another test"})
     anew = []
     trained(student, folder=broken, recipe={"of": "another test"}, anew=True, note=anew.append)
@@ -246,7 +246,7 @@ def test_no_room_is_told_with_what_would_fit(trained, student, monkeypatch, tmp_
     assert Needs(numbers, numbers, 0, rows).nbytes == 16 * numbers + 12 * rows
     monkeypatch.setattr(checks, "available_memory", lambda device: 16 * numbers)
     with pytest.raises(
-        KeyreduceError, match=r"training takes at least .* GiB.*these fit: .*--mode lora --micro-batch 1"
+        KeyreduceError, match=r"training takes at least .* GiB.*these fit: .*`mode` lora `micro_batch` 1"
     ):
         trained(student)
     monkeypatch.setattr(checks, "available_memory", lambda device: 100)
@@ -297,7 +297,7 @@ def test_numbers_that_are_not_there_stop_at_the_first_step(trained, student):
 def test_kernels_whose_gradients_are_wrong_here_are_not_trained_on(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(miscompiled, "_is_affected", lambda device: True)
     gated = save(build("gated_deltanet"), tmp_path / "gated")
-    with pytest.raises(KeyreduceError, match="of the gated rule may be wrong.*, or take --kernels torch$"):
+    with pytest.raises(KeyreduceError, match="of the gated rule may be wrong.*, or take `kernels` torch$"):
         trained(gated, kernels="fla")
     assert not (tmp_path / "training").exists()
     assert trained(gated, settings=SETTINGS._replace(num_batches=1)).steps == [1]

@@ -45,10 +45,10 @@ def test_processes_are_one_a_gpu(monkeypatch):
 
 
 def test_engines_that_there_are_not(monkeypatch):
-    with pytest.raises(KeyreduceError, match="--engine slurm is unknown; take one of processes, ray"):
+    with pytest.raises(KeyreduceError, match="`engine` slurm is unknown; take one of processes, ray"):
         engine_named("slurm", jobs=None, device="cpu")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(KeyreduceError, match=r"--engine ray needs Ray: pip install keyreduce\[ray\]"):
+    with pytest.raises(KeyreduceError, match=r"`engine` ray needs Ray: pip install keyreduce\[ray\]"):
         engine_named("ray", jobs=None, device="cpu")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from keyreduce.errors import KeyreduceError
 
 if TYPE_CHECKING:
-    # Only for the types: the names of the methods appear in --help, which must not wait for torch.
+    # Only for the types: the names of the methods appear in the help, which must not wait for torch.
     import torch
 
     from keyreduce.calibration.statistics import LayerStatistics
@@ -94,17 +94,17 @@ class Method:
     """A way to choose.
 
     Attributes:
-        name: what ``--method`` calls it.
-        summary: one line for ``--help``.
+        name: what ``method`` calls it.
+        summary: one line for the help.
         citation: where it comes from.
         select: target -> ``(layer, keep, generator, **options) -> Selection``. It depends on its arguments alone;
             ties break by lower index.
         needs_statistics: whether it reads ``LayerView.statistics``.
-        needs_gradients: whether those must hold ``taylor``, which ``calibrate --gradients`` adds.
-        options: the options it takes, with their defaults; ``--set NAME=VALUE`` gives another value of the same type.
+        needs_gradients: whether those must hold ``taylor``, which a calibration with gradients adds.
+        options: the options it takes, with their defaults; ``set NAME=VALUE`` gives another value of the same type.
         check: raises KeyreduceError where an option has a value that it cannot have.
         moments: of a method that projects: ``(statistics, **options) -> [H, K, K]``, whose eigenvalues are the variance
-            by which ``--variance`` finds the rank.
+            by which ``variance`` finds the rank.
         unfit: tells why a model of some config cannot be pruned by it, or returns None.
     """
 

@@ -1,7 +1,7 @@
 """PCA: a projection of each head's queries and keys onto the directions that hold most of the keys.
 
 ``P_h`` is the eigenvectors of the R largest eigenvalues of ``M_h = sum_t k_th k_th^T``, with k normalised as the
-operator normalises it (``--include-queries`` adds the same sum over q). M is not centred: a projection of weights has
+operator normalises it (``include_queries`` adds the same sum over q). M is not centred: a projection of weights has
 no place for a mean, so the directions that matter are those of k itself. Queries and keys become ``P^T q`` and ``P^T
 k``.
 

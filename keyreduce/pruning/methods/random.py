@@ -14,7 +14,7 @@ def _select(groups_of):
 
 RANDOM = Method(
     name="random",
-    summary="chance, from --seed",
+    summary="a random choice, from the seed",
     citation="baseline",
     select={
         "key": _select(lambda sizes: (sizes.key_heads, sizes.head_k_dim)),

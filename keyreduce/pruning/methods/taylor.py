@@ -1,6 +1,6 @@
 """Taylor: how much the loss would change to first order if a channel's weights were zero.
 
-With ``s_nc = sum_d W_cd dL_n/dW_cd`` for row n of the calibration text, a row of weights scores, by ``--form``:
+With ``s_nc = sum_d W_cd dL_n/dW_cd`` for row n of the calibration text, a row of weights scores, by ``form``:
 ``first``: ``|sum_n s_nc|``; ``squared``: ``sum_n s_nc^2``, the diagonal Fisher information along the row; ``element``:
 ``sum_d |W_cd sum_n dL_n/dW_cd|``. A key channel is its rows of Wq and Wk, a value channel its row of Wv and its column
 of Wo, a head all of them; their scores add. Ma et al., "LLM-Pruner", arXiv:2305.11627, section 3.2.
@@ -19,12 +19,12 @@ def _score(layer: LayerView, form: str, parts: tuple[str, str]):
 
 def _check(options) -> None:
     if options["form"] not in FORMS:
-        raise KeyreduceError(f"--form is {options['form']!r}; take one of {', '.join(FORMS)}")
+        raise KeyreduceError(f"`form` is {options['form']!r}; take one of {', '.join(FORMS)}")
 
 
 TAYLOR = Method(
     name="taylor",
-    summary="weights times their gradient (needs calibrate --gradients)",
+    summary="weights times their gradient (needs a calibration with gradients)",
     citation="Ma et al., arXiv:2305.11627",
     select=all_targets(
         key=lambda layer, form: _score(layer, form, ("query", "key")),

@@ -31,7 +31,7 @@ def trainer_arguments(settings: Settings, training: Training, device: torch.devi
     in_processes = torch.distributed.is_torchelastic_launched()
     if training.shard and not in_processes:
         raise KeyreduceError(
-            "--shard shares a model out among processes: start keyreduce under torchrun, or leave it out"
+            "`shard` shares a model out among processes: start keyreduce under torchrun, or leave it out"
         )
     if device.type == "cuda" and device.index and not in_processes:
         raise KeyreduceError(f"training takes the first GPU; choose with CUDA_VISIBLE_DEVICES={device.index}")
@@ -69,11 +69,11 @@ def trainer_arguments(settings: Settings, training: Training, device: torch.devi
         made._n_gpu = 1
     rows, rest = divmod(settings.batch_size, made.world_size)
     if rest:
-        raise KeyreduceError(f"--batch-size {settings.batch_size} does not divide among {made.world_size} processes")
+        raise KeyreduceError(f"`batch_size` {settings.batch_size} does not divide among {made.world_size} processes")
     micro = min(training.micro_batch or rows, rows)
     if rows % micro:
         raise KeyreduceError(
-            f"--micro-batch {micro} does not divide the {rows} rows that each process takes of a batch"
+            f"`micro_batch` {micro} does not divide the {rows} rows that each process takes of a batch"
         )
     made.per_device_train_batch_size, made.gradient_accumulation_steps = micro, rows // micro
     return made

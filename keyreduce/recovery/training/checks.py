@@ -68,7 +68,7 @@ def check(
     model = rehearse_writing(pruned)
     family = family_of(model.config.to_dict())
     if training.kernels == "fla":
-        refuse_wrong_gradients(family, model.config.to_dict(), arguments.device, ", or take --kernels torch")
+        refuse_wrong_gradients(family, model.config.to_dict(), arguments.device, ", or take `kernels` torch")
     every = dict(model.named_parameters())
     targets = find_targets(model, family, training.targets) if mode == LORA else []
     weights = sum(parameter.numel() for parameter in every.values())
@@ -87,11 +87,11 @@ def check(
     )
     smaller = needs._replace(logits=row)
     options = {
-        "--micro-batch 1": smaller,
-        "--mode lora": needs._replace(trained=added),
-        "--mode lora --micro-batch 1": smaller._replace(trained=added),
-        "--mode lora --micro-batch 1 without a teacher": smaller._replace(trained=added, teacher=0),
-        "--shard over 8 processes": smaller._replace(shards=8),
+        "`micro_batch` 1": smaller,
+        "`mode` lora": needs._replace(trained=added),
+        "`mode` lora `micro_batch` 1": smaller._replace(trained=added),
+        "`mode` lora `micro_batch` 1 without a teacher": smaller._replace(trained=added, teacher=0),
+        "`shard` over 8 processes": smaller._replace(shards=8),
     }
     refuse_without_room(needs, available_memory(arguments.device), options)
     return targets

@@ -34,7 +34,7 @@ def find_targets(model: PreTrainedModel, family: Family, asked: Sequence[str]) -
         for end, names in found.items():
             if not names:
                 ends = sorted({name.rpartition(".")[2] for name in linear})
-                raise KeyreduceError(f"--lora-targets {end} matches no linear layer; there are {', '.join(ends)}")
+                raise KeyreduceError(f"`lora_targets` {end} matches no linear layer; there are {', '.join(ends)}")
         return sorted({name for names in found.values() for name in names})
     projections = [
         name.removesuffix(".weight")
@@ -44,7 +44,7 @@ def find_targets(model: PreTrainedModel, family: Family, asked: Sequence[str]) -
     mixers = [family.mixer.format(layer=layer) for layer in family.mixer_layers(model.config.to_dict())]
     wanted = {f"{mixer}.{projection}" for mixer in mixers for projection in projections}
     if not wanted & set(linear):
-        raise KeyreduceError(f"{family.model_type} has no projection of q, k or v; name others with --lora-targets")
+        raise KeyreduceError(f"{family.model_type} has no projection of q, k or v; name others with `lora_targets`")
     return sorted(wanted & set(linear))
 
 

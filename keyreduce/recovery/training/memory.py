@@ -56,7 +56,7 @@ def refuse_without_room(needs: Needs, room: int, options: Mapping[str, Needs]) -
     if needs.nbytes <= room:
         return
     fitting = [f"{name} ({_gib(other.nbytes)})" for name, other in options.items() if other.nbytes <= room]
-    instead = f"these fit: {'; '.join(fitting)}" if fitting else "take a larger device, or more of them with --shard"
+    instead = f"these fit: {'; '.join(fitting)}" if fitting else "take a larger device, or more of them with `shard`"
     raise KeyreduceError(
         f"training takes at least {_gib(needs.nbytes)}, activations not counted, and there are {_gib(room)}; {instead}"
     )

@@ -42,7 +42,7 @@ class Rows(torch.utils.data.IterableDataset):
         if len(first_T) < row_length:
             raise KeyreduceError(
                 f"the text has {len(first_T):,} tokens, which do not fill one row of {row_length:,}; "
-                "give more text, or a smaller --seq-len"
+                "give more text, or a smaller `seq_len`"
             )
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:

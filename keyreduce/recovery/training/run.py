@@ -1,4 +1,4 @@
-"""A pruned model and text to the same model, trained on: what ``keyreduce recover --mode lora|full`` does.
+"""A pruned model and text to the same model, trained on: what ``keyreduce recover`` does in the modes lora and full.
 
 The loop is transformers' Trainer, with accelerate's processes and sharding; the model's sizes and config stay.
 """
@@ -23,13 +23,13 @@ from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
 from keyreduce.models.file_tensors import changed_tensors
 from keyreduce.models.loading import LoadedModel, load_model, prepare_backend
+from keyreduce.outputs import read_json, write_json
 from keyreduce.recovery.training.arguments import trainer_arguments
 from keyreduce.recovery.training.checks import check, refuse_other_vocabulary, refuse_without_extra
 from keyreduce.recovery.training.lora import add_lora, merge_lora
 from keyreduce.recovery.training.rows import Rows
 from keyreduce.recovery.training.settings import LORA, Training
 from keyreduce.recovery.training.trainer import DivergedError, RecoveryTrainer, Telling
-from keyreduce.workspace import read_json, write_json
 
 _RECIPE_NAME = "recipe.json"
 
@@ -95,7 +95,7 @@ def train(
     refuse_without_extra()
     settings.check()
     if settings.seq_len < 2:
-        raise KeyreduceError("--seq-len is 1; training needs at least 2, to predict one from the other")
+        raise KeyreduceError("`seq_len` is 1; training needs at least 2, to predict one from the other")
     with _quiet():
         arguments = trainer_arguments(settings, training, device, folder)
         device = arguments.device
@@ -132,7 +132,7 @@ def train(
         except DivergedError as error:
             kept = get_last_checkpoint(str(folder)) if folder.is_dir() else None
             where = f"the last good checkpoint is {kept}" if kept else "there was no checkpoint yet"
-            raise KeyreduceError(f"{error}: {where}; give a lower --lr, with --overwrite to begin anew") from error
+            raise KeyreduceError(f"{error}: {where}; give a lower `lr`, with `overwrite` to begin anew") from error
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         # Sharded weights are gathered by kernels that a GPU runs behind its process: one that ended before they are
         # done would leave the others waiting for its share for ever.
@@ -185,7 +185,7 @@ def _last_checkpoint(folder: Path, recipe: dict, anew: bool, *, is_first: bool) 
     complete = [one.parent for one in folder.glob("checkpoint-*/trainer_state.json")]
     if complete and not is_same and not anew:
         raise KeyreduceError(
-            f"{folder} holds checkpoints of a training from other inputs; pass --overwrite to begin anew, "
+            f"{folder} holds checkpoints of a training from other inputs; pass `overwrite` to begin anew, "
             "or another output"
         )
     if is_first and not is_same:
@@ -210,7 +210,7 @@ def _refuse_unshared(folder: Path, recipe: dict, *, is_to_go: bool) -> None:
         return
     if is_to_go:
         discard(folder)
-    raise KeyreduceError(f"not all processes see {folder}: put --output on a file system that all nodes share")
+    raise KeyreduceError(f"not all processes see {folder}: put `output` on a file system that all nodes share")
 
 
 def _final(pruned: Checkpoint, mode: str, training: Training, targets: list[str], state: dict) -> PreTrainedModel:
@@ -228,5 +228,5 @@ def _final(pruned: Checkpoint, mode: str, training: Training, targets: list[str]
 def _changed(model: PreTrainedModel, pruned: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in changed_tensors(model, pruned, whole=True):
         if not is_finite(tensor):
-            raise KeyreduceError(f"training made {name!r} NaN or inf; give a lower --lr")
+            raise KeyreduceError(f"training made {name!r} NaN or inf; give a lower `lr`")
         yield name, tensor

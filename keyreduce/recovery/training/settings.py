@@ -67,24 +67,24 @@ def make_training(mode: str, options: Mapping[str, object]) -> Training:
         KeyreduceError: there is no such mode, it takes no such option, or not this value.
     """
     if mode not in TRAINING_MODES:
-        raise KeyreduceError(f"--mode {mode} is no training; take one of {', '.join(TRAINING_MODES)}")
+        raise KeyreduceError(f"`mode` {mode} is no training; take one of {', '.join(TRAINING_MODES)}")
     for name in _OF_LORA:
         if name in options and mode != LORA:
-            raise KeyreduceError(f"--mode {mode} takes no --lora-{name}; leave it out, or take --mode {LORA}")
+            raise KeyreduceError(f"`mode` {mode} takes no `lora_{name}`; leave it out, or take `mode` {LORA}")
     unknown = sorted(options.keys() - set(Training._fields))
     if unknown:
-        raise KeyreduceError(f"--mode {mode} takes no --{unknown[0].replace('_', '-')}; leave it out")
+        raise KeyreduceError(f"`mode` {mode} takes no `{unknown[0]}`; leave it out")
     made = Training(**{"lr": _RATES[mode], **options})
     allowed = {
-        "--lr is above 0": 0 < made.lr < math.inf,
-        "--warmup is a share of the steps, from 0 to 1": 0 <= made.warmup < 1,
-        "--distill-weight is from 0 to 1": 0 <= made.distill_weight <= 1,
-        "--temperature is above 0": 0 < made.temperature < math.inf,
-        "--lora-rank is at least 1": made.rank >= 1,
-        "--lora-alpha is above 0": 0 < made.alpha < math.inf,
-        "--micro-batch is at least 1": made.micro_batch is None or made.micro_batch >= 1,
-        "--save-every is at least 1": made.save_every is None or made.save_every >= 1,
-        f"--kernels is one of {', '.join(KERNELS)}": made.kernels in KERNELS,
+        "`lr` is above 0": 0 < made.lr < math.inf,
+        "`warmup` is a share of the steps, from 0 to 1": 0 <= made.warmup < 1,
+        "`distill_weight` is from 0 to 1": 0 <= made.distill_weight <= 1,
+        "`temperature` is above 0": 0 < made.temperature < math.inf,
+        "`lora_rank` is at least 1": made.rank >= 1,
+        "`lora_alpha` is above 0": 0 < made.alpha < math.inf,
+        "`micro_batch` is at least 1": made.micro_batch is None or made.micro_batch >= 1,
+        "`save_every` is at least 1": made.save_every is None or made.save_every >= 1,
+        f"`kernels` is one of {', '.join(KERNELS)}": made.kernels in KERNELS,
     }
     for told, holds in allowed.items():
         if not holds:

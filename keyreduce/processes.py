@@ -12,14 +12,21 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
-import torch
-import torch.distributed as dist
-
 from keyreduce.errors import KeyreduceError
 
 T = TypeVar("T")
 
 _LONGEST = datetime.timedelta(days=7)  # for which the first to finish waits for the last
+
+
+def is_torchrun() -> bool:
+    """Return whether ``torchrun`` started this process. ``WORLD_SIZE`` alone does not say so: clusters set it too."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def torchrun_rank() -> int:
+    """Return the number of this process among those of ``torchrun``; 0 where it is alone."""
+    return int(os.environ["RANK"]) if is_torchrun() else 0
 
 
 class Processes(NamedTuple):
@@ -32,12 +39,14 @@ class Processes(NamedTuple):
     @classmethod
     def of_torchrun(cls) -> "Processes":
         """Return what ``torchrun`` started, or one process alone where it did not."""
-        if not dist.is_torchelastic_launched():
+        if not is_torchrun():
             return cls()
         return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
     def device(self, device: str | None) -> str | None:
         """Return the device of this process where ``device`` leaves the choice: a GPU of its own."""
+        import torch
+
         if self.number > 1 and device in (None, "cuda") and torch.cuda.is_available():
             return f"cuda:{self.local_rank % torch.cuda.device_count()}"
         return device
@@ -73,6 +82,9 @@ class Processes(NamedTuple):
 
 def _exchange(own: bytes, number: int) -> list[dict]:
     """Give all processes what each of them has: JSON, so that no pickle is read."""
+    import torch
+    import torch.distributed as dist
+
     dist.init_process_group("gloo", timeout=_LONGEST)
     try:
         sizes = [torch.zeros(1, dtype=torch.long) for _ in range(number)]

@@ -1,0 +1,138 @@
+"""Text and a model to a calibration file."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from keyreduce.api import options
+from keyreduce.api.request import Request, Result, option
+from keyreduce.reporting import Reporter
+
+if TYPE_CHECKING:
+    from keyreduce.calibration.statistics import Statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateRequest(Request):
+    """Run text through the model and keep statistics: one small file, for every method and every ratio.
+
+    Under torchrun the batches are shared out among the processes.
+    """
+
+    model: str | None = options.model()
+    work: Path = options.work()
+    output: Path | None = options.output(help="The calibration file.", metavar="FILE")
+    text: tuple[Path, ...] = options.text()
+    dataset: str | None = options.dataset()
+    dataset_config: str | None = options.dataset_config()
+    split: str | None = options.split()
+    num_batches: int = options.num_batches(16)
+    batch_size: int = options.batch_size(4)
+    seq_len: int = options.seq_len(512)
+    gradients: bool = option(False, help="Add what prune --method taylor needs; about three times slower.")
+    offload: Literal["disk", "cpu", "auto"] | None = option(
+        None,
+        help="Where layers wait for their turn on the device (needs accelerate); auto fills all devices first.",
+        shown_default="the whole model on the device",
+    )
+    config: Path | None = options.config()
+    seed: int = options.seed()
+    device: str | None = options.device()
+    dtype: options.Dtype | None = options.dtype()
+    overwrite: bool = options.overwrite()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateResult(Result):
+    """A calibration file.
+
+    Attributes:
+        calibration: the file.
+        made: whether this run made it; else it was there already, from the same inputs.
+        model: the folder of the model.
+        tokens: how many tokens the statistics are over.
+        layers: how many layers have statistics.
+        gradients: whether those of gradients are among them.
+        bytes: the size of the file.
+    """
+
+    calibration: Path
+    made: bool
+    model: Path
+    tokens: int
+    layers: int
+    gradients: bool
+    bytes: int
+
+
+def run(request: CalibrateRequest, reporter: Reporter = Reporter()) -> CalibrateResult | None:
+    """Make the calibration file, or leave the one that was made from the same inputs.
+
+    Returns:
+        The result; None in all processes of torchrun but the first.
+
+    Raises:
+        KeyreduceError: there is no such model, it is not of the DeltaNet family or damaged, the text is empty, or the
+            file is there from other inputs, or cannot be written.
+    """
+    from keyreduce.calibration.file import read_record, write_statistics
+    from keyreduce.calibration.run import Settings, calibrate, describe_inputs
+    from keyreduce.checkpoint.find import find_model, model_name
+    from keyreduce.checkpoint.folder import open_folder
+    from keyreduce.data.text import text_source
+    from keyreduce.devices import pick_device, pick_dtype
+    from keyreduce.families import family_of
+    from keyreduce.outputs import claimed, is_already_made
+    from keyreduce.processes import Processes
+    from keyreduce.workspace import Workspace
+
+    processes = Processes.of_torchrun()
+    settings = Settings(request.num_batches, request.batch_size, request.seq_len, request.seed)
+    settings.check(gradients=request.gradients)
+    text = text_source(request.text, request.dataset, request.dataset_config, request.split, default="calibration")
+    source = open_folder(find_model(request.model, config=request.config))
+    family_of(source.config)
+    device = pick_device(processes.device(request.device))
+    dtype = pick_dtype(request.dtype, device)
+    inputs = describe_inputs(source, text, settings, dtype, gradients=request.gradients)
+    target = request.output or Workspace(request.work).calibration
+    with claimed(target, folder=False, by_this_process=processes.rank == 0):
+        recorded = read_record(target)["inputs"] if os.path.exists(target) and not request.overwrite else None
+        if recorded and recorded.get("gradients") and not request.gradients:
+            recorded = {**recorded, "gradients": False}  # it holds all that is asked for, and more
+        made = not is_already_made(target, recorded, inputs, request.overwrite)
+        if made:
+            how = f"{inputs['dtype']}, with gradients" if request.gradients else inputs["dtype"]
+            reporter.note(f"calibrating {Path(model_name(request.model)).name} on {device} ({how})")
+            with reporter.progress("calibrating", settings.tokens // processes.number, "tokens") as progress:
+                statistics = calibrate(
+                    source,
+                    text,
+                    settings,
+                    device=device,
+                    dtype=dtype,
+                    gradients=request.gradients,
+                    offload=request.offload,
+                    processes=processes,
+                    progress=progress,
+                    note=reporter.note,
+                )
+            if processes.rank == 0:
+                write_statistics(statistics, target, overwrite=request.overwrite)
+    return None if processes.rank else _result(target, source.path, made=made)
+
+
+def _result(target: Path, model: Path, *, made: bool) -> CalibrateResult:
+    from keyreduce.calibration.file import read_statistics
+
+    statistics: Statistics = read_statistics(target)
+    return CalibrateResult(
+        calibration=target,
+        made=made,
+        model=model,
+        tokens=statistics.tokens,
+        layers=len(statistics.layers),
+        gradients=bool(statistics.inputs.get("gradients")),
+        bytes=target.stat().st_size,
+    )

@@ -1,0 +1,97 @@
+"""A request made into a Typer command: its fields become the options, and what they say is checked by the request."""
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from keyreduce.api.request import Request, Spec, specs
+from keyreduce.cli import errors
+from keyreduce.cli.console import Console
+
+R = TypeVar("R", bound=Request)
+_JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
+_DEBUG = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def add_command(
+    app: typer.Typer, request: type[R], show: Callable[[R, Console], object], name: str | None = None
+) -> None:
+    """Add a command to ``app``: its help is the request's docstring, and it calls ``show(request, console)``."""
+    fields = specs(request)
+
+    def callback(context: typer.Context, json: bool, debug: bool, **values: Any) -> None:
+        errors.begin_command({field.name: field.flag for field in fields.values()}, show_tracebacks=debug)
+        for field in fields.values():
+            if _is_overruled(context, field):
+                values[field.name] = field.default
+            elif values[field.name] is None and field.is_many:
+                values[field.name] = ()
+        show(request(**values), Console(as_json=json))
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter("context", keyword, annotation=typer.Context)]
+    for field in fields.values():
+        default = inspect.Parameter.empty if field.default is dataclasses.MISSING else _default(field)
+        parameters.append(inspect.Parameter(field.name, keyword, default=default, annotation=_annotation(field)))
+    parameters += [inspect.Parameter("json", keyword, default=False, annotation=_JSON)]
+    parameters += [inspect.Parameter("debug", keyword, default=False, annotation=_DEBUG)]
+    callback.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    callback.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    callback.__doc__ = request.__doc__
+    app.command(name)(callback)
+
+
+def _is_overruled(context: typer.Context, field: Spec) -> bool:
+    """Whether the environment gave this value, and the command line one that says the same in another way."""
+    sources = {name: context.get_parameter_source(name) for name in (field.name, *field.option.instead_of)}
+    own, *others = (source.name if source is not None else "" for source in sources.values())
+    return own == "ENVIRONMENT" and "COMMANDLINE" in others
+
+
+def _default(field: Spec) -> Any:
+    return None if field.is_many and not field.option.commas and not field.default else field.default
+
+
+def _annotation(field: Spec) -> Any:
+    settings = field.option
+    kind: Any = field.kind
+    extra: dict[str, Any] = {"metavar": settings.metavar or ("|".join(field.choices) if field.choices else None)}
+    if settings.commas:
+        kind = str  # Typer takes the parser's result as it is
+        extra["parser"] = lambda text: _split(field, text)
+    elif field.is_many:
+        kind = list[field.kind]
+    if field.is_optional or field.is_many:
+        kind = kind | None
+    if settings.env:
+        own = settings.env if settings.env.startswith("KEYREDUCE_") else f"KEYREDUCE_{settings.env}"
+        names = list(dict.fromkeys((own, settings.env)))
+        # An error names the variable that is to blame, and the help both.
+        extra["envvar"] = next((name for name in names if os.environ.get(name)), names)
+    if settings.shown_default is not None:
+        extra["show_default"] = settings.shown_default
+    elif settings.commas and field.default:
+        extra["show_default"] = ",".join(map(str, field.default))
+    extra |= {"help": settings.help, "hidden": settings.hidden}
+    if settings.is_argument:
+        return Annotated[kind, typer.Argument(**extra)]
+    flags = [*settings.flags] or [field.flag]
+    if field.kind is bool and field.default is True:
+        flags = [f"{flags[0]}/--no-{flags[0].removeprefix('--')}"]
+    return Annotated[kind, typer.Option(*flags, rich_help_panel=settings.panel, **extra)]
+
+
+def _split(field: Spec, text: Any) -> tuple:
+    """Return the values of a text with commas; what is no text is a default."""
+    if not isinstance(text, str):
+        return tuple(text)
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        return tuple(part if field.kind in (str, Path) else field.kind(part) for part in parts)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a whole number, or several with commas between") from None

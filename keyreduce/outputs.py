@@ -1,0 +1,236 @@
+"""One protocol for everything that is written: it is claimed, and appears whole or not at all.
+
+Whoever makes an output holds a lock beside it for as long as the work takes, so that a second run is refused before it
+has done anything. What is made on the way lies in a hidden folder beside the output, which is cleared when the work
+ends; what a killed run left there is cleared by the next one.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from keyreduce.errors import KeyreduceError
+
+_CANNOT_WRITE = (errno.EACCES, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS)
+_held: dict[Path, "Claim"] = {}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An output that this process alone may write.
+
+    Attributes:
+        target: the file or folder, by its real path.
+        folder: whether it is a folder.
+        scratch: a hidden folder beside it for what is made on the way, removed when the claim ends.
+    """
+
+    target: Path
+    folder: bool
+    scratch: Path
+
+    @contextlib.contextmanager
+    def appearing(self, *, overwrite: bool = False) -> Iterator[Path]:
+        """Yield a temporary path in ``scratch``; it is moved to ``target`` when the block ends without an error.
+
+        A folder is made; a file is left for the block to make.
+
+        Raises:
+            KeyreduceError: ``target`` exists and ``overwrite`` is false, or the disk is full.
+        """
+        made = self.scratch / self.target.name
+        try:
+            refuse_existing(self.target, overwrite)
+            if self.folder:
+                made.mkdir()
+            yield made
+            if os.path.exists(self.target) and not overwrite:
+                raise KeyreduceError(f"{self.target} has appeared meanwhile, and is left as it is; give another output")
+            if self.target.is_dir():
+                # A folder cannot be renamed onto another: the old one steps aside for an instant.
+                self.target.rename(_aside(self.target, self.scratch))
+            made.replace(self.target)
+        except OSError as error:
+            if error.errno not in _CANNOT_WRITE:
+                raise
+            raise KeyreduceError(f"cannot write {self.target}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def claimed(target: Path, *, folder: bool, by_this_process: bool = True) -> Iterator[Claim]:
+    """Keep other runs from writing ``target`` while the block runs; what this process holds already, it holds once.
+
+    Args:
+        target: the file or folder that is to be made.
+        folder: which of the two.
+        by_this_process: false in all processes of torchrun but the first, which alone claims and writes.
+
+    Raises:
+        KeyreduceError: another run is writing it, or see :func:`refuse_unwritable`.
+    """
+    target = Path(os.path.realpath(target))
+    if target in _held:
+        yield _held[target]
+        return
+    refuse_unwritable(target, folder=folder)
+    claim = Claim(target, folder, target.with_name(f".{target.name}.partial"))
+    if not by_this_process:
+        yield claim
+        return
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    new_parents = [parent for parent in target.parents if not parent.exists()]
+    try:
+        _acquire(lock, claim)
+        try:
+            _held[target] = claim
+            yield claim
+        finally:
+            del _held[target]
+            shutil.rmtree(claim.scratch, ignore_errors=True)
+            Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: who opened it meanwhile will try again
+            lock.release()
+    finally:
+        with contextlib.suppress(OSError):  # not empty: something has appeared in it
+            for parent in new_parents:
+                parent.rmdir()
+
+
+@contextlib.contextmanager
+def appearing(target: Path, *, folder: bool, overwrite: bool = False) -> Iterator[Path]:
+    """Claim ``target`` for the time of the block, and yield what :meth:`Claim.appearing` does."""
+    with claimed(target, folder=folder) as claim, claim.appearing(overwrite=overwrite) as made:
+        yield made
+
+
+def _acquire(lock: FileLock, claim: Claim) -> None:
+    """Take the lock, and clear what a killed run left."""
+    target = claim.target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        aside = _aside(target, claim.scratch)
+        if aside.exists() and not os.path.exists(target):
+            aside.rename(target)  # a run was killed while it replaced it
+        shutil.rmtree(claim.scratch, ignore_errors=True)
+        claim.scratch.mkdir()
+    except Timeout:
+        raise KeyreduceError(
+            f"another run is writing {target} right now; wait for it, or give another output"
+        ) from None
+    except OSError as error:
+        raise KeyreduceError(f"cannot write {target}: {error.strerror}") from error
+
+
+def _aside(target: Path, scratch: Path) -> Path:
+    return scratch / f"{target.name}.old"
+
+
+def refuse_existing(target: Path | None, overwrite: bool) -> None:
+    """Refuse, before the work, an output that a user named and that exists.
+
+    Raises:
+        KeyreduceError: ``target`` exists and may not be replaced.
+    """
+    if target is not None and os.path.exists(target) and not overwrite:
+        raise KeyreduceError(f"{target} exists; pass `overwrite` to replace it, or another output")
+
+
+def refuse_unwritable(target: Path, *, folder: bool) -> None:
+    """Refuse, before the work, an output that could not be written at its end; nothing is left behind.
+
+    Args:
+        target: the file or folder that is to appear, or to be replaced.
+        folder: which of the two.
+
+    Raises:
+        KeyreduceError: ``target`` is a folder where a file is to appear or the other way round, the current folder is
+            in it, or nothing can be made in the nearest parent that exists.
+    """
+    target = Path(os.path.realpath(target))
+    # os.path, for which a folder that may not be looked into holds nothing; Path raises there.
+    if os.path.exists(target) and target.is_dir() != folder:
+        found, wanted = ("a folder", "a file") if target.is_dir() else ("a file", "a folder")
+        raise KeyreduceError(f"{target} is {found}, where {wanted} is to be written; give another output")
+    if os.path.isdir(target) and Path.cwd().is_relative_to(target):
+        raise KeyreduceError(f"{target} holds the current folder and will not be replaced; give another output")
+    parent = next(parent for parent in target.parents if os.path.exists(parent))
+    if not os.access(parent, os.W_OK | os.X_OK):
+        why = errno.EACCES if parent.is_dir() else errno.ENOTDIR
+        raise KeyreduceError(f"cannot write to {parent}: {os.strerror(why)}; give another output")
+
+
+def write_json(target: Path, content: dict, *, overwrite: bool = False) -> None:
+    """Write ``content`` as indented JSON; it appears whole or not at all."""
+    with appearing(target, folder=False, overwrite=overwrite) as temporary:
+        text = json.dumps(content, indent=2)
+        # A list of numbers, such as the channels that a head keeps, goes on one line.
+        text = re.sub(r"\[[\s\d.,-]+\]", lambda numbers: f"[{' '.join(numbers[0][1:-1].split())}]", text)
+        temporary.write_text(text + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        KeyreduceError: the file is missing, unreadable, not JSON, or not an object.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise KeyreduceError(f"there is no file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeyreduceError(f"{path} cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise KeyreduceError(f"{path} is not valid JSON (line {error.lineno}): it may be truncated") from None
+    except (ValueError, RecursionError):
+        raise KeyreduceError(f"{path} holds JSON that no config or record would: it is damaged") from None
+    if not isinstance(content, dict):
+        raise KeyreduceError(f"{path} holds no JSON object")
+    return content
+
+
+def is_already_made(target: Path, recorded_inputs: Mapping | None, inputs: Mapping, overwrite: bool) -> bool:
+    """Decide what an existing output means.
+
+    Args:
+        target: where a command would write.
+        recorded_inputs: the inputs that the existing output says it was made from, or None if it does not say.
+        inputs: the inputs of this run.
+        overwrite: whether the user allowed replacement.
+
+    Returns:
+        True when ``target`` was made from these very inputs, so that there is nothing to do.
+        False when it is absent or may be replaced.
+
+    Raises:
+        KeyreduceError: ``target`` exists, was made from something else, and may not be replaced.
+    """
+    if overwrite or not os.path.exists(target):
+        return False
+    if recorded_inputs == inputs:
+        return True
+    recorded = recorded_inputs or {}
+    differing = sorted(key for key in inputs.keys() | recorded.keys() if recorded.get(key) != inputs.get(key))
+    detail = f"it differs in {', '.join(differing)}" if recorded_inputs else "keyreduce did not write it"
+    raise KeyreduceError(
+        f"{target} exists and was made from other inputs ({detail}); "
+        "pass `overwrite` to replace it, or another output"
+    )
+
+
+def refuse_source(target: Path, source: Path) -> None:
+    """Refuse an output that is, or holds, what it is made from: to replace it would delete the source.
+
+    Raises:
+        KeyreduceError: ``source`` is ``target``, or in it.
+    """
+    if source.resolve().is_relative_to(target.resolve()):
+        raise KeyreduceError(f"{target} is, or holds, the model itself; give another output")
