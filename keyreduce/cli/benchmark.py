@@ -81,11 +81,11 @@ def benchmark(
 
     One mixer layer stands for all: where a model's layers differ in size, it is the first.
     """
+    from keyreduce.api.pair import load_pair
     from keyreduce.benchmarking.report import Request, benchmark_report, total_rounds
     from keyreduce.benchmarking.subjects import memory_errors_told, random_subjects, subjects_of
     from keyreduce.cli.benchmark_tables import print_tables
     from keyreduce.cli.console import Console
-    from keyreduce.cli.pair import load_pair
     from keyreduce.devices import pick_device, pick_dtype
     from keyreduce.errors import KeyreduceError
     from keyreduce.outputs import refuse_existing, refuse_unwritable, write_json
@@ -121,7 +121,7 @@ def benchmark(
     )
     with memory_errors_told("loading the models"):
         if scaling is None:
-            pair = load_pair(console, model, compressed, workspace, device, dtype, with_tokenizer=False)
+            pair = load_pair(console, model, compressed, workspace, device, dtype, with_tokenizer=False, unrelated=False)
             subjects = subjects_of(pair)
         else:
             content, whole = _config(config, model), kinds != ["mixer"]

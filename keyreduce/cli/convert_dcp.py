@@ -51,11 +51,11 @@ def convert_dcp(
     debug: options.Debug = False,
 ) -> None:
     """Convert a checkpoint; which way is read from what the source is."""
+    from keyreduce.api.pair import latest
     from keyreduce.checkpoint.find import find_dcp, find_model
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.checkpoint.writing import parse_size
     from keyreduce.cli.console import Console
-    from keyreduce.cli.pair import latest
     from keyreduce.devices import dtype_named
     from keyreduce.errors import KeyreduceError
     from keyreduce.pruning.prune import read_record

@@ -75,9 +75,9 @@ def evaluate(
 
     Under torchrun the batches are shared out, and the figures stay the same.
     """
+    from keyreduce.api.pair import load_pair
     from keyreduce.cli.console import Console
     from keyreduce.cli.eval_recall import recall_settings, show_recall, tell_left_out
-    from keyreduce.cli.pair import load_pair
     from keyreduce.data.text import text_source
     from keyreduce.devices import pick_device, pick_dtype
     from keyreduce.evaluation.perplexity import check_lengths, text_costs, total
@@ -121,7 +121,7 @@ def evaluate(
         source = text_source(text or (), dataset, dataset_config, split, default="heldout")
         on = pick_device(processes.device(device))
         found = {"text": source.describe(), "recall": asked and asked.describe(), "models": []}
-        models = load_pair(console, model, compressed, workspace, on, pick_dtype(dtype, on), each=True)
+        models = load_pair(console, model, compressed, workspace, on, pick_dtype(dtype, on), each=True, unrelated=False)
         for label, loaded in models.items():
             tokens = (num_rows or 0) * seq_len // processes.number or None
             with console.progress(f"measuring {label}", tokens, "tokens") as progress:

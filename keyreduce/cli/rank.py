@@ -42,9 +42,9 @@ def rank(
     """
     from itertools import islice
 
+    from keyreduce.api.pair import load_pair
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.cli.console import Console
-    from keyreduce.cli.pair import load_pair
     from keyreduce.data.batches import batches, token_rows
     from keyreduce.data.text import text_source
     from keyreduce.devices import pick_device, pick_dtype
@@ -64,7 +64,7 @@ def rank(
     refuse_other_files(folder)
     source = text_source(text or (), dataset, dataset_config, split, default="heldout")
     device = pick_device(device)
-    models = load_pair(console, model, compressed, workspace, device, pick_dtype(dtype, device))
+    models = load_pair(console, model, compressed, workspace, device, pick_dtype(dtype, device), unrelated=False)
     sizes = {label: loaded.family.layer_sizes(loaded.model.config.to_dict()) for label, loaded in models.items()}
     cut = list(models)[-1]  # or the dense one, which lacks nothing
     kept = kept_channels(read_record(models[cut].folder)) if cut != "dense" else {}

@@ -28,11 +28,11 @@ def verify(
     debug: options.Debug = False,
 ) -> None:
     """Read every value of a checkpoint: are all finite, all there, and those that were written?"""
+    from keyreduce.api.pair import latest
     from keyreduce.checkpoint.find import open_model
     from keyreduce.checkpoint.memory import freed_tensors_returned
     from keyreduce.checkpoint.verify import SUMS_NAME, check_finite, compare_sums, hash_files, read_sums
     from keyreduce.cli.console import Console, megabytes
-    from keyreduce.cli.pair import latest
     from keyreduce.errors import KeyreduceError
     from keyreduce.models.rehearsal import check_loading
     from keyreduce.models.skeleton import Skeleton, UnknownArchitecture

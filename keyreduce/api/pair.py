@@ -1,0 +1,105 @@
+"""Which models commands take where none is named, and which ones they compare."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from keyreduce.errors import KeyreduceError
+from keyreduce.reporting import Reporter
+from keyreduce.workspace import Workspace
+
+if TYPE_CHECKING:
+    import torch
+
+    from keyreduce.models.loading import LoadedModel
+
+
+def latest(workspace: Workspace) -> Path:
+    """Return the folder that commands after ``prune`` take: the recovered model, or the pruned one if there is none.
+
+    A model that was recovered from another pruned model than the one that is there is passed over.
+
+    Raises:
+        KeyreduceError: a record is damaged.
+    """
+    from keyreduce.pruning.prune import read_record
+    from keyreduce.recovery.record import read_repairs
+
+    if not workspace.recovered.is_dir() or not workspace.pruned.is_dir():
+        return workspace.recovered if workspace.recovered.is_dir() else workspace.pruned
+    made_from = [repair["inputs"].get("pruned") for repair in read_repairs(workspace.recovered)]
+    return workspace.recovered if read_record(workspace.pruned).get("identity") in made_from else workspace.pruned
+
+
+def load_pair(
+    reporter: Reporter,
+    model: str | None,
+    compressed: str | None,
+    workspace: Workspace,
+    device: "torch.device",
+    dtype: "torch.dtype",
+    *,
+    with_tokenizer: bool = True,
+    each: bool = False,
+    unrelated: bool,
+) -> "dict[str, LoadedModel]":
+    """Load the models to compare, labelled ``dense`` and ``pruned``, or the dense one alone where nothing was pruned.
+
+    Args:
+        reporter: is told where there is no pruned model.
+        model: the dense model; None is the one that the pruned model says it was made from.
+        compressed: the pruned model; None is what :func:`latest` finds, labelled ``recovered`` if it was recovered.
+        workspace: where to look for pruned models.
+        device: where to put them.
+        dtype: what to compute in.
+        with_tokenizer: whether their tokenizers are needed.
+        each: whether a recovered model comes after the pruned one instead of replacing it.
+        unrelated: whether the dense model may be another one than the pruned model was made from.
+
+    Raises:
+        KeyreduceError: one of them does not load, there is no telling which one is the dense one, or the pruned model
+            was not made from it.
+    """
+    from keyreduce.checkpoint.find import find_model
+    from keyreduce.models.loading import load_model
+    from keyreduce.pruning.prune import read_record
+
+    others = {} if compressed is None else {"pruned": find_model(compressed)}
+    if compressed is None and (found := latest(workspace)).is_dir():
+        is_recovered = found == workspace.recovered
+        others = {"pruned": workspace.pruned} if not is_recovered or each and workspace.pruned.is_dir() else {}
+        others |= {"recovered": found} if is_recovered else {}
+    dense, config = model, None
+    if others:
+        *_, cut = others.values()
+        record = read_record(cut)
+        if dense is None:
+            dense, config = record.get("dense"), record.get("dense_config") and Path(record["dense_config"])
+        if dense is None:
+            raise KeyreduceError(f"{compressed or cut} does not say what it was pruned from; name that with `model`")
+        if not unrelated:
+            _refuse_unrelated(dense, config, cut, record)
+    folders = {"dense": find_model(dense, config=config), **others}
+    models = {
+        label: load_model(folder, device, dtype, with_tokenizer=with_tokenizer) for label, folder in folders.items()
+    }
+    if not others:
+        reporter.note(f"there is no pruned model at {workspace.pruned}: the dense one alone")
+    return models
+
+
+def _refuse_unrelated(dense: str, config: Path | None, cut: Path, record: Mapping) -> None:
+    """Refuse a dense model that the pruned one, by its record, was not made from.
+
+    This reads headers and a sample of the weights (``Checkpoint.identity``).
+    """
+    from keyreduce.checkpoint.find import open_model
+    from keyreduce.recovery.record import read_repairs
+
+    steps = [*record.get("steps", []), *read_repairs(cut)]
+    made_from = {step["inputs"].get(name) for step in steps for name in ("source", "pruned")} - {None}
+    if made_from and open_model(dense, config=config).identity not in made_from:
+        raise KeyreduceError(
+            f"{cut} was not made from {dense}, or that has changed since; give what it was made from as `model`, or "
+            "pass `unrelated` to compare the two all the same"
+        )
