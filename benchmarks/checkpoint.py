@@ -66,7 +66,7 @@ def prepare_rewrite(paths: Paths) -> Callable[[], object]:
     from keyreduce.pruning.prune import plan_edits
 
     source, method = open_folder(paths.source), METHODS["random"]
-    keep = Budget.parse("key", ratio="0.5").numbers(source.config, None, method, {})
+    keep = Budget.of(["key"], ratio=["0.5"]).numbers(source.config, None, method, {})
     plan = make_plan(source, method, keep, seed=0, statistics=None, inputs={})
     config = family_of(source.config).resized(source.config, plan.after)
     edits = plan_edits(source, plan)

@@ -57,7 +57,7 @@ def savings(weight_bytes: float, cut: tuple[str, str]) -> dict:
     from keyreduce.pruning.methods import METHODS
 
     config, family = {"text_config": TEXT | {"num_hidden_layers": LAYERS}, "model_type": "qwen3_5"}, FAMILIES["qwen3_5"]
-    keep = Budget.parse(cut[0], keep=cut[1]).numbers(config, None, METHODS["l2"], {})
+    keep = Budget.of(cut[0].split(","), keep=cut[1].split(",")).numbers(config, None, METHODS["l2"], {})
     before = family.layer_sizes(config)
     after = {
         layer: sizes_after(sizes, {target: of[layer] for target, of in keep.items()}) for layer, sizes in before.items()

@@ -232,7 +232,7 @@ def methods_section(options: argparse.Namespace) -> dict:
         def select(method: Method, target: str) -> None:
             source = open_folder(folder)
             statistics = read_statistics(folder / "calibration.safetensors") if method.needs_statistics else None
-            keep = Budget.parse(target, ratio="0.5").numbers(source.config, statistics, method, {})
+            keep = Budget.of([target], ratio=["0.5"]).numbers(source.config, statistics, method, {})
             make_plan(source, method, keep, seed=options.seed, statistics=statistics, inputs={})
 
         cells = [(method, target) for method in METHODS.values() for target in method.select]

@@ -105,7 +105,7 @@ class Study:
     def prune(self, statistics: Statistics, method: str, ratio: str, seed: int, target: Path) -> Checkpoint:
         """Write the model without a share of its key channels, and return it."""
         chosen = method_named(method)
-        numbers = Budget.parse("key", ratio=ratio).numbers(self.dense.config, statistics, chosen, chosen.options)
+        numbers = Budget.of(["key"], ratio=[ratio]).numbers(self.dense.config, statistics, chosen, chosen.options)
         inputs = {"method": method, "target": ["key"], "ratio": ratio}
         plan = make_plan(self.dense, chosen, numbers, seed=seed, statistics=statistics, inputs=inputs)
         write_pruned(self.dense, plan, target, dense=str(self.dense.path))

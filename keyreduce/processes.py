@@ -8,8 +8,11 @@ that a figure is the same from any number of processes.
 import datetime
 import json
 import os
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from keyreduce.errors import KeyreduceError
@@ -17,6 +20,12 @@ from keyreduce.errors import KeyreduceError
 T = TypeVar("T")
 
 _LONGEST = datetime.timedelta(days=7)  # for which the first to finish waits for the last
+
+
+def command_line() -> str:
+    """Return what started this process, for records: settings from the environment are not in it."""
+    program, *arguments = sys.argv or [""]
+    return shlex.join([Path(program).name or "python", *arguments])
 
 
 def is_torchrun() -> bool:

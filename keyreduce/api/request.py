@@ -28,7 +28,7 @@ class Option:
         minimum, maximum: bounds of a number, inclusive.
         flags: names on the command line, the first of which messages use; by default ``--`` and the field's name.
         is_argument: whether it is given by its place on the command line, without a flag.
-        commas: whether the command line takes several values in one text, with commas between them.
+        commas: whether several values may be given as one text, with commas between them.
         instead_of: fields that say the same thing in another way. Of such a group, what stands on the command line
             overrules what the environment says.
         hidden: whether the help leaves it out.
@@ -91,9 +91,20 @@ class Spec(NamedTuple):
             return None
         if not self.is_many:
             return self._checked_one(value)
-        if isinstance(value, str | Path) or not hasattr(value, "__iter__"):
+        if isinstance(value, str) and self.option.commas:
+            value = [self._parsed(part.strip()) for part in value.split(",")]
+        elif isinstance(value, str | Path) or not hasattr(value, "__iter__"):
             value = [value]
         return tuple(self._checked_one(one) for one in value)
+
+    def _parsed(self, text: str) -> Any:
+        """Return one of several values that were written with commas between them."""
+        try:
+            return self.kind(text)
+        except ValueError:
+            raise KeyreduceError(
+                f"`{self.name}` has {text!r}, where {_PLURAL[self.kind]} with commas between them belong"
+            ) from None
 
     def _checked_one(self, value: Any) -> Any:
         if self.kind is Path and isinstance(value, str):

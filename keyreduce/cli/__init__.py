@@ -6,12 +6,12 @@ from typing import NoReturn
 import typer
 
 from keyreduce.api.calibrate import CalibrateRequest
-from keyreduce.cli import calibrate, errors
+from keyreduce.api.prune import PruneRequest
+from keyreduce.cli import calibrate, errors, prune
 from keyreduce.cli.benchmark import benchmark
 from keyreduce.cli.command import add_command
 from keyreduce.cli.convert_dcp import convert_dcp
 from keyreduce.cli.eval import evaluate
-from keyreduce.cli.prune import prune
 from keyreduce.cli.rank import rank
 from keyreduce.cli.recover import recover
 from keyreduce.cli.sweep import sweep
@@ -29,7 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 add_command(app, CalibrateRequest, calibrate.show, "calibrate")
-app.command()(prune)
+add_command(app, PruneRequest, prune.show, "prune")
 app.command()(recover)
 app.command(name="convert-dcp")(convert_dcp)
 app.command()(benchmark)

@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -29,8 +28,8 @@ def add_command(
         for field in fields.values():
             if _is_overruled(context, field):
                 values[field.name] = field.default
-            elif values[field.name] is None and field.is_many:
-                values[field.name] = ()
+            elif values[field.name] is None and field.is_many and field.default is not dataclasses.MISSING:
+                values[field.name] = field.default
         show(request(**values), Console(as_json=json))
 
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -54,7 +53,7 @@ def _is_overruled(context: typer.Context, field: Spec) -> bool:
 
 
 def _default(field: Spec) -> Any:
-    return None if field.is_many and not field.option.commas and not field.default else field.default
+    return None if field.is_many else field.default
 
 
 def _annotation(field: Spec) -> Any:
@@ -62,8 +61,7 @@ def _annotation(field: Spec) -> Any:
     kind: Any = field.kind
     extra: dict[str, Any] = {"metavar": settings.metavar or ("|".join(field.choices) if field.choices else None)}
     if settings.commas:
-        kind = str  # Typer takes the parser's result as it is
-        extra["parser"] = lambda text: _split(field, text)
+        kind = str
     elif field.is_many:
         kind = list[field.kind]
     if field.is_optional or field.is_many:
@@ -84,14 +82,3 @@ def _annotation(field: Spec) -> Any:
     if field.kind is bool and field.default is True:
         flags = [f"{flags[0]}/--no-{flags[0].removeprefix('--')}"]
     return Annotated[kind, typer.Option(*flags, rich_help_panel=settings.panel, **extra)]
-
-
-def _split(field: Spec, text: Any) -> tuple:
-    """Return the values of a text with commas; what is no text is a default."""
-    if not isinstance(text, str):
-        return tuple(text)
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    try:
-        return tuple(part if field.kind in (str, Path) else field.kind(part) for part in parts)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a whole number, or several with commas between") from None

@@ -1,16 +1,23 @@
-"""How much stays: from what the command line says to a number for each target and layer."""
+"""How much stays: from ratios and numbers as they are written to a number for each target and layer."""
+
+from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
-from keyreduce.calibration.statistics import Statistics
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import MixerSizes, family_of
-from keyreduce.pruning.allocation import by_energy, by_variance
-from keyreduce.pruning.methods import TARGETS, Method
+from keyreduce.pruning.methods import Method
 
+if TYPE_CHECKING:
+    # Only for the types: the command line reads the default from here, and must not wait for torch.
+    from keyreduce.calibration.statistics import Statistics
+
+DEFAULT_RATIO = "0.25"
+"""The share that goes where no amount is given."""
 SIZE_OF = {"key": "head_k_dim", "value": "head_v_dim", "head": "key_heads"}
 """Target -> the size that it shrinks."""
 
@@ -38,35 +45,39 @@ class Budget:
     multiple_of: int
 
     @classmethod
-    def parse(
+    def of(
         cls,
-        target: str,
+        targets: Sequence[str],
         *,
-        ratio: str | None = None,
-        keep: str | None = None,
+        ratio: Sequence[str] = (),
+        keep: Sequence[str] = (),
         variance: float | None = None,
         allocate: str = "uniform",
         multiple_of: int = 1,
-    ) -> "Budget":
-        """Read what the options say; without an amount a quarter goes.
+    ) -> Budget:
+        """Return the budget that amounts give; without any a quarter goes.
+
+        Args:
+            targets: ``key``, ``value``, ``head``, each at most once.
+            ratio, keep: one number for all targets or one for each, as they are written.
+            variance, allocate, multiple_of: see the attributes.
 
         Raises:
             KeyreduceError: they say something impossible, or two different things.
         """
-        targets = parse_targets(target)
-        if variance is not None and (ratio is not None or keep is not None):
+        if len(set(targets)) < len(targets) or not targets:
+            raise KeyreduceError(f"`target` {','.join(targets)} names a target twice, or none")
+        if variance is not None and (ratio or keep):
             raise KeyreduceError("`variance` says how much to keep; leave `ratio` (or PRUNING_RATIO) and `keep` out")
         if variance is not None and not 0 < variance <= 1:
             raise KeyreduceError(f"`variance` is {variance:g}; it is the share to keep, above 0 and at most 1")
-        if variance is None and ratio is None and keep is None:
-            ratio = "0.25"
-        if ratio is not None and keep is not None:
+        if variance is None and not ratio and not keep:
+            ratio = (DEFAULT_RATIO,)
+        if ratio and keep:
             raise KeyreduceError("say how much to prune with either `ratio` (or PRUNING_RATIO) or `keep`, not both")
-        if allocate not in ("uniform", "energy"):
-            raise KeyreduceError(f"`allocate` is {allocate!r}; take uniform or energy")
         if allocate == "energy" and ("key" not in targets or variance is not None):
             raise KeyreduceError("`allocate` energy shares out key channels: take `target` key and `ratio` or `keep`")
-        amounts = (parse_amounts("`ratio`", ratio, targets), parse_amounts("`keep`", keep, targets))
+        amounts = (parse_amounts("ratio", ratio, targets), parse_amounts("keep", keep, targets))
         return cls(*amounts, variance, allocate, multiple_of)
 
     @property
@@ -130,6 +141,8 @@ class Budget:
         Raises:
             KeyreduceError: see :func:`keep_count`.
         """
+        from keyreduce.pruning.allocation import by_energy, by_variance
+
         if self.variance is not None:
             ranks = by_variance(
                 family_of(config),
@@ -162,43 +175,28 @@ class Budget:
         }
 
 
-def parse_targets(text: str) -> list[str]:
-    """Return the targets of ``target``, such as ``key,value``, in that order.
-
-    Raises:
-        KeyreduceError: one is unknown or named twice.
-    """
-    targets = [part.strip() for part in text.split(",")]
-    for target in targets:
-        if target not in TARGETS:
-            raise KeyreduceError(f"there is no target {target!r}; take {', '.join(TARGETS)}, or several with commas")
-    if len(set(targets)) < len(targets):
-        raise KeyreduceError(f"`target` {text} names a target twice")
-    return targets
-
-
-def parse_amounts(option: str, text: str | None, targets: Sequence[str]) -> dict[str, Fraction | None]:
-    """Return what ``ratio`` or ``keep`` says for each target: one number for all, or one for each with commas.
+def parse_amounts(field: str, amounts: Sequence[str], targets: Sequence[str]) -> dict[str, Fraction | None]:
+    """Return what ``ratio`` or ``keep`` says for each target: one number for all, or one for each.
 
     Numbers are taken as they are written: in binary, 10 * (1 - 0.9) is a little less than 1.
 
     Raises:
         KeyreduceError: it holds something else.
     """
-    if text is None:
+    if not amounts:
         return dict.fromkeys(targets)
-    parts = [part.strip() for part in text.split(",")]
+    written = ",".join(amounts)
     try:
-        if not all(_AMOUNT.fullmatch(part) for part in parts):
+        if not all(_AMOUNT.fullmatch(amount) for amount in amounts):
             raise ValueError
-        amounts = [Fraction(part) for part in parts]
+        numbers = [Fraction(amount) for amount in amounts]
     except (ValueError, ZeroDivisionError):
-        raise KeyreduceError(f"{option} is {text!r}; give a number, or one for each target with commas") from None
-    if len(amounts) not in (1, len(targets)):
+        raise KeyreduceError(f"`{field}` is {written!r}; give a number, or one for each target with commas") from None
+    if len(numbers) not in (1, len(targets)):
         raise KeyreduceError(
-            f"{option} {text} gives {len(amounts)} numbers for {len(targets)} targets ({','.join(targets)})"
+            f"`{field}` {written} gives {len(numbers)} numbers for {len(targets)} targets ({','.join(targets)})"
         )
-    return dict(zip(targets, amounts * (len(targets) // len(amounts)), strict=True))
+    return dict(zip(targets, numbers * (len(targets) // len(numbers)), strict=True))
 
 
 def keep_count(

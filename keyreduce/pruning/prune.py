@@ -24,6 +24,9 @@ from keyreduce.pruning.plan import Plan
 from keyreduce.pruning.savings import Savings, savings
 from keyreduce.workspace import PROJECTIONS_NAME, RECORD_NAME
 
+ALGORITHM = 1
+"""Raised when a cut comes out otherwise than before, so that older outputs are not taken for the same."""
+
 
 def plan_edits(source: Checkpoint, plan: Plan) -> dict[str, list[Edit]]:
     """Return tensor name -> its edits, for a whole checkpoint."""
@@ -80,7 +83,6 @@ def write_pruned(
     earlier = read_record(source.path)
     steps = earlier.get("steps", [])
     edits = plan_edits(source, plan)
-    saved = savings(source, plan, edits)
     # What a conversion noted about the source says nothing about what is made of it.
     kept = {name: value for name, value in earlier.items() if name != "converted"}
     if "dense" not in kept and dense_config is not None:
@@ -93,7 +95,6 @@ def write_pruned(
             "python": platform.python_version(),
             "torch": torch.__version__,
         },
-        "steps": [*steps, plan.to_json() | {"smaller": saved.sentence} | ({"command": command} if command else {})],
     }
     with appearing(target, folder=True, overwrite=overwrite) as temporary:
         rewrite(
@@ -108,6 +109,9 @@ def write_pruned(
         written = open_folder(temporary)
         if skeleton is not None:
             _check_tensors(skeleton, written, target)
+        saved = savings(source, written)
+        step = plan.to_json() | {"smaller": saved.sentence} | ({"command": command} if command else {})
+        record["steps"] = [*steps, step]
         write_json(temporary / RECORD_NAME, record | {"identity": written.identity})
         _add_projections(temporary, len(steps), plan)
         _write_card(temporary, written.config, record, saved)

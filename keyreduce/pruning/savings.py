@@ -1,14 +1,11 @@
-"""What a cut saves, from the headers of a checkpoint alone."""
+"""What a cut saves, from the headers of two checkpoints alone."""
 
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from keyreduce.checkpoint.rewrite import Edit
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.families import family_of
-from keyreduce.pruning.plan import Plan
 
 
 class Savings(NamedTuple):
@@ -29,23 +26,16 @@ class Savings(NamedTuple):
         )
 
 
-def savings(source: Checkpoint, plan: Plan, edits: Mapping[str, Sequence[Edit]]) -> Savings:
-    """Return what a plan saves.
+def savings(source: Checkpoint, pruned: Checkpoint) -> Savings:
+    """Return what was saved between a checkpoint and the one that was pruned from it."""
+    before, after = _counts(source), _counts(pruned)
+    return Savings(*zip(before, after, strict=True))
 
-    Args:
-        source: the checkpoint that is pruned.
-        plan: what stays.
-        edits: the plan's edits.
-    """
-    family = family_of(source.config, source.tensors)
-    prefixes = tuple(family.tensor_name(layer, "") for layer in plan.layers)
-    mixer, model = [0, 0], [0, 0]
-    for name, spec in source.tensors.items():
-        shape = spec.shape
-        for edit in edits.get(name, ()):
-            shape = edit.shape(shape)
-        for counts in (model, mixer) if name.startswith(prefixes) else (model,):
-            counts[0] += torch.Size(spec.shape).numel()
-            counts[1] += torch.Size(shape).numel()
-    state = [4 * sum(sizes.state_elements for sizes in layers.values()) for layers in (plan.before, plan.after)]
-    return Savings(tuple(state), tuple(mixer), tuple(model))
+
+def _counts(checkpoint: Checkpoint) -> tuple[int, int, int]:
+    """The bytes of state of a sequence, the parameters of the mixers, and those of the model."""
+    family = family_of(checkpoint.config, checkpoint.tensors)
+    mixers = tuple(family.tensor_name(layer, "") for layer in family.mixer_layers(checkpoint.config))
+    counts = {name: torch.Size(spec.shape).numel() for name, spec in checkpoint.tensors.items()}
+    in_mixers = sum(count for name, count in counts.items() if name.startswith(mixers))
+    return family.state_bytes(checkpoint.config), in_mixers, sum(counts.values())

@@ -64,7 +64,7 @@ class Cell(NamedTuple):
     @property
     def budget(self) -> Budget:
         """How much is to stay."""
-        return Budget.parse(self.target, ratio=str(self.ratio))
+        return Budget.of(self.target.split(","), ratio=(str(self.ratio),))
 
     @property
     def changed_options(self) -> dict[str, object]:

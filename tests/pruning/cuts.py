@@ -19,11 +19,12 @@ from tiny_models import FAMILIES as MODELS
 from tiny_models import tensors_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from keyreduce.api.prune import PruneRequest
 from keyreduce.calibration.statistics import LayerStatistics, Statistics, TaylorSums
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.families import FAMILIES, MixerSizes, family_of
-from keyreduce.pruning.budget import SIZE_OF
+from keyreduce.pruning.budget import SIZE_OF, Budget
 from keyreduce.pruning.methods import METHODS
 from keyreduce.pruning.plan import LayerCut, Plan
 from keyreduce.pruning.planning import make_plan
@@ -288,3 +289,10 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -
 def config_of(path: Path) -> dict:
     """Return what config.json says."""
     return json.loads((path / "config.json").read_text())
+
+
+def budget_of(target: str = "key", **options) -> Budget:
+    """The budget of what a user writes, read as the command line's request reads it."""
+    request = PruneRequest(target=target, **options)
+    amounts = {name: getattr(request, name) for name in ("ratio", "keep", "variance", "allocate", "multiple_of")}
+    return Budget.of(request.target, **amounts)

@@ -5,14 +5,14 @@ from fractions import Fraction
 from math import floor
 
 import pytest
-from cuts import layer_statistics
+from cuts import budget_of, layer_statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keyreduce.calibration.statistics import Statistics
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import FAMILIES, MixerSizes
-from keyreduce.pruning.budget import Budget, keep_count, parse_amounts, parse_targets, sizes_after
+from keyreduce.pruning.budget import keep_count, parse_amounts, sizes_after
 from keyreduce.pruning.methods import METHODS
 
 CONFIG = {
@@ -27,67 +27,65 @@ GATED = {"model_type": "gated_deltanet", "num_heads": 4, "num_v_heads": 8, "head
 HEAD_DIM = st.integers(1, 256)
 
 
-def test_targets():
-    assert parse_targets("key") == ["key"]
-    assert parse_targets("value, key ,head") == ["value", "key", "head"]
-
-
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("target", "told"),
     [
-        ("keys", "there is no target 'keys'; take key, value, head, or several with commas"),
-        ("key,", "there is no target ''"),
-        ("", "there is no target ''"),
-        ("key,value,key", "--target key,value,key names a target twice"),
+        ("keys", "`target` is 'keys'; take one of key, value, head"),
+        ("key,", "`target` is ''"),
+        ("", "`target` is ''"),
+        ("key,value,key", "`target` key,value,key names a target twice"),
     ],
 )
-def test_targets_that_are_none(text, told):
+def test_targets_that_are_none(target, told):
+    assert budget_of("value, key ,head").targets == ["value", "key", "head"]
     with pytest.raises(KeyreduceError, match=told):
-        parse_targets(text)
+        budget_of(target)
 
 
 def test_amounts():
-    assert parse_amounts("--ratio", None, ["key", "head"]) == {"key": None, "head": None}
-    assert parse_amounts("--ratio", "0.1", ["key", "head"]) == {"key": Fraction(1, 10), "head": Fraction(1, 10)}
-    assert parse_amounts("--keep", "3, 1", ["head", "key"]) == {"head": 3, "key": 1}
-    assert parse_amounts("--ratio", "1/3,1e-1", ["key", "head"]) == {"key": Fraction(1, 3), "head": Fraction(1, 10)}
+    assert parse_amounts("ratio", (), ["key", "head"]) == {"key": None, "head": None}
+    assert parse_amounts("ratio", ("0.1",), ["key", "head"]) == {"key": Fraction(1, 10), "head": Fraction(1, 10)}
+    assert parse_amounts("keep", ("3", "1"), ["head", "key"]) == {"head": 3, "key": 1}
+    assert parse_amounts("ratio", ("1/3", "1e-1"), ["key", "head"]) == {"key": Fraction(1, 3), "head": Fraction(1, 10)}
+    assert budget_of("key,head", ratio=" 0.5, 0.25").ratio == {"key": Fraction(1, 2), "head": Fraction(1, 4)}
+    assert budget_of(ratio=0.3).ratio == {"key": Fraction(3, 10)}
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("half", "--ratio is 'half'; give a number, or one for each target with commas"),
-        ("", "--ratio is ''"),
-        ("0.5,", "--ratio is '0.5,'"),
-        ("1/0", "--ratio is '1/0'"),
-        ("nan", "--ratio is 'nan'"),
-        ("0.5,0.5,0.5", r"--ratio 0.5,0.5,0.5 gives 3 numbers for 2 targets \(key,head\)"),
+        ("half", "`ratio` is 'half'; give a number, or one for each target with commas"),
+        ("", "`ratio` is ''"),
+        ("0.5,", "`ratio` is '0.5,'"),
+        ("1/0", "`ratio` is '1/0'"),
+        ("nan", "`ratio` is 'nan'"),
+        ("0.5,0.5,0.5", r"`ratio` 0.5,0.5,0.5 gives 3 numbers for 2 targets \(key,head\)"),
     ],
 )
 def test_amounts_that_are_none(text, told):
     with pytest.raises(KeyreduceError, match=told):
-        parse_amounts("--ratio", text, ["key", "head"])
+        budget_of("key,head", ratio=text)
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (dict(ratio="0.5", keep="4"), r"either --ratio \(or PRUNING_RATIO\) or --keep, not both"),
-        (dict(variance=0.9, ratio="0.5"), "leave --ratio .* and --keep out"),
-        (dict(variance=0.9, keep="5"), "leave --ratio .* and --keep out"),
-        (dict(allocate="evenly"), "--allocate is 'evenly'; take uniform or energy"),
-        (dict(target="value", allocate="energy"), "take --target key and --ratio or --keep"),
-        (dict(variance=0.9, allocate="energy"), "take --target key and --ratio or --keep"),
-        (dict(variance=0.0), "--variance is 0; .* above 0 and at most 1"),
-        (dict(variance=1.01), "--variance is 1.01; .* above 0 and at most 1"),
-        (dict(variance=float("nan")), "--variance is nan; .* above 0 and at most 1"),
-        (dict(target="kay"), "no target 'kay'"),
-        (dict(keep="x"), "--keep is 'x'"),
+        (dict(ratio="0.5", keep="4"), r"either `ratio` \(or PRUNING_RATIO\) or `keep`, not both"),
+        (dict(variance=0.9, ratio="0.5"), "leave `ratio` .* and `keep` out"),
+        (dict(variance=0.9, keep="5"), "leave `ratio` .* and `keep` out"),
+        (dict(allocate="evenly"), "`allocate` is 'evenly'; take one of uniform, energy"),
+        (dict(target="value", allocate="energy"), "take `target` key and `ratio` or `keep`"),
+        (dict(variance=0.9, allocate="energy"), "take `target` key and `ratio` or `keep`"),
+        (dict(variance=0.0), "`variance` is 0; .* above 0 and at most 1"),
+        (dict(variance=1.01), "`variance` is 1.01; .* above 0 and at most 1"),
+        (dict(variance=float("nan")), "`variance` is nan; .* above 0 and at most 1"),
+        (dict(target="kay"), "`target` is 'kay'"),
+        (dict(keep="x"), "`keep` is 'x'"),
     ],
 )
 def test_options_that_do_not_go_together(options, told):
     with pytest.raises(KeyreduceError, match=told):
-        Budget.parse(**{"target": "key"} | options)
+        budget_of(**options)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +104,7 @@ def test_options_that_do_not_go_together(options, told):
 )
 def test_the_record_has_the_numbers_themselves(options, config, recorded):
     """So that two ways to say the same are the same."""
-    budget = Budget.parse(**{"target": "key"} | options)
+    budget = budget_of(**options)
     assert budget.describe(config) == {"target": options.get("target", "key"), "keep": recorded}
     assert budget.targets == options.get("target", "key").split(",")
     assert budget.needs_statistics == ("variance" in options or "allocate" in options)
@@ -115,47 +113,47 @@ def test_the_record_has_the_numbers_themselves(options, config, recorded):
 @pytest.mark.parametrize(
     ("config", "options", "method", "told"),
     [
-        (CONFIG, dict(keep="9"), "l1", "--keep is 9; a key head of this model has 1 to 8 channels to keep"),
-        (CONFIG, dict(target="value", keep="17"), "l1", "--keep is 17; a value head .* 1 to 16 channels"),
-        (CONFIG, dict(target="head", keep="5"), "l1", "--keep is 5; a layer of this model has 1 to 4 key heads"),
-        (CONFIG, dict(keep="2.5"), "l1", "--keep is 2.5;"),
-        (CONFIG, dict(target="key,head", keep="4,0"), "l1", "--keep is 0; a layer"),
-        (CONFIG, dict(ratio="1"), "l1", "--ratio is 1; it is the share to remove, at least 0 and below 1"),
-        (CONFIG, dict(multiple_of=9), "l1", "--multiple-of is 9; it is at least 1, and at most head_k_dim, 8"),
-        (CONFIG, dict(variance=0.9), "l1", "--variance goes with --method pca --target key"),
-        (CONFIG, dict(target="key,value", variance=0.9), "pca", "--variance goes with --method pca --target key"),
-        (CONFIG, dict(variance=0.9, multiple_of=9), "pca", "--multiple-of is 9"),
+        (CONFIG, dict(keep="9"), "l1", "`keep` is 9; a key head of this model has 1 to 8 channels to keep"),
+        (CONFIG, dict(target="value", keep="17"), "l1", "`keep` is 17; a value head .* 1 to 16 channels"),
+        (CONFIG, dict(target="head", keep="5"), "l1", "`keep` is 5; a layer of this model has 1 to 4 key heads"),
+        (CONFIG, dict(keep="2.5"), "l1", "`keep` is 2.5;"),
+        (CONFIG, dict(target="key,head", keep="4,0"), "l1", "`keep` is 0; a layer"),
+        (CONFIG, dict(ratio="1"), "l1", "`ratio` is 1; it is the share to remove, at least 0 and below 1"),
+        (CONFIG, dict(multiple_of=9), "l1", "`multiple_of` is 9; it is at least 1, and at most head_k_dim, 8"),
+        (CONFIG, dict(variance=0.9), "l1", "`variance` goes with `method` pca `target` key"),
+        (CONFIG, dict(target="key,value", variance=0.9), "pca", "`variance` goes with `method` pca `target` key"),
+        (CONFIG, dict(variance=0.9, multiple_of=9), "pca", "`multiple_of` is 9"),
         (GATED, dict(allocate="energy"), "l1", "gated_deltanet config says one head_k_dim .* delta_net_2 alone"),
-        (GATED, dict(target="value", keep="21"), "l1", "--keep is 21; a value head of this model has 1 to 20"),
+        (GATED, dict(target="value", keep="21"), "l1", "`keep` is 21; a value head of this model has 1 to 20"),
         ({"model_type": "llama"}, {}, "l1", "not of the DeltaNet family"),
     ],
 )
 def test_what_a_model_cannot_have_is_refused_before_any_work(config, options, method, told):
     with pytest.raises(KeyreduceError, match=told):
-        Budget.parse(**{"target": "key"} | options).check(config, METHODS[method])
+        budget_of(**options).check(config, METHODS[method])
 
 
 @pytest.mark.parametrize("options", [dict(ratio="0.5"), dict(variance=0.9), dict(target="key,head", allocate="energy")])
 def test_what_it_can_have_is_not(options):
     method = METHODS["pca" if "variance" in options else "l1"]
-    Budget.parse(**{"target": "key"} | options).check(CONFIG, method)
+    budget_of(**options).check(CONFIG, method)
 
 
 def test_numbers_are_of_each_layer():
-    numbers = Budget.parse("key,head,value", ratio="0.3,0.5,0.25").numbers(CONFIG, None, METHODS["l1"], {})
+    numbers = budget_of("key,head,value", ratio="0.3,0.5,0.25").numbers(CONFIG, None, METHODS["l1"], {})
     assert numbers == {"key": {0: 11, 1: 5}, "head": {0: 2, 1: 2}, "value": {0: 12, 1: 12}}
-    assert Budget.parse("key", keep="5", multiple_of=2).numbers(GATED, None, METHODS["l1"], {}) == {"key": {0: 6, 1: 6}}
+    assert budget_of("key", keep="5", multiple_of=2).numbers(GATED, None, METHODS["l1"], {}) == {"key": {0: 6, 1: 6}}
 
 
 def test_numbers_may_come_from_the_calibration():
     family = FAMILIES["delta_net_2"]
     layers = {layer: layer_statistics(sizes, 64, seed=layer) for layer, sizes in family.layer_sizes(CONFIG).items()}
     statistics = Statistics("", 0, layers, {})
-    shared = Budget.parse("key,head", ratio="0.5", allocate="energy")
+    shared = budget_of("key,head", ratio="0.5", allocate="energy")
     numbers = shared.numbers(CONFIG, statistics, METHODS["energy"], {})
     assert sum(numbers["key"].values()) == 8 + 4
     assert numbers["head"] == {0: 2, 1: 2}
-    ranks = Budget.parse("key", variance=1.0).numbers(CONFIG, statistics, METHODS["pca"], {"include_queries": False})
+    ranks = budget_of("key", variance=1.0).numbers(CONFIG, statistics, METHODS["pca"], {"include_queries": False})
     assert ranks == {"key": {0: 16, 1: 8}}
 
 
@@ -177,7 +175,7 @@ def test_ratio(target, available, ratio, expected):
 def test_ratio_keeps_the_floor_in_decimal_and_at_least_one(available, ratio):
     with localcontext(prec=1000):  # exact, for the smallest ratio too
         expected = max(1, floor(available * (1 - Decimal(repr(ratio)))))
-    amounts = parse_amounts("--ratio", repr(ratio), ["key"])
+    amounts = parse_amounts("ratio", (repr(ratio),), ["key"])
     assert keep_count("key", available, ratio=amounts["key"], keep=None) == expected
 
 

@@ -7,7 +7,7 @@ import hybrid_models
 import numpy as np
 import pytest
 import torch
-from cuts import assert_near, config_of, cut, load, masked, plan_of
+from cuts import assert_near, budget_of, config_of, cut, load, masked, plan_of
 from hybrid_models import CHANNEL_DECAY
 from test_exact_slices import EPS, assert_identical, shuffled
 from tiny_models import draw_tokens, edit_config, edit_tensors, tensors_of
@@ -175,9 +175,9 @@ def test_both_places_of_kimi_linear_say_the_size(tmp_path, dense):
 @pytest.mark.parametrize("target", ["key", "value"])
 def test_keys_and_values_of_kimi_linear_go_together(dense, target):
     with pytest.raises(KeyreduceError, match="cut both alike, with `target` key,value"):
-        Budget.parse(target, keep="5").check(dense("kimi_linear").config, METHODS["l2"])
-    Budget.parse("key,value", keep="5").check(dense("kimi_linear").config, METHODS["l2"])
-    Budget.parse("head", keep="1").check(dense("kimi_linear").config, METHODS["l2"])
+        budget_of(target, keep="5").check(dense("kimi_linear").config, METHODS["l2"])
+    budget_of("key,value", keep="5").check(dense("kimi_linear").config, METHODS["l2"])
+    budget_of("head", keep="1").check(dense("kimi_linear").config, METHODS["l2"])
 
 
 @ALL

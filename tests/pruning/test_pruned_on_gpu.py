@@ -9,7 +9,6 @@ from tiny_models import FAMILIES, build, draw_tokens, save
 from transformers import AutoModelForCausalLM
 
 from keyreduce.checkpoint.folder import open_folder
-from keyreduce.pruning.budget import Budget
 from keyreduce.pruning.methods import METHODS
 from keyreduce.pruning.planning import make_plan
 from keyreduce.pruning.prune import write_pruned
@@ -20,7 +19,7 @@ CASES = [(model_type, target) for model_type in FAMILIES for target in ("key", "
 
 def prune(model_type, target, tmp_path):
     source = open_folder(save(build(model_type), tmp_path / "source"))
-    keep = Budget.parse(target, ratio="0.5").numbers(source.config, None, METHODS["random"], {})
+    keep = budget_of(target, ratio="0.5").numbers(source.config, None, METHODS["random"], {})
     plan = make_plan(source, METHODS["random"], keep, seed=1, statistics=None, inputs={})
     write_pruned(source, plan, tmp_path / "pruned", dense="tiny")
     return tmp_path / "pruned"

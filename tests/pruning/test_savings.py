@@ -9,7 +9,7 @@ from tiny_models import FAMILIES as MODELS
 from tiny_models import draw_tokens, tensors_of
 from transformers import AutoModelForCausalLM
 
-from keyreduce.pruning.prune import plan_edits
+from keyreduce.checkpoint.folder import open_folder
 from keyreduce.pruning.savings import Savings, savings
 
 pytestmark = pytest.mark.filterwarnings("ignore:ShortConvolution is crucial")
@@ -24,8 +24,8 @@ def test_savings_are_those_of_the_files(model_type, data):
         source = store(build(model_type, data.draw(configs(model_type))), path / "source")
         targets = data.draw(st.sampled_from([("key",), ("value",), ("head",), ("key", "value", "head")]))
         plan = plan_of(source, data.draw(numbers(source, targets)))
-        saved = savings(source, plan, plan_edits(source, plan))
         cut(source, plan, path / "cut")
+        saved = savings(source, open_folder(path / "cut"))
         prefixes = tuple(f"model.layers.{layer}.attn." for layer in plan.layers)
         counts, states = [], []
         for name in ("source", "cut"):
@@ -43,8 +43,8 @@ def test_savings_are_those_of_the_files(model_type, data):
 def test_projections_and_the_sentence(tmp_path):
     source = store(build("delta_net", {}), tmp_path / "source")
     plan = plan_of(source, {"key": 4}, "pca")
-    saved = savings(source, plan, plan_edits(source, plan))
     tensors = tensors_of(cut(source, plan, tmp_path / "cut"))
+    saved = savings(source, open_folder(tmp_path / "cut"))
     assert saved.model_parameters[1] == sum(tensor.numel() for tensor in tensors.values())
     assert Savings((2**22, 2**20), (1000, 600), (3000, 2600)).sentence == (
         "the state of a sequence is 75.0% smaller (4.00 to 1.00 MiB in float32), "

@@ -105,6 +105,7 @@ class Method:
         check: raises KeyreduceError where an option has a value that it cannot have.
         moments: of a method that projects: ``(statistics, **options) -> [H, K, K]``, whose eigenvalues are the variance
             by which ``variance`` finds the rank.
+        version: raised when the method chooses otherwise than before, so that older outputs are not taken for its own.
         unfit: tells why a model of some config cannot be pruned by it, or returns None.
     """
 
@@ -118,6 +119,7 @@ class Method:
     check: Callable[[Mapping[str, object]], None] = lambda options: None
     moments: Callable[..., torch.Tensor] | None = None
     unfit: Callable[[Mapping], str | None] = lambda config: None
+    version: int = 1
 
 
 def highest(score_GC: torch.Tensor, keep: int) -> Selection:

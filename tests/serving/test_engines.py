@@ -2,17 +2,20 @@ import pytest
 
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import FAMILIES, MixerSizes
-from keyreduce.pruning.engines import ENGINES, check_engine, suited_engines
+from keyreduce.pruning.budget import sizes_after
+from keyreduce.serving.engines import ENGINES, check_engine, suited_engines
 
 FLA = FAMILIES["delta_net"]
 TRITON = {"fla", "vLLM (Triton)"}
+FLA_ALONE = {"fla"}
 SUITED = {
     128: TRITON | {"fla, 16-bit training", "SGLang", "MLX (Metal)", "llama.cpp", "FlashInfer, FlashQLA, CuteDSL"},
     96: TRITON | {"fla, 16-bit training", "MLX (Metal)"},
-    64: TRITON | {"fla, 16-bit training", "SGLang", "MLX (Metal)"},
-    48: TRITON | {"fla, 16-bit training"},
-    31: TRITON,
-    1: TRITON | {"SGLang"},
+    72: TRITON | {"fla, 16-bit training"},
+    64: FLA_ALONE | {"fla, 16-bit training", "SGLang", "MLX (Metal)"},
+    48: FLA_ALONE | {"fla, 16-bit training"},
+    31: FLA_ALONE,
+    1: FLA_ALONE | {"SGLang"},
     512: {"SGLang", "MLX (Metal)"},
 }
 
@@ -50,7 +53,36 @@ def test_no_engine_knows_what_fla_does_not_ship():
 
 def test_models_of_transformers_run_there_at_any_size():
     suited, _ = suited_engines(FAMILIES["qwen3_next"], [MixerSizes(2, 4, 31, 128)])
-    assert suited == ["transformers", "fla", "vLLM (Triton)"]
+    assert suited == ["transformers", "fla"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "head_k_dim", "head_v_dim", "starts"),
+    [
+        # Run on an H100 with vLLM 0.26.0; OLMo-Hybrid compiled for it.
+        ("qwen3_next", 128, 128, True),
+        ("qwen3_next", 96, 128, True),
+        ("qwen3_next", 72, 128, True),
+        ("qwen3_next", 64, 64, True),
+        ("qwen3_next", 64, 128, False),
+        ("olmo_hybrid", 96, 192, True),
+        ("olmo_hybrid", 48, 192, True),
+    ],
+)
+def test_vllm_pads_both_sizes_alike(model_type, head_k_dim, head_v_dim, starts):
+    suited, _ = suited_engines(FAMILIES[model_type], [MixerSizes(2, 2, head_k_dim, head_v_dim)])
+    assert ("vLLM (Triton)" in suited) == starts
+
+
+def check(engine, config, keep):
+    """Ask for the sizes that so many kept channels leave."""
+    family = FAMILIES[config["model_type"]]
+    before = family.layer_sizes(config) if len(config) > 1 else {}
+    after = {
+        layer: sizes_after(sizes, {target: number_of[layer] for target, number_of in keep.items()})
+        for layer, sizes in before.items()
+    }
+    check_engine(engine, family, before, after)
 
 
 def keep(key=None, value=None, layers=range(3)):
@@ -72,32 +104,32 @@ QWEN = {
     ],
 )  # fmt: skip
 def test_sizes_that_an_engine_runs_pass(engine, numbers):
-    check_engine(engine, QWEN, numbers)
+    check(engine, QWEN, numbers)
 
 
 @pytest.mark.parametrize(
     ("engine", "numbers", "told"),
     [
-        ("sglang", keep(96), "--keep one of 1, 2, 4, 8, 16, 32, 64, 128$"),
-        ("mlx", keep(48), "leaves 48 key and 128 value channels a head; with --target key, --keep one of 32, 64"),
-        ("llama.cpp", keep(64), "--target key, --keep one of 128$"),
-        ("llama.cpp", keep(48, 48), "--target key,value, --keep one of 128,128 64,64 32,32 16,16$"),
-        ("sglang", keep(64, 96), "--target key,value, --keep one of 128,128 64,128"),
-        ("vLLM", keep(64), "take one of fla, vllm, sglang, mlx, llama.cpp, transformers"),
+        ("sglang", keep(96), "`keep` one of 1, 2, 4, 8, 16, 32, 64, 128$"),
+        ("mlx", keep(48), "leaves 48 key and 128 value channels a head; with `target` key, `keep` one of 32, 64"),
+        ("llama.cpp", keep(64), "`target` key, `keep` one of 128$"),
+        ("llama.cpp", keep(48, 48), "`target` key,value, `keep` one of 128,128 64,64 32,32 16,16$"),
+        ("sglang", keep(64, 96), "`target` key,value, `keep` one of 128,128 64,128"),
+        ("vllm", keep(64), "`target` key, `keep` one of 65 to 128$"),
     ],
 )
 def test_other_sizes_are_refused_and_the_right_ones_named(engine, numbers, told):
     with pytest.raises(KeyreduceError, match=told):
-        check_engine(engine, QWEN, numbers)
+        check(engine, QWEN, numbers)
 
 
 def test_one_layer_that_does_not_fit_is_enough():
     numbers = keep(64)
     numbers["key"][2] = 48
     with pytest.raises(KeyreduceError, match="leaves 48"):
-        check_engine("mlx", QWEN, numbers)
+        check("mlx", QWEN, numbers)
 
 
 def test_no_engine_is_asked_for_an_architecture_of_ours():
     with pytest.raises(KeyreduceError, match="it does not know delta_net_2"):
-        check_engine("fla", {"model_type": "delta_net_2"}, {})
+        check("fla", {"model_type": "delta_net_2"}, {})
