@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := keyreduce-out/demo
 
-.PHONY: setup demo test clean
+.PHONY: setup demo check test test-fast clean
 
 setup: $(VENV)/.ready
 
@@ -24,9 +24,18 @@ demo: setup
 	$(BIN)/keyreduce benchmark --mixer
 	$(BIN)/keyreduce eval
 
+# Style and types; under a minute.
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
 # Two processes of one thread each: the tests are many and small.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
+
+# What needs no model: under 90 seconds.
+test-fast: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m fast
 
 clean:
 	rm -rf $(VENV) keyreduce-out build *.egg-info
