@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def shell_lines() -> list[str]:
@@ -25,9 +26,9 @@ def shell_lines() -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if line.strip()]
 
 
-def python(word: str) -> str:
+def python(word: str, text: str = README) -> str:
     """The one block of Python that holds a word."""
-    (code,) = [block for block in blocks("python") if word in block]
+    (code,) = [block for block in blocks("python", text) if word in block]
     return code
 
 
@@ -45,16 +46,16 @@ def test_commands_of_the_readme_run(keyreduce):
     subprocess.run([sys.executable, "-c", backend + code], check=True, capture_output=True, timeout=600)
 
 
-def test_the_method_of_the_readme_is_found_where_another_package_registers_it(tmp_path, keyreduce):
+def test_the_method_of_the_guide_is_found_where_another_package_registers_it(tmp_path, keyreduce):
     package = tmp_path / "site"
     (package / "your_package-1.0.dist-info").mkdir(parents=True)
     (package / "your_package-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: your_package\n")
-    (entry_points,) = [block for block in blocks("toml") if "entry-points" in block]
+    (entry_points,) = [block for block in blocks("toml", CONTRIBUTING) if "entry-points" in block]
     table = tomllib.loads(entry_points)["project"]["entry-points"]
     lines = [f"[{group}]\n{name} = {value}\n" for group, points in table.items() for name, value in points.items()]
     (package / "your_package-1.0.dist-info" / "entry_points.txt").write_text("\n".join(lines))
     (package / "your_package").mkdir()
-    (package / "your_package" / "unit_energy.py").write_text(python("Method("))
+    (package / "your_package" / "unit_energy.py").write_text(python("Method(", CONTRIBUTING))
     path = os.pathsep.join([str(package), str(ROOT), str(ROOT / "flash-linear-attention")])
 
     def run(*arguments: str) -> str:
