@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from keyreduce.devices import available_memory
-from keyreduce.errors import KeyreduceError, reason
+from keyreduce.errors import KeyreduceError
 from keyreduce.families import Family, family_of
 from keyreduce.families.table import MixerSizes
 from keyreduce.models.loading import LoadedModel, prepare_backend
+from keyreduce.models.meta import build_model
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,9 @@ def random_subjects(
         built = resized if whole else _first_layers(family, resized, layer + 1)
         torch.manual_seed(seed)
         try:
-            theirs = AutoConfig.for_model(**built)
-            with torch.device(device):
-                model = AutoModelForCausalLM.from_config(theirs, dtype=dtype).to(device).eval()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            # A config that no model would have makes its constructor raise nearly anything.
-            raise KeyreduceError(f"no model of head_k_dim {keys} is made of the config: {reason(error)}") from error
+            model = build_model(built, device, dtype)
+        except KeyreduceError as error:
+            raise KeyreduceError(f"with head_k_dim {keys}: {error}") from error
         subjects.append(Subject(f"K={keys}", model, family, layer, resized, None))
     return subjects
 

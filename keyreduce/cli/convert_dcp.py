@@ -100,8 +100,8 @@ def _convert(console, source, target, *, to_dcp, layout, dtype, max_shard_size, 
     from keyreduce.checkpoint.memory import freed_tensors_returned
     from keyreduce.checkpoint.rewrite import rewrite
     from keyreduce.cli.console import megabytes
-    from keyreduce.models.rehearsal import check_loading
-    from keyreduce.models.skeleton import Skeleton, UnknownArchitecture
+    from keyreduce.families import UnknownArchitecture
+    from keyreduce.families.mixer_tensors import check_mixers
     from keyreduce.outputs import appearing, is_already_made, refuse_source, write_json
     from keyreduce.pruning.prune import read_record
     from keyreduce.workspace import RECORD_NAME
@@ -116,7 +116,7 @@ def _convert(console, source, target, *, to_dcp, layout, dtype, max_shard_size, 
         console.result({"converted": str(target), "made": False})
         return
     with (
-        Skeleton() as skeleton, freed_tensors_returned(),
+        freed_tensors_returned(),
         console.progress("converting", source.nbytes, "B") as progress,
         appearing(target, folder=True, overwrite=overwrite) as folder,
     ):
@@ -126,7 +126,7 @@ def _convert(console, source, target, *, to_dcp, layout, dtype, max_shard_size, 
             rewrite(source, folder, dtype=dtype, max_shard_size=max_shard_size, progress=progress)
         try:
             shapes = {name: spec.shape for name, spec in source.tensors.items()}
-            check_loading(skeleton, source.config, shapes, source.path)
+            check_mixers(source.config, shapes, source.path)
         except UnknownArchitecture as error:
             console.note(f"not checked whether all tensors of the model are there: {error}")
         written = open_dcp(folder) if to_dcp else open_folder(folder)

@@ -31,10 +31,10 @@ def run_folders(folders: Sequence[Path]) -> None:
     """Do the runs of some folders; each leaves there its result, or why it has none."""
     from keyreduce.checkpoint.find import find_model
     from keyreduce.checkpoint.folder import open_folder
-    from keyreduce.models.skeleton import describe
+    from keyreduce.models.meta import build_model
 
     # What takes seconds to import is no part of a step's time: this imports it.
-    describe(open_folder(find_model(None)).config)
+    build_model(open_folder(find_model(None)).config)
 
     commands = typer.main.get_command(cli.app).commands.values()
     for variable in {parameter.envvar for command in commands for parameter in command.params if parameter.envvar}:

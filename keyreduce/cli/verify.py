@@ -24,6 +24,10 @@ def verify(
         bool,
         typer.Option("--write-sums", help="Note the files' hashes in the folder, as SHA256SUMS, for later and others."),
     ] = False,
+    load: Annotated[
+        bool,
+        typer.Option("--load", help="Build the library's model of its config, and compare all tensors with it."),
+    ] = False,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -34,8 +38,8 @@ def verify(
     from keyreduce.checkpoint.verify import SUMS_NAME, check_finite, compare_sums, hash_files, read_sums
     from keyreduce.cli.console import Console, megabytes
     from keyreduce.errors import KeyreduceError
-    from keyreduce.models.rehearsal import check_loading
-    from keyreduce.models.skeleton import Skeleton, UnknownArchitecture
+    from keyreduce.families import UnknownArchitecture
+    from keyreduce.families.mixer_tensors import check_mixers
     from keyreduce.outputs import appearing
     from keyreduce.pruning.prune import read_record
     from keyreduce.workspace import Workspace
@@ -43,7 +47,7 @@ def verify(
     console, found = Console(as_json=json), path or str(latest(Workspace(work)))
     if path is None and not os.path.isdir(found):
         raise KeyreduceError(f"there is no pruned model at {found}; run keyreduce prune, or name a PATH")
-    with Skeleton() as skeleton, freed_tensors_returned():
+    with freed_tensors_returned():
         source = open_model(found, config=config)
         recorded = read_record(source.path).get("identity")
         if recorded not in (None, source.identity):
@@ -56,8 +60,14 @@ def verify(
         if noted is not None:
             compare_sums(source.path, sums, noted)
         try:
-            shapes = {name: spec.shape for name, spec in source.tensors.items()}
-            check_loading(skeleton, source.config, shapes, source.path)
+            if load:
+                from keyreduce.models.meta import check_source  # with transformers and fla, which takes seconds
+
+                check_source(source)
+            else:
+                check_mixers(
+                    source.config, {name: spec.shape for name, spec in source.tensors.items()}, source.path
+                )
             is_whole = True
         except UnknownArchitecture as error:
             console.note(f"not checked whether all tensors of the model are there: {error}")
@@ -70,7 +80,7 @@ def verify(
     console.table("", ("file", "SHA-256"), list(sums.items()))
     console.say(f"{source.path}: {len(source.tensors)} tensors, {megabytes(source.nbytes)}, every value finite")
     if is_whole:
-        console.say("its tensors are those that its config.json asks for")
+        console.say(f"its {'tensors' if load else 'mixers'} are those that its config.json asks for")
     if recorded is None:
         console.say("it has no record of what was written, to compare with")
     else:

@@ -31,7 +31,7 @@ def filters_of(source: Checkpoint, layer: int) -> dict[str, torch.Tensor]:
     heads_of = {"q": sizes.key_heads, "k": sizes.key_heads, "v": sizes.value_heads}
     for short_name, axes in family.tensors.items():
         name = family.tensor_name(layer, short_name)
-        if axes[1:] != (Part.OTHER, Part.OTHER) or name not in source.tensors:
+        if Part.TAPS not in axes or name not in source.tensors:
             continue
         kernels_CL, parts = source.read(name).float()[:, 0], parts_of(axes[0])
         if parts == (Part.HEAD_OR_ALL,):

@@ -37,7 +37,21 @@ REFUSED = {
 }
 """Model types of the same kin -> why they are refused."""
 
-__all__ = ["FAMILIES", "REFUSED", "Axis", "Family", "Joined", "MixerSizes", "Part", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "REFUSED",
+    "Axis",
+    "Family",
+    "Joined",
+    "MixerSizes",
+    "Part",
+    "UnknownArchitecture",
+    "family_of",
+]
+
+
+class UnknownArchitecture(KeyreduceError):
+    """Nothing can be said of this model: no table here and no class of the libraries is of its kind."""
 
 
 def family_of(config: Mapping, names: Iterable[str] = ()) -> Family:
@@ -48,13 +62,13 @@ def family_of(config: Mapping, names: Iterable[str] = ()) -> Family:
         names: the tensors of its checkpoint; the family's path of the mixer is that of the model without them.
 
     Raises:
-        KeyreduceError: it is not one of :data:`FAMILIES`.
+        UnknownArchitecture: it is not one of :data:`FAMILIES`.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         if isinstance(model_type, str) and model_type in REFUSED:
-            raise KeyreduceError(f"model_type {model_type!r} cannot be pruned yet: {REFUSED[model_type]}")
-        raise KeyreduceError(
+            raise UnknownArchitecture(f"model_type {model_type!r} cannot be pruned yet: {REFUSED[model_type]}")
+        raise UnknownArchitecture(
             f"model_type {model_type!r} is not of the DeltaNet family; keyreduce knows {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[model_type].located(names)

@@ -22,7 +22,8 @@ class Part(enum.Enum):
     DECAY_RANK = "the V channels through which the hidden ones reach the decay, mixed at will"
     GATE_RANK = "the V channels through which the hidden ones reach the output gate, mixed at will"
     HIDDEN = "the model's hidden channels"
-    OTHER = "nothing that pruning touches: convolution taps and the like"
+    TAPS = "the taps of a convolution, one a token"
+    OTHER = "a single entry"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,6 @@ def parts_of(axis: Axis) -> tuple[Part, ...]:
     return axis.parts if isinstance(axis, Joined) else (axis,)
 
 
-def length_of(axis: Axis, lengths: Mapping[Part, int]) -> int | None:
-    """Return how long an axis is, given the lengths of parts; None where they do not say."""
-    found = [lengths.get(part) for part in parts_of(axis)]
-    return None if None in found else sum(found)
+def length_of(axis: Axis, lengths: Mapping[Part, int]) -> int:
+    """Return how long an axis is, given the lengths of its parts."""
+    return sum(lengths[part] for part in parts_of(axis))

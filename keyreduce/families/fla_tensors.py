@@ -11,12 +11,18 @@ FLA_TENSORS = {
     "v_proj.weight": (Part.VALUE, Part.HIDDEN),
     "b_proj.weight": (Part.VALUE_HEAD, Part.HIDDEN),
     "g_proj.weight": (Part.GATE, Part.HIDDEN),
-    "q_conv1d.weight": (Part.QUERY, Part.OTHER, Part.OTHER),
-    "k_conv1d.weight": (Part.KEY, Part.OTHER, Part.OTHER),
-    "v_conv1d.weight": (Part.VALUE, Part.OTHER, Part.OTHER),
+    "q_conv1d.weight": (Part.QUERY, Part.OTHER, Part.TAPS),
+    "k_conv1d.weight": (Part.KEY, Part.OTHER, Part.TAPS),
+    "v_conv1d.weight": (Part.VALUE, Part.OTHER, Part.TAPS),
     "q_conv1d.bias": (Part.QUERY,),
     "k_conv1d.bias": (Part.KEY,),
     "v_conv1d.bias": (Part.VALUE,),
     "o_norm.weight": (Part.SHARED_VALUE,),
     "o_proj.weight": (Part.HIDDEN, Part.VALUE),
 }
+
+CONVOLUTIONS = {name: {"use_short_conv": True} for name in FLA_TENSORS if "conv1d" in name}
+"""Tensors of the convolutions -> the switch that a config has for them."""
+
+BIASES = tuple(name for name in FLA_TENSORS if name.endswith("conv1d.bias"))
+"""fla's layers can have them, and its configs cannot say so."""

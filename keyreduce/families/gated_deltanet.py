@@ -2,7 +2,7 @@
 
 from keyreduce.families.axes import Part
 from keyreduce.families.fields import Field, Ratio
-from keyreduce.families.fla_tensors import FLA_TENSORS
+from keyreduce.families.fla_tensors import BIASES, CONVOLUTIONS, FLA_TENSORS
 from keyreduce.families.table import Family
 
 _HEADS, _HEAD_DIM = Field("num_heads", 6), Field("head_dim", 256)
@@ -24,4 +24,8 @@ GATED_DELTANET = Family(
     hidden=Field("hidden_size", 2048),
     num_layers=Field("num_hidden_layers", 21),
     tensors=GATED_TENSORS,
+    taps=Field("conv_size", 4),
+    switches={"use_short_conv": True, "use_gate": True},
+    only_with=CONVOLUTIONS | {"g_proj.weight": {"use_gate": True}},
+    optional=BIASES,
 )

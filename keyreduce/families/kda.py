@@ -6,7 +6,7 @@ The decay and the output gate reach their channels through a bottleneck that is 
 
 from keyreduce.families.axes import Part
 from keyreduce.families.fields import Field, Ratio
-from keyreduce.families.fla_tensors import FLA_TENSORS, JOINED_CONVOLUTIONS
+from keyreduce.families.fla_tensors import BIASES, CONVOLUTIONS, FLA_TENSORS, JOINED_CONVOLUTIONS
 from keyreduce.families.layers import LayerTypes
 from keyreduce.families.table import Family
 
@@ -33,6 +33,10 @@ KDA = Family(
         "A_log": (Part.VALUE_HEAD,),
         "dt_bias": (Part.DECAY,),
     },
+    taps=Field("conv_size", 4),
+    switches={"use_short_conv": True},
+    only_with=CONVOLUTIONS,
+    optional=BIASES,
 )
 
 _SECTION = "linear_attn_config"
@@ -49,7 +53,7 @@ KIMI_LINEAR = Family(
     head_v_dim=_KIMI_HEAD_DIM,
     hidden=Field("hidden_size", 2304),
     num_layers=Field("num_hidden_layers", 27),
-    tensors={name: axes for name, axes in _UNGATED.items() if not name.endswith("conv1d.bias")}
+    tensors={name: axes for name, axes in _UNGATED.items() if name not in BIASES}
     | {
         "f_a_proj.weight": (Part.DECAY_RANK, Part.HIDDEN),
         "f_b_proj.weight": (Part.DECAY, Part.DECAY_RANK),
@@ -58,6 +62,7 @@ KIMI_LINEAR = Family(
         "A_log": (Part.OTHER, Part.OTHER, Part.VALUE_HEAD, Part.OTHER),
         "dt_bias": (Part.DECAY,),
     },
+    taps=Field("linear_conv_kernel_dim", 4, also=(_SECTION, "short_conv_kernel_size")),
     layers=LayerTypes(first=4, listed=_SECTION),
     shipped_by="transformers",
     inside=JOINED_CONVOLUTIONS

@@ -4,7 +4,7 @@ Checkpoints have a convolution for each of q, k and v, which transformers joins 
 """
 
 from keyreduce.families.fields import Field, Ratio
-from keyreduce.families.fla_tensors import JOINED_CONVOLUTIONS
+from keyreduce.families.fla_tensors import BIASES, JOINED_CONVOLUTIONS
 from keyreduce.families.gated_deltanet import GATED_TENSORS
 from keyreduce.families.layers import LayerTypes
 from keyreduce.families.table import Family
@@ -23,7 +23,8 @@ OLMO_HYBRID = Family(
     head_v_dim=Field("linear_value_head_dim", Ratio("", 2, of=_KEY)),
     hidden=_HIDDEN,
     num_layers=Field("num_hidden_layers", 32),
-    tensors={name: parts for name, parts in GATED_TENSORS.items() if not name.endswith("conv1d.bias")},
+    tensors={name: parts for name, parts in GATED_TENSORS.items() if name not in BIASES},
+    taps=Field("linear_conv_kernel_dim", 4),
     layers=LayerTypes(needs_softmax=True),
     shipped_by="transformers",
     inside=JOINED_CONVOLUTIONS,

@@ -13,7 +13,7 @@ from keyreduce.families.table import Family
 
 _QUERY_KEY_VALUE = Joined((Part.QUERY, Part.KEY, Part.VALUE))
 _SHARED_TENSORS = {
-    "conv1d.weight": (_QUERY_KEY_VALUE, Part.OTHER, Part.OTHER),
+    "conv1d.weight": (_QUERY_KEY_VALUE, Part.OTHER, Part.TAPS),
     "A_log": (Part.VALUE_HEAD,),
     "dt_bias": (Part.VALUE_HEAD,),
     "norm.weight": (Part.SHARED_VALUE,),
@@ -38,6 +38,7 @@ QWEN3_NEXT = Family(
         ),
         "in_proj_ba.weight": (Joined((Part.VALUE_HEAD, Part.VALUE_HEAD), by_key_head=True), Part.HIDDEN),
     },
+    taps=Field("linear_conv_kernel_dim", 4),
     layers=LayerTypes(),
     shipped_by="transformers",
 )
@@ -70,7 +71,7 @@ QWEN3_5_MOE_TEXT = replace(
 def _within(family: Family, model_type: str) -> Family:
     """The same language model as a part of one that sees."""
     section = "text_config"
-    sizes = ("key_heads", "value_heads", "head_k_dim", "head_v_dim", "hidden", "num_layers")
+    sizes = ("key_heads", "value_heads", "head_k_dim", "head_v_dim", "hidden", "num_layers", "taps")
     return replace(
         family,
         model_type=model_type,

@@ -57,7 +57,12 @@ class Family:
         key_heads, value_heads, head_k_dim, head_v_dim: where the config says the sizes; a ratio may rest on a size
             before it, so they are written in this order.
         hidden, num_layers: where the config says the model's width and how many layers it has.
-        tensors: name below the mixer -> what each axis holds. A model need not have all of them.
+        tensors: name below the mixer in files -> what each axis holds. A config need not ask for all of them.
+        taps: where the config says how many tokens a convolution spans.
+        per_head: the flag of a config by which each key head has a convolution kernel of its own, and not all one.
+        switches: flags of a config by which its mixers have tensors or not -> what holds where it does not say it.
+        only_with: name of a tensor -> what these flags are where a config asks for it; it always does for others.
+        optional: names of tensors that a mixer may have though no config asks for them.
         layers: how the config says which layers have a mixer.
         shipped_by: what package has the model's class; serving engines know none of keyreduce's own.
         elsewhere: other paths of a mixer in checkpoints, as in those of a larger model of which this is a part.
@@ -77,6 +82,11 @@ class Family:
     hidden: Field
     num_layers: Field
     tensors: Mapping[str, tuple[Axis, ...]]
+    taps: Field
+    per_head: str | None = None
+    switches: Mapping[str, bool] = field(default_factory=dict)
+    only_with: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
     layers: SoftmaxList | LayerTypes = SoftmaxList()
     shipped_by: str = "fla"
     elsewhere: tuple[str, ...] = ()
@@ -144,8 +154,19 @@ class Family:
         return {name for name in MixerSizes._fields if getattr(getattr(self, name), "per_layer", False)}
 
     def axis_sizes(self, config: Mapping, layer: int = 0) -> dict[Part, int]:
-        """Return how long an axis of a layer's tensor is that holds a part; of others the config does not say it."""
-        return self.sizes(config, layer).lengths | {Part.HIDDEN: round(self.hidden.read(config))}
+        """Return how long an axis of a layer's tensor is that holds a part."""
+        lengths = self.sizes(config, layer).lengths
+        return lengths | {
+            Part.HEAD_OR_ALL: lengths[Part.HEAD_OR_ALL] if self.per_head and config.get(self.per_head) else 1,
+            Part.HIDDEN: round(self.hidden.read(config)),
+            Part.TAPS: round(self.taps.read(config)),
+            Part.OTHER: 1,
+        }
+
+    def asks_for(self, config: Mapping, name: str) -> bool:
+        """Return whether mixers of a config have a tensor, by its name below the mixer."""
+        flags = self.only_with.get(name, {})
+        return all(bool(config.get(flag, self.switches[flag])) is value for flag, value in flags.items())
 
     def mixer_layers(self, config: Mapping) -> list[int]:
         """Return the numbers of the layers whose mixer holds a delta-rule state.

@@ -10,7 +10,8 @@ from keyreduce.checkpoint.shards import TORCH_DTYPES
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
-from keyreduce.models.rehearsal import rehearse_loading
+from keyreduce.families.mixer_tensors import below_mixers, expected_tensors
+from keyreduce.models.meta import check_source
 
 
 @torch.no_grad()
@@ -24,12 +25,10 @@ def file_tensors(model: PreTrainedModel, source: Checkpoint) -> dict[str, torch.
     Raises:
         KeyreduceError: the checkpoint has something of the model otherwise than transformers would save it.
     """
-    config = model.config.to_dict()
-    family = family_of(config)
-    mixers = tuple(f"{family.mixer.format(layer=layer)}." for layer in family.mixer_layers(config))
     parameters = dict(model.named_parameters())
+    mixers = below_mixers(model.config.to_dict(), parameters)
     saved = revert_weight_conversion(
-        model, {name: tensor for name, tensor in parameters.items() if not name.startswith(mixers)}
+        model, {name: tensor for name, tensor in parameters.items() if name not in mixers}
     )
     for name, tensor in saved.items():
         if name not in source.tensors or tuple(source.tensors[name].shape) != tuple(tensor.shape):
@@ -51,10 +50,9 @@ def rehearse_writing(source: Checkpoint) -> PreTrainedModel:
         The model, on torch's meta device.
 
     Raises:
-        KeyreduceError: see :func:`file_tensors` and :func:`keyreduce.models.rehearsal.rehearse_loading`.
+        KeyreduceError: see :func:`file_tensors` and :func:`keyreduce.models.meta.check_loading`.
     """
-    shapes = {name: spec.shape for name, spec in source.tensors.items()}
-    model = rehearse_loading(source.config, shapes, source.path)
+    model = check_source(source)
     file_tensors(model, source)
     return model
 
@@ -84,18 +82,13 @@ def mixer_tensors(model: torch.nn.Module, source: Checkpoint) -> Iterator[tuple[
         model: a model that was loaded from ``source``, and perhaps trained since.
         source: the checkpoint; what it does not have is left out.
     """
-    config = model.config.to_dict()
-    ours, theirs = family_of(config), family_of(source.config, source.tensors)
-    shapes = {name: spec.shape for name, spec in source.tensors.items()}
-    for layer, sizes in ours.layer_sizes(config).items():
-        mixer = model.get_submodule(ours.mixer.format(layer=layer))
-        found = dict(mixer.named_parameters())
-        for short_name in theirs.tensors:
-            name = theirs.tensor_name(layer, short_name)
-            if name not in source.tensors:
-                continue
-            tensor, pieces = found[theirs.inside.get(short_name, short_name)], theirs.joined_with(short_name)
-            if pieces:
-                lengths, _ = theirs.divided(layer, short_name, shapes, sizes.lengths)
-                tensor = tensor.split(lengths)[pieces.index(short_name)]
-            yield name, tensor
+    family = family_of(model.config.to_dict())
+    rows_before: dict[str, int] = {}
+    for name, tensor in expected_tensors(source.config, source.tensors).items():
+        if name not in source.tensors:
+            continue
+        inner = family.tensor_name(tensor.layer, tensor.inner)
+        # Pieces of one tensor come in the order in which the model joins them.
+        begin, parameter = rows_before.get(inner, 0), model.get_parameter(inner)
+        rows_before[inner] = begin + source.tensors[name].shape[0]
+        yield name, parameter[begin : rows_before[inner]]

@@ -12,6 +12,7 @@ from transformers.utils import logging as their_logging
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.errors import KeyreduceError, reason
 from keyreduce.families import Family, family_of
+from keyreduce.families.mixer_tensors import refuse_faults
 from keyreduce.models.miscompiled import warn_of_wrong_results
 
 _log = logging.getLogger(__name__)
@@ -118,17 +119,12 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 def _check_weights(folder: Path, report: dict) -> None:
     """Refuse what transformers would fill with random numbers, and mention what it leaves out."""
-    if report["mismatched_keys"]:
-        name, found, expected = min(report["mismatched_keys"])
-        raise KeyreduceError(
-            f"tensor {name!r} of {folder} is {list(found)}, where config.json makes it {list(expected)}: "
-            "they belong to different models"
-        )
-    if report["missing_keys"]:
-        raise KeyreduceError(
-            f"{folder} has no tensor {min(report['missing_keys'])!r}, which its config.json asks for; "
-            "get the rest of the checkpoint"
-        )
+    refuse_faults(
+        folder,
+        missing=sorted(report["missing_keys"]),
+        left_over=(),
+        reshaped={name: (found, wanted) for name, found, wanted in sorted(report["mismatched_keys"])},
+    )
     if report["unexpected_keys"]:
         name, count = min(report["unexpected_keys"]), len(report["unexpected_keys"])
         _log.warning("%s: the model has no place for %d of its tensors, such as %r", folder, count, name)

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
+from keyreduce.families.mixer_tensors import expected_tensors
+from keyreduce.models.meta import build_model
 
 PLACES = ("disk", "cpu", "auto")
 
@@ -67,25 +68,22 @@ def read_parameter(model: torch.nn.Module, name: str, folder: Path | None) -> to
 
     Args:
         model: the model.
-        name: the parameter's name in the model: of a mixer, with the name that it has in the checkpoint too.
+        name: the parameter's name in the model; it is one of a mixer.
         folder: the checkpoint; None for a model that is there as a whole.
     """
     parameter = model.get_parameter(name)
     if not parameter.is_meta:
         return parameter
-    source, path = open_folder(folder), family_of(model.config.to_dict()).mixer
-    start, end = path.split("{layer}")
-    theirs = family_of(source.config, source.tensors).mixer
-    layer, rest = name.removeprefix(start).split(end, 1)
-    return source.read(theirs.format(layer=layer) + rest)
+    source, family = open_folder(folder), family_of(model.config.to_dict())
+    expected = expected_tensors(source.config, source.tensors)
+    pieces = [file for file, part in expected.items() if family.tensor_name(part.layer, part.inner) == name]
+    return torch.cat([source.read(piece) for piece in pieces])
 
 
 def _placement(config: Mapping, device: torch.device, place: str) -> dict[str, str]:
     """Where each part of the model is: its layers at ``place``, what is before and after them on the device."""
-    their_config = AutoConfig.for_model(**config).get_text_config()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(their_config)
-    layers = family_of(their_config.to_dict()).mixer.split(".{layer}")[0]
+    model = build_model(config)
+    layers = family_of(model.config.to_dict()).mixer.split(".{layer}")[0]
     parts = [name for name, module in model.named_modules() if name and f"{layers}.".startswith(f"{name}.")]
     found = {}
     for parent in ("", *parts[:-1]):

@@ -5,6 +5,7 @@ import re
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
+from keyreduce.families.mixer_tensors import below_mixers
 
 # As safetensors calls them. Whatever has fewer bits, or none behind the point, stands for other numbers.
 _PLAIN = {"F64", "F32", "F16", "BF16"}
@@ -21,15 +22,12 @@ def refuse_quantized(source: Checkpoint) -> None:
     Raises:
         KeyreduceError: names the first such tensor.
     """
-    family = family_of(source.config, source.tensors)
-    prefixes = tuple(family.tensor_name(layer, "") for layer in family.mixer_layers(source.config))
-    for name, spec in source.tensors.items():
-        if not name.startswith(prefixes):
-            continue
-        short = next(name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix))
-        if spec.dtype not in _PLAIN or (short not in family.tensors and _COMPANION.search(short)):
+    known = family_of(source.config).tensors
+    for name, short in below_mixers(source.config, source.tensors).items():
+        dtype = source.tensors[name].dtype
+        if dtype not in _PLAIN or (short not in known and _COMPANION.search(short)):
             raise KeyreduceError(
-                f"{source.path} is quantised{_format(source.config)}: tensor {name!r} ({spec.dtype}) holds numbers or "
+                f"{source.path} is quantised{_format(source.config)}: tensor {name!r} ({dtype}) holds numbers or "
                 "scales of blocks of channels, which a cut would divide; prune the unquantised checkpoint, and then "
                 "quantise the result"
             )

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.source import Checkpoint
@@ -28,6 +28,7 @@ from keyreduce.families import Family, Part, family_of
 from keyreduce.families.axes import parts_of
 from keyreduce.families.layout import places
 from keyreduce.models.loading import prepare_backend
+from keyreduce.models.meta import language_model
 from keyreduce.models.operators import operands, replaced_by_layer
 from keyreduce.pruning.edits import Narrow, layer_edits
 from keyreduce.pruning.plan import LayerCut, Plan
@@ -133,10 +134,7 @@ def _load(
 ) -> PreTrainedModel:
     """Build a model around weights; a tokenizer it does not need."""
     try:
-        their_config = AutoConfig.for_model(**config)
-        model_class = AutoModelForCausalLM._model_mapping[type(their_config)]
-        if not isinstance(their_config, model_class.config_class):
-            their_config = their_config.get_text_config()  # the language model of a larger one
+        model_class, their_config = language_model(config)
         model, report = model_class.from_pretrained(
             None, config=their_config, state_dict=weights, dtype=dtype, output_loading_info=True
         )

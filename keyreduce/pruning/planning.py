@@ -9,8 +9,8 @@ from keyreduce.calibration.statistics import LayerStatistics, Statistics
 from keyreduce.checkpoint.rewrite import is_finite
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
-from keyreduce.families import Family, MixerSizes, Part, family_of
-from keyreduce.families.axes import length_of
+from keyreduce.families import Family, MixerSizes, family_of
+from keyreduce.families.mixer_tensors import check_mixers
 from keyreduce.models.quantized import refuse_quantized
 from keyreduce.pruning.budget import SIZE_OF, sizes_after
 from keyreduce.pruning.methods import LayerView, Method, Selection
@@ -102,7 +102,7 @@ def make_plan(
     check_method(source, method, list(keep))
     family = family_of(source.config, source.tensors)
     layers = family.layer_sizes(source.config)
-    _check_shapes(source, family, list(layers))
+    check_mixers(source.config, {name: spec.shape for name, spec in source.tensors.items()}, source.path)
     if statistics is not None:
         _check_statistics(source, method, statistics, list(layers))
     options = {**method.options, **(options or {})}
@@ -216,33 +216,3 @@ def _check_statistics(source: Checkpoint, method: Method, statistics: Statistics
             f"{method.name} needs gradients, which the calibration file does not hold: "
             "run keyreduce calibrate `gradients` `overwrite`"
         )
-
-
-def _check_shapes(source: Checkpoint, family: Family, layers: list[int]) -> None:
-    """Refuse a checkpoint whose mixers have not the shapes that its config says."""
-    shapes = {name: spec.shape for name, spec in source.tensors.items()}
-    for layer in layers:
-        sizes = family.axis_sizes(source.config, layer)
-        if not any(family.tensor_name(layer, short_name) in source.tensors for short_name in family.tensors):
-            # What is optional may be missing, but not everything.
-            raise KeyreduceError(
-                f"{source.path} has no tensor {family.tensor_name(layer, next(iter(family.tensors)))!r}, nor any other "
-                f"of that mixer, which its config.json describes: they belong to different models"
-            )
-        for short_name, axes in family.tensors.items():
-            name = family.tensor_name(layer, short_name)
-            if name not in source.tensors:
-                continue
-            shape = shapes[name]
-            expected = tuple(
-                1 if axis is Part.HEAD_OR_ALL and size == 1 else length_of(axis, sizes) or size
-                for axis, size in zip(axes, shape, strict=False)
-            )
-            found, wanted = family.divided(layer, short_name, shapes, sizes)
-            if found and sum(found) == sum(wanted):
-                shape = (expected[0], *shape[1:])  # however they are divided, they are put together
-            if len(shape) != len(axes) or shape != expected:
-                raise KeyreduceError(
-                    f"tensor {name!r} of {source.path} is {list(shape)}, which is not what config.json says: "
-                    "they belong to different models"
-                )

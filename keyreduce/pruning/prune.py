@@ -15,8 +15,7 @@ from keyreduce.checkpoint.rewrite import Edit, rewrite
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
-from keyreduce.models.rehearsal import check_loading
-from keyreduce.models.skeleton import Skeleton
+from keyreduce.families.mixer_tensors import below_mixers, check_mixers, refuse_faults
 from keyreduce.outputs import appearing, read_json, write_json
 from keyreduce.pruning.card import model_card
 from keyreduce.pruning.edits import layer_edits
@@ -48,7 +47,6 @@ def write_pruned(
     dtype: torch.dtype | None = None,
     max_shard_size: int | None = None,
     command: str | None = None,
-    skeleton: Skeleton | None = None,
     verify: Callable[[Path], object] | None = None,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -65,7 +63,6 @@ def write_pruned(
         dtype: what the weights are cast to; None leaves them.
         max_shard_size: the most bytes in a shard of several tensors; None keeps the source's shards.
         command: the command line that asked for it, for the record.
-        skeleton: what checks the result against the model that its config describes; None leaves that out.
         verify: called with the finished folder before it appears; what it raises keeps it from doing so.
         overwrite: whether an existing one is replaced.
         progress: called with bytes written.
@@ -77,7 +74,8 @@ def write_pruned(
         What the cut saves.
 
     Raises:
-        KeyreduceError: see :func:`keyreduce.checkpoint.rewrite.rewrite`; or the target exists.
+        KeyreduceError: see :func:`keyreduce.checkpoint.rewrite.rewrite`; or the target exists, or what was written
+            is not what the family's table says of the new config.
     """
     family = family_of(source.config)
     earlier = read_record(source.path)
@@ -107,8 +105,7 @@ def write_pruned(
             progress=progress,
         )
         written = open_folder(temporary)
-        if skeleton is not None:
-            _check_tensors(skeleton, written, target)
+        _check_tensors(source, written, target)
         saved = savings(source, written)
         step = plan.to_json() | {"smaller": saved.sentence} | ({"command": command} if command else {})
         record["steps"] = [*steps, step]
@@ -128,11 +125,22 @@ def _with_flat_rope(config: dict) -> dict:
     return config | {name: nested[name] for name in names if config.get(name) is None}
 
 
-def _check_tensors(skeleton: Skeleton, written: Checkpoint, target: Path) -> None:
-    if "quantization_config" in written.config:
-        return  # the model that is built has none of the tensors in which other parts than the mixers are quantised
+def _check_tensors(source: Checkpoint, written: Checkpoint, target: Path) -> None:
+    """Refuse mixers that are not those of the config, and other tensors that are not those of the source."""
     shapes = {name: spec.shape for name, spec in written.tensors.items()}
-    check_loading(skeleton, written.config, shapes, target)
+    check_mixers(written.config, shapes, target)
+    mixers = below_mixers(written.config, shapes)
+    found = {name: shape for name, shape in shapes.items() if name not in mixers}
+    mixers = below_mixers(source.config, source.tensors)
+    wanted = {name: spec.shape for name, spec in source.tensors.items() if name not in mixers}
+    refuse_faults(
+        target,
+        missing=[name for name in wanted if name not in found],
+        left_over=[name for name in found if name not in wanted],
+        reshaped={
+            name: (shape, wanted[name]) for name, shape in found.items() if shape != wanted.get(name, shape)
+        },
+    )
 
 
 def read_record(folder: Path) -> dict:

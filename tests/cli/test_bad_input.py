@@ -186,9 +186,12 @@ DAMAGED = {
         lambda folder: edit_tensors(folder, lambda tensors: tensors[QUERY].fill_(float("inf"))),
         "holds NaN or inf: the checkpoint is damaged",
     ),
-    "a tensor less": (lambda folder: edit_tensors(folder, lambda tensors: tensors.pop(QUERY)), f"no tensor '{QUERY}'"),
-    "a layer less": (lambda folder: edit_config(folder, num_hidden_layers=3), "no tensor 'model.layers.2."),
-    "other heads": (lambda folder: edit_config(folder, num_heads=4), "they belong to different models"),
+    "a tensor less": (lambda folder: edit_tensors(folder, lambda tensors: tensors.pop(QUERY)), f"missing: {QUERY}"),
+    "a layer less": (lambda folder: edit_config(folder, num_hidden_layers=3), "missing: model.layers.2."),
+    "other heads": (
+        lambda folder: edit_config(folder, num_heads=4),
+        "not those that its config.json asks for; of another shape: model.layers.0.attn.b_proj.weight",
+    ),
 }
 
 

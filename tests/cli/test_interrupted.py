@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).parents[2]
 FORKS = """
 import os, signal, sys
 import fla_torch; fla_torch.enable()
-import torch, keyreduce.pruning.prune, keyreduce.models.skeleton, keyreduce.pruning.planning
+import torch, keyreduce.pruning.prune, keyreduce.pruning.planning
 from keyreduce.checkpoint import shard_writer
 import keyreduce.checkpoint.dcp_source, keyreduce.models.delta_net_2, transformers.modeling_utils
 from keyreduce.cli import main

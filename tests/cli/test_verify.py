@@ -64,20 +64,28 @@ def test_sums_find_what_else_changed(keyreduce, pruned):
 
 
 @pytest.mark.parametrize("case", ["missing", "left over", "of another shape"])
-def test_tensors_that_the_config_does_not_ask_for_are_listed(keyreduce, pruned, case):
+@pytest.mark.parametrize("name", ["model.layers.1.attn.o_norm.weight", "model.norm.weight"])
+def test_tensors_that_the_config_does_not_ask_for_are_listed(keyreduce, pruned, case, name):
+    """Of the mixers by the table; of the rest by the library's model, if one asks for that."""
+    more = name.replace("norm", "extra")
+
     def change(tensors):
         if case == "missing":
-            del tensors["model.norm.weight"]
+            del tensors[name]
         elif case == "left over":
-            tensors["model.extra.weight"] = torch.zeros(3)
+            tensors[more] = torch.zeros(3)
         else:
-            tensors["model.norm.weight"] = torch.zeros(3)
+            tensors[name] = torch.zeros(3)
 
     edit(pruned, change)
     (pruned / "keyreduce.json").unlink()
-    result = keyreduce("verify")
-    name = "model.extra.weight" if case == "left over" else "model.norm.weight"
-    assert result.code == 2 and f"{case}: {name}" in result.err and len(result.err.splitlines()) == 1
+    for options in ([], ["--load"]):
+        result = keyreduce("verify", *options)
+        if "attn" in name or options:
+            assert result.code == 2 and len(result.err.splitlines()) == 1
+            assert f"{case}: {more if case == 'left over' else name}" in result.err
+        else:
+            assert result.code == 0 and "its mixers are those that its config.json asks for" in result.out
 
 
 def test_a_dcp_and_a_folder_that_nobody_recorded(keyreduce, pruned, tiny_folder):

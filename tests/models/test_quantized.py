@@ -9,7 +9,6 @@ from keyreduce.calibration.run import Settings, calibrate
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.errors import KeyreduceError
 from keyreduce.models.quantized import refuse_quantized
-from keyreduce.models.skeleton import Skeleton
 from keyreduce.pruning.methods import METHODS
 from keyreduce.pruning.planning import check_method, make_plan
 from keyreduce.pruning.prune import write_pruned
@@ -59,8 +58,7 @@ def test_quantised_experts_go_along(folder, tmp_path):
     edit_config(folder, quantization_config={"quant_method": "fp8"})
     source, keep = open_folder(folder), {"key": {0: 5, 2: 5}}
     plan = make_plan(source, METHODS["l2"], keep, seed=0, statistics=None, inputs={"method": "l2"})
-    with Skeleton() as skeleton:
-        write_pruned(source, plan, tmp_path / "cut", dense="dense", skeleton=skeleton)
+    write_pruned(source, plan, tmp_path / "cut", dense="dense")
     before, after = tensors_of(folder), tensors_of(tmp_path / "cut")
     assert before.keys() == after.keys()
     assert before[f"{EXPERT}.weight"].dtype == torch.float8_e4m3fn

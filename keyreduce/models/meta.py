@@ -1,0 +1,156 @@
+"""The library's own model of a config, built without numbers on torch's meta device, and what it says of a checkpoint.
+
+It takes neither weights nor accelerate. The import of fla and transformers takes seconds: for what reads and writes
+files alone, :mod:`keyreduce.families.mixer_tensors` says which tensors a mixer has.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import fla_torch  # before fla, which warns where there is no GPU: this silences it
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    logging,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
+from transformers.modeling_utils import LoadStateDictConfig
+
+import keyreduce.models.delta_net_2  # noqa: F401  (registers itself, and fla's models)
+from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.errors import KeyreduceError, reason
+from keyreduce.families import UnknownArchitecture
+from keyreduce.families.mixer_tensors import refuse_faults, refuse_more_layers
+from keyreduce.models.loading import prepare_backend
+
+_META = torch.device("meta")
+
+
+def language_model(config: Mapping) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """Return the class of a config's language model and its config; of a larger model they are those of a part.
+
+    Raises:
+        UnknownArchitecture: transformers has no such class, with fla's and keyreduce's own registered.
+    """
+    if not fla_torch.is_enabled():
+        # fla builds no layer of softmax attention where flash-attn is not installed; our backend stands in for it.
+        prepare_backend(torch.device("cpu"))
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise UnknownArchitecture(f"transformers knows no model_type {model_type!r}")
+    theirs = AutoConfig.for_model(**config)
+    if type(theirs) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnknownArchitecture(f"transformers has no language model of model_type {model_type!r}")
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(theirs)]
+    return model_class, theirs if isinstance(theirs, model_class.config_class) else theirs.get_text_config()
+
+
+def build_model(
+    config: Mapping, device: torch.device = _META, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Return the language model of a config in evaluation mode: without numbers, or with random ones.
+
+    Args:
+        config: the content of config.json.
+        device: where to build it.
+        dtype: of its weights; torch's default if None.
+
+    Raises:
+        UnknownArchitecture: see :func:`language_model`.
+        KeyreduceError: no model is made from the config.
+        torch.OutOfMemoryError: the device has no room for it.
+    """
+    try:
+        with _silent():
+            model_class, theirs = language_model(config)
+            with device:
+                return model_class._from_config(theirs, dtype=dtype).to(device).eval()
+    except (KeyreduceError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # A config that no model would have makes its constructor raise nearly anything.
+        raise KeyreduceError(f"no model is made from its config.json: {reason(error)}") from error
+
+
+def file_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of all tensors that transformers would write into a checkpoint of a config.
+
+    Raises:
+        KeyreduceError: see :func:`build_model`.
+    """
+    model = build_model(config)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
+
+
+def check_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Path) -> PreTrainedModel:
+    """Refuse a checkpoint that transformers would not load whole.
+
+    What a model's class forgives is forgiven, and of tied weights one is enough.
+
+    Args:
+        config: the content of config.json.
+        shapes: tensor name -> shape, of the whole checkpoint.
+        path: what to call it.
+
+    Returns:
+        The model, on torch's meta device.
+
+    Raises:
+        UnknownArchitecture: nothing can be said of such a model; the checkpoint may be right.
+        KeyreduceError: tensors are missing, left over or of another shape, or no model is made from the config.
+    """
+    if "quantization_config" in config:
+        raise UnknownArchitecture("the model is quantised, and what is built here has none of the tensors of that")
+    refuse_more_layers(config, len(shapes), path)
+    try:
+        model = build_model(config)
+    except UnknownArchitecture:
+        raise
+    except KeyreduceError as error:
+        raise KeyreduceError(f"{path}: {error}") from None
+    # What from_pretrained does with `device_map="meta"`, for which it would take accelerate.
+    settings = LoadStateDictConfig(
+        device_map={"": "meta"}, ignore_mismatched_sizes=True, weight_mapping=get_model_conversion_mapping(model)
+    )
+    tensors = {name: torch.empty(tuple(shape), device=_META) for name, shape in shapes.items()}
+    try:
+        with _silent():
+            report, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
+            model.tie_weights(missing_keys=report.missing_keys, recompute_mapping=False)
+            model._adjust_missing_and_unexpected_keys(report)
+    except Exception as error:
+        # Tensors of any shape at all are put together here.
+        raise KeyreduceError(f"{path}: transformers does not load it: {reason(error)}") from error
+    refuse_faults(
+        path,
+        missing=sorted(report.missing_keys),
+        left_over=sorted(report.unexpected_keys),
+        reshaped={name: (found, wanted) for name, found, wanted in sorted(report.mismatched_keys)},
+    )
+    return model
+
+
+def check_source(source: Checkpoint) -> PreTrainedModel:
+    """Refuse an open checkpoint that transformers would not load whole; see :func:`check_loading`."""
+    return check_loading(source.config, {name: spec.shape for name, spec in source.tensors.items()}, source.path)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep transformers from reporting what is told in one line here."""
+    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bar:
+            logging.enable_progress_bar()
