@@ -79,6 +79,11 @@ class Checkpoint(ABC):
         return tuple(self._stamps)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape."""
+        return {name: spec.shape for name, spec in self.tensors.items()}
+
+    @property
     def nbytes(self) -> int:
         """The bytes of all tensors."""
         return sum(spec.nbytes for spec in self.tensors.values())

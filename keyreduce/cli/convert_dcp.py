@@ -125,8 +125,7 @@ def _convert(console, source, target, *, to_dcp, layout, dtype, max_shard_size, 
         else:
             rewrite(source, folder, dtype=dtype, max_shard_size=max_shard_size, progress=progress)
         try:
-            shapes = {name: spec.shape for name, spec in source.tensors.items()}
-            check_mixers(source.config, shapes, source.path)
+            check_mixers(source.config, source.shapes, source.path)
         except UnknownArchitecture as error:
             console.note(f"not checked whether all tensors of the model are there: {error}")
         written = open_dcp(folder) if to_dcp else open_folder(folder)

@@ -65,9 +65,7 @@ def verify(
 
                 check_source(source)
             else:
-                check_mixers(
-                    source.config, {name: spec.shape for name, spec in source.tensors.items()}, source.path
-                )
+                check_mixers(source.config, source.shapes, source.path)
             is_whole = True
         except UnknownArchitecture as error:
             console.note(f"not checked whether all tensors of the model are there: {error}")

@@ -139,7 +139,7 @@ def check_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Pa
 
 def check_source(source: Checkpoint) -> PreTrainedModel:
     """Refuse an open checkpoint that transformers would not load whole; see :func:`check_loading`."""
-    return check_loading(source.config, {name: spec.shape for name, spec in source.tensors.items()}, source.path)
+    return check_loading(source.config, source.shapes, source.path)
 
 
 @contextlib.contextmanager

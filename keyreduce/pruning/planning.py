@@ -102,7 +102,7 @@ def make_plan(
     check_method(source, method, list(keep))
     family = family_of(source.config, source.tensors)
     layers = family.layer_sizes(source.config)
-    check_mixers(source.config, {name: spec.shape for name, spec in source.tensors.items()}, source.path)
+    check_mixers(source.config, source.shapes, source.path)
     if statistics is not None:
         _check_statistics(source, method, statistics, list(layers))
     options = {**method.options, **(options or {})}

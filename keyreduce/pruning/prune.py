@@ -30,7 +30,7 @@ ALGORITHM = 1
 def plan_edits(source: Checkpoint, plan: Plan) -> dict[str, list[Edit]]:
     """Return tensor name -> its edits, for a whole checkpoint."""
     family = family_of(source.config, source.tensors)
-    shapes = {name: spec.shape for name, spec in source.tensors.items()}
+    shapes = source.shapes
     edits: dict[str, list[Edit]] = {}
     for layer, cut in plan.layers.items():
         edits |= layer_edits(family, layer, cut, shapes, source.read)
@@ -127,20 +127,19 @@ def _with_flat_rope(config: dict) -> dict:
 
 def _check_tensors(source: Checkpoint, written: Checkpoint, target: Path) -> None:
     """Refuse mixers that are not those of the config, and other tensors that are not those of the source."""
-    shapes = {name: spec.shape for name, spec in written.tensors.items()}
-    check_mixers(written.config, shapes, target)
-    mixers = below_mixers(written.config, shapes)
-    found = {name: shape for name, shape in shapes.items() if name not in mixers}
-    mixers = below_mixers(source.config, source.tensors)
-    wanted = {name: spec.shape for name, spec in source.tensors.items() if name not in mixers}
+    check_mixers(written.config, written.shapes, target)
+    found, wanted = _outside_mixers(written), _outside_mixers(source)
     refuse_faults(
         target,
         missing=[name for name in wanted if name not in found],
         left_over=[name for name in found if name not in wanted],
-        reshaped={
-            name: (shape, wanted[name]) for name, shape in found.items() if shape != wanted.get(name, shape)
-        },
+        reshaped={name: (shape, wanted[name]) for name, shape in found.items() if shape != wanted.get(name, shape)},
     )
+
+
+def _outside_mixers(source: Checkpoint) -> dict[str, tuple[int, ...]]:
+    mixers = below_mixers(source.config, source.tensors)
+    return {name: shape for name, shape in source.shapes.items() if name not in mixers}
 
 
 def read_record(folder: Path) -> dict:

@@ -1,4 +1,4 @@
-"""Each tensor of the mixers is in its family's table, with axes of the sizes that the table says."""
+"""The tables of fla's families against their mixers; shapes and switches are in ``test_mixer_tensors.py``."""
 
 import sys
 
@@ -35,8 +35,6 @@ VARIANTS = {
     ],
     "gated_deltanet": [{}, {"use_gate": False}, {"use_short_conv": False}, {"conv_bias": True}],
 }
-CASES = [(model_type, options) for model_type, variants in VARIANTS.items() for options in variants]
-
 pytestmark = pytest.mark.filterwarnings("ignore:ShortConvolution is crucial")
 
 
@@ -44,28 +42,6 @@ def shapes_of(model_type: str, options: dict) -> dict[str, tuple[int, ...]]:
     mixer_class, arguments, _ = MIXERS[model_type]
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in mixer_class(**arguments, **options).state_dict().items()}
-
-
-@pytest.mark.parametrize(("model_type", "options"), CASES, ids=str)
-def test_axes_are_what_the_table_says(model_type, options):
-    key_heads, value_heads, head_k_dim, head_v_dim = MIXERS[model_type][2]
-    sizes = {
-        Part.QUERY: key_heads * head_k_dim,
-        Part.KEY: key_heads * head_k_dim,
-        Part.VALUE: value_heads * head_v_dim,
-        Part.GATE: value_heads * head_v_dim,
-        Part.SHARED_VALUE: head_v_dim,
-        Part.VALUE_HEAD: value_heads,
-        Part.HEAD_OR_ALL: key_heads,
-        Part.HIDDEN: 40,
-    }
-    assert FAMILIES[model_type].axis_sizes(MIXERS[model_type][1]).items() >= sizes.items()
-    sizes[Part.HEAD_OR_ALL] = key_heads if options.get("per_head_conv") else 1
-    table = FAMILIES[model_type].tensors
-    for name, shape in shapes_of(model_type, options).items():
-        assert name in table
-        assert len(table[name]) == len(shape)
-        assert shape == tuple(sizes.get(part, size) for part, size in zip(table[name], shape, strict=True)), name
 
 
 @pytest.mark.parametrize("model_type", MODELS)

@@ -5,7 +5,7 @@ import json
 import hybrid_models
 import pytest
 import torch
-from tiny_models import draw_tokens, tensors_of
+from tiny_models import draw_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from keyreduce.errors import KeyreduceError
@@ -37,24 +37,6 @@ def mixer_of(model_type: str, config: dict) -> torch.nn.Module:
 def sizes_in_transformers(model_type: str, config: dict) -> MixerSizes:
     mixer = mixer_of(model_type, config)
     return MixerSizes(mixer.num_k_heads, mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim)
-
-
-@ALL
-def test_axes_are_what_the_table_says(tmp_path, model_type):
-    model = hybrid_models.build(model_type, **ODD)
-    family, config = FAMILIES[model_type], model.config.to_dict()
-    assert family.sizes(config) == SIZES
-    lengths = family.axis_sizes(config)
-    assert lengths[Part.HIDDEN] == 40
-    found = tensors_of(hybrid_models.store(model, tmp_path))
-    prefix = family.tensor_name(0, "")
-    mixer = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in found.items() if prefix in name}
-    assert mixer.keys() == family.tensors.keys()
-    for name, shape in mixer.items():
-        axes = family.tensors[name]
-        assert len(axes) == len(shape)
-        for axis, size in zip(axes, shape, strict=True):
-            assert axis is Part.OTHER or length_of(axis, lengths) == size, name
 
 
 @ALL

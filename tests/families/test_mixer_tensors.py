@@ -14,9 +14,10 @@ from keyreduce.families.mixer_tensors import below_mixers, check_mixers, expecte
 from keyreduce.models.meta import build_model, check_loading, file_shapes
 
 # Sizes of which no two sums are alike, so that no axis can be taken for another one.
-OF_FLA = dict(hidden_size=40, num_hidden_layers=3, intermediate_size=8, vocab_size=9, attn={"layers": [1], "num_heads": 2})
-DELTA_NET = OF_FLA | dict(num_heads=2, expand_k=0.6, expand_v=1.4, conv_size=3)
-GATED = OF_FLA | dict(num_heads=2, num_v_heads=6, head_dim=12, expand_v=0.75, conv_size=3)
+OF_FLA = dict(hidden_size=40, num_hidden_layers=3, intermediate_size=8, vocab_size=9)
+OF_FLA |= dict(attn={"layers": [1], "num_heads": 2}, conv_size=3)
+DELTA_NET = OF_FLA | dict(num_heads=2, expand_k=0.6, expand_v=1.4)
+GATED = OF_FLA | dict(num_heads=2, num_v_heads=6, head_dim=12, expand_v=0.75)
 HYBRID = dict(
     hidden_size=40, linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=11, linear_value_head_dim=7,
     linear_conv_kernel_dim=3,
@@ -32,11 +33,16 @@ ODD = {
 }
 SWITCHES = {
     "delta_net": ("use_gate", "use_beta", "use_short_conv"),
-    "delta_net_2": ("use_gate", "use_short_conv", "per_head_conv", "share_kv_conv", "shift_only_conv", "conv_scaled_shift"),
+    "delta_net_2": (
+        "use_gate", "use_short_conv", "per_head_conv", "share_kv_conv", "shift_only_conv", "conv_scaled_shift",
+    ),
     "gated_deltanet": ("use_gate", "use_short_conv"),
     "kda": ("use_short_conv",),
+}  # fmt: skip
+MORE = {
+    "kda": {"lower_bound": -5, "safe_gate": True},
+    "kimi_linear": {"linear_attn_config": {"short_conv_kernel_size": 5}},
 }
-ALONE = {"lower_bound": -5, "safe_gate": True}
 pytestmark = pytest.mark.filterwarnings("ignore:ShortConvolution is crucial")
 
 
@@ -45,9 +51,7 @@ def configs(model_type):
     names = SWITCHES.get(model_type, ())
     settings = [dict(zip(names, values, strict=True)) for values in itertools.product([False, True], repeat=len(names))]
     settings = [flags for flags in settings if flags.get("shift_only_conv") or not flags.get("conv_scaled_shift")]
-    for flags in [*settings, ALONE if model_type == "kda" else {"linear_attn_config": {"short_conv_kernel_size": 5}}]:
-        if "linear_attn_config" in flags:
-            flags = flags if model_type == "kimi_linear" else {}
+    for flags in [*settings, MORE.get(model_type, {})]:
         yield AutoConfig.for_model(model_type, **ODD[model_type] | flags).to_dict()
     yield {"model_type": model_type, **ODD[model_type]}
 

@@ -191,10 +191,10 @@ def test_a_weight_that_is_not_finite_is_named(tiny_copy, target, name, number):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"num_heads": 4}, r"tensor 'model.layers.0.attn.b_proj.weight' .* is \[2, 32\]"),
-        ({"hidden_size": 64}, r"tensor 'model.layers.0.attn.q_proj.weight' .* is \[32, 32\]"),
-        ({"expand_v": 2}, r"tensor 'model.layers.0.attn.v_proj.weight' .* is \[32, 32\]"),
-        ({"num_hidden_layers": 3}, "no tensor 'model.layers.2.attn.q_proj.weight'"),
+        ({"num_heads": 4}, r"model.layers.0.attn.b_proj.weight \[2, 32\] for \[4, 32\]"),
+        ({"hidden_size": 64}, r"model.layers.0.attn.q_proj.weight \[32, 32\] for \[64, 64\]"),
+        ({"expand_v": 2}, r"model.layers.0.attn.v_proj.weight \[32, 32\] for \[64, 32\]"),
+        ({"num_hidden_layers": 3}, "missing: model.layers.2.attn.q_proj.weight"),
     ],
 )
 def test_a_config_of_another_model_is_refused(tiny_copy, changes, told):
@@ -207,21 +207,21 @@ def test_a_config_of_another_model_is_refused(tiny_copy, changes, told):
 def test_a_tensor_of_another_rank_is_refused(tiny_copy):
     folder = tiny_copy()
     edit_tensors(folder, lambda tensors: tensors.update({"model.layers.0.attn.k_conv1d.weight": torch.ones(32, 4)}))
-    with pytest.raises(KeyreduceError, match=r"k_conv1d.weight' .* is \[32, 4\]"):
+    with pytest.raises(KeyreduceError, match=r"k_conv1d.weight \[32, 4\] for \[32, 1, 4\]"):
         plan(open_folder(folder))
 
 
 def test_kernels_of_another_number_of_heads_are_refused(tiny_copy):
     folder = tiny_copy(model_type="delta_net_2")
     edit_tensors(folder, lambda tensors: tensors.update({"model.layers.1.attn.k_conv1d.weight": torch.ones(3, 1, 4)}))
-    with pytest.raises(KeyreduceError, match=r"'model.layers.1.attn.k_conv1d.weight' .* is \[3, 1, 4\]"):
+    with pytest.raises(KeyreduceError, match=r"model.layers.1.attn.k_conv1d.weight \[3, 1, 4\] for \[2, 1, 4\]"):
         plan(open_folder(folder))
 
 
 def test_a_checkpoint_without_projections_is_refused(tiny_copy):
     folder = tiny_copy()
-    save_file({"model.embeddings.weight": torch.ones(2, 2)}, folder / "model.safetensors")
-    with pytest.raises(KeyreduceError, match="no tensor 'model.layers.0.attn.q_proj.weight'"):
+    save_file({name: torch.ones(2, 2) for name in ("a", "b")}, folder / "model.safetensors")
+    with pytest.raises(KeyreduceError, match="missing: model.layers.0.attn.q_proj.weight, .* and 8 more$"):
         plan(open_folder(folder))
 
 

@@ -56,6 +56,25 @@ def test_the_record_says_what_was_done(tiny_folder, tmp_path):
     assert read_record(source.path) == {}
 
 
+@pytest.mark.parametrize("damaged", ["model.layers.1.attn.k_proj.weight", "model.layers.1.mlp.up_proj.weight"])
+@pytest.mark.parametrize("case", ["missing", "left over", "of another shape"])
+def test_what_was_written_is_held_against_the_table_and_the_source(tiny_folder, tmp_path, monkeypatch, damaged, case):
+    from keyreduce.pruning import prune
+
+    def rewrite(source, target, **options):
+        rewritten(source, target, **options)
+        more = {"left over": {damaged.replace("weight", "more"): torch.ones(2)}}.get(case, {damaged: torch.ones(2)})
+        edit_tensors(target, lambda tensors: tensors.pop(damaged) if case == "missing" else tensors.update(more))
+
+    rewritten = prune.rewrite
+    monkeypatch.setattr(prune, "rewrite", rewrite)
+    source = open_folder(tiny_folder("delta_net"))
+    name = damaged.replace("weight", "more") if case == "left over" else damaged
+    with pytest.raises(KeyreduceError, match=f"the tensors of {tmp_path / 'cut'} are not those .*; {case}: {name}"):
+        write_pruned(source, plan_of(source, {"key": 5}), tmp_path / "cut", dense="tiny")
+    assert not list(tmp_path.glob("*cut*"))
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_sharded_checkpoints_stay_sharded(tmp_path, tiny_folder, pruned, model_type):
     sharded = save(build(model_type), tmp_path / "sharded", max_shard_size="20KB")
