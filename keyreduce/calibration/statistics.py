@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from keyreduce.checkpoint.rewrite import is_finite
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import MixerSizes
 
@@ -176,7 +177,7 @@ class Statistics:
         """
         for layer, statistics in self.layers.items():
             for name, tensor in statistics.tensors().items():
-                if not torch.isfinite(tensor).all():
+                if not is_finite(tensor):
                     what = "gradients" if name.startswith(TAYLOR) else "activations"
                     raise KeyreduceError(
                         f"{what} of layer {layer} hold NaN or inf ({name.rsplit('_', 1)[0]}): "
