@@ -23,6 +23,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 import keyreduce.models.delta_net_2  # noqa: F401  (registers itself, and fla's models)
+from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError, reason
 from keyreduce.families import UnknownArchitecture
@@ -140,6 +141,11 @@ def check_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Pa
 def check_source(source: Checkpoint) -> PreTrainedModel:
     """Refuse an open checkpoint that transformers would not load whole; see :func:`check_loading`."""
     return check_loading(source.config, source.shapes, source.path)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a Hugging Face folder that transformers would not load whole; see :func:`check_loading`."""
+    check_source(open_folder(folder))
 
 
 @contextlib.contextmanager
