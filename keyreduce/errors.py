@@ -25,6 +25,10 @@ class KeyreduceError(Exception):
         return _FIELD.sub(lambda match: name_of(match[1]), str(self))
 
 
+class UnknownArchitecture(KeyreduceError):
+    """Nothing can be said of this model: no table here, or no class of the libraries, is of its kind."""
+
+
 # Errors of other libraries whose message needs no type beside it.
 _CLEAR_WITHOUT_TYPE = (AssertionError, ImportError, OSError, RuntimeError, ValueError)
 

@@ -5,11 +5,11 @@ import math
 from pathlib import Path
 
 import pytest
+from tiny_models import file_shapes
 from transformers import AutoConfig
 
 from keyreduce.checkpoint.shards import TensorSpec
 from keyreduce.families import family_of
-from keyreduce.models.meta import file_shapes
 from keyreduce.pruning.methods import method_named
 from keyreduce.pruning.planning import check_method
 from keyreduce.sweep.recipe import read_recipe

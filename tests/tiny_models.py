@@ -9,10 +9,12 @@ import torch
 from fla.models import DeltaNetConfig, DeltaNetForCausalLM, GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from keyreduce.checkpoint.find import DEFAULT_MODEL, SHIPPED
 from keyreduce.models.delta_net_2 import DeltaNet2Config, DeltaNet2ForCausalLM
+from keyreduce.models.meta import build_model
 
 VOCABULARY = 264
 # A large scale of the weights, so that what a channel holds shows in the logits.
@@ -66,6 +68,13 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """Return all tensors of a folder, read by the safetensors library."""
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def file_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of all tensors that transformers would write into a checkpoint of a config."""
+    model = build_model(config)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
 
 
 def draw_tokens(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -100,7 +100,7 @@ def _convert(console, source, target, *, to_dcp, layout, dtype, max_shard_size, 
     from keyreduce.checkpoint.memory import freed_tensors_returned
     from keyreduce.checkpoint.rewrite import rewrite
     from keyreduce.cli.console import megabytes
-    from keyreduce.families import UnknownArchitecture
+    from keyreduce.errors import UnknownArchitecture
     from keyreduce.families.mixer_tensors import check_mixers
     from keyreduce.outputs import appearing, is_already_made, refuse_source, write_json
     from keyreduce.pruning.prune import read_record

@@ -38,8 +38,6 @@ def verify(
     from keyreduce.checkpoint.verify import SUMS_NAME, check_finite, compare_sums, hash_files, read_sums
     from keyreduce.cli.console import Console, megabytes
     from keyreduce.errors import KeyreduceError
-    from keyreduce.families import UnknownArchitecture
-    from keyreduce.families.mixer_tensors import check_mixers
     from keyreduce.outputs import appearing
     from keyreduce.pruning.prune import read_record
     from keyreduce.workspace import Workspace
@@ -59,17 +57,7 @@ def verify(
             sums = hash_files(source, progress=progress)
         if noted is not None:
             compare_sums(source.path, sums, noted)
-        try:
-            if load:
-                from keyreduce.models.meta import check_source  # with transformers and fla, which takes seconds
-
-                check_source(source)
-            else:
-                check_mixers(source.config, source.shapes, source.path)
-            is_whole = True
-        except UnknownArchitecture as error:
-            console.note(f"not checked whether all tensors of the model are there: {error}")
-            is_whole = None
+        is_whole = _is_whole(source, load, console)
     source.refuse_changed()
     if write_sums:
         text = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
@@ -96,3 +84,21 @@ def verify(
             "sha256": sums,
         }
     )
+
+
+def _is_whole(source, load: bool, console) -> bool | None:
+    """Whether all tensors are there; None of a model of which nothing can be said."""
+    from keyreduce.errors import UnknownArchitecture
+    from keyreduce.families.mixer_tensors import check_mixers
+
+    try:
+        if load:
+            from keyreduce.models.meta import check_source  # with transformers and fla, which takes seconds
+
+            check_source(source)
+        else:
+            check_mixers(source.config, source.shapes, source.path)
+    except UnknownArchitecture as error:
+        console.note(f"not checked whether all tensors of the model are there: {error}")
+        return None
+    return True

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from keyreduce.errors import KeyreduceError
+from keyreduce.errors import UnknownArchitecture
 from keyreduce.families.axes import Axis, Joined, Part
 from keyreduce.families.delta_net import DELTA_NET
 from keyreduce.families.delta_net_2 import DELTA_NET_2
@@ -37,21 +37,7 @@ REFUSED = {
 }
 """Model types of the same kin -> why they are refused."""
 
-__all__ = [
-    "FAMILIES",
-    "REFUSED",
-    "Axis",
-    "Family",
-    "Joined",
-    "MixerSizes",
-    "Part",
-    "UnknownArchitecture",
-    "family_of",
-]
-
-
-class UnknownArchitecture(KeyreduceError):
-    """Nothing can be said of this model: no table here and no class of the libraries is of its kind."""
+__all__ = ["FAMILIES", "REFUSED", "Axis", "Family", "Joined", "MixerSizes", "Part", "family_of"]
 
 
 def family_of(config: Mapping, names: Iterable[str] = ()) -> Family:

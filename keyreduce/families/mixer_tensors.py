@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from keyreduce.errors import KeyreduceError
-from keyreduce.families import UnknownArchitecture, family_of
+from keyreduce.errors import KeyreduceError, UnknownArchitecture
+from keyreduce.families import family_of
 from keyreduce.families.axes import length_of
 
 _LISTED = 10

@@ -1,7 +1,8 @@
 """A checkpoint folder as a model that is ready to run: its backend, its weights, its tokenizer."""
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as their_logging
 
 from keyreduce.checkpoint.folder import open_folder
+from keyreduce.checkpoint.rewrite import is_finite
 from keyreduce.errors import KeyreduceError, reason
 from keyreduce.families import Family, family_of
 from keyreduce.families.mixer_tensors import refuse_faults
@@ -83,27 +85,37 @@ def load_model(
     prepare_backend(device, gradients=gradients)
     if not gradients:
         warn_of_wrong_results(family, config, device)
-    their_logging.disable_progress_bar()  # the commands show progress themselves
-    verbosity = their_logging.get_verbosity()
-    their_logging.set_verbosity_error()  # what its report of the weights says, _check_weights says in one line
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **(placement or {})
-        )
-        model = (model if placement else model.to(device)).eval()
+        with silenced():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **(placement or {})
+            )
+            model = (model if placement else model.to(device)).eval()
     except Exception as error:
         # A config that no model would have makes its constructor raise nearly anything.
         raise KeyreduceError(f"{folder} does not load: {reason(error)}") from error
-    finally:
-        their_logging.set_verbosity(verbosity)
     _check_weights(folder, report)
     for name, parameter in model.named_parameters():
         # Of what waits on the disk the activations will tell.
-        if not parameter.is_meta and not torch.isfinite(parameter).all():
+        if not parameter.is_meta and not is_finite(parameter.detach()):
             raise KeyreduceError(f"tensor {name!r} of {folder} holds NaN or inf: the checkpoint is damaged")
     tokenizer = _load_tokenizer(folder) if with_tokenizer else None
     # Of a larger model the language model alone is loaded, and its mixers are elsewhere than in the checkpoint.
     return LoadedModel(model, tokenizer, family_of(model.config.to_dict()), folder)
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Keep transformers from reporting what is said in one line here, and from a bar beside those of the commands."""
+    verbosity, has_bar = their_logging.get_verbosity(), their_logging.is_progress_bar_enabled()
+    their_logging.set_verbosity_error()
+    their_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        their_logging.set_verbosity(verbosity)
+        if has_bar:
+            their_logging.enable_progress_bar()
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

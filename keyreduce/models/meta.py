@@ -4,31 +4,22 @@ It takes neither weights nor accelerate. The import of fla and transformers take
 files alone, :mod:`keyreduce.families.mixer_tensors` says which tensors a mixer has.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import fla_torch  # before fla, which warns where there is no GPU: this silences it
 import torch
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    logging,
-)
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 import keyreduce.models.delta_net_2  # noqa: F401  (registers itself, and fla's models)
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.source import Checkpoint
-from keyreduce.errors import KeyreduceError, reason
-from keyreduce.families import UnknownArchitecture
+from keyreduce.errors import KeyreduceError, UnknownArchitecture, reason
 from keyreduce.families.mixer_tensors import refuse_faults, refuse_more_layers
-from keyreduce.models.loading import prepare_backend
+from keyreduce.models.loading import prepare_backend, silenced
 
 _META = torch.device("meta")
 
@@ -68,7 +59,7 @@ def build_model(
         torch.OutOfMemoryError: the device has no room for it.
     """
     try:
-        with _silent():
+        with silenced():
             model_class, theirs = language_model(config)
             with device:
                 return model_class._from_config(theirs, dtype=dtype).to(device).eval()
@@ -77,17 +68,6 @@ def build_model(
     except Exception as error:
         # A config that no model would have makes its constructor raise nearly anything.
         raise KeyreduceError(f"no model is made from its config.json: {reason(error)}") from error
-
-
-def file_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of all tensors that transformers would write into a checkpoint of a config.
-
-    Raises:
-        KeyreduceError: see :func:`build_model`.
-    """
-    model = build_model(config)
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
-    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
 
 
 def check_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Path) -> PreTrainedModel:
@@ -122,7 +102,7 @@ def check_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Pa
     )
     tensors = {name: torch.empty(tuple(shape), device=_META) for name, shape in shapes.items()}
     try:
-        with _silent():
+        with silenced():
             report, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
             model.tie_weights(missing_keys=report.missing_keys, recompute_mapping=False)
             model._adjust_missing_and_unexpected_keys(report)
@@ -146,17 +126,3 @@ def check_source(source: Checkpoint) -> PreTrainedModel:
 def check_folder(folder: Path) -> None:
     """Refuse a Hugging Face folder that transformers would not load whole; see :func:`check_loading`."""
     check_source(open_folder(folder))
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Keep transformers from reporting what is told in one line here."""
-    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bar:
-            logging.enable_progress_bar()

@@ -5,13 +5,14 @@ import itertools
 import hybrid_models
 import pytest
 import tiny_models
+from tiny_models import file_shapes
 from transformers import AutoConfig
 
-from keyreduce.errors import KeyreduceError
-from keyreduce.families import FAMILIES, UnknownArchitecture, family_of
+from keyreduce.errors import KeyreduceError, UnknownArchitecture
+from keyreduce.families import FAMILIES, family_of
 from keyreduce.families.axes import Joined
 from keyreduce.families.mixer_tensors import below_mixers, check_mixers, expected_tensors
-from keyreduce.models.meta import build_model, check_loading, file_shapes
+from keyreduce.models.meta import build_model, check_loading
 
 # Sizes of which no two sums are alike, so that no axis can be taken for another one.
 OF_FLA = dict(hidden_size=40, num_hidden_layers=3, intermediate_size=8, vocab_size=9)

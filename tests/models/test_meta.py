@@ -9,12 +9,11 @@ import hybrid_models
 import pytest
 import tiny_models
 import torch
-from tiny_models import build, edit_config, edit_tensors, tensors_of
+from tiny_models import build, edit_config, edit_tensors, file_shapes, tensors_of
 
 from keyreduce.checkpoint.folder import open_folder
-from keyreduce.errors import KeyreduceError
-from keyreduce.families import UnknownArchitecture
-from keyreduce.models.meta import build_model, check_loading, check_source, file_shapes
+from keyreduce.errors import KeyreduceError, UnknownArchitecture
+from keyreduce.models.meta import build_model, check_loading, check_source
 
 LLAMA = dict(model_type="llama", hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
 MODEL_TYPES = [*hybrid_models.HYBRIDS, *hybrid_models.CHANNEL_DECAY, *tiny_models.FAMILIES]
