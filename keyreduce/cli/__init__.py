@@ -1,5 +1,6 @@
 """The command line: one file a subcommand. Heavy imports wait until a command runs."""
 
+import signal
 import sys
 from typing import NoReturn
 
@@ -7,13 +8,13 @@ import typer
 
 from keyreduce.api.calibrate import CalibrateRequest
 from keyreduce.api.prune import PruneRequest
-from keyreduce.cli import calibrate, errors, prune
+from keyreduce.api.recover import RecoverRequest
+from keyreduce.cli import calibrate, errors, prune, recover
 from keyreduce.cli.benchmark import benchmark
 from keyreduce.cli.command import add_command
 from keyreduce.cli.convert_dcp import convert_dcp
 from keyreduce.cli.eval import evaluate
 from keyreduce.cli.rank import rank
-from keyreduce.cli.recover import recover
 from keyreduce.cli.sweep import sweep
 from keyreduce.cli.table import table
 from keyreduce.cli.verify import verify
@@ -30,7 +31,7 @@ app = typer.Typer(
 )
 add_command(app, CalibrateRequest, calibrate.show, "calibrate")
 add_command(app, PruneRequest, prune.show, "prune")
-app.command()(recover)
+add_command(app, RecoverRequest, recover.show, "recover")
 app.command(name="convert-dcp")(convert_dcp)
 app.command()(benchmark)
 app.command(name="eval")(evaluate)
@@ -42,6 +43,10 @@ app.command()(verify)
 
 def main() -> None:
     """Run the command line; what a user did wrong is told in one line, with exit code 2."""
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and not is_torchrun():
+        # An exception, so that what was written on the way is cleared. Under torchrun a process may be waiting for
+        # another one where no exception reaches it.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         _run()
     except SystemExit as exit_:

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import shlex
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -81,11 +79,6 @@ class Console(Reporter):
         with Progress(*columns, TimeRemainingColumn(), console=self.errors, transient=True, disable=hidden) as bar:
             task = bar.add_task(description, total=total)
             yield lambda amount: bar.advance(task, amount)
-
-
-def command_line() -> str:
-    """Return what was typed, for records: settings from the environment are not in it."""
-    return shlex.join(["keyreduce", *sys.argv[1:]])
 
 
 def scaled(amount: float) -> str:

@@ -85,7 +85,7 @@ def run(
     Raises:
         KeyreduceError: the harness stopped, or its results cannot be written.
     """
-    from keyreduce.cli.console import command_line
+    from keyreduce.processes import command_line
     from keyreduce.evaluation.harness import figures, run_tasks, write_results
     from keyreduce.outputs import refuse_unwritable
 

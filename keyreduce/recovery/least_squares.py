@@ -1,10 +1,10 @@
 """The output projection of a pruned mixer, refitted in closed form to what the dense mixer gives.
 
-The projection is corrected by the ridge regression of what is missing, dense mixer's output minus pruned mixer's, on
-what the projection receives. Where nothing is missing it stays as it is, bit by bit. The dense mixer sees the dense
-model's hidden states and the pruned one those of the layers below it as they are after their own repair, so that the
-correction makes up for their errors too (as in Frantar and Alistarh, "Optimal Brain Compression", arXiv:2208.11580,
-section 6, where compressed layers are recalibrated one after another).
+The correction of the projection is a ridge regression: what is missing of the dense mixer's output, on what the
+projection receives. Where nothing is missing, the projection stays as it is, bit by bit. The dense mixer sees the dense
+model's hidden states, and the pruned mixer sees those that the recovered layers below it give, so that the correction
+makes up for their errors too (as in Frantar and Alistarh, "Optimal Brain Compression", arXiv:2208.11580, section 6,
+where compressed layers are recalibrated one after another).
 
 Memory is ``2 (C^2 + D C)`` float64 numbers, whatever the number of tokens.
 
@@ -22,18 +22,19 @@ HELDOUT_EVERY = 8
 
 
 @torch.no_grad()
-def refit_output(pruned: Stream, layer: int, targets: Sequence[torch.Tensor]) -> dict:
+def refit_output(pruned: Stream, layer: int, targets: Sequence[torch.Tensor]) -> dict[str, float]:
     """Correct the output projection of a layer, in place.
 
-    The strength of the ridge is the one that does best on every eighth batch, which the fit for the choice leaves out.
+    The strength of the ridge is chosen by the error on every eighth batch, which the fits that are compared leave out.
 
     Args:
         pruned: the pruned model's stream before the layer, whose block is on the device.
-        layer: the layer.
+        layer: the number of the layer.
         targets: what its mixer is to give, ``[B, T, D]`` for each batch.
 
     Returns:
-        Figures for the record: the strength, and the share of the target's squares that is missing, before and after.
+        Figures for the record: the strength of the ridge as ``ridge``, and the share of the targets' squares that is
+        missing as ``missing_before`` and ``missing_after``.
     """
     weight_DC = pruned.projection(layer).weight
     sums = [NormalEquations(weight_DC.shape[1], weight_DC.shape[0], pruned.device) for _ in range(2)]

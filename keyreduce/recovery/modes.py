@@ -1,9 +1,153 @@
-"""The ways to repair a pruned model, by the names that ``mode`` knows. Nothing heavy is imported here."""
+"""The modes of recovery: what each one does, its settings and their defaults. Nothing heavy is imported here."""
 
-REPEATS = 0.125  # of the rows of a repair, see keyreduce.recovery.repeats
-LEAST_SQUARES = "least-squares"
-RECONSTRUCT = "reconstruct"
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, Literal, NamedTuple
+
+from keyreduce.errors import KeyreduceError
+
+Mode = Literal["least-squares", "reconstruct", "lora", "full"]
+Scope = Literal["mixer-in-block", "mixer", "block"]
+Kernels = Literal["torch", "fla"]
+
+LEAST_SQUARES: Final = "least-squares"
+RECONSTRUCT: Final = "reconstruct"
+LORA: Final = "lora"
+FULL: Final = "full"
 MODES = {
     LEAST_SQUARES: "refit each layer's output projection in closed form to what the dense mixer gives",
     RECONSTRUCT: "then fit each layer on its own, by gradient steps, to what the dense layer gives",
 }
+"""The modes that go layer by layer, and what they do."""
+TRAINING_MODES = {
+    LORA: "train low-rank additions to the projections of q, k and v on the whole model's loss, and merge them",
+    FULL: "train all weights on the whole model's loss",
+}
+"""The modes that train the whole model, and what they do."""
+ALGORITHMS = {LEAST_SQUARES: 1, RECONSTRUCT: 1, LORA: 1, FULL: 1}
+"""A number for each mode, to be raised when its results change."""
+RATES = {RECONSTRUCT: 5e-4, LORA: 5e-4, FULL: 1e-4}
+"""The learning rate of a mode, unless another one is asked for."""
+REPEATS = 0.125
+"""The share of the rows of a layer-wise recovery that :mod:`keyreduce.recovery.repeats` replaces."""
+
+
+class Steps(NamedTuple):
+    """How gradient steps fit a layer.
+
+    Attributes:
+        steps: Adam steps, one batch each.
+        lr: the highest learning rate; it rises during a twentieth of the steps and then falls to 0 along a cosine.
+        scope: ``mixer`` fits the mixer to what the dense mixer gives. ``mixer-in-block`` fits the mixer so that the
+            block, whose MLP stays as it is, gives what the dense block gives. ``block`` fits the mixer, the MLP and
+            their norms to what the dense block gives.
+    """
+
+    steps: int = 512
+    lr: float = RATES[RECONSTRUCT]
+    scope: Scope = "mixer-in-block"
+
+
+class Training(NamedTuple):
+    """How the whole model is trained.
+
+    Attributes:
+        lr: the highest learning rate; it rises during ``warmup`` and then falls to 0 along a cosine.
+        warmup: the share of the steps in which the learning rate rises.
+        distill_weight: the share of the loss that compares the model with its teacher, if there is one; the rest is the
+            loss on the text.
+        temperature: what the logits of teacher and student are divided by.
+        lora_rank: the rank of the low-rank additions (Hu et al., arXiv:2106.09685).
+        lora_alpha: their scale times the rank.
+        lora_targets: the linear layers that get one, by the end of their names; if empty, the family's projections of
+            q, k and v.
+        micro_batch: rows that a device takes at a time; None takes its whole share of a batch.
+        gradient_checkpointing: whether activations are computed a second time in the backward pass instead of kept.
+        shard: whether processes share weights, gradients and optimizer state among them (FSDP).
+        save_every: steps from one checkpoint to the next; None saves ten times in all.
+        kernels: ``torch`` is the PyTorch backend, which any device runs, ``fla`` fla's own Triton kernels.
+    """
+
+    lr: float
+    warmup: float = 0.05
+    distill_weight: float = 1.0
+    temperature: float = 2.0
+    lora_rank: int = 32
+    lora_alpha: float = 64.0
+    lora_targets: tuple[str, ...] = ()
+    micro_batch: int | None = None
+    gradient_checkpointing: bool = False
+    shard: bool = False
+    save_every: int | None = None
+    kernels: Kernels = "torch"
+
+    def describe(self, mode: str, *, is_distilled: bool) -> dict:
+        """Return the settings that the result depends on, for the record; others only fit it to a machine."""
+        left_out = {"micro_batch", "gradient_checkpointing", "shard", "save_every"}
+        left_out |= set(self._fields) - _TAKEN[mode]
+        left_out |= set() if is_distilled else {"distill_weight", "temperature"}
+        described = {name: value for name, value in self._asdict().items() if name not in left_out}
+        return described | ({"lora_targets": list(self.lora_targets)} if mode == LORA else {})
+
+
+_TAKEN: dict[str, set[str]] = {
+    LEAST_SQUARES: {"repeats"},
+    RECONSTRUCT: {"repeats", *Steps._fields},
+    LORA: {*Training._fields},
+    FULL: {name for name in Training._fields if not name.startswith("lora_")},
+}
+"""Mode -> the names of its settings."""
+SETTINGS = tuple(dict.fromkeys(("repeats", *Steps._fields, *Training._fields)))
+"""The names of the settings that not all modes have."""
+
+
+def refuse_settings(mode: str, names: Iterable[str]) -> None:
+    """Refuse settings that a mode does not have.
+
+    Raises:
+        KeyreduceError: names the first one, and the modes that have it.
+    """
+    for name in names:
+        if name not in _TAKEN[mode]:
+            others = " or ".join(other for other, taken in _TAKEN.items() if name in taken)
+            raise KeyreduceError(f"`mode` {mode} takes no `{name}`; leave it out, or take `mode` {others}")
+
+
+def make_steps(mode: str, given: Mapping[str, Any]) -> Steps | None:
+    """Return the gradient steps of a layer-wise mode; None where it takes none.
+
+    Args:
+        mode: one of :data:`MODES`.
+        given: fields of :class:`Steps` that are to differ from its defaults.
+
+    Raises:
+        KeyreduceError: the mode has no such setting, or the learning rate is not above 0.
+    """
+    refuse_settings(mode, given)
+    steps = Steps(**given)
+    _check_positive(lr=steps.lr)
+    return steps if mode == RECONSTRUCT else None
+
+
+def make_training(mode: str, given: Mapping[str, Any]) -> Training:
+    """Return the settings of a mode that trains.
+
+    Args:
+        mode: one of :data:`TRAINING_MODES`.
+        given: fields of :class:`Training` that are to differ from its defaults.
+
+    Raises:
+        KeyreduceError: the mode has no such setting, or a number is out of its bounds.
+    """
+    refuse_settings(mode, given)
+    training = Training(**{"lr": RATES[mode], **given})
+    _check_positive(lr=training.lr, temperature=training.temperature, lora_alpha=training.lora_alpha)
+    if not 0 <= training.warmup < 1:
+        raise KeyreduceError(f"`warmup` is {training.warmup:g}; it is a share of the steps, at least 0 and below 1")
+    return training
+
+
+def _check_positive(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if not 0 < number < math.inf:
+            raise KeyreduceError(f"`{name}` is {number:g}; it is above 0")

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from keyreduce.data.text import DatasetText, StdlibText, TextSource
 from keyreduce.errors import KeyreduceError
 
-_SHORTEST = 40  # characters; a licence line or an empty stub may well be in both
+_SHORTEST = 40  # characters; a licence line or an empty stub may be in both
 
 
 def refuse_overlap(calibration: TextSource, heldout: TextSource) -> None:
     """Refuse a held-out text that shares a document with the calibration text.
 
-    Documents (a file is one, unless it holds rows) are compared whole, those of at least 40 characters. What is cut
-    otherwise or changed is not seen. Documents of a ``datasets`` name are not looked at, since that would fetch all of
-    it, nor are two splits of the standard library, which are of different files, though of some stubs it has copies.
+    Documents of at least 40 characters are compared as a whole (a file is one document, unless it holds rows); parts of
+    documents and changed ones are not recognised. The documents of a named dataset are not compared, since all of it
+    would have to be fetched. Nor are two splits of the standard library, which are made of different files.
 
     Raises:
         KeyreduceError: it is the same text, or a document is in both.

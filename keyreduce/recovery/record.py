@@ -1,4 +1,4 @@
-"""What a checkpoint says of its repairs. Nothing heavy is imported here."""
+"""What the record of a checkpoint says of its recoveries. Nothing heavy is imported here."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from keyreduce.workspace import RECORD_NAME
 
 
 def read_repairs(folder: Path) -> list[dict]:
-    """Return what a checkpoint folder records of its repairs, oldest first.
+    """Return what a checkpoint folder records of its recoveries, oldest first.
 
     Raises:
         KeyreduceError: the record is damaged.
@@ -17,5 +17,5 @@ def read_repairs(folder: Path) -> list[dict]:
     repairs = (read_json(path) if path.is_file() else {}).get("repairs", [])
     are_objects = isinstance(repairs, list) and all(isinstance(one, dict) for one in repairs)
     if not are_objects or not all(isinstance(one.get("inputs"), dict) for one in repairs):
-        raise KeyreduceError(f"{path} is damaged: it does not say what was repaired; remove it, or prune again")
+        raise KeyreduceError(f"{path} is damaged: it does not say what was recovered; remove it, or prune again")
     return repairs

@@ -1,9 +1,9 @@
-"""Rows of random tokens that repeat, among the rows of text that a layer is repaired on.
+"""Rows of random tokens that repeat, among the rows of text that a layer is fitted on.
 
-Text asks little of what a state keeps of a single association: the next word can mostly be guessed without it. A fit
-to text alone gives that up: recall gets worse, though perplexity gets better. In a row of random tokens that repeat,
-nothing but recall tells what comes next (as Olsson et al., arXiv:2209.11895, measure induction), so the dense model's
-mixers show on it what they keep, and the fit keeps it too.
+The next word of a text can mostly be predicted without any single association that the state holds. A fit to text
+alone loses such associations: perplexity gets better, and recall gets worse. In a row of random tokens that repeat, the
+next token can be predicted by recall alone (Olsson et al., arXiv:2209.11895, measure induction in this way), so that a
+fit to what the dense mixers give for it keeps recall.
 
 Shapes: T tokens in a row, P tokens in a period, S token ids to draw from.
 """
@@ -18,7 +18,7 @@ from keyreduce.errors import KeyreduceError
 
 
 def check_repeats(share: float) -> None:
-    """Refuse a share of rows that is none.
+    """Refuse a number that is no share of the rows.
 
     Raises:
         KeyreduceError: it is not from 0 up to, but not including, 1.
@@ -36,9 +36,9 @@ def with_repeats(
 
     Args:
         rows: LongTensors of T token ids.
-        share: how many of the rows to replace, at least 0 and below 1.
+        share: the share of the rows to replace, at least 0 and below 1.
         tokens_S: the token ids to draw from (LongTensor); where there are none, all rows stay.
-        seed: of periods and tokens.
+        seed: the seed of the periods and the tokens.
     """
     periods, drawn = random.Random(seed), torch.Generator().manual_seed(seed)
     share = share if len(tokens_S) else 0.0

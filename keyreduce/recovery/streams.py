@@ -1,8 +1,8 @@
-"""Two models walked through side by side, one block at a time: the dense one, and the pruned one under repair.
+"""A model run one block at a time, so that the dense and the pruned model can be taken side by side.
 
-Of each only one block is on the device at a time. What runs between blocks, the hidden states of all calibration rows,
-is kept on the CPU, once for each model. A block is called with the arguments that its own model gave it, recorded on a
-first pass over one batch of each shape, so that no architecture needs code of its own here.
+Only one block is on the device at a time. The hidden states of all calibration rows between two blocks are kept on the
+CPU. A block is called with the arguments that its own model gave it, recorded on a first pass over one batch of each
+shape, so that no architecture needs code of its own here.
 
 Shapes: B rows, T tokens, D hidden, C channels that the output projection receives.
 """
@@ -10,9 +10,11 @@ Shapes: B rows, T tokens, D hidden, C channels that the output projection receiv
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from keyreduce.calibration.projections import projection_name
 from keyreduce.errors import KeyreduceError
@@ -20,19 +22,19 @@ from keyreduce.families import Family
 
 
 class _Enough(Exception):
-    """Raised inside a forward pass when what it was run for has been seen."""
+    """Ends a forward pass once it has reached the layer that it was run for."""
 
 
 @dataclass
 class Stream:
-    """One model's hidden states, between two blocks.
+    """A model, and its hidden states between two blocks.
 
     Attributes:
         model: the model, on the CPU.
         family: its table.
         device: where blocks run.
-        hidden: what the next block gets, a ``[B, T, D]`` on the CPU for each batch.
-        arguments: what else the model gives to a block: (block, shape of the batch) -> keywords.
+        hidden: the input of the next block, ``[B, T, D]`` on the CPU for each batch.
+        arguments: (block, shape of the batch) -> the other arguments that the model gives to the block.
     """
 
     model: nn.Module
@@ -51,10 +53,11 @@ class Stream:
 
     def projection(self, layer: int) -> nn.Linear:
         """Return the output projection of a layer's mixer."""
-        return self.model.get_submodule(projection_name(self.family, layer, "output").rpartition(".")[0])
+        projection = self.model.get_submodule(projection_name(self.family, layer, "output").rpartition(".")[0])
+        return cast(nn.Linear, projection)
 
     def run(self, layer: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """Return what a layer's block, which is on the device, makes of a batch that is there too."""
+        """Return the output ``[B, T, D]`` of a layer's block for a batch; both are on the device."""
         found = self.block(layer)(hidden_BTD, **self.arguments[layer, tuple(hidden_BTD.shape[:2])])
         return found[0] if isinstance(found, tuple) else found
 
@@ -62,7 +65,7 @@ class Stream:
         """Run a block up to the end of its mixer.
 
         Returns:
-            What the mixer's output projection receives ``[B, T, C]``, and what the mixer gives ``[B, T, D]``.
+            The input of the mixer's output projection, ``[B, T, C]``, and the output of the mixer, ``[B, T, D]``.
         """
         seen = {}
 
@@ -73,21 +76,22 @@ class Stream:
             seen["output"] = output[0] if isinstance(output, tuple) else output
             raise _Enough
 
-        with _hooks(
-            self.projection(layer).register_forward_pre_hook(at_projection),
-            self.mixer(layer).register_forward_hook(at_mixer),
-        ):
-            with contextlib.suppress(_Enough):
-                self.run(layer, hidden_BTD)
+        projection_hook = self.projection(layer).register_forward_pre_hook(at_projection)
+        mixer_hook = self.mixer(layer).register_forward_hook(at_mixer)
+        with _hooks(projection_hook, mixer_hook), contextlib.suppress(_Enough):
+            self.run(layer, hidden_BTD)
         return seen["input"].reshape(*hidden_BTD.shape[:2], -1), seen["output"]
 
     @torch.no_grad()
     def advance(self, layer: int, *, keep_mixer: bool = False) -> list[torch.Tensor]:
-        """Replace the hidden states by what a layer's block, which is on the device, makes of them.
+        """Replace the hidden states by the output of a layer's block, which is on the device.
 
         Args:
-            layer: the layer.
-            keep_mixer: whether to return what its mixer gave, ``[B, T, D]`` on the CPU for each batch.
+            layer: the number of the layer.
+            keep_mixer: whether to return the outputs of its mixer too.
+
+        Returns:
+            The outputs of its mixer, ``[B, T, D]`` on the CPU for each batch; an empty list without ``keep_mixer``.
         """
         kept: list[torch.Tensor] = []
 
@@ -101,7 +105,7 @@ class Stream:
 
     @contextlib.contextmanager
     def on_device(self, layer: int) -> Iterator[None]:
-        """While the block runs, a layer's block is on the device."""
+        """Keep a layer's block on the device while the ``with`` statement runs."""
         block = self.block(layer).to(self.device)
         try:
             yield
@@ -117,13 +121,13 @@ def open_stream(model: nn.Module, family: Family, batches: Sequence[torch.Tensor
         model: a causal language model on the CPU.
         family: its table.
         batches: LongTensors ``[B, T]``.
-        device: where blocks are to run.
+        device: where blocks will run.
 
     Raises:
-        KeyreduceError: blocks of the model hand on more than hidden states.
+        KeyreduceError: more than hidden states passes from block to block, or blocks take arguments without names.
     """
     if getattr(model.config, "attnres_block_size", None) is not None:
-        raise KeyreduceError("blocks of a model with attention residuals cannot be repaired one by one")
+        raise KeyreduceError("blocks of a model with attention residuals cannot be recovered one by one")
     stream = Stream(model, family, device, [], {})
     blocks = [stream.block(layer) for layer in range(round(family.num_layers.read(model.config.to_dict())))]
     shapes: set[tuple[int, ...]] = set()
@@ -169,7 +173,7 @@ def _block_path(family: Family, layer: int) -> str:
 
 
 @contextlib.contextmanager
-def _hooks(*handles) -> Iterator[None]:
+def _hooks(*handles: RemovableHandle) -> Iterator[None]:
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""A repaired checkpoint and its record, written whole or not at all."""
+"""A recovered checkpoint and its record, written whole or not at all."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,10 +10,9 @@ from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.rewrite import rewrite
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.outputs import appearing, read_json, write_json
-from keyreduce.recovery.modes import MODES
+from keyreduce.recovery.layers import Recovered
+from keyreduce.recovery.modes import MODES, TRAINING_MODES
 from keyreduce.recovery.record import read_repairs
-from keyreduce.recovery.repair import Repaired
-from keyreduce.recovery.training.settings import TRAINING_MODES
 from keyreduce.workspace import RECORD_NAME
 
 _CARD_NAME = "README.md"
@@ -34,9 +33,9 @@ class Replace:
         return self.tensor
 
 
-def write_repaired(
+def write_recovered(
     pruned: Checkpoint,
-    repaired: Repaired,
+    recovered: Recovered,
     target: Path,
     *,
     inputs: Mapping,
@@ -46,21 +45,21 @@ def write_repaired(
     figures: Mapping | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write the pruned checkpoint with what a repair changed.
+    """Write the pruned checkpoint with the tensors that recovery changed.
 
-    ``keyreduce.json`` gets an entry in ``repairs``: what the repair was made from, after how many pruning steps, and
-    its figures for each layer. The model card gets a paragraph.
+    ``keyreduce.json`` gets an entry in ``repairs``: what the recovery was made from, after how many pruning steps, and
+    its figures. The model card gets a line.
 
     Args:
-        pruned: the checkpoint that was repaired.
-        repaired: what came of it.
+        pruned: the checkpoint that was recovered.
+        recovered: what recovery gave.
         target: the folder to make.
-        inputs: what the repair was made from; equal inputs give an equal result, up to rounding.
+        inputs: what the recovery was made from; equal inputs give an equal result, up to rounding.
         seconds: how long it took.
         command: the command line that asked for it.
         overwrite: whether an existing one is replaced.
-        figures: others for the record.
-        finish: called with the folder before it appears, to put more into it.
+        figures: other figures for the record.
+        finish: called with the folder before it appears, to add files to it.
 
     Raises:
         KeyreduceError: see :func:`keyreduce.checkpoint.rewrite.rewrite`; or the target exists.
@@ -70,15 +69,15 @@ def write_repaired(
     entry = {
         "inputs": inputs,
         "after_step": len(record.get("steps", [])),
-        "tokens": repaired.tokens,
+        "tokens": recovered.tokens,
         "seconds": seconds,
         **({"command": command} if command else {}),
-        **({"layers": {str(layer): one for layer, one in repaired.layers.items()}} if repaired.layers else {}),
+        **({"layers": {str(layer): one for layer, one in recovered.layers.items()}} if recovered.layers else {}),
         **(figures or {}),
     }
     record = record | {"repairs": [*read_repairs(pruned.path), entry]}
     with appearing(target, folder=True, overwrite=overwrite) as temporary:
-        rewrite(pruned, temporary, edits={name: [Replace(tensor)] for name, tensor in repaired.tensors.items()})
+        rewrite(pruned, temporary, edits={name: [Replace(tensor)] for name, tensor in recovered.tensors.items()})
         write_json(temporary / RECORD_NAME, record | {"identity": open_folder(temporary).identity})
         card = temporary / _CARD_NAME
         if card.is_file():
@@ -86,7 +85,7 @@ def write_repaired(
             summary, kind = (MODES | TRAINING_MODES).get(mode, ""), "" if mode in TRAINING_MODES else "calibration "
             share = inputs.get("repeats")
             rest = f", {share:.1%} of the rows random tokens that repeat" if share else ""
-            told = f"- {mode}: {summary}; {repaired.tokens:,} tokens of {kind}text{rest}"
+            told = f"- {mode}: {summary}; {recovered.tokens:,} tokens of {kind}text{rest}"
             before = card.read_text(encoding="utf-8")
             heading = "" if "## Repair\n" in before else "\n## Repair\n\n"
             card.write_text(f"{before.rstrip()}\n{heading}{told}\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from keyreduce.data.text import FileText
 from keyreduce.errors import KeyreduceError
 from keyreduce.models import miscompiled
 from keyreduce.models.loading import load_model
+from keyreduce.recovery.modes import make_training
 from keyreduce.recovery.training import checks, run
 from keyreduce.recovery.training import rows as rows_module
 from keyreduce.recovery.training.checks import refuse_other_vocabulary
@@ -25,7 +26,6 @@ from keyreduce.recovery.training.lora import add_lora, find_targets, merge_lora
 from keyreduce.recovery.training.memory import Needs
 from keyreduce.recovery.training.rows import Rows
 from keyreduce.recovery.training.run import train
-from keyreduce.recovery.training.settings import make_training
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(num_batches=8, batch_size=4, seq_len=32)
@@ -42,8 +42,8 @@ def trained(tmp_path, text):
     """A function: train the model of a folder, and return what came of it."""
 
     def start(student: Path, mode: str = "full", *, settings: Settings = SETTINGS, teacher: Path | None = None, **more):
-        folder, recipe = more.pop("folder", tmp_path / "training"), more.pop("recipe", {"of": "a test"})
-        anew, note = more.pop("anew", False), more.pop("note", lambda message: None)
+        folder, inputs = more.pop("folder", tmp_path / "training"), more.pop("inputs", {"of": "a test"})
+        overwrite, note = more.pop("overwrite", False), more.pop("note", lambda message: None)
         taught_by = None if teacher is None else open_folder(teacher)
         options = make_training(mode, {"lr": 1e-2} | more)
         return train(
@@ -55,8 +55,8 @@ def trained(tmp_path, text):
             options,
             device=CPU,
             folder=folder,
-            recipe=recipe,
-            anew=anew,
+            inputs=inputs,
+            overwrite=overwrite,
             note=note,
         )
 
@@ -109,7 +109,7 @@ def test_full_training_is_adamw_step_by_step(trained, student, text):
 
 def test_micro_batches_and_recomputation_change_nothing(trained, student, tmp_path):
     whole = trained(student, folder=tmp_path / "whole")
-    pieces = trained(student, folder=tmp_path / "pieces", micro_batch=1, checkpointing=True)
+    pieces = trained(student, folder=tmp_path / "pieces", micro_batch=1, gradient_checkpointing=True)
     assert pieces.losses == pytest.approx(whole.losses, rel=1e-5)
     for name in whole.tensors:
         torch.testing.assert_close(pieces.tensors[name], whole.tensors[name], atol=1e-4, rtol=1e-2)
@@ -129,14 +129,14 @@ def test_a_broken_off_run_ends_in_the_same_weights(trained, student, tmp_path):
     assert resumed.tensors.keys() == unbroken.tensors.keys()
     assert all(resumed.tensors[name].equal(unbroken.tensors[name]) for name in unbroken.tensors)
     with pytest.raises(KeyreduceError, match="from other inputs; pass `overwrite`"):
-        trained(student, folder=broken, recipe={"of": "another test"})
+        trained(student, folder=broken, inputs={"of": "another test"})
     anew = []
-    trained(student, folder=broken, recipe={"of": "another test"}, anew=True, note=anew.append)
+    trained(student, folder=broken, inputs={"of": "another test"}, overwrite=True, note=anew.append)
     assert anew[0].startswith("step 1 of")
 
 
 def test_lora_changes_its_targets_alone_and_ends_as_an_ordinary_model(trained, student, tmp_path):
-    result = trained(student, "lora", rank=3, alpha=6.0)
+    result = trained(student, "lora", lora_rank=3, lora_alpha=6.0)
     projections = [f"model.layers.{layer}.attn.{name}_proj.weight" for layer in (0, 1) for name in "qkv"]
     assert sorted(result.tensors) == sorted(projections)
     before = tensors_of(student)
@@ -154,7 +154,7 @@ def test_merged_additions_give_the_logits_that_they_gave_apart(student):
     tokens_BT = draw_tokens(2, 40)
     with torch.no_grad():
         plain = model(tokens_BT).logits
-        whole = add_lora(model, targets, make_training("lora", {"rank": 4}), seed=0)
+        whole = add_lora(model, targets, make_training("lora", {"lora_rank": 4}), seed=0)
         assert torch.equal(whole(tokens_BT).logits, plain)
         for name, parameter in whole.named_parameters():
             if ".lora_B" in name:
@@ -269,13 +269,12 @@ def test_bad_input_is_refused_before_anything_is_written(trained, student, tmp_p
     with pytest.raises(KeyreduceError, match="give other numbers to the same tokens"):
         refuse_other_vocabulary(open_folder(student), open_folder(shuffled))
     for mode, options, told in (
-        ("lora", {"targets": ("z_proj",)}, r"z_proj matches no linear layer; there are .*q_proj"),
-        ("lora", {"rank": 0}, "--lora-rank is at least 1"),
-        ("full", {"rank": 3}, "takes no --lora-rank"),
-        ("full", {"lr": 0.0}, "--lr is above 0"),
-        ("full", {"steps": 3}, "takes no --steps"),
-        ("full", {"kernels": "cuda"}, "--kernels is one of torch, fla"),
-        ("full", {"micro_batch": 3}, "--micro-batch 3 does not divide the 4 rows"),
+        ("lora", {"lora_targets": ("z_proj",)}, r"z_proj matches no linear layer; there are .*q_proj"),
+        ("full", {"lora_rank": 3}, "takes no `lora_rank`; leave it out, or take `mode` lora"),
+        ("full", {"lr": 0.0}, "`lr` is 0; it is above 0"),
+        ("full", {"warmup": 1.0}, "`warmup` is 1; it is a share"),
+        ("full", {"steps": 3}, "takes no `steps`"),
+        ("full", {"micro_batch": 3}, "`micro_batch` 3 does not divide the 4 rows"),
         ("full", {"shard": True}, "start keyreduce under torchrun"),
     ):
         with pytest.raises(KeyreduceError, match=told):

@@ -8,10 +8,10 @@ from keyreduce.calibration.run import Settings
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.data.text import FileText
 from keyreduce.models.loading import load_model
-from keyreduce.recovery.repair import Repaired
+from keyreduce.recovery.layers import Recovered
+from keyreduce.recovery.modes import make_training
 from keyreduce.recovery.training.run import train
-from keyreduce.recovery.training.settings import make_training
-from keyreduce.recovery.writing import write_repaired
+from keyreduce.recovery.writing import write_recovered
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(num_batches=4, batch_size=4, seq_len=32)
@@ -25,10 +25,10 @@ def test_what_was_trained_is_what_loads_again(tmp_path, model_type, mode):
     training = make_training(mode, {"lr": 1e-2})
     trained = train(
         source, None, FileText([tmp_path / "text.txt"]), SETTINGS, mode, training,
-        device=CPU, folder=tmp_path / "training", recipe={},
+        device=CPU, folder=tmp_path / "training", inputs={},
     )  # fmt: skip
     assert trained.tensors.keys() <= source.tensors.keys()
-    write_repaired(source, Repaired(trained.tensors, 0, {}), tmp_path / "made", inputs={"mode": mode}, seconds=0)
+    write_recovered(source, Recovered(trained.tensors, 0, {}), tmp_path / "made", inputs={"mode": mode}, seconds=0)
     before, after = (dict(load_model(path, CPU, torch.float32).model.named_parameters())
                      for path in (source.path, tmp_path / "made"))  # fmt: skip
     changed = {name for name in before if not torch.equal(before[name], after[name])}

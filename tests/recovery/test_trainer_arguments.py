@@ -1,10 +1,10 @@
-"""Training's settings in the words of transformers' Trainer."""
+"""The settings of a training as the arguments of transformers' Trainer."""
 
 import torch
 
 from keyreduce.calibration.run import Settings
+from keyreduce.recovery.modes import make_training
 from keyreduce.recovery.training.arguments import trainer_arguments
-from keyreduce.recovery.training.settings import make_training
 
 
 def test_one_process_trains_on_one_gpu_of_several(tmp_path, monkeypatch):

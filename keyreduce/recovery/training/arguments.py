@@ -1,4 +1,4 @@
-"""The settings of a training in the words of transformers' Trainer."""
+"""The settings of a training as the arguments of transformers' Trainer."""
 
 import importlib.util
 from pathlib import Path
@@ -8,33 +8,29 @@ from transformers import TrainingArguments
 
 from keyreduce.calibration.run import Settings
 from keyreduce.errors import KeyreduceError
-from keyreduce.recovery.training.settings import Training
+from keyreduce.recovery.modes import Training
 
 _LOGGED = 500  # entries in the log of a run, at the most
 _CHECKPOINTS = 10
 
 
 def trainer_arguments(settings: Settings, training: Training, device: torch.device, folder: Path) -> TrainingArguments:
-    """Return Trainer's arguments; a batch of ``settings`` is a step, whatever the number of processes.
+    """Return Trainer's arguments; one batch of ``settings`` is one step, whatever the number of processes.
 
     Args:
-        settings: how many batches, of how many rows.
-        training: how.
-        device: a CPU, or the GPUs: each process takes its own.
+        settings: the number of batches, and of rows in each.
+        training: how the model is trained.
+        device: the CPU, or a GPU; each process of torchrun takes a GPU of its own.
         folder: where checkpoints go.
 
     Raises:
-        KeyreduceError: a batch does not divide among the processes, or a process' share into micro-batches; or what
-            was asked for needs processes that there are not.
+        KeyreduceError: a batch does not divide among the processes, or a process' share of it into micro-batches; or
+            ``shard`` was asked for without torchrun, or a GPU other than the first.
     """
-    on_cpu = device.type == "cpu"
+    on_cpu, recomputes = device.type == "cpu", training.gradient_checkpointing
     in_processes = torch.distributed.is_torchelastic_launched()
-    if training.shard and not in_processes:
-        raise KeyreduceError(
-            "`shard` shares a model out among processes: start keyreduce under torchrun, or leave it out"
-        )
-    if device.type == "cuda" and device.index and not in_processes:
-        raise KeyreduceError(f"training takes the first GPU; choose with CUDA_VISIBLE_DEVICES={device.index}")
+    if not in_processes:
+        _refuse_one_process(training, device)
     made = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.num_batches,
@@ -48,9 +44,9 @@ def trainer_arguments(settings: Settings, training: Training, device: torch.devi
         ddp_backend="gloo" if on_cpu and in_processes else None,
         ddp_find_unused_parameters=False,
         fsdp=training.shard,
-        # FSDP recomputes by itself, with one gathering of weights less.
-        fsdp_config={"version": 2, "activation_checkpointing": training.checkpointing} if training.shard else None,
-        gradient_checkpointing=training.checkpointing and not training.shard,
+        # FSDP computes activations again by itself, and gathers the weights once less for it.
+        fsdp_config={"version": 2, "activation_checkpointing": recomputes} if training.shard else None,
+        gradient_checkpointing=recomputes and not training.shard,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         seed=settings.seed,
         remove_unused_columns=False,
@@ -64,16 +60,33 @@ def trainer_arguments(settings: Settings, training: Training, device: torch.devi
         report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else "none",
     )
     if device.type == "cuda" and not in_processes:
-        # With several GPUs in sight Trainer would share out each batch among threads (DataParallel); here that is what
-        # torchrun's processes are for.
+        # With several visible GPUs, Trainer would distribute each batch among threads (DataParallel). Here torchrun's
+        # processes do that.
         made._n_gpu = 1
-    rows, rest = divmod(settings.batch_size, made.world_size)
+    rows = _micro_batch(settings.batch_size, training.micro_batch, made.world_size)
+    made.per_device_train_batch_size = rows
+    made.gradient_accumulation_steps = settings.batch_size // made.world_size // rows
+    return made
+
+
+def _micro_batch(batch_size: int, micro_batch: int | None, processes: int) -> int:
+    """Return the number of rows that a device takes at a time."""
+    rows, rest = divmod(batch_size, processes)
     if rest:
-        raise KeyreduceError(f"`batch_size` {settings.batch_size} does not divide among {made.world_size} processes")
-    micro = min(training.micro_batch or rows, rows)
+        raise KeyreduceError(f"`batch_size` {batch_size} does not divide among {processes} processes")
+    micro = min(micro_batch or rows, rows)
     if rows % micro:
         raise KeyreduceError(
             f"`micro_batch` {micro} does not divide the {rows} rows that each process takes of a batch"
         )
-    made.per_device_train_batch_size, made.gradient_accumulation_steps = micro, rows // micro
-    return made
+    return micro
+
+
+def _refuse_one_process(training: Training, device: torch.device) -> None:
+    """Refuse what a process cannot do where torchrun did not start it."""
+    if training.shard:
+        raise KeyreduceError(
+            "`shard` distributes a model among processes: start keyreduce under torchrun, or leave it out"
+        )
+    if device.type == "cuda" and device.index:
+        raise KeyreduceError(f"training takes the first GPU; choose with CUDA_VISIBLE_DEVICES={device.index}")

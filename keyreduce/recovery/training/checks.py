@@ -1,4 +1,4 @@
-"""What is refused before a training loads its models."""
+"""Checks that a training passes before it loads its models."""
 
 import importlib.util
 
@@ -12,16 +12,16 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
 from keyreduce.models.file_tensors import rehearse_writing
 from keyreduce.models.miscompiled import refuse_wrong_gradients
+from keyreduce.recovery.modes import LORA, Training
 from keyreduce.recovery.training.lora import find_targets
 from keyreduce.recovery.training.memory import Needs, refuse_without_room
-from keyreduce.recovery.training.settings import LORA, Training
 
 
 def refuse_without_extra() -> None:
-    """Refuse to train without the packages that do it.
+    """Refuse to train where packages that it needs are not installed.
 
     Raises:
-        KeyreduceError: names those that are missing.
+        KeyreduceError: names the missing packages.
     """
     missing = [name for name in ("accelerate", "peft") if importlib.util.find_spec(name) is None]
     if missing:
@@ -29,10 +29,10 @@ def refuse_without_extra() -> None:
 
 
 def refuse_other_vocabulary(student: Checkpoint, teacher: Checkpoint) -> None:
-    """Refuse a teacher whose logits are not about the student's tokens.
+    """Refuse a teacher whose vocabulary is not the student's.
 
     Raises:
-        KeyreduceError: sizes of the vocabularies differ, or what tokens are called.
+        KeyreduceError: the vocabularies differ in size or in the numbers of their tokens, or a tokenizer does not load.
     """
     sizes = [source.config.get("vocab_size") for source in (student, teacher)]
     told = f"{teacher.path} cannot teach {student.path}"
@@ -54,27 +54,33 @@ def check(
     training: Training,
     arguments: TrainingArguments,
 ) -> list[str]:
-    """Return LoRA's targets, none in the other mode; refuse, before weights are loaded, what cannot be done.
+    """Refuse, before weights are loaded, a training that cannot be done.
 
     Args:
-        pruned, teacher: the two checkpoints, the second one or None.
-        settings, mode, training: what was asked for.
-        arguments: the same, in Trainer's words.
+        pruned: the checkpoint that is to be trained.
+        teacher: the checkpoint of its teacher, or None.
+        settings: the number of batches, rows and tokens.
+        mode: ``lora`` or ``full``.
+        training: how the model is trained.
+        arguments: the same settings as Trainer's arguments.
+
+    Returns:
+        The names of the layers that get low-rank additions; an empty list in mode ``full``.
 
     Raises:
-        KeyreduceError: targets match nothing, weights cannot be written back, the gradients of fla's kernels are wrong
-            here, or there is no room.
+        KeyreduceError: a LoRA target matches no layer, weights cannot be written back, the gradients of fla's kernels
+            are wrong on this device, or there is too little memory.
     """
     model = rehearse_writing(pruned)
     family = family_of(model.config.to_dict())
     if training.kernels == "fla":
         refuse_wrong_gradients(family, model.config.to_dict(), arguments.device, ", or take `kernels` torch")
     every = dict(model.named_parameters())
-    targets = find_targets(model, family, training.targets) if mode == LORA else []
+    targets = find_targets(model, family, training.lora_targets) if mode == LORA else []
     weights = sum(parameter.numel() for parameter in every.values())
     # Low-rank additions to a matrix of m x n are r x (m + n) numbers.
     attended = targets or find_targets(model, family, ())
-    added = training.rank * sum(sum(every[f"{target}.weight"].shape) for target in attended)
+    added = training.lora_rank * sum(sum(every[f"{target}.weight"].shape) for target in attended)
     micro = arguments.per_device_train_batch_size
     row = settings.seq_len * model.config.vocab_size
     needs = Needs(

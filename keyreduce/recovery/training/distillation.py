@@ -1,4 +1,4 @@
-"""What a student is to learn from the next tokens of a text and from what a teacher makes of them.
+"""The losses of a student on a text, and against the logits of its teacher.
 
 Shapes: B rows, T tokens, V vocabulary.
 """

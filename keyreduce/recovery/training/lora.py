@@ -1,4 +1,4 @@
-"""Low-rank additions to a model's projections, by peft (Hu et al., arXiv:2106.09685), and what they become at the end.
+"""Low-rank additions to a model's projections, by peft (Hu et al., arXiv:2106.09685), added and merged.
 
 A name here is a module's full name in the model: ``model.layers.0.attn.q_proj``.
 """
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import Family
 from keyreduce.families.axes import Part, parts_of
-from keyreduce.recovery.training.settings import Training
+from keyreduce.recovery.modes import Training
 
 _ATTENDED = {Part.QUERY, Part.KEY, Part.VALUE}
 
@@ -23,19 +23,14 @@ def find_targets(model: PreTrainedModel, family: Family, asked: Sequence[str]) -
     Args:
         model: the model.
         family: its family, whose table says which projections of its mixers make q, k and v.
-        asked: what a module's name ends in, instead of that; ``q_proj``, or more of the name.
+        asked: what the names of the layers end in, such as ``q_proj``; if empty, the projections of q, k and v.
 
     Raises:
         KeyreduceError: one of ``asked`` is the end of no linear layer's name, or the family has no such projection.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if asked:
-        found = {end: [name for name in linear if f".{name}".endswith(f".{end}")] for end in asked}
-        for end, names in found.items():
-            if not names:
-                ends = sorted({name.rpartition(".")[2] for name in linear})
-                raise KeyreduceError(f"`lora_targets` {end} matches no linear layer; there are {', '.join(ends)}")
-        return sorted({name for names in found.values() for name in names})
+        return _ending_in(asked, linear)
     projections = [
         name.removesuffix(".weight")
         for name, axes in family.tensors.items()
@@ -48,17 +43,32 @@ def find_targets(model: PreTrainedModel, family: Family, asked: Sequence[str]) -
     return sorted(wanted & set(linear))
 
 
+def _ending_in(asked: Sequence[str], names: Sequence[str]) -> list[str]:
+    found: set[str] = set()
+    for end in asked:
+        matching = {name for name in names if f".{name}".endswith(f".{end}")}
+        if not matching:
+            ends = sorted({name.rpartition(".")[2] for name in names})
+            raise KeyreduceError(f"`lora_targets` {end} matches no linear layer; there are {', '.join(ends)}")
+        found |= matching
+    return sorted(found)
+
+
 def add_lora(model: PreTrainedModel, targets: Sequence[str], settings: Training, seed: int) -> nn.Module:
-    """Return the model with additions that change nothing yet; they alone are trained."""
+    """Return the model with low-rank additions, which alone are trained; until then its output stays the same."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, target_modules=list(targets), bias="none", task_type="CAUSAL_LM"
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        target_modules=list(targets),
+        bias="none",
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
 
 
 def merge_lora(model: nn.Module) -> PreTrainedModel:
-    """Return the model with the additions added up into its weights, in float32."""
+    """Return the model with the additions added to its weights, in float32."""
     return model.float().merge_and_unload()

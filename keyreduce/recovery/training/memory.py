@@ -1,7 +1,7 @@
-"""How much memory training takes at the least, so that what has no room is refused before the work.
+"""The least memory that a training takes, so that one that cannot fit is refused before the work.
 
-What is counted is what there must be whatever the kernels: weights, gradients, the two moments of Adam, the teacher,
-and the logits of a micro-batch with their gradients. Activations come on top.
+Weights, gradients, Adam's two moments, the teacher, and the logits of a micro-batch with their gradients are counted:
+all kernels need them. Activations are not counted.
 """
 
 from collections.abc import Mapping
@@ -15,15 +15,15 @@ _LOGIT_COPIES = 3  # the logits, their logarithms in float32, and the gradient
 
 
 class Needs(NamedTuple):
-    """What one process has to hold.
+    """What one process has to hold in memory.
 
     Attributes:
-        weights: parameters of the student.
-        trained: those of them, or beside them, that are trained.
-        teacher: parameters of the teacher, 0 without one.
+        weights: the number of the student's parameters.
+        trained: the number of parameters that are trained, low-rank additions included.
+        teacher: the number of the teacher's parameters, 0 without one.
         logits: rows x tokens x vocabulary of a micro-batch.
         weight_bytes: bytes of a weight that is not trained.
-        shards: among how many processes weights, gradients and moments are shared out.
+        shards: the number of processes that weights, gradients and moments are distributed among.
     """
 
     weights: int
@@ -35,7 +35,7 @@ class Needs(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes, at the least."""
+        """The least number of bytes."""
         frozen = max(self.weights - self.trained, 0) * self.weight_bytes
         student = frozen + self.trained * _FLOAT * (2 + _MOMENTS)
         logits = self.logits * _FLOAT * (_LOGIT_COPIES + (1 if self.teacher else 0))
@@ -46,9 +46,9 @@ def refuse_without_room(needs: Needs, room: int, options: Mapping[str, Needs]) -
     """Refuse a training that cannot fit.
 
     Args:
-        needs: what it takes.
-        room: the bytes that there are.
-        options: what a user might ask for instead -> what that takes.
+        needs: what the training takes.
+        room: the number of free bytes.
+        options: the settings that a user might choose instead -> what the training takes with them.
 
     Raises:
         KeyreduceError: says how much is needed, and which of the options fit.
@@ -58,7 +58,7 @@ def refuse_without_room(needs: Needs, room: int, options: Mapping[str, Needs]) -
     fitting = [f"{name} ({_gib(other.nbytes)})" for name, other in options.items() if other.nbytes <= room]
     instead = f"these fit: {'; '.join(fitting)}" if fitting else "take a larger device, or more of them with `shard`"
     raise KeyreduceError(
-        f"training takes at least {_gib(needs.nbytes)}, activations not counted, and there are {_gib(room)}; {instead}"
+        f"training takes at least {_gib(needs.nbytes)} without activations, and {_gib(room)} are free; {instead}"
     )
 
 

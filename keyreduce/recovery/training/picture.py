@@ -1,4 +1,4 @@
-"""The loss curve as a picture."""
+"""A picture of the loss curve."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,12 +7,12 @@ import numpy as np
 
 
 def draw_losses(tokens: Sequence[int], losses: Sequence[float], label: str, target: Path) -> None:
-    """Draw losses against tokens seen, as they are and smoothed, into a PNG file.
+    """Draw the losses, and their running mean, against the number of tokens into a PNG file.
 
     Args:
-        tokens: tokens seen, rising.
-        losses: the loss there, nats per token.
-        label: what the loss is.
+        tokens: the numbers of tokens after which the loss was logged, ascending.
+        losses: the losses, nats per token.
+        label: the name of the loss.
         target: the file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -24,7 +24,7 @@ def draw_losses(tokens: Sequence[int], losses: Sequence[float], label: str, targ
     axes.plot(tokens, losses, color="#9db8d2", linewidth=1, marker="." if len(losses) < 30 else "", label="as logged")
     width = max(1, len(losses) // 20)
     if width > 1:
-        # A mean over what is there: fewer entries at both ends, and no number that was not logged.
+        # At both ends the mean is over fewer entries, since nothing was logged beyond them.
         sums, counts = (np.convolve(row, np.ones(width), "same") for row in (losses, np.ones(len(losses))))
         axes.plot(tokens, sums / counts, color="#1f4e79", linewidth=2, label=f"mean of {width}")
         axes.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""The rows that a model is trained on: documents joined, cut, streamed, and drawn from the next thousand.
+"""The rows that a model is trained on: documents joined and cut into rows, which are shuffled in a buffer.
 
 Shapes: T tokens in a row.
 """
@@ -17,19 +17,18 @@ _SHUFFLE_BUFFER = 1_000  # rows
 
 
 class Rows(torch.utils.data.IterableDataset):
-    """Rows of T tokens without an end: where the text ends, it begins anew in another order.
+    """An endless stream of rows of T tokens; each pass through the text has the documents in another order.
 
-    Rows of one document are not left beside each other, where a batch might hold nothing else: each row is drawn from
-    the next 1,000.
+    Each row is drawn from the next 1,000, so that a batch does not consist of rows of one document.
 
-    Accelerate reads it in the first process, and shares each batch out among all of them. Row i depends on text and
-    seed alone, so that a run that was broken off, and one of other processes, see the rows of an unbroken one.
+    Accelerate reads the rows in the first process and distributes each batch among all of them. Row i depends on text
+    and seed alone, so that a run that was interrupted, or one in more processes, gets the same rows.
 
     Args:
-        text: where the documents come from.
-        tokenizer: of the model.
+        text: the source of the documents.
+        tokenizer: the tokenizer of the model.
         row_length: T, at least 2.
-        seed: of the order of the documents in the first pass.
+        seed: the seed of the order of the documents in the first pass.
 
     Raises:
         KeyreduceError: the text does not fill one row.

@@ -1,6 +1,6 @@
-"""A pruned model and text to the same model, trained on: what ``keyreduce recover`` does in the modes lora and full.
+"""The modes lora and full of recovery: a pruned model is trained as a whole.
 
-The loop is transformers' Trainer, with accelerate's processes and sharding; the model's sizes and config stay.
+The loop is transformers' Trainer, with accelerate's processes and sharding. The model's sizes and config stay.
 """
 
 import json
@@ -24,14 +24,14 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.models.file_tensors import changed_tensors
 from keyreduce.models.loading import LoadedModel, load_model, prepare_backend
 from keyreduce.outputs import read_json, write_json
+from keyreduce.recovery.modes import LORA, Training
 from keyreduce.recovery.training.arguments import trainer_arguments
 from keyreduce.recovery.training.checks import check, refuse_other_vocabulary, refuse_without_extra
 from keyreduce.recovery.training.lora import add_lora, merge_lora
 from keyreduce.recovery.training.rows import Rows
-from keyreduce.recovery.training.settings import LORA, Training
-from keyreduce.recovery.training.trainer import DivergedError, RecoveryTrainer, Telling
+from keyreduce.recovery.training.trainer import DivergedError, ProgressReport, RecoveryTrainer
 
-_RECIPE_NAME = "recipe.json"
+_INPUTS_NAME = "recipe.json"
 
 
 class Trained(NamedTuple):
@@ -39,11 +39,11 @@ class Trained(NamedTuple):
 
     Attributes:
         tensors: name -> the tensors that changed, in the dtypes of the pruned checkpoint.
-        tokens: how many tokens it saw.
-        passes: how often it went through the text, the last one counted.
+        tokens: the number of tokens that it used.
+        passes: the number of passes through the text that were begun.
         steps: the steps at which the loss was logged.
-        losses: the loss there, nats per token.
-        trained: how many numbers were trained.
+        losses: the loss at these steps, nats per token.
+        trained: the number of trained parameters.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -52,6 +52,18 @@ class Trained(NamedTuple):
     steps: list[int]
     losses: list[float]
     trained: int
+
+    def figures(self, tokens_per_step: int) -> dict:
+        """Return the figures for the record; the first and last loss are means over a twentieth of the log each."""
+        few = max(1, len(self.losses) // 20)
+        pairs = zip(self.steps, self.losses, strict=True)
+        return {
+            "trained_parameters": self.trained,
+            "passes": self.passes,
+            "loss_first": sum(self.losses[:few]) / few,
+            "loss_last": sum(self.losses[-few:]) / few,
+            "losses": [[step * tokens_per_step, round(loss, 6)] for step, loss in pairs],
+        }
 
 
 def train(
@@ -64,38 +76,38 @@ def train(
     *,
     device: torch.device,
     folder: Path,
-    recipe: dict,
-    anew: bool = False,
+    inputs: dict,
+    overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda message: None,
 ) -> Trained | None:
-    """Train a pruned model on; under ``torchrun`` every process calls this.
+    """Train a pruned model; under ``torchrun`` every process calls this.
 
     Args:
         pruned: the checkpoint to begin with, a Hugging Face folder.
-        teacher: the model to learn from, or None for the text alone.
-        text: what to train on.
-        settings: the rows: ``num_batches`` steps of ``batch_size`` rows of ``seq_len`` tokens, of all processes.
-        mode, training: how.
-        device: where.
-        folder: where checkpoints go; one that is there already is gone on from.
-        recipe: what the result depends on, as a JSON object; checkpoints of another one are refused.
-        anew: whether those are removed instead.
+        teacher: the model to learn from, or None to learn from the text alone.
+        text: the text to train on.
+        settings: ``num_batches`` steps of ``batch_size`` rows of ``seq_len`` tokens, of all processes together.
+        mode: ``lora`` or ``full``.
+        training: how the model is trained.
+        device: the CPU, or a GPU.
+        folder: where checkpoints go; a training whose checkpoints are there already is resumed.
+        inputs: what the result depends on, as a JSON object; checkpoints from other inputs are refused.
+        overwrite: whether these are removed instead.
         progress: called with a number of tokens after each step.
-        note: told how it goes.
+        note: called with messages about the progress.
 
     Returns:
-        What came of it; None in all processes but the first.
+        The result; None in all processes but the first.
 
     Raises:
-        KeyreduceError: models do not load or belong together, there is no room, the text does not fill a row, LoRA's
-            targets match nothing, a setting does not fit, processes do not share ``folder``, or the loss becomes NaN or
-            inf (:class:`DivergedError`, with the last checkpoint kept).
+        KeyreduceError: models do not load or belong together, there is too little memory, the text does not fill a row,
+            a LoRA target matches nothing, a setting does not fit, processes do not share ``folder``, or the loss
+            becomes NaN or inf (:class:`DivergedError`; the last checkpoint is kept).
     """
     refuse_without_extra()
-    settings.check()
     if settings.seq_len < 2:
-        raise KeyreduceError("`seq_len` is 1; training needs at least 2, to predict one from the other")
+        raise KeyreduceError("`seq_len` is 1; training needs at least 2, to predict one token from the other")
     with _quiet():
         arguments = trainer_arguments(settings, training, device, folder)
         device = arguments.device
@@ -106,120 +118,132 @@ def train(
         # FSDP takes weights of one dtype alone, and LoRA's additions are float32.
         loaded = _load(pruned, training, device, is_frozen=mode == LORA and not training.shard)
         rows = Rows(text, loaded.tokenizer, settings.seq_len, settings.seed)
-        # After what can refuse the inputs: from here on there is a folder.
-        is_first = arguments.process_index == 0
-        checkpoint = _last_checkpoint(folder, recipe, anew, is_first=is_first)
-        _refuse_unshared(folder, recipe, is_to_go=is_first and checkpoint is None)
+        # All that can refuse the inputs has passed before the folder is made.
+        checkpoint = _checkpoint_to_resume(folder, inputs, overwrite, is_first=arguments.process_index == 0)
         model = add_lora(loaded.model, targets, training, settings.seed) if mode == LORA else loaded.model
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        taught_by = teacher and _load(teacher, training, device, is_frozen=True).model.requires_grad_(False)
         trainer = RecoveryTrainer(
             model=model.train(),
             args=arguments,
             train_dataset=rows,
-            teacher=teacher and _load(teacher, training, device, is_frozen=True).model.requires_grad_(False),
+            teacher=taught_by,
             distill_weight=training.distill_weight,
             temperature=training.temperature,
         )
-        telling = Telling(
-            settings.batch_size * settings.seq_len, note, progress, every=max(1, settings.num_batches // 20)
-        )
+        every = max(1, settings.num_batches // 20)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(telling)
+        trainer.add_callback(ProgressReport(settings.batch_size * settings.seq_len, note, progress, every))
         if checkpoint is not None:
-            note(f"going on from {checkpoint}")
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        except DivergedError as error:
-            kept = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-            where = f"the last good checkpoint is {kept}" if kept else "there was no checkpoint yet"
-            raise KeyreduceError(f"{error}: {where}; give a lower `lr`, with `overwrite` to begin anew") from error
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        # Sharded weights are gathered by kernels that a GPU runs behind its process: one that ended before they are
-        # done would leave the others waiting for its share for ever.
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        trainer.accelerator.wait_for_everyone()
+            note(f"resuming from {checkpoint}")
+        state = _trained_state(trainer, checkpoint, folder)
         if arguments.process_index:
             return None
         final = _final(pruned, mode, training, targets, state)
+    steps, losses = _logged(trainer)
+    return Trained(dict(_changed(final, pruned)), settings.tokens, rows.passes, steps, losses, trained)
+
+
+def _logged(trainer: RecoveryTrainer) -> tuple[list[int], list[float]]:
+    """Return the steps at which the loss was logged, and the loss there."""
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return Trained(
-        dict(_changed(final, pruned)),
-        settings.tokens,
-        rows.passes,
-        [entry["step"] for entry in log],
-        [entry["loss"] for entry in log],
-        trained,
-    )
+    return [entry["step"] for entry in log], [entry["loss"] for entry in log]
+
+
+def _trained_state(trainer: RecoveryTrainer, checkpoint: str | None, folder: Path) -> dict[str, torch.Tensor]:
+    """Run the training, and return the model's parameters, gathered from all processes."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except DivergedError as error:
+        kept = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        where = f"the last good checkpoint is {kept}" if kept else "there was no checkpoint yet"
+        raise KeyreduceError(f"{error}: {where}; give a lower `lr`, with `overwrite` to start again") from error
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    # Sharded weights are gathered by kernels that may still run on the GPU. A process that ended before they are done
+    # would leave the others waiting for its share for ever.
+    if trainer.args.device.type == "cuda":
+        torch.cuda.synchronize(trainer.args.device)
+    trainer.accelerator.wait_for_everyone()
+    return state
 
 
 def discard(folder: Path) -> None:
-    """Remove the checkpoints of a training that is done, or that is not to be gone on with."""
+    """Remove the checkpoints of a training that has ended or is not to be resumed."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Let the libraries print neither bars nor what is no matter of the user's."""
+    """Keep transformers from printing progress bars, remarks and warnings about its own future changes."""
     verbosity = their_logging.get_verbosity()
     their_logging.set_verbosity_error()
     their_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # what these libraries are to change in each other
+            warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
         their_logging.set_verbosity(verbosity)
 
 
 def _load(source: Checkpoint, training: Training, device: torch.device, *, is_frozen: bool) -> LoadedModel:
-    """A model in float32; on a GPU, what is not trained is in bfloat16, which is what all is computed in there."""
+    """Return a model in float32, or in bfloat16 if it is frozen and on a GPU, where training computes in bfloat16."""
     dtype = torch.bfloat16 if is_frozen and device.type != "cpu" else torch.float32
     return load_model(source.path, device, dtype, gradients=training.kernels == "torch")
 
 
-def _last_checkpoint(folder: Path, recipe: dict, anew: bool, *, is_first: bool) -> str | None:
-    """Return the newest complete checkpoint of this very training; ``trainer_state.json`` is what is written last."""
-    # In this order: the first process may be removing them right now.
-    is_same = _is_of(folder, recipe)
+def _checkpoint_to_resume(folder: Path, inputs: dict, overwrite: bool, *, is_first: bool) -> str | None:
+    """Return the last complete checkpoint of a training from the same inputs, or None; all processes call this.
+
+    The first process removes other checkpoints and writes the inputs into the folder.
+
+    Raises:
+        KeyreduceError: the folder holds checkpoints from other inputs and ``overwrite`` is false, or some processes do
+            not see it, as on nodes without a common file system.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    # The inputs are compared first, since the first process may be removing the checkpoints already.
+    is_same = _is_from(folder, inputs)
+    # Trainer writes ``trainer_state.json`` last: a checkpoint without it is incomplete.
     complete = [one.parent for one in folder.glob("checkpoint-*/trainer_state.json")]
-    if complete and not is_same and not anew:
+    if complete and not is_same and not overwrite:
         raise KeyreduceError(
-            f"{folder} holds checkpoints of a training from other inputs; pass `overwrite` to begin anew, "
+            f"{folder} holds checkpoints of a training from other inputs; pass `overwrite` to replace them, "
             "or another output"
         )
     if is_first and not is_same:
         discard(folder)
-        write_json(folder / _RECIPE_NAME, recipe)
+        write_json(folder / _INPUTS_NAME, inputs)
     newest = max(complete if is_same else (), key=lambda one: int(one.name.rpartition("-")[2]), default=None)
+    PartialState().wait_for_everyone()
+    if not all(gather_object([_is_from(folder, inputs)])):
+        if is_first and newest is None:
+            discard(folder)
+        raise KeyreduceError(f"not all processes see {folder}: put `output` on a file system that all nodes share")
     return newest and str(newest)
 
 
-def _is_of(folder: Path, recipe: dict) -> bool:
-    path = folder / _RECIPE_NAME
-    return path.is_file() and read_json(path) == json.loads(json.dumps(recipe))
-
-
-def _refuse_unshared(folder: Path, recipe: dict, *, is_to_go: bool) -> None:
-    """Refuse a folder that some processes do not see, as those of another node may not: checkpoints are of them all."""
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
-    PartialState().wait_for_everyone()
-    if all(gather_object([_is_of(folder, recipe)])):
-        return
-    if is_to_go:
-        discard(folder)
-    raise KeyreduceError(f"not all processes see {folder}: put `output` on a file system that all nodes share")
+def _is_from(folder: Path, inputs: dict) -> bool:
+    """Return whether a folder holds checkpoints of a training from these inputs."""
+    path = folder / _INPUTS_NAME
+    return path.is_file() and read_json(path) == json.loads(json.dumps(inputs))
 
 
 def _final(pruned: Checkpoint, mode: str, training: Training, targets: list[str], state: dict) -> PreTrainedModel:
-    """The trained model in float32 on the CPU, as an ordinary one: from one process' state or from all of theirs."""
+    """Return the trained model in float32 on the CPU, with low-rank additions merged.
+
+    Args:
+        pruned: the checkpoint that the training began with.
+        mode, training, targets: what was trained.
+        state: the parameters after training, as :func:`_trained_state` returns them.
+    """
     model = load_model(pruned.path, torch.device("cpu"), torch.float32, gradients=True).model
     if mode != LORA:
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
         return model
-    # The additions alone: what they are added to may have been computed in fewer bits than it has.
+    # Only the additions are taken: during training the frozen weights may have been rounded to bfloat16.
     whole = add_lora(model, targets, training, seed=0)
     whole.load_state_dict({name: tensor for name, tensor in state.items() if ".lora_" in name}, strict=False)
     return merge_lora(whole)

@@ -1,4 +1,4 @@
-"""transformers' Trainer with a loss of ours, which stops where numbers are no longer finite and tells how it goes.
+"""transformers' Trainer with the losses of distillation; it stops where numbers are not finite, and reports progress.
 
 Shapes: B rows of a micro-batch, T tokens, V vocabulary.
 """
@@ -16,24 +16,24 @@ from keyreduce.recovery.training.distillation import teacher_loss, text_loss
 
 
 class RecoveryTrainer(Trainer):
-    """A Trainer whose loss is the text's, a teacher's, or both.
+    """A Trainer whose loss is that on the text, that against a teacher, or a weighted mean of both.
 
     Args:
         teacher: a model of the same vocabulary on the same device, or None.
-        distill_weight: the share of its loss.
-        temperature: of its loss.
-        kwargs: Trainer's own.
+        distill_weight: the share of the loss against the teacher.
+        temperature: the temperature of that loss.
+        kwargs: Trainer's own arguments.
     """
 
     def __init__(self, *, teacher: nn.Module | None, distill_weight: float, temperature: float, **kwargs):
         super().__init__(**kwargs)
-        # fla's models take any keyword, by which Trainer believes that they divide by `num_items_in_batch`. All rows
-        # are of one length: the mean of the micro-batches' means is the batch's.
+        # fla's models take any keyword, from which Trainer concludes that they divide by `num_items_in_batch`. All rows
+        # have the same length, so that the mean of the micro-batches' means is the mean of the batch.
         self.model_accepts_loss_kwargs = False
         self.teacher, self.distill_weight, self.temperature = teacher, distill_weight, temperature
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_) -> torch.Tensor:
-        """Return the loss of a micro-batch; the teacher's logits are there for as long as this takes."""
+        """Return the loss of a micro-batch, no shape, in nats; the teacher's logits are freed when this returns."""
         tokens_BT = inputs["input_ids"]
         weight = self.distill_weight if self.teacher is not None else 0.0
         logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
@@ -45,7 +45,7 @@ class RecoveryTrainer(Trainer):
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        # Before the step is taken: no weight, and no checkpoint, gets what is not finite.
+        # This comes before the step, so that no weight and no checkpoint gets numbers that are not finite.
         norm = super()._clip_grad_norm(model)
         if not math.isfinite(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)):
             raise DivergedError(self.state.global_step + 1)
@@ -56,7 +56,7 @@ class DivergedError(KeyreduceError):
     """The loss, or a gradient, became NaN or inf.
 
     Attributes:
-        step: at which step.
+        step: the step at which it happened.
     """
 
     def __init__(self, step: int):
@@ -64,13 +64,14 @@ class DivergedError(KeyreduceError):
         self.step = step
 
 
-class Telling(TrainerCallback):
-    """Feeds a progress bar, and says now and then how it goes.
+class ProgressReport(TrainerCallback):
+    """Feeds a progress bar, and reports the loss in regular intervals.
 
     Args:
-        tokens_per_step: of all processes together.
-        note: told the loss, the rate and the time left at each entry of the log.
-        progress: called with the tokens of each step.
+        tokens_per_step: the number of tokens in a step, of all processes together.
+        note: called with a message of the loss, the rate and the time left.
+        progress: called with the number of tokens of each step.
+        every: the number of steps from one message to the next.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Telling(TrainerCallback):
         self.tokens_per_step, self.note, self.progress, self.every = tokens_per_step, note, progress, every
 
     def on_train_begin(self, args, state, control, **_) -> None:
-        """Start the clock; a run that goes on has its first steps behind it."""
+        """Start the clock; a run that was resumed has done its first steps already."""
         self.begun, self.first = time.monotonic(), state.global_step
         if self.progress is not None and self.first:
             self.progress(self.first * self.tokens_per_step)
@@ -90,7 +91,7 @@ class Telling(TrainerCallback):
             self.progress(self.tokens_per_step)
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
-        """Say what was logged, in every so many of the steps."""
+        """Report what was logged at the first, the last and every ``every``-th step."""
         step = state.global_step
         if "loss" not in (logs or {}) or (step % self.every and step not in (1, state.max_steps)):
             return

@@ -1,0 +1,222 @@
+"""The layer-wise modes of recovery: each layer of a pruned model is fitted to the same layer of the dense model.
+
+The layers are taken one after another from the bottom up, see :mod:`keyreduce.recovery.streams`. The pruned model keeps
+its sizes and its config; only its weights change.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from keyreduce.calibration.run import Settings
+from keyreduce.checkpoint.shards import TORCH_DTYPES
+from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.data.batches import batches, text_token_ids, token_rows
+from keyreduce.data.text import TextSource
+from keyreduce.errors import KeyreduceError
+from keyreduce.families import family_of
+from keyreduce.models.file_tensors import changed_tensors, file_tensors, mixer_tensors, rehearse_writing
+from keyreduce.models.loading import LoadedModel, load_model, prepare_backend
+from keyreduce.recovery.least_squares import refit_output
+from keyreduce.recovery.modes import REPEATS, Steps
+from keyreduce.recovery.reconstruct import reconstruct
+from keyreduce.recovery.repeats import check_repeats, with_repeats
+from keyreduce.recovery.streams import Stream, open_stream
+
+_CPU = torch.device("cpu")
+
+
+class Recovered(NamedTuple):
+    """What a recovery gives.
+
+    Attributes:
+        tensors: name -> the tensors that changed, in the dtypes of the pruned checkpoint.
+        tokens: the number of tokens that it used.
+        layers: layer -> figures for the record; empty where the whole model was trained.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    tokens: int
+    layers: dict[int, dict[str, float]]
+
+
+def check_pair(dense: Mapping, pruned: Mapping, names: tuple[str, str]) -> None:
+    """Refuse two models of which one cannot have been pruned from the other.
+
+    Args:
+        dense: the config of the dense model.
+        pruned: the config of the pruned model.
+        names: what messages call the two.
+
+    Raises:
+        KeyreduceError: they differ in architecture, hidden size, number of layers or vocabulary.
+    """
+    family = family_of(pruned)
+    known = {
+        "architecture": lambda config: family_of(config).model_type,
+        "hidden size": lambda config: round(family.hidden.read(config)),
+        "number of layers": lambda config: round(family.num_layers.read(config)),
+        "vocabulary": lambda config: config.get("vocab_size"),
+    }
+    for what, read in known.items():
+        of_dense, of_pruned = read(dense), read(pruned)
+        if of_dense != of_pruned:
+            raise KeyreduceError(f"{names[1]} was not pruned from {names[0]}: {what} {of_pruned}, not {of_dense}")
+
+
+def recover_checkpoint(
+    dense: Checkpoint,
+    pruned: Checkpoint,
+    text: TextSource,
+    settings: Settings,
+    *,
+    steps: Steps | None,
+    device: torch.device,
+    repeats: float = REPEATS,
+    progress: Callable[[int], None] | None = None,
+    note: Callable[[str], None] = lambda message: None,
+) -> Recovered:
+    """Recover a pruned checkpoint: load both models in float32, and do what :func:`recover_layers` does.
+
+    Args:
+        dense: the checkpoint of the dense model, a Hugging Face folder.
+        pruned: the checkpoint of the pruned model, a Hugging Face folder.
+        text, settings, steps, device, repeats, progress, note: see :func:`recover_layers`.
+
+    Raises:
+        KeyreduceError: a model does not load or cannot be written back, or see :func:`recover_layers`.
+    """
+    check_pair(dense.config, pruned.config, (str(dense.path), str(pruned.path)))
+    beyond_mixers = steps is not None and steps.scope == "block"
+    if beyond_mixers:
+        prepare_backend(_CPU)  # registers fla's models, which transformers does not know by itself
+        rehearse_writing(pruned)
+    of_dense, of_pruned = (load_model(source.path, _CPU, torch.float32) for source in (dense, pruned))
+    tokens, layers = recover_layers(
+        of_dense,
+        of_pruned,
+        _written_dtypes(of_pruned, pruned, whole=beyond_mixers),
+        text,
+        settings,
+        steps=steps,
+        device=device,
+        repeats=repeats,
+        progress=progress,
+        note=note,
+    )
+    return Recovered(dict(changed_tensors(of_pruned.model, pruned, whole=beyond_mixers)), tokens, layers)
+
+
+def recover_layers(
+    dense: LoadedModel,
+    pruned: LoadedModel,
+    dtypes: Mapping[str, torch.dtype],
+    text: TextSource,
+    settings: Settings,
+    *,
+    steps: Steps | None,
+    device: torch.device,
+    repeats: float = REPEATS,
+    progress: Callable[[int], None] | None = None,
+    note: Callable[[str], None] = lambda message: None,
+) -> tuple[int, dict[int, dict[str, float]]]:
+    """Recover a pruned model, in place.
+
+    Both models stay in the CPU's memory, together with the hidden states of all tokens three times over, and with
+    gradient steps four times; one block of one model at a time is on ``device``.
+
+    Args:
+        dense: the dense model, in float32 on the CPU and in evaluation mode. Its tokenizer is the one that is used, and
+            its weights stay as they are.
+        pruned: the pruned model, in float32 on the CPU and in evaluation mode.
+        dtypes: parameter of the pruned model -> the dtype that it will be kept in. A layer is rounded to it as soon as
+            it is recovered, so that the layers above make up for the rounding too.
+        text: the text to run through the models.
+        settings: how much of it.
+        steps: the gradient steps that follow the least squares in each layer; None takes none.
+        device: where blocks run.
+        repeats: the share of the rows that are not text (:mod:`keyreduce.recovery.repeats`).
+        progress: called with 1 after each layer.
+        note: called with a message where the text is shorter than was asked for.
+
+    Returns:
+        The number of tokens that were used, and layer -> figures for the record.
+
+    Raises:
+        KeyreduceError: the models do not belong together, the text is empty, ``repeats`` is no share, or numbers are
+            NaN or inf.
+    """
+    check_repeats(repeats)
+    model, family = pruned.model, pruned.family
+    check_pair(dense.model.config.to_dict(), model.config.to_dict(), (str(dense.folder), str(pruned.folder)))
+    prepare_backend(device, gradients=True)
+    rows = token_rows(text.documents(settings.seed), dense.tokenizer, settings.seq_len)
+    rows = with_repeats(rows, repeats, text_token_ids(dense.tokenizer, model.config.vocab_size), settings.seed)
+    taken = list(batches(rows, settings.batch_size, settings.num_batches))
+    tokens = sum(batch.numel() for batch in taken)
+    if tokens < settings.tokens:
+        note(f"the text ended after {tokens:,} of {settings.tokens:,} tokens")
+    streams = [open_stream(one.model, family, taken, device) for one in (dense, pruned)]
+    return tokens, _recover_streams(*streams, dtypes, steps=steps, seed=settings.seed, progress=progress)
+
+
+def _recover_streams(
+    dense: Stream,
+    pruned: Stream,
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    steps: Steps | None,
+    seed: int,
+    progress: Callable[[int], None] | None,
+) -> dict[int, dict[str, float]]:
+    """Recover the model of one stream; both streams begin before their first block and end behind the last one."""
+    config = pruned.model.config.to_dict()
+    mixers, figures = set(pruned.family.mixer_layers(config)), {}
+    for layer in range(round(pruned.family.num_layers.read(config))):
+        with dense.on_device(layer):
+            targets = dense.advance(layer, keep_mixer=layer in mixers)
+        fitted = steps if layer in mixers else None
+        with pruned.on_device(layer):
+            if layer in mixers:
+                figures[layer] = refit_output(pruned, layer, targets)
+            if fitted is not None:
+                of_scope = targets if fitted.scope == "mixer" else dense.hidden
+                figures[layer] |= reconstruct(pruned, layer, of_scope, fitted, seed=seed)
+            if layer in mixers:
+                _round(pruned.model, pruned.block(layer), dtypes)
+            given = pruned.advance(layer, keep_mixer=fitted is not None)
+        if fitted is not None:
+            figures[layer]["missing_reconstructed"] = _missing(given, targets)
+        if progress is not None:
+            progress(1)
+    return figures
+
+
+def _missing(given: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> float:
+    """Return the share of the targets' squares that is missing; ``[B, T, D]`` for each batch, in both."""
+    pairs = zip(given, targets, strict=True)
+    missing = sum(float((target.double() - one.double()).square().sum()) for one, target in pairs)
+    energy = sum(float(target.double().square().sum()) for target in targets)
+    return missing / max(energy, torch.finfo(torch.float64).tiny)
+
+
+def _written_dtypes(loaded: LoadedModel, source: Checkpoint, *, whole: bool) -> dict[str, torch.dtype]:
+    """Return parameter -> its dtype in the checkpoint, where files may name and divide parameters in their own way."""
+    in_files = file_tensors(loaded.model, source) if whole else dict(mixer_tensors(loaded.model, source))
+    # The first piece of a parameter begins where the parameter does.
+    dtypes = {tensor.data_ptr(): TORCH_DTYPES[source.tensors[name].dtype] for name, tensor in in_files.items()}
+    parameters = loaded.model.named_parameters()
+    return {name: dtypes[one.data_ptr()] for name, one in parameters if one.data_ptr() in dtypes}
+
+
+@torch.no_grad()
+def _round(model: nn.Module, block: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for parameter in block.parameters():
+        name = names[id(parameter)]
+        if name in dtypes:
+            parameter.copy_(parameter.to(dtypes[name]))
+        if not torch.isfinite(parameter).all():
+            raise KeyreduceError(f"recovery made {name!r} NaN or inf: activations overflow, or the model is damaged")
