@@ -54,7 +54,7 @@ MASKED = {
         torch.arange(1.0, 8.0),
         [1.0, 2.0, 3.0, 4.0, 56.0, 0.0, 7.0],
     ),
-    "divide": (Divide((lambda: torch.arange(2.0), lambda: torch.arange(4.0)), 1, 4), torch.arange(4.0), [1.0, 0.0, 1.0]),
+    "divide": (Divide((lambda: torch.ones(2), lambda: torch.arange(4.0)), 1, 4), torch.ones(2), [1.0, 0.0, 1.0]),
     "narrow outer": (
         Narrow(1, True, lambda: torch.diag(torch.tensor([1.0, 4.0])), torch.tensor([1, 2])),
         torch.tensor([[9.0, 9.0], [0.0, 1.0], [0.0, 0.0]]),

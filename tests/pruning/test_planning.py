@@ -267,7 +267,7 @@ def test_scores_that_are_no_numbers_are_refused(source):
 
 
 def test_a_method_that_forgets_that_it_needs_sums_is_told(source):
-    method = Method("odd", "s", "c", {"key": ranked(lambda layer: layer.statistics.query_sum_HK)})
+    method = Method("odd", "s", "c", {"key": ranked(lambda layer: layer.statistics.query_gram_HKK[:, 0])})
     with pytest.raises(KeyreduceError, match="needs_statistics=True"):
         plan(source, method)
 
