@@ -73,7 +73,7 @@ def read_statistics(path: Path) -> Statistics:
         if found.keys() != expected:
             raise KeyreduceError(
                 f"{path} was made by another version of keyreduce (layer {layer} differs in "
-                f"{', '.join(sorted(found.keys() ^ expected))}); make it again with keyreduce calibrate `overwrite`"
+                f"{', '.join(sorted(found.keys() ^ expected))}); calibrate again with `overwrite`"
             )
     layers = {layer: LayerStatistics.of_tensors(tensors[layer]) for layer in sorted(tensors)}
     return Statistics(record["model"], record["tokens"], layers, record["inputs"])

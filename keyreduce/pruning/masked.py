@@ -1,7 +1,7 @@
 """Check that a pruned checkpoint computes what it should: what the dense model with masked channels computes.
 
-The weights of the masked dense model are what each edit says (:meth:`keyreduce.pruning.edits.MixerEdit.masked`), so
-that both models hold the same numbers, rounding included, and their logits differ only by the order in which float32
+The weights of the masked dense model are those of each edit's :meth:`keyreduce.pruning.tensor_edits.MixerEdit.masked`,
+so that both models hold the same numbers, rounding included, and their logits differ only by the order in which float32
 adds. Its delta-rule operators get zeros in place of dropped channels: after convolution and activation, with which a
 projection need not commute. The value channels of dropped heads are zero too.
 
@@ -27,9 +27,9 @@ from keyreduce.families import Part, family_of
 from keyreduce.models.loading import prepare_backend
 from keyreduce.models.meta import language_model
 from keyreduce.models.operators import operands, replaced_by_layer
-from keyreduce.pruning.edits import Fill, MixerEdit
 from keyreduce.pruning.plan import LayerCut, Plan
 from keyreduce.pruning.prune import plan_edits
+from keyreduce.pruning.tensor_edits import Fill, MixerEdit
 
 # fla gives sequences of up to 64 tokens to its recurrent operators, and longer ones to its chunked ones.
 TOKENS = (32, 96)

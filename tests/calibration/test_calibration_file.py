@@ -135,7 +135,7 @@ def test_other_safetensors_files_are_refused(tmp_path):
 )
 def test_sums_of_another_version_are_refused(written, missing, told):
     rewritten(written, lambda tensors: [tensors.pop(name) for name in missing])
-    told = f"another version of keyreduce .{told}.; make it again with keyreduce calibrate --overwrite"
+    told = f"another version of keyreduce .{told}.; calibrate again with `overwrite`"
     with pytest.raises(KeyreduceError, match=told):
         read_statistics(written)
 
