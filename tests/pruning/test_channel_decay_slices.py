@@ -182,7 +182,7 @@ def test_keys_and_values_of_kimi_linear_go_together(dense, target):
 
 @ALL
 def test_mixing_key_channels_is_refused(dense, model_type):
-    with pytest.raises(KeyreduceError, match="each decays in its own time"):
+    with pytest.raises(KeyreduceError, match="each decays at a rate of its own"):
         check_method(dense(model_type), METHODS["pca"], ["key"])
 
 

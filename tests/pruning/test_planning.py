@@ -123,9 +123,9 @@ def test_progress_is_told_layer_by_layer(source):
 @pytest.mark.parametrize(
     ("method", "targets", "told"),
     [
-        ("pca", ["value"], "--method pca is for --target key alone"),
-        ("pca", ["key", "head"], "--method pca is for --target key alone; for head"),
-        ("rrqr", ["head"], "--method rrqr is for --target key and --target value alone; for head take another"),
+        ("pca", ["value"], "`method` pca is for `target` key alone"),
+        ("pca", ["key", "head"], "`method` pca is for `target` key alone; for head"),
+        ("rrqr", ["head"], "`method` rrqr is for `target` key and `target` value alone; for head take another"),
     ],
 )
 def test_targets_that_a_method_does_not_choose_are_refused(source, method, targets, told):
