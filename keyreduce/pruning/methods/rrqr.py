@@ -1,11 +1,11 @@
 """Strong rank-revealing QR: the channels whose span approximates the others best.
 
-For each key head, let ``A`` be the queries stacked on the keys as the operator receives them; its rows are tokens, its
+For each key head, let ``A`` be the queries stacked on the keys as the operator receives them: its rows are tokens, its
 columns channels. The kept columns are those of a strong RRQR factorisation of A. It is computed from ``A^T A`` alone,
-which is the sum of the Gram matrices of q and k. Nazari and Rusch, arXiv:2602.04852; Gu and Eisenstat 1996, SIAM J. Sci. Comput.
-17(4). For value channels, A is the output projection's input: v itself does not include the effect of the decay and the
-output gate (on a Gated DeltaNet its choice was worse than random). Heads cannot be chosen in this way, since they have
-no channels in common.
+which is the sum of the Gram matrices of q and k. Nazari and Rusch, arXiv:2602.04852; Gu and Eisenstat 1996, SIAM J.
+Sci. Comput. 17(4). For value channels, A is the output projection's input: v itself does not include the effect of the
+decay and the output gate (on a Gated DeltaNet its choice was worse than random). Heads cannot be chosen in this way,
+since they have no channels in common.
 """
 
 import math
