@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from scipy.linalg import qr, solve_triangular
 
 from keyreduce.calibration.file import read_statistics, write_statistics
-from keyreduce.calibration.statistics import LayerStatistics, Statistics, TaylorSums
+from keyreduce.calibration.statistics import LayerStatistics, Statistics, TaylorStatistics
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.families.delta_net import DELTA_NET
 from keyreduce.pruning.budget import Budget
@@ -208,7 +208,7 @@ def write_sums(folder: Path, options: argparse.Namespace) -> None:
     layers = {}
     for layer, sizes in DELTA_NET.layer_sizes(source.config).items():
         sums = LayerStatistics.zeros(source.config["hidden_size"], sizes, torch.device("cpu"))
-        sums.taylor = TaylorSums.zeros(sizes, torch.device("cpu"))
+        sums.taylor = TaylorStatistics.zeros(sizes, torch.device("cpu"))
         for name, tensor in sums.tensors().items():
             if "gram" in name:
                 tensor.copy_(gram_LHKK[layer] / 2)

@@ -5,23 +5,22 @@ around them, if they do not have it already; there the kernel is registered. Wha
 """
 
 import importlib
-import sys
 
 import torch
+from fla_torch.registry import (
+    TESTED_VERSIONS,
+    UnsupportedVersionError,
+    refuse_disabled_dispatch,
+    replace_everywhere,
+)
 
 from fla_decode.step import MAX_KEY_CHANNELS, decode_step
-
-TESTED_VERSIONS = "0.6.0"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _is_placed = False
 _is_enabled = False
 _is_inplace = False
-
-
-class UnsupportedVersionError(ImportError):
-    """The installed fla lacks a function or a hook that the kernel needs."""
 
 
 def enable(*, inplace: bool = False) -> None:
@@ -183,10 +182,7 @@ def _place_all() -> None:
             f"the decode kernel works with flash-linear-attention {TESTED_VERSIONS}; the installed one lacks "
             f"something it needs ({error}): pip install flash-linear-attention=={TESTED_VERSIONS}"
         ) from error
-    if getattr(importlib.import_module("fla.backends"), "_DISPATCH_DISABLED", False):
-        raise UnsupportedVersionError(
-            "FLA_DISABLE_BACKEND_DISPATCH=1 switches off the registry that the decode kernel needs: unset it"
-        )
+    refuse_disabled_dispatch("the decode kernel")
 
     class DecodeBackend(BaseBackend):
         backend_type = "decode"
@@ -199,13 +195,5 @@ def _place_all() -> None:
             register(original, **place)(implementation)
         except KeyError:
             # Nobody has dispatched it yet.
-            _replace(original, dispatch(original))
+            replace_everywhere(original, dispatch(original))
             register(original, **place)(implementation)
-
-
-def _replace(original, dispatched) -> None:
-    """Put the dispatched function at every name under which a loaded module holds the original."""
-    for module in list(sys.modules.values()):
-        for attribute, value in list(getattr(module, "__dict__", {}).items()):
-            if value is original:
-                setattr(module, attribute, dispatched)

@@ -72,7 +72,7 @@ _is_enabled = False
 
 
 class UnsupportedVersionError(ImportError):
-    """The installed fla lacks a function or a hook that the backend needs."""
+    """The installed fla lacks a function or a hook that is needed, or its dispatch is switched off."""
 
 
 def enable(*, cuda: bool = False) -> None:
@@ -130,10 +130,23 @@ def _check_version() -> None:
             f"the PyTorch backend works with flash-linear-attention {TESTED_VERSIONS}; the installed one lacks "
             f"{', '.join(missing)}: pip install flash-linear-attention=={TESTED_VERSIONS}"
         )
-    if getattr(backends, "_DISPATCH_DISABLED", False):
+    refuse_disabled_dispatch("the PyTorch backend")
+
+
+def refuse_disabled_dispatch(user: str) -> None:
+    """Raise UnsupportedVersionError if fla's registry of backends, which ``user`` needs, is switched off."""
+    if getattr(importlib.import_module("fla.backends"), "_DISPATCH_DISABLED", False):
         raise UnsupportedVersionError(
-            "FLA_DISABLE_BACKEND_DISPATCH=1 switches off the registry that the PyTorch backend needs: unset it"
+            f"FLA_DISABLE_BACKEND_DISPATCH=1 switches off the registry that {user} needs: unset it"
         )
+
+
+def replace_everywhere(original, dispatched) -> None:
+    """Put the dispatched function at every name under which a loaded module holds the original."""
+    for module in list(sys.modules.values()):
+        for attribute, value in list(getattr(module, "__dict__", {}).items()):
+            if value is original:
+                setattr(module, attribute, dispatched)
 
 
 def _register() -> None:
@@ -164,10 +177,7 @@ def _register() -> None:
         dispatched = dispatch(original)
         place(original, implementation)
         setattr(holder, name, dispatched)
-        for other in list(sys.modules.values()):
-            for attribute, value in list(getattr(other, "__dict__", {}).items()):
-                if value is original:
-                    setattr(other, attribute, dispatched)
+        replace_everywhere(original, dispatched)
 
     module = importlib.import_module(SOFTMAX_MODULE)
     for name, implementation in SOFTMAX.items():

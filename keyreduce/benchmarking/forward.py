@@ -1,6 +1,6 @@
-"""How fast a whole model reads a prompt, and how fast it takes a step of training.
+"""How fast one mixer layer is, how fast a whole model reads a prompt, and how fast it takes a step of training.
 
-Shapes: B sequences, T tokens.
+Shapes: B sequences, T tokens, D hidden.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,76 +10,97 @@ import torch
 from keyreduce.benchmarking.ceilings import Ceilings
 from keyreduce.benchmarking.figures import compare, figures
 from keyreduce.benchmarking.subjects import Subject, refuse_beyond_memory
-from keyreduce.benchmarking.timing import interleave, peak_memory, rotated
-from keyreduce.benchmarking.work import Work, model_work
+from keyreduce.benchmarking.timing import copies_past_cache, interleave, peak_memory, rotated
+from keyreduce.benchmarking.work import Work, mixer_work, model_work
 
 _INPUTS = 4
 
 
-def time_models(
+def time_passes(
     subjects: Sequence[Subject],
     ceilings: Ceilings,
+    kind: str,
     *,
     batch_size: int,
     seq_len: int,
     rounds: int,
     seed: int,
-    train: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> list[dict]:
-    """Time whole models on the same random tokens, in turns: a prefill that fills a cache, or a step of training.
-
-    A step of training is forward, backward, and AdamW, whose memory is the model's twice: it changes the weights.
+    """Time all models on the same random inputs, in turns.
 
     Args:
-        subjects: the models; the first is the one that the others are compared with.
+        subjects: the models, of one hidden size; the first is the one that the others are compared with.
         ceilings: what the device can do.
+        kind: "mixer" is a forward pass of the first delta-rule mixer layer on hidden states; "forward" is a prefill of
+            the model that fills a cache; "train_step" is forward, backward and AdamW, whose memory is the model's
+            twice. It changes the weights.
         batch_size: B.
         seq_len: T.
         rounds: timed calls of each model.
-        seed: of the tokens.
-        train: a step of training, and not a prefill.
+        seed: the seed of the inputs.
         progress: called with 1 after each round.
 
     Returns:
         One entry for each subject (:mod:`keyreduce.benchmarking.figures`). A step of training counts three times the
         operations of a forward pass with all logits, and three times its bytes.
     """
-    device = subjects[0].model.device
-    vocabulary = subjects[0].vocabulary
-    width = 5 * subjects[0].hidden + (vocabulary if train else 0)
-    size = batch_size * seq_len * width * subjects[0].model.dtype.itemsize
-    refuse_beyond_memory(size, device, f"a batch of {batch_size} x {seq_len} tokens")
+    first, tokens = subjects[0], batch_size * seq_len
+    device, dtype = first.model.device, first.model.dtype
+    # A mixer's input, q, k, v and output are in memory at once, and in training all logits.
+    width = 5 * first.hidden + (first.vocabulary if kind == "train_step" else 0)
+    refuse_beyond_memory(tokens * width * dtype.itemsize, device, f"a batch of {batch_size} x {seq_len} tokens")
     generator = torch.Generator().manual_seed(seed)
-    inputs = [torch.randint(vocabulary, (batch_size, seq_len), generator=generator).to(device) for _ in range(_INPUTS)]
-    make = _training if train else _prefill
-    calls = {subject.label: rotated(make(subject.model), inputs) for subject in subjects}
+    if kind == "mixer":
+        count = copies_past_cache(tokens * first.hidden * dtype.itemsize, device, at_most=8)
+        shape = (batch_size, seq_len, first.hidden)
+        inputs = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(count)]
+    else:
+        shape = (batch_size, seq_len)
+        inputs = [torch.randint(first.vocabulary, shape, generator=generator).to(device) for _ in range(_INPUTS)]
+    make = {"mixer": _mixer_pass, "forward": _prefill, "train_step": _training}[kind]
+    calls = {subject.label: rotated(make(subject), inputs) for subject in subjects}
     timings = interleave(calls, device, rounds=rounds, progress=progress)
     entries = []
     for subject in subjects:
-        work = model_work(subject.model, subject.family, batch_size=batch_size, seq_len=seq_len, cached=False)
-        if train:
-            head = 2 * (batch_size * seq_len - batch_size) * subject.model.get_output_embeddings().weight.numel()
-            work = Work(3 * (work.flops + head), 3 * work.bytes)
-        shape = {"label": subject.label, "head_k_dim": subject.sizes.head_k_dim}
-        shape |= {"batch_size": batch_size, "seq_len": seq_len}
-        memory = peak_memory(calls[subject.label], device)
-        measured = figures(timings[subject.label], work, ceilings, tokens=batch_size * seq_len, memory=memory)
-        entries.append(shape | measured)
+        entry = {"label": subject.label, "head_k_dim": subject.sizes.head_k_dim}
+        entry |= {"batch_size": batch_size, "seq_len": seq_len}
+        memory, work = peak_memory(calls[subject.label], device), _work(subject, kind, batch_size, seq_len)
+        entries.append(entry | figures(timings[subject.label], work, ceilings, tokens=tokens, memory=memory))
         subject.model.eval()
     compare(entries, list(timings.values()))
     return entries
 
 
-def _prefill(model: torch.nn.Module) -> Callable[[torch.Tensor], object]:
+def _work(subject: Subject, kind: str, batch_size: int, seq_len: int) -> Work:
+    shape = {"batch_size": batch_size, "seq_len": seq_len}
+    if kind == "mixer":
+        return mixer_work(subject.mixer, subject.hidden, subject.sizes, cached=False, **shape)
+    work = model_work(subject.model, subject.family, cached=False, **shape)
+    if kind == "forward":
+        return work
+    head = 2 * batch_size * (seq_len - 1) * subject.model.get_output_embeddings().weight.numel()
+    return Work(3 * (work.flops + head), 3 * work.bytes)
+
+
+def _mixer_pass(subject: Subject) -> Callable[[torch.Tensor], object]:
     @torch.inference_mode()
-    def call(tokens_BT: torch.Tensor) -> object:
-        return model(input_ids=tokens_BT, use_cache=True, logits_to_keep=1)
+    def call(hidden_BTD: torch.Tensor) -> object:
+        return subject.mixer(hidden_states=hidden_BTD)
 
     return call
 
 
-def _training(model: torch.nn.Module) -> Callable[[torch.Tensor], object]:
+def _prefill(subject: Subject) -> Callable[[torch.Tensor], object]:
+    @torch.inference_mode()
+    def call(tokens_BT: torch.Tensor) -> object:
+        return subject.model(input_ids=tokens_BT, use_cache=True, logits_to_keep=1)
+
+    return call
+
+
+def _training(subject: Subject) -> Callable[[torch.Tensor], object]:
+    model = subject.model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     model.train()
 

@@ -10,9 +10,8 @@ import torch
 import keyreduce
 from keyreduce.benchmarking.ceilings import measure_ceilings
 from keyreduce.benchmarking.decode import SCOPES, time_decoding
-from keyreduce.benchmarking.forward import time_models
+from keyreduce.benchmarking.forward import time_passes
 from keyreduce.benchmarking.largest_batch import time_largest_batch
-from keyreduce.benchmarking.mixer import time_mixers
 from keyreduce.benchmarking.subjects import Subject, memory_errors_told
 from keyreduce.models.miscompiled import refuse_wrong_gradients
 
@@ -88,10 +87,7 @@ def benchmark_report(
         for seq_len in request.seq_lens:
             shape = {"batch_size": request.batch_size, "seq_len": seq_len}
             with memory_errors_told(f"a batch of {request.batch_size} x {seq_len} tokens"):
-                if kind == "mixer":
-                    entries += time_mixers(subjects, ceilings, **shape, **common)
-                else:
-                    entries += time_models(subjects, ceilings, train=kind == "train_step", **shape, **common)
+                entries += time_passes(subjects, ceilings, kind, **shape, **common)
     report["warmup_seconds"] = sum(_warmup_seconds(entry) for kind in request.kinds for entry in report[kind])
     return report
 

@@ -1,7 +1,7 @@
-"""Watch a model's mixers while it runs, and add what they see to the running sums.
+"""Observe a model's mixers while it runs, and add their activations to the statistics.
 
-The operator's own arguments are taken, not the output of a projection or convolution: fla computes q, k and v in
-different ways on different paths, but what reaches the delta-rule operator means the same on all of them.
+The arguments of the delta-rule operator are taken, not the outputs of projections or convolutions: fla computes q and k
+in different ways on different paths, but the operator gets the same on all of them.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from keyreduce.calibration.projections import projection_name
-from keyreduce.calibration.statistics import LayerStatistics, TaylorSums
+from keyreduce.calibration.statistics import LayerStatistics, TaylorStatistics
 from keyreduce.calibration.taylor import differentiating
 from keyreduce.families import Family
 from keyreduce.models.loading import LoadedModel
@@ -26,36 +26,36 @@ def collect(
     progress: Callable[[int], None] | None = None,
     *,
     gradients: bool = False,
-    add: Callable[[torch.Tensor], object] = lambda sums: None,
+    add: Callable[[torch.Tensor], object] = lambda tensor: None,
 ) -> tuple[dict[int, LayerStatistics], int]:
-    """Run batches of tokens through a model and sum what its mixers see.
+    """Run batches of tokens through a model and gather the statistics of its mixers.
 
     Args:
         loaded: the model.
         batches: LongTensors ``[B, T]`` without padding.
         progress: called after each batch with its number of tokens.
-        gradients: also sum what the loss says (:class:`keyreduce.calibration.statistics.TaylorSums`), from the same
+        gradients: whether to gather :class:`keyreduce.calibration.statistics.TaylorStatistics` too, from the same
             forward passes.
-        add: puts into a tensor what it comes to over all processes, where several share the batches out; used for what
-            gradients give, which is no sum over rows.
+        add: sums a tensor over all processes, in place, if the batches are distributed. Gradients need it before the
+            end, since not all of their statistics are sums over rows.
 
     Returns:
-        Layer number -> sums, on the CPU, and the number of tokens.
+        Layer number -> statistics, on the CPU, and the number of tokens.
 
     Raises:
-        KeyreduceError: with ``gradients``, a row has one token alone, or a loss that is NaN or inf.
+        KeyreduceError: with ``gradients``, a row has only one token, or its loss is NaN or inf.
     """
     model, tokens = loaded.model, 0
 
     def forward(tokens_BT: torch.Tensor) -> None:
-        # The decoder alone: what the head makes of its output is of no interest here.
+        # Without the language-model head, whose output no statistic needs.
         model.base_model(input_ids=tokens_BT, use_cache=False)
 
     with watching(model, loaded.family, loaded.folder) as layers, contextlib.ExitStack() as stack:
         run = forward
         if gradients:
             for layer, sizes in loaded.family.layer_sizes(model.config.to_dict()).items():
-                layers[layer].taylor = TaylorSums.zeros(sizes, layers[layer].input_square_D.device)
+                layers[layer].taylor = TaylorStatistics.zeros(sizes, layers[layer].input_square_D.device)
             taylor = {layer: statistics.taylor for layer, statistics in layers.items()}
             run = stack.enter_context(differentiating(model, loaded.family, taylor, loaded.folder, add))
         for tokens_BT in batches:
@@ -63,17 +63,18 @@ def collect(
             tokens += tokens_BT.numel()
             if progress is not None:
                 progress(tokens_BT.numel())
-    return {layer: LayerStatistics.of_tensors(sums.tensors()) for layer, sums in layers.items()}, tokens
+    on_cpu = {layer: LayerStatistics.of_tensors(statistics.tensors()) for layer, statistics in layers.items()}
+    return on_cpu, tokens
 
 
 @contextlib.contextmanager
 def watching(
     model: torch.nn.Module, family: Family, folder: Path | None = None
 ) -> Iterator[dict[int, LayerStatistics]]:
-    """While the block runs, every forward pass of ``model`` adds to the sums that are yielded, layer by layer.
+    """While the block runs, every forward pass of ``model`` adds to the yielded statistics: layer number -> statistics.
 
-    What builds a graph for gradients adds nothing: it repeats a pass that did. ``output_energy_W`` is there once the
-    block has ended; for it weights that wait on the disk are read from ``folder``, the checkpoint.
+    Passes that build a graph for gradients add nothing, since they repeat a pass that did. ``output_energy_W`` is
+    computed when the block ends; weights that are offloaded to the disk are then read from ``folder``, the checkpoint.
     """
     config = model.config.to_dict()
     hidden = round(family.hidden.read(config))
@@ -103,7 +104,7 @@ def watching(
     def watched(operator):
         def call(*args, **kwargs):
             if running:
-                running[0].add_operands(*operands(args, kwargs))
+                running[0].add_operands(*operands(args, kwargs)[:2])
             return operator(*args, **kwargs)
 
         return call

@@ -1,4 +1,4 @@
-"""The calibration file: running sums as safetensors, and what they were made from in its header."""
+"""The calibration file: statistics as safetensors, and what they were made from in its header."""
 
 import json
 import os
@@ -14,6 +14,8 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import appearing
 
 _KEY = "keyreduce"
+_UNUSED = {"query_sum_HK", "key_sum_HK", "unit_query_sum_HK", "unit_key_sum_HK", "value_gram_WVV"}
+"""Statistics that version 0.1 wrote and no method reads."""
 
 
 def write_statistics(statistics: Statistics, path: Path, *, overwrite: bool = False) -> None:
@@ -21,19 +23,19 @@ def write_statistics(statistics: Statistics, path: Path, *, overwrite: bool = Fa
     record = {"model": statistics.model, "tokens": statistics.tokens, "inputs": statistics.inputs}
     tensors = {
         f"layers.{layer}.{name}": tensor
-        for layer, sums in statistics.layers.items()
-        for name, tensor in sums.tensors().items()
+        for layer, layer_statistics in statistics.layers.items()
+        for name, tensor in layer_statistics.tensors().items()
     }
     with appearing(path, folder=False, overwrite=overwrite) as temporary:
         save_file(tensors, temporary, metadata={_KEY: json.dumps(record)})
-        # safetensors makes files private to their owner; this one is as shareable as any other output.
+        # safetensors makes files that only their owner can read; this one gets the usual permissions.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
 
 
 def read_record(path: Path) -> dict:
-    """Return model identity, tokens and inputs of a calibration file, without reading the sums.
+    """Return model identity, tokens and inputs of a calibration file, without reading the statistics.
 
     Raises:
         KeyreduceError: the file is missing, damaged, or not a calibration file.
@@ -50,7 +52,7 @@ def read_record(path: Path) -> dict:
 
 
 def read_statistics(path: Path) -> Statistics:
-    """Read a calibration file; the sums stay in the file, mapped into memory, until something looks at them.
+    """Read a calibration file; tensors are mapped into memory, and read from the file when they are first used.
 
     Raises:
         KeyreduceError: the file is missing, damaged, or not a calibration file.
@@ -61,7 +63,8 @@ def read_statistics(path: Path) -> Statistics:
         with safe_open(str(path), framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118  (no mapping)
                 _, layer, name = key.split(".", 2)
-                tensors.setdefault(int(layer), {})[name] = opened.get_tensor(key)
+                if name not in _UNUSED:
+                    tensors.setdefault(int(layer), {})[name] = opened.get_tensor(key)
     except (SafetensorError, ValueError) as error:
         raise KeyreduceError(f"{path} cannot be read: {error}") from error
     gradients = any(name.startswith(TAYLOR) for names in tensors.values() for name in names)
@@ -70,7 +73,7 @@ def read_statistics(path: Path) -> Statistics:
         if found.keys() != expected:
             raise KeyreduceError(
                 f"{path} was made by another version of keyreduce (layer {layer} differs in "
-                f"{', '.join(sorted(found.keys() ^ expected))}); make it again with keyreduce calibrate `overwrite`"
+                f"{', '.join(sorted(found.keys() ^ expected))}); calibrate again with `overwrite`"
             )
     layers = {layer: LayerStatistics.of_tensors(tensors[layer]) for layer in sorted(tensors)}
     return Statistics(record["model"], record["tokens"], layers, record["inputs"])

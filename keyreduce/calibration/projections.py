@@ -1,4 +1,4 @@
-"""The four projections of a mixer that calibration looks into, found through the family's table by what they map."""
+"""The four projections of a mixer that calibration observes, found in the family's table by the axes they map."""
 
 import torch
 
@@ -7,35 +7,35 @@ from keyreduce.families.axes import parts_of
 from keyreduce.families.layout import place_of
 
 PROJECTIONS = {"query": Part.QUERY, "key": Part.KEY, "value": Part.VALUE, "output": Part.VALUE}
-"""Word -> the channels, which are rows of the weight, but of the output projection columns."""
+"""Projection -> its channels, which are the rows of its weight, or the columns for the output projection."""
 
 
-def projection_name(family: Family, layer: int, word: str) -> str:
+def projection_name(family: Family, layer: int, projection: str) -> str:
     """Return the full name of a projection's weight in the model; a weight may hold other projections too."""
-    return family.tensor_name(layer, _short_name(family, word))
+    return family.tensor_name(layer, _short_name(family, projection))
 
 
-def projection_weight(family: Family, sizes: MixerSizes, word: str, weight: torch.Tensor) -> torch.Tensor:
-    """Return a projection's part of a weight, with one row a channel: ``[H * K, D]`` or ``[W * V, D]``.
+def projection_weight(family: Family, sizes: MixerSizes, projection: str, weight: torch.Tensor) -> torch.Tensor:
+    """Return a projection's part of a weight, with one row for each channel: ``[H * K, D]`` or ``[W * V, D]``.
 
     Args:
         family: its table says where in the weight the projection is.
         sizes: the mixer's sizes.
-        word: which projection.
-        weight: the tensor of :func:`projection_name`, or one of its shape.
+        projection: a key of `PROJECTIONS`.
+        weight: the tensor of :func:`projection_name`, or another one of its shape.
     """
-    axes = family.tensors[_short_name(family, word)]
-    if word == "output":
+    axes = family.tensors[_short_name(family, projection)]
+    if projection == "output":
         return weight.T
-    rows = place_of(axes[0], PROJECTIONS[word], sizes.lengths, sizes.key_heads)
+    rows = place_of(axes[0], PROJECTIONS[projection], sizes.lengths, sizes.key_heads)
     return weight if rows is None else weight[rows.to(weight.device)]
 
 
-def _short_name(family: Family, word: str) -> str:
-    channels, hidden = (1, 0) if word == "output" else (0, 1)
+def _short_name(family: Family, projection: str) -> str:
+    channels, hidden = (1, 0) if projection == "output" else (0, 1)
     (name,) = [
         name
         for name, axes in family.tensors.items()
-        if len(axes) == 2 and PROJECTIONS[word] in parts_of(axes[channels]) and axes[hidden] is Part.HIDDEN
+        if len(axes) == 2 and PROJECTIONS[projection] in parts_of(axes[channels]) and axes[hidden] is Part.HIDDEN
     ]
     return name

@@ -1,4 +1,4 @@
-"""Text and a model to calibration sums: what ``keyreduce calibrate`` does, and ``prune`` where sums are missing."""
+"""Calibration: a model and text to statistics."""
 
 import itertools
 from collections.abc import Callable
@@ -21,7 +21,7 @@ _MOST = 10**9  # beyond any text, and far below where counting itself fails
 
 
 class Settings(NamedTuple):
-    """How much text is taken, and in what shape: ``num_batches`` batches of ``batch_size`` rows of ``seq_len`` tokens.
+    """How much text to take: ``num_batches`` batches of ``batch_size`` rows of ``seq_len`` tokens.
 
     The order of the documents is drawn from ``seed``.
     """
@@ -47,14 +47,14 @@ class Settings(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """How many tokens that is."""
+        """The number of tokens."""
         return self.num_batches * self.batch_size * self.seq_len
 
 
 def describe_inputs(
     source: Checkpoint, text: TextSource, settings: Settings, dtype: torch.dtype, *, gradients: bool = False
 ) -> dict:
-    """Return what a calibration is made from; equal inputs give equal sums, up to rounding."""
+    """Return what a calibration is made from; equal inputs give equal statistics, up to rounding."""
     return {
         "model": source.identity,
         "text": {**text.describe(), "identity": text.identity},
@@ -77,18 +77,18 @@ def calibrate(
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda message: None,
 ) -> Statistics:
-    """Load the model, run the text through it, and return the sums.
+    """Load the model, run the text through it, and return the statistics.
 
     Args:
         source: the checkpoint.
         text: documents to draw rows from.
-        settings: how many, how long.
-        device, dtype: where and in what to run the model; sums are float64 either way.
-        gradients: also sum what the loss says of each channel (``TaylorSums``), from a backward pass for each batch.
-        offload: where layers wait for their turn on the device: "disk", "cpu", or with "auto" wherever there is room.
-        processes: of torchrun, which share the batches out; each returns the sums over all of them.
+        settings: the number of rows and their length.
+        device, dtype: where and in what dtype to run the model; the statistics are float64 in any case.
+        gradients: whether to gather ``TaylorStatistics`` too, from a backward pass for each batch.
+        offload: where layers that are not running are kept: "disk", "cpu", or "auto" for wherever there is room.
+        processes: the processes of torchrun over which the batches are distributed; each returns all statistics.
         progress: called after each batch with its number of tokens.
-        note: told where the text is shorter than was asked for.
+        note: called with a message if the text is shorter than was asked for.
 
     Raises:
         KeyreduceError: the model is quantised or does not load, the text is empty (with gradients, of one token), or
@@ -106,7 +106,7 @@ def calibrate(
 
 
 def _collect(loaded: LoadedModel, text: TextSource, settings: Settings, gradients: bool, processes, progress, note):
-    """The sums and the number of tokens that there were."""
+    """The statistics of each layer, and the number of tokens that there were."""
     rows = token_rows(text.documents(settings.seed), loaded.tokenizer, settings.seq_len)
     first_row = next(rows)
     if len(first_row) < settings.seq_len:

@@ -1,4 +1,4 @@
-"""Sums over text that the processes of ``torchrun`` share out: each takes every n-th batch, and at the end they add."""
+"""Calibration in several processes of ``torchrun``: each takes every n-th batch, and at the end they add up."""
 
 import contextlib
 import datetime
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from keyreduce.calibration.statistics import TAYLOR, LayerStatistics
 
 T = TypeVar("T")
-_LONGEST = datetime.timedelta(days=7)  # for which the first to finish waits for the last
+_LONGEST = datetime.timedelta(days=7)  # how long the first process to finish waits for the last
 
 
 class Group(Protocol):
@@ -26,10 +26,10 @@ class Group(Protocol):
 
 @contextlib.contextmanager
 def adding() -> Iterator[Callable[[torch.Tensor], None]]:
-    """While the block runs, give a function that puts into a tensor what it comes to over all processes.
+    """While the block runs, give a function that sums a tensor over all processes, in place.
 
-    Every process calls it as often, for tensors of the same shapes; where one ends before that, torchrun ends the
-    others.
+    Every process must call it equally often, with tensors of the same shapes; if one ends before that, torchrun ends
+    the others.
     """
 
     def add(tensor: torch.Tensor) -> None:
@@ -49,13 +49,13 @@ def adding() -> Iterator[Callable[[torch.Tensor], None]]:
 def add_up(
     layers: dict[int, LayerStatistics], tokens: int, add: Callable[[torch.Tensor], None]
 ) -> tuple[dict[int, LayerStatistics], int]:
-    """Return the sums and the number of tokens of all processes together, the same in each, on the CPU.
+    """Return the statistics and the number of tokens of all processes together, the same in each, on the CPU.
 
-    What gradients gave is so already (:func:`keyreduce.calibration.taylor.differentiating`).
+    Statistics of gradients are added up before (:func:`keyreduce.calibration.taylor.differentiating`).
 
     Args:
-        layers, tokens: of this process.
-        add: what :func:`adding` gives.
+        layers, tokens: the statistics and the number of tokens of this process.
+        add: the function that :func:`adding` gives.
     """
     count = torch.tensor(tokens, dtype=torch.int64)
     add(count)

@@ -1,11 +1,12 @@
-"""What the loss says of each channel: gradients of the mixers' projections, row by row of the text.
+"""How the loss depends on each channel: gradients of the mixers' projections, row by row of the text.
 
-Ma et al., "LLM-Pruner", arXiv:2305.11627; Molchanov et al., arXiv:1906.10771. The sums are described at
-:class:`keyreduce.calibration.statistics.TaylorSums`.
+Ma et al., "LLM-Pruner", arXiv:2305.11627; Molchanov et al., arXiv:1906.10771. The statistics are described at
+:class:`keyreduce.calibration.statistics.TaylorStatistics`.
 
-No weight asks for a gradient. A projection ``y = W x`` has ``dL/dW = sum_t dL/dy_t x_t^T``, so that a row of W comes to
-``sum_d W_cd dL/dW_cd = sum_t y_tc dL/dy_tc``, and a column to the same of x: what goes in and out says all, wherever
-the weights wait. Each block is run once more on the way back, so that one alone keeps what its gradient needs.
+No weight requires a gradient. A projection ``y = W x`` has ``dL/dW = sum_t dL/dy_t x_t^T``, so that a row of W has
+``sum_d W_cd dL/dW_cd = sum_t y_tc dL/dy_tc``, and a column the same of x: the projection's inputs and outputs suffice,
+also for weights that are offloaded. Each block is recomputed in the backward pass, so that only one at a time keeps the
+activations that its gradient needs.
 
 Shapes: B rows, T tokens, U token ids, C channels of a projection, D hidden, N outputs and M inputs of a weight.
 """
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from keyreduce.calibration.projections import PROJECTIONS, projection_name, projection_weight
-from keyreduce.calibration.statistics import TaylorSums
+from keyreduce.calibration.statistics import TaylorStatistics
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import Family
 from keyreduce.models.offloading import read_parameter
@@ -30,64 +31,28 @@ from keyreduce.models.offloading import read_parameter
 def differentiating(
     model: torch.nn.Module,
     family: Family,
-    layers: Mapping[int, TaylorSums],
+    layers: Mapping[int, TaylorStatistics],
     folder: Path | None = None,
-    add: Callable[[torch.Tensor], object] = lambda sums: None,
+    add: Callable[[torch.Tensor], object] = lambda tensor: None,
 ) -> Iterator[Callable[[torch.Tensor], None]]:
     """While the block runs, give a function that takes a batch of tokens ``[B, T]`` and adds to ``layers``.
 
     It runs the model forward without gradients, then block by block forward and backward; a sample of the squared form
-    is a row. Memory does not depend on how many batches there are: beside the model it holds what goes into each block,
-    one block's activations, one row's logits, and the summed gradient of the four projections of each mixer in float32
-    (float64 for a float64 model), on the CPU where the weight is not on the device. When the block ends each parameter
-    asks for a gradient or not as before.
+    is a row. Memory does not depend on the number of batches: beside the model it holds the inputs of all blocks, one
+    block's activations, one row's logits, and the summed gradient of the four projections of each mixer in float32
+    (float64 for a float64 model), on the CPU if the weight is not on the device. When the block ends, ``requires_grad``
+    of each parameter is restored.
 
     Args:
         model, family: the model.
-        layers: layer number -> sums to add to; complete when the block has ended.
-        folder: its checkpoint, for weights that wait on the disk.
-        add: puts into a tensor what it comes to over all processes, at the end.
+        layers: layer number -> statistics to add to; complete when the block has ended.
+        folder: its checkpoint, for weights that are offloaded to the disk.
+        add: sums a tensor over all processes, in place; called at the end.
 
     Raises:
         KeyreduceError: a row has a single token, so that there is nothing to predict, or its loss is NaN or inf.
     """
-    sizes = family.layer_sizes(model.config.to_dict())
-    # Projections may share a weight.
-    parts: dict[str, list[tuple[int, str]]] = {}
-    for layer in layers:
-        for part in PROJECTIONS:
-            parts.setdefault(projection_name(family, layer, part), []).append((layer, part))
-    summed = {name: _zeros_like(model.get_parameter(name)) for name in parts}
-
-    def watch(name: str):
-        is_output = parts[name][0][1] == "output"
-
-        def add_channels(channels_BTC: torch.Tensor, gradient_BTC: torch.Tensor) -> None:
-            amount_BC = (channels_BTC.double() * gradient_BTC).sum(1)
-            for layer, part in parts[name]:
-                # As if they were a weight's: of the output projection the channels are columns.
-                amount_CB = projection_weight(family, sizes[layer], part, amount_BC if is_output else amount_BC.T)
-                for form, amount_C in (("signed", amount_CB.sum(1)), ("squared", amount_CB.square().sum(1))):
-                    sums = layers[layer].of(form, part)
-                    sums += amount_C.view_as(sums)
-
-        def hook(module, args, output_BTN):
-            if not torch.is_grad_enabled():
-                return
-            input_BTM, output = args[0].detach(), output_BTN.detach()
-
-            def on_output(gradient_BTN):
-                wide = summed[name].dtype
-                product_NM = gradient_BTN.flatten(0, 1).to(wide).T @ input_BTM.flatten(0, 1).to(wide)
-                summed[name] += product_NM.to(summed[name].device)
-                if not is_output:
-                    add_channels(output, gradient_BTN)
-
-            output_BTN.register_hook(on_output)
-            if is_output:
-                args[0].register_hook(lambda gradient_BTM: add_channels(input_BTM, gradient_BTM))
-
-        return hook
+    gradients = _Gradients(model, family, layers)
 
     def run(tokens_BT: torch.Tensor) -> None:
         if tokens_BT.shape[1] < 2:
@@ -99,37 +64,90 @@ def differentiating(
                 _loss(model.get_output_embeddings(), inner_BTD[row], tokens_T).backward()
             hidden_BTD.backward(inner_BTD.grad)
 
-    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with contextlib.ExitStack() as undo:
-        for parameter, before in asked:
-            undo.callback(parameter.requires_grad_, before)
+        for parameter in model.parameters():
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
-        undo.callback(model.get_input_embeddings().register_forward_hook(_ask_for_gradient).remove)
+        undo.callback(model.get_input_embeddings().register_forward_hook(_require_gradient).remove)
         for block in model.get_submodule(family.mixer.split(".{layer}")[0]):
-            undo.enter_context(_run_twice(block))
-        for name in parts:
-            undo.callback(model.get_submodule(name.rpartition(".")[0]).register_forward_hook(watch(name)).remove)
+            undo.enter_context(_recomputing(block))
+        for name in gradients.parts:
+            projection = model.get_submodule(name.rpartition(".")[0])
+            undo.callback(projection.register_forward_hook(partial(gradients.observe, name)).remove)
         yield run
-    for name, places in parts.items():
-        add(summed[name])
-        effect_NM = (read_parameter(model, name, folder).detach().to(summed[name].device).double() * summed[name]).abs()
-        for layer, part in places:
-            taylor = layers[layer]
-            sums = taylor.of("element", part)
-            sums.copy_(projection_weight(family, sizes[layer], part, effect_NM).sum(1).view_as(sums))
-            for form in ("signed", "squared"):
-                add(taylor.of(form, part))
+    gradients.finish(lambda name: read_parameter(model, name, folder).detach(), add)
 
 
-def _ask_for_gradient(embedding, args, output_BTD) -> None:
-    """A forward hook: without it nothing would ask for one, since no weight does."""
+class _Gradients:
+    """The gradients of the mixers' projections, as they are summed.
+
+    Attributes:
+        parts: name of a weight -> the layers and projections that it holds; several projections may share a weight.
+    """
+
+    def __init__(self, model: torch.nn.Module, family: Family, layers: Mapping[int, TaylorStatistics]):
+        self._family, self._layers, self._sizes = family, layers, family.layer_sizes(model.config.to_dict())
+        self.parts: dict[str, list[tuple[int, str]]] = {}
+        for layer in layers:
+            for part in PROJECTIONS:
+                self.parts.setdefault(projection_name(family, layer, part), []).append((layer, part))
+        self._summed = {name: _zeros_like(model.get_parameter(name)) for name in self.parts}
+
+    def observe(self, name: str, module: torch.nn.Module, args: tuple, output_BTN: torch.Tensor) -> None:
+        """The forward hook of the projection with this weight: add its gradient in the backward pass."""
+        if not torch.is_grad_enabled():
+            return
+        input_BTM, output, is_output = args[0].detach(), output_BTN.detach(), self._is_output(name)
+
+        def on_output(gradient_BTN: torch.Tensor) -> None:
+            summed = self._summed[name]
+            product_NM = gradient_BTN.flatten(0, 1).to(summed.dtype).T @ input_BTM.flatten(0, 1).to(summed.dtype)
+            summed += product_NM.to(summed.device)
+            if not is_output:
+                self._add_channels(name, output, gradient_BTN)
+
+        output_BTN.register_hook(on_output)
+        if is_output:
+            args[0].register_hook(lambda gradient_BTM: self._add_channels(name, input_BTM, gradient_BTM))
+
+    def finish(self, read: Callable[[str], torch.Tensor], add: Callable[[torch.Tensor], object]) -> None:
+        """Complete the statistics, over all processes, with the weights that ``read`` returns."""
+        for name, places in self.parts.items():
+            summed = self._summed[name]
+            add(summed)
+            effect_NM = (read(name).to(summed.device).double() * summed).abs()
+            for layer, part in places:
+                statistics = self._layers[layer]
+                element = statistics.of("element", part)
+                element.copy_(self._rows(layer, part, effect_NM).sum(1).view_as(element))
+                for form in ("signed", "squared"):
+                    add(statistics.of(form, part))
+
+    def _add_channels(self, name: str, channels_BTC: torch.Tensor, gradient_BTC: torch.Tensor) -> None:
+        amount_BC = (channels_BTC.double() * gradient_BTC).sum(1)
+        for layer, part in self.parts[name]:
+            # In the layout of a weight: the channels of the output projection are columns.
+            amount_CB = self._rows(layer, part, amount_BC if self._is_output(name) else amount_BC.T)
+            for form, amount_C in (("signed", amount_CB.sum(1)), ("squared", amount_CB.square().sum(1))):
+                total = self._layers[layer].of(form, part)
+                total += amount_C.view_as(total)
+
+    def _is_output(self, name: str) -> bool:
+        return self.parts[name][0][1] == "output"
+
+    def _rows(self, layer: int, part: str, weight: torch.Tensor) -> torch.Tensor:
+        return projection_weight(self._family, self._sizes[layer], part, weight)
+
+
+def _require_gradient(embedding, args, output_BTD) -> None:
+    """A forward hook: the embeddings require a gradient, since no weight does."""
     if torch.is_grad_enabled():
         output_BTD.requires_grad_()
 
 
 @contextlib.contextmanager
-def _run_twice(block: torch.nn.Module) -> Iterator[None]:
-    """While the context holds, a block that runs with gradients runs without, and again when they come back to it."""
+def _recomputing(block: torch.nn.Module) -> Iterator[None]:
+    """While the context holds, the block is recomputed in the backward pass instead of keeping its activations."""
     has_own, forward = "forward" in vars(block), block.forward
 
     def run(*args, **kwargs):

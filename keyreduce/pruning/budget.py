@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 DEFAULT_RATIO = "0.25"
 """The share that goes where no amount is given."""
 SIZE_OF = {"key": "head_k_dim", "value": "head_v_dim", "head": "key_heads"}
-"""Target -> the size that it shrinks."""
+"""Target -> the size that it reduces."""
 
-# What Fraction reads, but no number that takes it long to write out.
+# Numbers that Fraction accepts, without exponents so large that it would take long to write them out.
 _AMOUNT = re.compile(r"[+-]?[\d.]{1,30}(/\d{1,30}|e\+?\d{1,2}|e-\d{1,3})?", re.IGNORECASE)
 _HOLDER = {"key": "a key head", "value": "a value head", "head": "a layer"}
 _THINGS = {"key": "channels", "value": "channels", "head": "key heads"}
@@ -29,13 +29,14 @@ _THINGS = {"key": "channels", "value": "channels", "head": "key heads"}
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is to stay of what.
+    """How much is to stay of each target.
 
     Attributes:
-        ratio, keep: target -> what ``ratio`` and ``keep`` say of it, exactly one of them, unless ``variance`` does.
+        ratio, keep: target -> the share to remove, and the number to keep. Exactly one of them is not None, unless
+            ``variance`` is given.
         variance: for a projection, the share of the variance to keep.
-        allocate: ``uniform`` or ``energy``.
-        multiple_of: kept channels are rounded to a multiple.
+        allocate: how key channels are distributed over the layers, ``uniform`` or ``energy``.
+        multiple_of: the number of kept channels is rounded to a multiple of it.
     """
 
     ratio: Mapping[str, Fraction | None]
@@ -76,7 +77,7 @@ class Budget:
         if ratio and keep:
             raise KeyreduceError("say how much to prune with either `ratio` (or PRUNING_RATIO) or `keep`, not both")
         if allocate == "energy" and ("key" not in targets or variance is not None):
-            raise KeyreduceError("`allocate` energy shares out key channels: take `target` key and `ratio` or `keep`")
+            raise KeyreduceError("`allocate` energy distributes key channels: take `target` key and `ratio` or `keep`")
         amounts = (parse_amounts("ratio", ratio, targets), parse_amounts("keep", keep, targets))
         return cls(*amounts, variance, allocate, multiple_of)
 
@@ -87,11 +88,11 @@ class Budget:
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether the numbers depend on the calibration."""
+        """Whether the numbers depend on calibration statistics."""
         return self.variance is not None or self.allocate == "energy"
 
     def describe(self, config: Mapping) -> dict:
-        """Return what decides the numbers, for the record: the numbers themselves, where the calibration has no say."""
+        """Return what determines the numbers, for the record: the numbers themselves, if no statistics are needed."""
         if self.variance is not None:
             keep: dict = {"variance": self.variance, "multiple_of": self.multiple_of}
         else:
@@ -102,11 +103,11 @@ class Budget:
         return {"target": ",".join(self.targets), "keep": keep}
 
     def check(self, config: Mapping, method: Method) -> None:
-        """Refuse, before any work, what a model or a method cannot have.
+        """Refuse, before any work, a budget that the model or the method does not allow.
 
         Raises:
-            KeyreduceError: see :func:`keep_count`; or its config cannot say sizes layer by layer, or the method is no
-                projection; or the family has the size tied to something that stays.
+            KeyreduceError: see :func:`keep_count`; or the layers would differ in a size for which the config has one
+                value, a variance is given and the method does not project, or the family does not allow the sizes.
         """
         if self.variance is not None and (method.moments is None or self.targets != ["key"]):
             raise KeyreduceError("`variance` goes with `method` pca `target` key; give `ratio` or `keep`")
@@ -114,7 +115,7 @@ class Budget:
         if self.allocate == "energy" and "head_k_dim" not in family.per_layer:
             raise KeyreduceError(
                 f"a {family.model_type} config says one head_k_dim for all layers, so a model pruned with "
-                "`allocate` energy could not be loaded; of the known architectures delta_net_2 alone has one for each"
+                "`allocate` energy could not be loaded; of the known architectures only delta_net_2 has one for each"
             )
         if self.variance is None:
             numbers = self._uniform(config)
@@ -133,10 +134,10 @@ class Budget:
         """Return target -> layer -> how many stay.
 
         Args:
-            config: of the model.
-            statistics: the calibration sums, where :attr:`needs_statistics`.
-            method: what will choose.
-            options: of the method.
+            config: the model's config.
+            statistics: the calibration statistics, if :attr:`needs_statistics`.
+            method: the method that will choose.
+            options: the method's options.
 
         Raises:
             KeyreduceError: see :func:`keep_count`.
@@ -144,35 +145,20 @@ class Budget:
         from keyreduce.pruning.allocation import by_energy, by_variance
 
         if self.variance is not None:
-            ranks = by_variance(
-                family_of(config),
-                statistics.layers,
-                self.variance,
-                method,
-                options,
-                multiple_of=self.multiple_of,
-            )
-            return {"key": ranks}
+            family, layers = family_of(config), statistics.layers
+            return {"key": by_variance(family, layers, self.variance, method, options, multiple_of=self.multiple_of)}
         numbers = self._uniform(config)
         if self.allocate == "energy":
             numbers["key"] = by_energy(statistics.layers, numbers["key"], self.multiple_of)
         return numbers
 
     def _uniform(self, config: Mapping) -> dict[str, dict[int, int]]:
-        layers = family_of(config).layer_sizes(config)
-        return {
-            target: {
-                layer: keep_count(
-                    target,
-                    getattr(sizes, SIZE_OF[target]),
-                    ratio=self.ratio[target],
-                    keep=self.keep[target],
-                    multiple_of=self.multiple_of,
-                )
-                for layer, sizes in layers.items()
-            }
-            for target in self.targets
-        }
+        numbers: dict[str, dict[int, int]] = {target: {} for target in self.targets}
+        for layer, sizes in family_of(config).layer_sizes(config).items():
+            for target, number_of in numbers.items():
+                ratio, keep, available = self.ratio[target], self.keep[target], getattr(sizes, SIZE_OF[target])
+                number_of[layer] = keep_count(target, available, ratio=ratio, keep=keep, multiple_of=self.multiple_of)
+        return numbers
 
 
 def parse_amounts(field: str, amounts: Sequence[str], targets: Sequence[str]) -> dict[str, Fraction | None]:
@@ -202,17 +188,17 @@ def parse_amounts(field: str, amounts: Sequence[str], targets: Sequence[str]) ->
 def keep_count(
     target: str, available: int, *, ratio: Fraction | None, keep: Fraction | None, multiple_of: int = 1
 ) -> int:
-    """Return how many of a group stay.
+    """Return how many channels of a head, or key heads of a layer, stay.
 
     Args:
-        target: of what.
+        target: "key", "value" or "head".
         available: how many there are.
         ratio: the share to remove; ``floor(available * (1 - ratio))`` stay, at least 1.
         keep: the number to keep, instead of a ratio.
         multiple_of: round channels to the nearest multiple (up when two are equally near), at least one multiple.
 
     Raises:
-        KeyreduceError: the ratio is outside [0, 1), or the number is impossible.
+        KeyreduceError: the ratio is outside [0, 1), or there are not so many to keep.
     """
     if ratio is not None:
         if not 0 <= ratio < 1:
@@ -233,6 +219,6 @@ def keep_count(
 
 
 def sizes_after(sizes: MixerSizes, keep: Mapping[str, int]) -> MixerSizes:
-    """Return the sizes of a layer of which so much stays, target by target."""
+    """Return the sizes of a layer after a cut; ``keep`` is target -> how many stay."""
     after = sizes._replace(**{SIZE_OF[target]: number for target, number in keep.items()})
     return after._replace(value_heads=sizes.value_heads // sizes.key_heads * after.key_heads)

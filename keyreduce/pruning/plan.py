@@ -1,4 +1,4 @@
-"""The plan of a cut: what stays, and where the decision came from. It is data, written beside the checkpoint.
+"""The plan of a pruning step: what stays, and what decided it. It is data, written beside the checkpoint.
 
 Shapes: H key heads and W value heads that stay, K key channels and V value channels of a head, R kept.
 """
@@ -12,7 +12,7 @@ from keyreduce.families import MixerSizes
 
 
 def value_heads_of(sizes: MixerSizes, heads_H: torch.Tensor) -> torch.Tensor:
-    """Return the value heads ``[W]`` that some key heads serve, in order."""
+    """Return the value heads ``[W]`` that belong to some key heads, in order."""
     group = sizes.value_heads // sizes.key_heads
     return (heads_H[:, None] * group + torch.arange(group)).flatten()
 
@@ -22,12 +22,12 @@ class LayerCut:
     """What stays of one layer's mixer.
 
     Attributes:
-        before, after: its sizes.
-        heads_H: the key heads that stay, each with all the value heads that it serves.
-        key_HR: their key channels that stay; None where they are projected instead.
-        value_WR: the value channels that stay, of each value head that does.
+        before, after: the mixer's sizes.
+        heads_H: the key heads that stay, each with all its value heads.
+        key_HR: the key channels that stay in each of these heads; None if they are projected instead.
+        value_WR: the value channels that stay in each value head that stays.
         projection_HKR: the projection of queries and keys, float64.
-        report: target -> figures of the method, for the record.
+        report: target -> metrics of the method, for the record.
     """
 
     before: MixerSizes
@@ -40,7 +40,7 @@ class LayerCut:
 
     @classmethod
     def of_nothing(cls, sizes: MixerSizes) -> "LayerCut":
-        """Return the cut that leaves a layer as it is."""
+        """Return the cut that leaves a layer unchanged."""
         return cls(
             sizes,
             sizes,
@@ -55,7 +55,7 @@ class LayerCut:
         return value_heads_of(self.before, self.heads_H)
 
     def to_json(self) -> dict:
-        """Return the cut as a JSON object; a projection is too large for one, and stands in a file of its own."""
+        """Return the cut as a JSON object, without the projection, which is written to a file of its own."""
         return {
             "before": self.before._asdict(),
             "after": self.after._asdict(),
@@ -71,8 +71,8 @@ class Plan:
     """One pruning step.
 
     Attributes:
-        inputs: what decided it: source identity, calibration, method, targets, ratio, seed. Equal inputs give an
-            equal result.
+        inputs: everything that the plan depends on: source identity, calibration, method, targets, ratio, seed. Equal
+            inputs give equal plans.
         layers: layer -> its cut.
     """
 
@@ -81,12 +81,12 @@ class Plan:
 
     @property
     def before(self) -> dict[int, MixerSizes]:
-        """The sizes before the cut."""
+        """Layer -> its sizes before the cut."""
         return {layer: cut.before for layer, cut in self.layers.items()}
 
     @property
     def after(self) -> dict[int, MixerSizes]:
-        """The sizes after it."""
+        """Layer -> its sizes after the cut."""
         return {layer: cut.after for layer, cut in self.layers.items()}
 
     def to_json(self) -> dict:

@@ -1,4 +1,4 @@
-"""What a cut saves, from the headers of two checkpoints alone."""
+"""How much smaller pruning made a model, from the headers of both checkpoints."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from keyreduce.families import family_of
 
 
 class Savings(NamedTuple):
-    """Before and after: bytes of recurrent state that a sequence holds in float32, and numbers of parameters."""
+    """Pairs of before and after: bytes of the recurrent state of a sequence in float32, and numbers of parameters."""
 
     state_bytes_per_sequence: tuple[int, int]
     mixer_parameters: tuple[int, int]
@@ -17,7 +17,7 @@ class Savings(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """How much smaller everything became, for people."""
+        """A sentence that says how much smaller the state and the model became."""
         state, mixer, model = (f"{100 * (1 - after / before):.1f}%" for before, after in self)
         before, after = (f"{size / 2**20:,.2f}" for size in self.state_bytes_per_sequence)
         return (

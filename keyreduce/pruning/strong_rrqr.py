@@ -18,13 +18,13 @@ gamma_j^2 the diagonal of the Schur complement ``C = G_TT - G_TS W``. All three 
 
 and an exchange is one principal pivot on the rows and columns i and j: an update of rank two, O(d^2). M itself is
 ``keep`` principal pivots of one row and column each away from G: the sweep operator (Goodnight, "A tutorial on the
-SWEEP operator", The American Statistician 33(3), 1979), whose pivots are those of Cholesky. So all is a row of small
-updates, each far below the size from which BLAS wakes threads; waking them would cost more than all of the work.
+SWEEP operator", The American Statistician 33(3), 1979), whose pivots are those of Cholesky. The whole computation is a
+sequence of small updates, each far below the size at which BLAS starts threads, which would cost more than the work.
 
-Arithmetic. Squaring A costs half of the digits: what lies below about 1e-6 of a column's norm cannot be seen in G.
-G is therefore taken with its diagonal raised by 10 d eps, in proportion, and with a floor far below everything else for
-columns of zeros: the Gram matrix of A with a tiny diagonal matrix below it. It is positive definite, so that rho is
-finite and exchanges end also where A has no rank left; and no step depends on the columns' scales.
+Arithmetic. Squaring A loses half of the digits: anything below about 1e-6 of a column's norm is lost in G. Therefore
+the diagonal of G is increased by a factor of 1 + 10 d eps, with a floor far below all other entries for columns of
+zeros. This is the Gram matrix of A with a tiny diagonal matrix below it. It is positive definite, so that rho is finite
+and exchanges end even if A is rank deficient; and no step depends on the columns' scales.
 
 Shape legend: K channels (columns of A), R kept channels, T dropped channels, S the R kept and then the T dropped.
 """
@@ -39,9 +39,9 @@ from scipy.linalg.blas import dgemm
 
 from keyreduce.errors import KeyreduceError
 
-# An exchange must gain more than rounding does, or f = 1 would exchange equals for ever.
+# An exchange must gain more than rounding errors do, or f = 1 would exchange equal columns for ever.
 _LEAST_GAIN = 1e-8
-# The norm that stands for a column of zeros, relative to the largest. Its fourth power is still a number.
+# The norm assumed for a column of zeros, relative to the largest. Its fourth power does not underflow.
 _ZERO_NORM = 1e-60
 
 
@@ -51,12 +51,12 @@ class StrongRRQR:
 
     Attributes:
         kept_R: int64, ascending.
-        rho: the largest rho_ij, from a fresh factorisation at the end; 0.0 where all or no channels can be exchanged.
-            Where A has fewer dimensions than are kept, this is the rho of A with the tiny diagonal matrix below it.
+        rho: the largest rho_ij, from a fresh factorisation at the end; 0.0 if every channel is kept. If the rank of A
+            is below the number of kept channels, this is the rho of A with the tiny diagonal matrix below it.
         swaps: how many exchanges were made after the pivoted Cholesky factorisation.
         smallest_kept: the smallest singular value of R11, in A's units; 0.0 if a column of zeros had to be kept.
-        largest_dropped: the largest singular value of R22; 0.0 if nothing is dropped. Both are known down to about 1e-6
-            of the norms of the columns, which is what they show where A is singular.
+        largest_dropped: the largest singular value of R22; 0.0 if nothing is dropped. Both are resolved down to about
+            1e-6 of the columns' norms, which is their value if A is singular.
     """
 
     kept_R: np.ndarray
@@ -69,24 +69,24 @@ class StrongRRQR:
 def strong_rrqr(gram_KK: np.ndarray, keep: int, *, f: float = 1.5) -> StrongRRQR:
     """Choose ``keep`` columns of A, given ``A^T A``, such that no exchange grows their volume by more than f.
 
-    Starts from pivoted Cholesky (which is QR with column pivoting, seen from the Gram matrix) and makes the exchange of
-    the largest rho while that is above f. The volume |det R11| grows with every exchange, so this ends; should rounding
-    ever eat the growth, it ends there, and ``rho`` tells.
+    Starts from pivoted Cholesky (QR with column pivoting, computed from the Gram matrix) and makes the exchange with
+    the largest rho while that is above f. The volume |det R11| grows with every exchange, so the loop ends. If rounding
+    errors exceed the growth, it ends there, and the returned ``rho`` is above f.
 
     Ties go to the lower channel: the lower one is kept first, and of identical columns (identical rows of the Gram
-    matrix, columns of zeros included) the lowest are kept, in whatever order they were found.
+    matrix, columns of zeros included) the lowest are kept, whatever the order of the exchanges.
 
     Args:
-        gram_KK: float64, symmetric, finite, of rows that are tokens and columns that are channels.
-        keep: from 1 to K.
-        f: at least 1. Closer to 1 is tighter and takes more exchanges.
+        gram_KK: the Gram matrix of A, whose rows are tokens and whose columns are channels: symmetric, finite.
+        keep: the number of columns to keep, from 1 to K.
+        f: the bound on rho, at least 1. Closer to 1 is tighter and takes more exchanges.
 
     Raises:
         KeyreduceError: f is below 1.
     """
     if not f >= 1:
         raise KeyreduceError(f"`f` is {f}; it is at least 1")
-    # BLAS would update a copy of anything else than this.
+    # BLAS would update a copy of any other dtype.
     gram_KK = np.asarray(gram_KK, dtype=np.float64)
     channels = len(gram_KK)
     if not 1 <= keep <= channels:
@@ -107,12 +107,12 @@ def strong_rrqr(gram_KK: np.ndarray, keep: int, *, f: float = 1.5) -> StrongRRQR
 
 
 class Tableau(NamedTuple):
-    """A choice of columns, factorised.
+    """The tableau of a choice of columns.
 
     Attributes:
         matrix_SS: M of the module's docstring.
-        channel_S: int64, the channels of M's rows: the kept, then the dropped, each ascending.
-        keep: how many are kept.
+        channel_S: the channel of each row of M, int64: the kept ones, then the dropped ones, each ascending.
+        keep: the number of kept channels.
         log_volume: log |det R11|.
     """
 
@@ -128,16 +128,16 @@ class Tableau(NamedTuple):
 
 
 def factorise(gram_KK: np.ndarray, keep: int, kept_R: np.ndarray | None = None) -> Tableau:
-    """Return the tableau of a choice of columns, by default of those that pivoted Cholesky chooses: each time the one
-    with the most left of its squared norm, the lowest of equals.
+    """Return the tableau of a choice of columns, by default of the choice of pivoted Cholesky.
 
-    LAPACK's dpstrf moves channels about as it pivots, and so forgets which of two equals was the lower.
+    That takes, step by step, the column with the largest remaining squared norm, and the lowest in a tie. LAPACK's
+    dpstrf cannot be used: it reorders channels as it pivots, so that ties no longer go to the lower one.
 
     Raises:
         LinAlgError: the Gram matrix is not safely positive definite.
     """
     matrix_KK, log_pivots = gram_KK.copy(), 0.0
-    # A view, which follows the sweeps: negative for those kept, for the others what is left of the squared norm.
+    # A view of the swept matrix: negative for kept channels, the remaining squared norm for the others.
     diagonal_K = matrix_KK.diagonal()
     least_K = np.finfo(float).eps * gram_KK.diagonal()
     for step in range(keep):
@@ -158,7 +158,7 @@ def exchange(matrix_SS: np.ndarray, out: int, into: int) -> None:
 
     With ``B`` the 2 x 2 block of both, ``U`` their two rows, turned to ``V = [U_into; -U_out]``, and ``N = B / rho^2``:
     ``M + V^T N V`` for all others, ``-N V`` for the two rows and columns themselves, ``N`` where they cross. This is
-    the principal pivot on ``B``, whose determinant is ``-rho^2``: exchanges that are worth making are also stable.
+    the principal pivot on ``B``, whose determinant is ``-rho^2``: exchanges with a large rho are also stable.
     """
     pair = [out, into]
     rows_2S = matrix_SS[pair]
@@ -174,7 +174,7 @@ def exchange(matrix_SS: np.ndarray, out: int, into: int) -> None:
 
 
 def _sweep(matrix_SS: np.ndarray, row: int) -> None:
-    """Bring one more row of M among the kept, in place."""
+    """Move one more row of M to the kept ones, in place."""
     row_1S = matrix_SS[row : row + 1].copy()
     pivot = row_1S[0, row]
     swept_1S = row_1S / pivot
@@ -185,7 +185,7 @@ def _sweep(matrix_SS: np.ndarray, row: int) -> None:
 
 def _add_product(matrix_SS: np.ndarray, sign: float, left_NS: np.ndarray, right_NS: np.ndarray) -> None:
     """Add ``sign left^T right``, which is symmetric, in place."""
-    # On the transpose, which is M again, and contiguous in BLAS's sense.
+    # M equals its transpose, which is contiguous in BLAS's column-major order.
     dgemm(sign, left_NS.T, right_NS.T, 1.0, matrix_SS.T, trans_b=1, overwrite_c=1)
 
 
@@ -196,7 +196,7 @@ def _rho_squared(matrix_SS: np.ndarray, keep: int) -> np.ndarray:
 
 
 def _reveal(gram_KK: np.ndarray, keep: int, bound: float) -> tuple[Tableau, int]:
-    """Return the final tableau, fresh, and the number of exchanges, for a Gram matrix whose largest diagonal is 1."""
+    """Return the final tableau, recomputed, and the number of exchanges; the largest diagonal entry must be 1."""
     twins = _twins(gram_KK)
     diagonal_K = np.maximum(gram_KK.diagonal(), _ZERO_NORM**2)
     definite_KK = gram_KK.copy()
@@ -217,19 +217,22 @@ def _reveal(gram_KK: np.ndarray, keep: int, bound: float) -> tuple[Tableau, int]
         except np.linalg.LinAlgError:
             if ridge > 1:
                 raise
-            # The sums were rounded more coarsely than to float64.
+            # The Gram matrix was computed in a lower precision than float64.
             ridge *= 10
 
 
 def _exchange_until(tableau: Tableau, bound: float) -> tuple[np.ndarray, int]:
-    """Exchange until rho is within the bound, or drift may matter; return the kept channels and the exchanges made."""
+    """Exchange until rho is within the bound, at most K times, since rounding errors add up.
+
+    Returns the kept channels and the number of exchanges.
+    """
     matrix_SS, channel_S, keep = tableau.matrix_SS.copy(), tableau.channel_S.copy(), tableau.keep
     for tried in range(len(channel_S)):
         rho_squared_RT = _rho_squared(matrix_SS, keep)
         largest = rho_squared_RT.max()
         if not largest > bound * bound:
             return channel_S[:keep], tried
-        # Of equals the lowest channel comes in, and the highest goes.
+        # In a tie, the lowest channel is kept and the highest one dropped.
         out_N, into_N = np.nonzero(rho_squared_RT == largest)
         into_N += keep
         chosen = np.lexsort((-channel_S[out_N], channel_S[into_N]))[0]
@@ -244,13 +247,13 @@ def _twins(gram_KK: np.ndarray) -> list[np.ndarray]:
     _, inverse_K, counts = np.unique(gram_KK.diagonal(), return_inverse=True, return_counts=True)
     channels_of = defaultdict(list)
     for channel in np.flatnonzero(counts[inverse_K] > 1):
-        # Minus zero is zero, but not in its bytes.
+        # Adding 0 turns -0.0 into 0.0, whose bytes differ.
         channels_of[(gram_KK[channel] + 0.0).tobytes()].append(channel)
     return [np.array(same) for same in channels_of.values() if len(same) > 1]
 
 
 def _lowest_of(twins: list[np.ndarray], kept_R: np.ndarray) -> np.ndarray:
-    """Return the kept channels, with the lowest of identical ones in the place of any of them."""
+    """Return the kept channels, where of identical ones the lowest are taken."""
     for same in twins:
         others = np.setdiff1d(kept_R, same)
         kept_R = np.concatenate([others, same[: len(kept_R) - len(others)]])

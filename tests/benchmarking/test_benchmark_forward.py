@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from keyreduce.benchmarking.forward import time_models
+from keyreduce.benchmarking.forward import time_passes
 from keyreduce.benchmarking.subjects import subjects_of
 from keyreduce.benchmarking.work import model_work
 from keyreduce.errors import KeyreduceError
@@ -16,7 +16,7 @@ def test_a_prefill_fills_a_cache_and_computes_one_row_of_logits(pair, ceilings):
         subject.model.register_forward_hook(lambda _, args, outputs: returned.append(outputs))
     ticks = []
     before = {name: tensor.clone() for name, tensor in pair[0].model.state_dict().items()}
-    entries = time_models(pair, ceilings, **SETTINGS, progress=ticks.append)
+    entries = time_passes(pair, ceilings, "forward", **SETTINGS, progress=ticks.append)
     assert sum(ticks) == 3
     assert all(outputs.logits.shape == (2, 1, 264) for outputs in returned)
     assert all(outputs.past_key_values.get_seq_length() == 70 for outputs in returned)
@@ -31,8 +31,8 @@ def test_a_prefill_fills_a_cache_and_computes_one_row_of_logits(pair, ceilings):
 
 def test_a_step_of_training_is_forward_backward_and_optimizer(pair, ceilings):
     before = {name: tensor.detach().clone() for name, tensor in pair[0].model.named_parameters()}
-    forward = time_models(pair, ceilings, **SETTINGS)
-    train = time_models(pair, ceilings, **SETTINGS, train=True)
+    forward = time_passes(pair, ceilings, "forward", **SETTINGS)
+    train = time_passes(pair, ceilings, "train_step", **SETTINGS)
     assert all(not torch.equal(tensor, before[name]) for name, tensor in pair[0].model.named_parameters())
     assert not pair[0].model.training
     head = 2 * 2 * 69 * pair[0].model.lm_head.weight.numel()
@@ -45,12 +45,12 @@ def test_a_step_of_training_is_forward_backward_and_optimizer(pair, ceilings):
 def test_a_hybrid_trains_after_a_prefill(loaded, ceilings):
     """What rotary embeddings remember of a prefill must not be in the way of gradients."""
     subjects = subjects_of({"hybrid": loaded(attn={"layers": [0], "num_heads": 2})})
-    time_models(subjects, ceilings, **SETTINGS)
-    (entry,) = time_models(subjects, ceilings, **SETTINGS, train=True)
+    time_passes(subjects, ceilings, "forward", **SETTINGS)
+    (entry,) = time_passes(subjects, ceilings, "train_step", **SETTINGS)
     assert entry["tokens_per_second"] > 0
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_a_batch_beyond_all_memory_is_one_line(pair, ceilings, train):
+@pytest.mark.parametrize("kind", ["forward", "train_step"])
+def test_a_batch_beyond_all_memory_is_one_line(pair, ceilings, kind):
     with pytest.raises(KeyreduceError, match="needs more memory than there is"):
-        time_models(pair, ceilings, **SETTINGS | {"batch_size": 10**12}, train=train)
+        time_passes(pair, ceilings, kind, **SETTINGS | {"batch_size": 10**12})

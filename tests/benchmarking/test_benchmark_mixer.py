@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from keyreduce.benchmarking import mixer
-from keyreduce.benchmarking.mixer import time_mixers
+from keyreduce.benchmarking import forward
+from keyreduce.benchmarking.forward import time_passes
 from keyreduce.benchmarking.subjects import subjects_of
 from keyreduce.benchmarking.timing import PeakMemory, Timing
 from keyreduce.errors import KeyreduceError
@@ -11,7 +11,7 @@ SETTINGS = {"batch_size": 2, "seq_len": 80, "rounds": 7, "seed": 0}
 
 
 def test_figures_are_in_order(pair, ceilings):
-    entries = time_mixers(pair, ceilings, **SETTINGS)
+    entries = time_passes(pair, ceilings, "mixer", **SETTINGS)
     assert [(entry["label"], entry["head_k_dim"]) for entry in entries] == [("dense", 16), ("pruned", 8)]
     for entry in entries:
         latency = entry["latency_seconds"]
@@ -27,9 +27,9 @@ def test_figures_are_in_order(pair, ceilings):
 def test_ratios_are_taken_round_by_round_and_shares_of_the_ceilings(pair, ceilings, monkeypatch):
     timings = {"dense": Timing((6.0, 60.0, 8.0)), "pruned": Timing((3.0, 20.0, 8.0))}
     remaining = iter((PeakMemory(300, 512), PeakMemory(200, 256)))
-    monkeypatch.setattr(mixer, "interleave", lambda contenders, device, **settings: timings)
-    monkeypatch.setattr(mixer, "peak_memory", lambda function, device: next(remaining))
-    dense, pruned = time_mixers(pair, ceilings, **SETTINGS)
+    monkeypatch.setattr(forward, "interleave", lambda contenders, device, **settings: timings)
+    monkeypatch.setattr(forward, "peak_memory", lambda function, device: next(remaining))
+    dense, pruned = time_passes(pair, ceilings, "mixer", **SETTINGS)
     assert pruned["speedup"] == {"median": 2.0, "low": 1.0, "high": 3.0}
     assert pruned["latency_seconds"] == {"median": 8.0, "low": 3.0, "high": 20.0}
     assert pruned["tokens_per_second"] == 20.0
@@ -44,22 +44,25 @@ def test_ratios_are_taken_round_by_round_and_shares_of_the_ceilings(pair, ceilin
 
 def test_every_mixer_gets_the_same_inputs_in_turn(loaded, ceilings):
     subjects = subjects_of({"dense": loaded(), "hybrid": loaded(attn={"layers": [0], "num_heads": 2})})
-    seen = {subject.label: [] for subject in subjects}
+    seen, modes = {subject.label: [] for subject in subjects}, set()
     for subject in subjects:
-        subject.mixer.register_forward_pre_hook(
-            lambda _, args, kwargs, label=subject.label: seen[label].append(kwargs["hidden_states"]), with_kwargs=True
-        )
+
+        def hook(_, args, kwargs, label=subject.label):
+            seen[label].append(kwargs["hidden_states"])
+            modes.add(torch.is_inference_mode_enabled())
+
+        subject.mixer.register_forward_pre_hook(hook, with_kwargs=True)
     ticks = []
-    time_mixers(subjects, ceilings, **SETTINGS, progress=ticks.append)
+    time_passes(subjects, ceilings, "mixer", **SETTINGS, progress=ticks.append)
     assert sum(ticks) == SETTINGS["rounds"]
     generator = torch.Generator().manual_seed(0)
     expected = [torch.randn(2, 80, 32, generator=generator) for _ in range(8)]
     for inputs in seen.values():
         assert len(inputs) >= SETTINGS["rounds"]
         assert all(torch.equal(hidden_BTD, expected[call % 8]) for call, hidden_BTD in enumerate(inputs))
-        assert inputs[0].is_inference()
+    assert modes == {True}
 
 
 def test_a_batch_beyond_all_memory_is_one_line(pair, ceilings):
     with pytest.raises(KeyreduceError, match="a batch of 1000000000000 x 80 tokens needs more memory"):
-        time_mixers(pair, ceilings, **SETTINGS | {"batch_size": 10**12})
+        time_passes(pair, ceilings, "mixer", **SETTINGS | {"batch_size": 10**12})

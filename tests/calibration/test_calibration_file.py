@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from keyreduce.calibration.file import read_record, read_statistics, write_statistics
-from keyreduce.calibration.statistics import LayerStatistics, Statistics, TaylorSums
+from keyreduce.calibration.statistics import LayerStatistics, Statistics, TaylorStatistics
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import MixerSizes
 
@@ -19,7 +19,7 @@ INPUTS = {"text": {"kind": "files", "paths": ["a"]}, "seed": 0, "dtype": "float3
 def random_layer(seed: int, *, gradients: bool) -> LayerStatistics:
     sizes = MixerSizes(key_heads=2, value_heads=4, head_k_dim=3, head_v_dim=5)
     statistics = LayerStatistics.zeros(4, sizes, CPU)
-    statistics.taylor = TaylorSums.zeros(sizes, CPU) if gradients else None
+    statistics.taylor = TaylorStatistics.zeros(sizes, CPU) if gradients else None
     generator = torch.Generator().manual_seed(seed)
     for tensor in statistics.tensors().values():
         tensor.normal_(generator=generator)
@@ -61,6 +61,22 @@ def test_what_is_written_is_read(statistics, written):
             assert torch.equal(found.layers[layer].tensors()[name], tensor)
             assert found.layers[layer].tensors()[name].dtype == torch.float64
     assert read_record(written) == {"model": "an identity", "tokens": 12, "inputs": INPUTS}
+
+
+def test_statistics_that_version_0_1_wrote_besides_are_ignored(statistics, written):
+    more = {f"{name}_sum_HK": torch.ones(2, 3) for name in ("query", "key", "unit_query", "unit_key")}
+    more["value_gram_WVV"] = torch.ones(4, 5, 5)
+    size = written.stat().st_size
+    added = {f"layers.{layer}.{name}": tensor.double() for layer in (0, 11) for name, tensor in more.items()}
+    rewritten(written, lambda tensors: tensors.update(added))
+    assert written.stat().st_size > size + 2 * 8 * (4 * 6 + 100)
+    found = read_statistics(written)
+    for layer, sums in statistics.layers.items():
+        tensors = found.layers[layer].tensors()
+        assert tensors.keys() == sums.tensors().keys()
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in sums.tensors().items())
+    write_statistics(found, written, overwrite=True)
+    assert written.stat().st_size == size
 
 
 def test_others_may_read_the_file_as_any_new_one(written, tmp_path):
@@ -110,16 +126,16 @@ def test_other_safetensors_files_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("missing", "told"),
     [
-        (["layers.11.key_sum_HK"], "layer 11 differs in key_sum_HK"),
+        (["layers.11.key_gram_HKK"], "layer 11 differs in key_gram_HKK"),
         (
-            [f"layers.{n}.{s}" for n in (0, 11) for s in ("value_gram_WVV", "output_gram_WVV", "output_energy_W")],
-            "layer 0 differs in output_energy_W, output_gram_WVV, value_gram_WVV",
+            [f"layers.{n}.{s}" for n in (0, 11) for s in ("output_gram_WVV", "output_energy_W")],
+            "layer 0 differs in output_energy_W, output_gram_WVV",
         ),
     ],
 )
 def test_sums_of_another_version_are_refused(written, missing, told):
     rewritten(written, lambda tensors: [tensors.pop(name) for name in missing])
-    told = f"another version of keyreduce .{told}.; make it again with keyreduce calibrate --overwrite"
+    told = f"another version of keyreduce .{told}.; calibrate again with `overwrite`"
     with pytest.raises(KeyreduceError, match=told):
         read_statistics(written)
 

@@ -91,7 +91,7 @@ def test_a_weight_that_is_not_finite_is_named(tiny_copy, text, name, value):
 def test_activations_that_overflow_name_their_layer(tiny_copy, text):
     folder = tiny_copy()
     edit_tensors(folder, lambda tensors: tensors[QUERY].fill_(3e38))
-    with pytest.raises(KeyreduceError, match="activations of layer 1 hold NaN or inf .query_sum"):
+    with pytest.raises(KeyreduceError, match="activations of layer 1 hold NaN or inf .query_gram"):
         run(folder, text("abc"), Settings(1, 1, 16))
 
 

@@ -12,7 +12,7 @@ from tiny_models import build, draw_tokens
 
 from keyreduce.calibration.capture import collect
 from keyreduce.calibration.projections import PROJECTIONS
-from keyreduce.calibration.statistics import LayerStatistics, TaylorSums
+from keyreduce.calibration.statistics import LayerStatistics, TaylorStatistics
 from keyreduce.calibration.taylor import differentiating
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import FAMILIES
@@ -167,7 +167,7 @@ def test_the_model_is_left_as_it_was(asks):
 
 def test_no_weight_asks_for_a_gradient(model):
     family, sizes = FAMILIES[model.config.model_type], FAMILIES[model.config.model_type].sizes(model.config.to_dict())
-    with differentiating(model, family, {0: TaylorSums.zeros(sizes, torch.device("cpu"))}):
+    with differentiating(model, family, {0: TaylorStatistics.zeros(sizes, torch.device("cpu"))}):
         assert not any(parameter.requires_grad for parameter in model.parameters())
 
 

@@ -20,7 +20,7 @@ from tiny_models import tensors_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from keyreduce.api.prune import PruneRequest
-from keyreduce.calibration.statistics import LayerStatistics, Statistics, TaylorSums
+from keyreduce.calibration.statistics import LayerStatistics, Statistics, TaylorStatistics
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.families import FAMILIES, MixerSizes, family_of
@@ -173,7 +173,7 @@ def layer_statistics(sizes: MixerSizes, hidden: int, *, seed: int = 0, tokens: i
     def all_sums(kind: type) -> dict[str, torch.Tensor]:
         return {field.name: sums(field.name) for field in dataclasses.fields(kind) if field.name != "taylor"}
 
-    return LayerStatistics(**all_sums(LayerStatistics), taylor=TaylorSums(**all_sums(TaylorSums)))
+    return LayerStatistics(**all_sums(LayerStatistics), taylor=TaylorStatistics(**all_sums(TaylorStatistics)))
 
 
 def plan_of(source: Checkpoint, numbers: Mapping[str, int | Mapping[int, int]], method="random", **options) -> Plan:

@@ -123,7 +123,7 @@ def test_the_record_has_the_numbers_themselves(options, config, recorded):
         (CONFIG, dict(variance=0.9), "l1", "`variance` goes with `method` pca `target` key"),
         (CONFIG, dict(target="key,value", variance=0.9), "pca", "`variance` goes with `method` pca `target` key"),
         (CONFIG, dict(variance=0.9, multiple_of=9), "pca", "`multiple_of` is 9"),
-        (GATED, dict(allocate="energy"), "l1", "gated_deltanet config says one head_k_dim .* delta_net_2 alone"),
+        (GATED, dict(allocate="energy"), "l1", "gated_deltanet config says one head_k_dim .* only delta_net_2"),
         (GATED, dict(target="value", keep="21"), "l1", "`keep` is 21; a value head of this model has 1 to 20"),
         ({"model_type": "llama"}, {}, "l1", "not of the DeltaNet family"),
     ],

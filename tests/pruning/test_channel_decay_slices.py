@@ -16,10 +16,10 @@ from keyreduce.checkpoint.folder import open_folder
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import FAMILIES, MixerSizes, family_of
 from keyreduce.pruning.budget import SIZE_OF, Budget
-from keyreduce.pruning.edits import Narrow
 from keyreduce.pruning.masked import check_logits
 from keyreduce.pruning.methods import METHODS
 from keyreduce.pruning.planning import check_method
+from keyreduce.pruning.tensor_edits import Narrow
 
 CPU, TOLERANCE = torch.device("cpu"), 2e-4
 EXACT = [("kda", {"key": 5}), ("kda", {"head": 1}), ("kda", {"key": 5, "head": 1}), ("kimi_linear", {"head": 1})]
@@ -182,7 +182,7 @@ def test_keys_and_values_of_kimi_linear_go_together(dense, target):
 
 @ALL
 def test_mixing_key_channels_is_refused(dense, model_type):
-    with pytest.raises(KeyreduceError, match="each decays in its own time"):
+    with pytest.raises(KeyreduceError, match="each decays at a rate of its own"):
         check_method(dense(model_type), METHODS["pca"], ["key"])
 
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from keyreduce.families import FAMILIES, MixerSizes
-from keyreduce.pruning.edits import Fill, Project, Scale, Select, layer_edits
+from keyreduce.pruning.edits import layer_edits
 from keyreduce.pruning.plan import LayerCut
+from keyreduce.pruning.tensor_edits import Divide, Fill, Narrow, Project, Scale, Select
 
 BEFORE = MixerSizes(key_heads=3, value_heads=6, head_k_dim=3, head_v_dim=2)
 # Channel c of head h is row 3 h + c; value channel c of value head w is row 2 w + c.
@@ -40,6 +41,46 @@ def edits_of(family, cut: LayerCut, lengths=LENGTHS, without: str | None = None)
     return {name.removeprefix("model.layers.7.attn."): changes for name, changes in edits.items()}
 
 
+# Each edit, a dense tensor, and by hand what the masked reference has in its place.
+MASKED = {
+    "select": (Select(0, torch.tensor([2, 0])), torch.arange(3.0), [0.0, 1.0, 2.0]),
+    "scale": (Scale(0, torch.tensor([2.0, 3.0])), torch.tensor([5.0, 7.0]), [10.0, 21.0]),
+    "fill": (Fill(2.0, 1), torch.arange(4.0), [1.0] * 4),
+    # Of three heads of two channels the last stays, and one combination of its channels; the last row is a value.
+    "project": (
+        Project(
+            torch.tensor([[[10.0], [1.0]]]),
+            ((torch.tensor([4, 5]), torch.tensor([0]), True), (torch.tensor([6]), torch.tensor([1]), False)),
+        ),
+        torch.arange(1.0, 8.0),
+        [1.0, 2.0, 3.0, 4.0, 56.0, 0.0, 7.0],
+    ),
+    "divide": (Divide((lambda: torch.ones(2), lambda: torch.arange(4.0)), 1, 4), torch.ones(2), [1.0, 0.0, 1.0]),
+    "narrow outer": (
+        Narrow(1, True, lambda: torch.diag(torch.tensor([1.0, 4.0])), torch.tensor([1, 2])),
+        torch.tensor([[9.0, 9.0], [0.0, 1.0], [0.0, 0.0]]),
+        [[0.0, 0.0], [2.0, 0.0], [0.0, 0.0]],
+    ),
+    "narrow inner": (
+        Narrow(1, False, lambda: torch.tensor([[9.0, 9.0], [0.0, 1.0], [0.0, 0.0]]), torch.tensor([1, 2])),
+        torch.diag(torch.tensor([1.0, 4.0])),
+        [[0.0, 2.0], [0.0, 0.0]],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_each_edit_gives_its_masked_reference(name):
+    edit, tensor, expected = MASKED[name]
+    before = tensor.clone()
+    found = edit.masked(tensor)
+    # The signs of a bottleneck's channels are arbitrary.
+    found_abs = found.abs() if "narrow" in name else found
+    torch.testing.assert_close(found_abs.float(), torch.tensor(expected), rtol=0, atol=1e-6)
+    assert found.dtype == (torch.float64 if name == "fill" else torch.float32)
+    assert torch.equal(tensor, before)
+
+
 def test_select():
     tensor = torch.arange(24).view(2, 3, 4)
     edit = Select(1, torch.tensor([2, 0]))
@@ -55,7 +96,7 @@ def test_project(shape, dtype):
     matrix_HKR = torch.randn(2, 3, 2, generator=generator, dtype=torch.float64)
     tensor = torch.randn(shape, generator=generator).to(dtype)
     before = tensor.clone()
-    edit = Project(matrix_HKR)
+    edit = Project(matrix_HKR, ((torch.arange(6), torch.arange(4), True),))
     found = edit.apply(tensor)
     assert found.dtype == dtype
     assert edit.shape(shape) == tuple(found.shape) == (4, *shape[1:])
@@ -163,12 +204,13 @@ def test_kernels_of_heads_go_with_their_heads_alone(kernels):
     assert edits_of(family, keys, lengths).keys() == {"q_proj.weight", "k_proj.weight"}
 
 
-def test_projections_come_after_the_choice_of_heads():
+def test_projections_take_the_heads_that_stay():
     matrix_HKR = torch.randn(2, 3, 2, dtype=torch.float64)
     cut = LayerCut(BEFORE, CUT.after, CUT.heads_H, None, CUT.value_WR, matrix_HKR)
     edits = edits_of(FAMILIES["delta_net"], cut)
     for name in ("q_proj.weight", "k_proj.weight", "q_conv1d.bias", "k_conv1d.weight"):
-        select, project = edits[name]
-        assert select.index_R.tolist() == [0, 1, 2, 6, 7, 8]
+        (project,) = edits[name]
+        ((old_P, new_P, is_projected),) = project.places
+        assert (old_P.tolist(), new_P.tolist(), is_projected) == ([0, 1, 2, 6, 7, 8], [0, 1, 2, 3], True)
         expected = matrix_HKR**2 if name == "k_conv1d.weight" else matrix_HKR
         assert torch.equal(project.matrix_HKR, expected)

@@ -123,9 +123,9 @@ def test_progress_is_told_layer_by_layer(source):
 @pytest.mark.parametrize(
     ("method", "targets", "told"),
     [
-        ("pca", ["value"], "--method pca is for --target key alone"),
-        ("pca", ["key", "head"], "--method pca is for --target key alone; for head"),
-        ("rrqr", ["head"], "--method rrqr is for --target key and --target value alone; for head take another"),
+        ("pca", ["value"], "`method` pca is for `target` key alone"),
+        ("pca", ["key", "head"], "`method` pca is for `target` key alone; for head"),
+        ("rrqr", ["head"], "`method` rrqr is for `target` key and `target` value alone; for head take another"),
     ],
 )
 def test_targets_that_a_method_does_not_choose_are_refused(source, method, targets, told):
@@ -267,7 +267,7 @@ def test_scores_that_are_no_numbers_are_refused(source):
 
 
 def test_a_method_that_forgets_that_it_needs_sums_is_told(source):
-    method = Method("odd", "s", "c", {"key": ranked(lambda layer: layer.statistics.query_sum_HK)})
+    method = Method("odd", "s", "c", {"key": ranked(lambda layer: layer.statistics.query_gram_HKK[:, 0])})
     with pytest.raises(KeyreduceError, match="needs_statistics=True"):
         plan(source, method)
 

@@ -1,8 +1,9 @@
-"""For each target, the method that lost least where we measured: the tables of the README.
+"""For each target, the method that lost the least quality in our measurements (see the tables of the README).
 
-Of those that need no gradients. On key channels RRQR and energy differ little at a quarter and at half, and RRQR keeps
-more at three quarters once repaired. Of value channels energy loses as little as any or nearly so. Of heads Wanda does
-well on both shipped models, where energy is far off on one and weights alone on the other.
+Only methods that need no gradients are considered. For key channels, RRQR and energy differ little when a quarter or
+half of them is removed, and RRQR is better at three quarters after least squares. For value channels, energy is the
+best or nearly so. For heads, Wanda does well on both shipped models; energy is far worse on one of them, and norms of
+the weights are on the other.
 """
 
 from keyreduce.pruning.methods.energy import ENERGY

@@ -1,9 +1,9 @@
 """Energies of activations: sums of squares over the calibration tokens.
 
-``score_hc = sum_t q_thc^2 + k_thc^2`` with q and k as the operator receives them, before they are normalised: of the
-stacked queries and keys, the channels that keep most of the squared Frobenius norm. A value channel: the same of what
-the output projection receives, which unlike v has passed the decay and the output gate. A head: of what each of its
-value heads adds to the mixer's output.
+``score_hc = sum_t q_thc^2 + k_thc^2`` with q and k as the operator receives them, before they are normalised: the kept
+channels hold the most of the squared Frobenius norm of the stacked queries and keys. A value channel's score is the
+same sum over the output projection's input, which unlike v includes the effect of the decay and the output gate. A
+head's score is the energy of what its value heads add to the mixer's output.
 """
 
 from keyreduce.pruning.methods.method import LayerView, Method, ranked
@@ -16,12 +16,12 @@ def key_energies(layer: LayerView):
 
 
 def value_energy(layer: LayerView):
-    """Return the energy of what the output projection receives, ``[W, V]``."""
+    """Return the energy of the output projection's input, ``[W, V]``."""
     return layer.statistics.output_gram_WVV.diagonal(dim1=-2, dim2=-1)
 
 
 def head_energy(layer: LayerView):
-    """Return the energy of what each value head adds to the mixer's output, summed over those of a key head, [1, H]."""
+    """Return the energy that the value heads of each key head add to the mixer's output, ``[1, H]``."""
     return layer.in_groups(layer.statistics.output_energy_W)[None]
 
 

@@ -1,9 +1,9 @@
 """Norms of activations.
 
 ``score_hc = ||q_hc|| + ||k_hc||`` with q and k as the operator receives them, L2 norms over the calibration tokens,
-which are the roots of the Gram matrices' diagonals. A value channel: the norm of what the output projection receives
-of it. A head: the root of the energy that its value heads add to the mixer's output. There a single activation is
-looked at, so that the choice is that of ``energy``. Hu et al., "Network Trimming", arXiv:1607.03250, is the first to
+which are the roots of the Gram matrices' diagonals. A value channel's score is the norm of its input to the output
+projection, a head's the root of the energy that its value heads add to the mixer's output. These two are roots of the
+scores of ``energy``, so that the choice is the same. Hu et al., "Network Trimming", arXiv:1607.03250, were the first to
 prune by the size of activations.
 """
 

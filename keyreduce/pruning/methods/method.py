@@ -1,4 +1,4 @@
-"""What a pruning method is: pure functions, one for each target, with its name, its source and its needs beside them.
+"""The interface of a pruning method: a pure function for each target, with its name, its source and what it needs.
 
 Shapes: H key heads, W value heads, K key channels and V value channels of a head, D hidden, R kept. A target has
 G groups of C channels to choose from: ``key`` H groups of K, ``value`` W groups of V, ``head`` one group of H.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from keyreduce.errors import KeyreduceError
 
 if TYPE_CHECKING:
-    # Only for the types: the names of the methods appear in the help, which must not wait for torch.
+    # Only for the types: the help of the command line lists the methods, and must not wait for torch.
     import torch
 
     from keyreduce.calibration.statistics import LayerStatistics
@@ -25,29 +25,29 @@ TARGETS = ("key", "value", "head")
 
 @dataclass(frozen=True)
 class LayerView:
-    """What a method may look at: one layer's projections, read when asked for, and its calibration sums.
+    """One layer as a method sees it: the weights of its projections, read when they are first used, and its statistics.
 
     Attributes:
         sizes: the layer's sizes.
-        sums: the calibration sums, where the method says that it needs them; methods take them as ``statistics``.
-        projection: gives the weight of the query, key, value or output projection by that word, float32; its rows
-            are the projection's channels, so that the output projection comes transposed.
+        optional_statistics: the calibration statistics, or None if the method does not declare that it needs them.
+        projection: returns the weight of the "query", "key", "value" or "output" projection, float32; its rows are the
+            projection's channels, so that the weight of the output projection is transposed.
     """
 
     sizes: MixerSizes
-    sums: LayerStatistics | None
+    optional_statistics: LayerStatistics | None
     projection: Callable[[str], torch.Tensor]
 
     @property
     def statistics(self) -> LayerStatistics:
-        """The layer's calibration sums.
+        """The layer's calibration statistics.
 
         Raises:
-            KeyreduceError: there are none, since the method does not say that it needs them.
+            KeyreduceError: the method does not declare that it needs them.
         """
-        if self.sums is None:
-            raise KeyreduceError("a method that reads the calibration sums says so, with needs_statistics=True")
-        return self.sums
+        if self.optional_statistics is None:
+            raise KeyreduceError("a method that reads statistics must declare so, with needs_statistics=True")
+        return self.optional_statistics
 
     @cached_property
     def query_weight_HKD(self) -> torch.Tensor:
@@ -79,9 +79,9 @@ class Selection:
     """What a method chose in one layer.
 
     Attributes:
-        kept_GR: kept channels of each group, LongTensor with ascending rows; None where channels are mixed instead.
-        projection_HKR: orthonormal columns by which queries and keys are projected, instead of a choice.
-        report: figures for the record, each a list with one entry a group.
+        kept_GR: kept channels of each group, LongTensor with ascending rows; None if they are projected instead.
+        projection_HKR: orthonormal columns onto which queries and keys are projected, instead of a choice.
+        report: metrics for the record, each a list with one entry for each group.
     """
 
     kept_GR: torch.Tensor | None
@@ -91,22 +91,22 @@ class Selection:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to choose.
+    """A way to choose what stays.
 
     Attributes:
-        name: what ``method`` calls it.
+        name: the name by which users select it.
         summary: one line for the help.
-        citation: where it comes from.
+        citation: its source.
         select: target -> ``(layer, keep, generator, **options) -> Selection``. It depends on its arguments alone;
             ties break by lower index.
         needs_statistics: whether it reads ``LayerView.statistics``.
-        needs_gradients: whether those must hold ``taylor``, which a calibration with gradients adds.
-        options: the options it takes, with their defaults; ``set NAME=VALUE`` gives another value of the same type.
-        check: raises KeyreduceError where an option has a value that it cannot have.
-        moments: of a method that projects: ``(statistics, **options) -> [H, K, K]``, whose eigenvalues are the variance
-            by which ``variance`` finds the rank.
+        needs_gradients: whether the statistics must include ``taylor``, those of a calibration with gradients.
+        options: its options with their defaults; users can set other values of the same type.
+        check: raises KeyreduceError if the value of an option is invalid.
+        moments: for a method that projects, ``(statistics, **options) -> [H, K, K]``; the eigenvalues are the variance
+            that decides the rank, if a share of the variance is to be kept.
         version: raised when the method chooses otherwise than before, so that older outputs are not taken for its own.
-        unfit: tells why a model of some config cannot be pruned by it, or returns None.
+        unfit: returns the reason why a model with some config cannot be pruned by it, or None.
     """
 
     name: str
@@ -129,13 +129,13 @@ def highest(score_GC: torch.Tensor, keep: int) -> Selection:
         KeyreduceError: a score is NaN.
     """
     if score_GC.isnan().any():
-        raise KeyreduceError("the method scored a channel NaN; is the calibration damaged, or the method wrong?")
+        raise KeyreduceError("a score of the method is NaN; is the calibration damaged, or the method wrong?")
     by_score_GC = score_GC.sort(dim=-1, descending=True, stable=True).indices
     return Selection(by_score_GC[:, :keep].sort(dim=-1).values)
 
 
 def ranked(score: Callable[..., torch.Tensor]) -> Callable[..., Selection]:
-    """Make a function that selects of one that scores: ``(layer, **options) -> score_GC``, the higher the better."""
+    """Return a ``Method.select`` function that keeps the highest of ``score(layer, **options)``, ``[G, C]``."""
 
     def select(layer: LayerView, keep: int, generator: torch.Generator, **options) -> Selection:
         return highest(score(layer, **options), keep)
@@ -144,7 +144,7 @@ def ranked(score: Callable[..., torch.Tensor]) -> Callable[..., Selection]:
 
 
 def all_targets(key: Callable[..., torch.Tensor], value: Callable[..., torch.Tensor]) -> dict[str, Callable]:
-    """Return ``Method.select`` for scores of key and value channels; a head's score is the sum of its channels'."""
+    """Return ``Method.select`` for scores of key and value channels; a head's score is the sum over its channels."""
 
     def head(layer: LayerView, **options) -> torch.Tensor:
         score_H = key(layer, **options).sum(-1) + layer.in_groups(value(layer, **options).sum(-1))

@@ -1,15 +1,14 @@
 """PCA: a projection of each head's queries and keys onto the directions that hold most of the keys.
 
 ``P_h`` is the eigenvectors of the R largest eigenvalues of ``M_h = sum_t k_th k_th^T``, with k normalised as the
-operator normalises it (``include_queries`` adds the same sum over q). M is not centred: a projection of weights has
-no place for a mean, so the directions that matter are those of k itself. Queries and keys become ``P^T q`` and ``P^T
-k``.
+operator normalises it (the option ``include_queries`` adds the same sum over q). M is not centred, since a linear
+projection cannot subtract a mean. Queries and keys become ``P^T q`` and ``P^T k``.
 
-The operator sees inner products of q and k alone, so a rotation (R = K) changes nothing where it commutes with what
-lies between projection and operator: exact with ``qk_activation: identity`` and kernels that a head's channels share
-(delta_net_2). An activation, and a convolution with a kernel for each channel, do not commute with it: there PCA is an
-approximation, in which the kernel of a new channel is the mean of the old ones, weighted by its squared coefficients.
-Nazari and Rusch, arXiv:2602.04852.
+The operator uses only inner products of q and k, so a rotation (R = K) changes nothing if it commutes with everything
+between projection and operator: it is exact with ``qk_activation: identity`` and convolution kernels that the channels
+of a head share (delta_net_2). It does not commute with an activation, nor with a convolution whose kernels differ from
+channel to channel. In those cases PCA is an approximation, in which the kernel of a new channel is the mean of the old
+kernels, weighted by its squared coefficients. Nazari and Rusch, arXiv:2602.04852.
 """
 
 from collections.abc import Mapping
@@ -28,7 +27,7 @@ def _select(layer: LayerView, keep: int, generator, *, include_queries: bool) ->
 
     value_HK, vector_HKK = torch.linalg.eigh(_moments(layer.statistics, include_queries=include_queries))
     projection_HKR = vector_HKK.flip(-1)[..., :keep]
-    # Eigenvectors come with any sign; the largest coefficient of ours is positive.
+    # The sign of an eigenvector is arbitrary; its largest coefficient is made positive.
     largest_H1R = projection_HKR.abs().argmax(dim=1, keepdim=True)
     projection_HKR = projection_HKR * projection_HKR.gather(1, largest_H1R).sign()
     value_HK = value_HK.flip(-1).clamp(min=0)
@@ -40,10 +39,13 @@ def _unfit(config: Mapping) -> str | None:
     from keyreduce.families import Part, family_of
 
     if any(Part.DECAY in axes for axes in family_of(config).tensors.values()):
-        return "pca mixes key channels, and here each decays in its own time; take a method that selects them, as rrqr"
+        return (
+            "pca combines key channels, but in this architecture each decays at a rate of its own; "
+            "take a method that selects channels, such as rrqr"
+        )
     if config.get("qk_norm", "l2") != "l2":
         return (
-            f"pca rotates queries and keys, and qk_norm {config['qk_norm']!r} is not that of the rotated ones; "
+            f"pca rotates queries and keys, and qk_norm {config['qk_norm']!r} is not invariant to rotations; "
             "take a method that selects channels, such as rrqr"
         )
     return None

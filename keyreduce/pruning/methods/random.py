@@ -1,4 +1,4 @@
-"""Chance, from the seed: what every other method must beat."""
+"""A random choice, from the seed: the baseline that every other method must beat."""
 
 from keyreduce.pruning.methods.method import LayerView, Method, highest
 
@@ -14,7 +14,7 @@ def _select(groups_of):
 
 RANDOM = Method(
     name="random",
-    summary="a random choice, from the seed",
+    summary="a random choice",
     citation="baseline",
     select={
         "key": _select(lambda sizes: (sizes.key_heads, sizes.head_k_dim)),

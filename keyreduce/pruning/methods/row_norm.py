@@ -1,8 +1,8 @@
 """Norms of the weights, without data.
 
-``l1``: ``score_hc = sum_d |Wq_hcd| + sum_d |Wk_hcd|``; ``l2``: ``score_hc = ||Wq_hc|| + ||Wk_hc||``. A value channel
-has the norm of its row of Wv, a head the sum over its channels of all three. Li et al., "Pruning Filters for Efficient
-ConvNets", arXiv:1608.08710, there with the L1 norm of filters.
+``l1``: ``score_hc = sum_d |Wq_hcd| + sum_d |Wk_hcd|``; ``l2``: ``score_hc = ||Wq_hc|| + ||Wk_hc||``. A value channel's
+score is the norm of its row of Wv, a head's the sum of all three over its channels. Li et al., "Pruning Filters for
+Efficient ConvNets", arXiv:1608.08710, use the L1 norm of filters.
 """
 
 from keyreduce.pruning.methods.method import LayerView, Method, all_targets

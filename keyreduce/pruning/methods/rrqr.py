@@ -1,11 +1,11 @@
-"""Strong rank-revealing QR: the channels whose span holds the others best.
+"""Strong rank-revealing QR: the channels whose span approximates the others best.
 
-For each key head, with ``A`` the queries over the keys as the operator receives them (tokens down, channels across),
-the kept columns are those of a strong RRQR factorisation of A, found from ``A^T A`` alone: the sum of the Gram
-matrices of q and k. Nazari and Rusch, arXiv:2602.04852; Gu and Eisenstat 1996, SIAM J. Sci. Comput. 17(4). For value
-channels A is what the output projection receives: v alone says too little where a decay and an output gate come after
-it (on a Gated DeltaNet it chose worse than chance). Heads have no common channels to choose from, so there is no such
-choice of heads.
+For each key head, let ``A`` be the queries stacked on the keys as the operator receives them: its rows are tokens, its
+columns channels. The kept columns are those of a strong RRQR factorisation of A. It is computed from ``A^T A`` alone,
+which is the sum of the Gram matrices of q and k. Nazari and Rusch, arXiv:2602.04852; Gu and Eisenstat 1996, SIAM J.
+Sci. Comput. 17(4). For value channels, A is the output projection's input: v itself does not include the effect of the
+decay and the output gate (on a Gated DeltaNet its choice was worse than random). Heads cannot be chosen in this way,
+since they have no channels in common.
 """
 
 import math
@@ -25,7 +25,7 @@ def _select(gram_of):
         channels = gram_GCC.shape[-1]
         kept, results = [], []
         for gram_CC in gram_GCC:
-            # Ties break by lower index: in another order of the channels, others win.
+            # Ties go to the lower index, so that permuted channels can give another choice.
             order = torch.randperm(channels, generator=generator).numpy() if permute else np.arange(channels)
             result = strong_rrqr(gram_CC[np.ix_(order, order)], keep, f=f)
             kept.append(np.sort(order[result.kept_R]))

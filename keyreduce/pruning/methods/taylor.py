@@ -1,9 +1,10 @@
 """Taylor: how much the loss would change to first order if a channel's weights were zero.
 
-With ``s_nc = sum_d W_cd dL_n/dW_cd`` for row n of the calibration text, a row of weights scores, by ``form``:
-``first``: ``|sum_n s_nc|``; ``squared``: ``sum_n s_nc^2``, the diagonal Fisher information along the row; ``element``:
-``sum_d |W_cd sum_n dL_n/dW_cd|``. A key channel is its rows of Wq and Wk, a value channel its row of Wv and its column
-of Wo, a head all of them; their scores add. Ma et al., "LLM-Pruner", arXiv:2305.11627, section 3.2.
+With ``s_nc = sum_d W_cd dL_n/dW_cd`` for row n of the calibration text, the score of a row of weights depends on the
+option ``form``: ``first`` is ``|sum_n s_nc|``; ``squared`` is ``sum_n s_nc^2``, the diagonal Fisher information along
+the row; ``element`` is ``sum_d |W_cd sum_n dL_n/dW_cd|``. A key channel has its rows of Wq and Wk, a value channel its
+row of Wv and its column of Wo, a head all of them; their scores are added. Ma et al., "LLM-Pruner", arXiv:2305.11627,
+section 3.2.
 """
 
 from keyreduce.errors import KeyreduceError

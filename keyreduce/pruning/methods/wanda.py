@@ -1,9 +1,9 @@
-"""Wanda: weights times the norm of what they multiply.
+"""Wanda: weights times the norm of their inputs.
 
 A weight's score is ``|W_ij| ||x_j||`` with ``||x_j||`` the L2 norm of its input over the calibration tokens (Sun et
-al., arXiv:2306.11695, equation 1); a channel's is the sum over the weights that go with it. For a key channel those
-are its rows of Wq and Wk, and x is the mixer's input; for a value channel its column of Wo, and x is what that
-projection receives; for a head all the columns of Wo that it feeds.
+al., arXiv:2306.11695, equation 1). A channel's score is the sum over its weights. A key channel has its rows of Wq and
+Wk, whose input is the mixer's; a value channel has its column of Wo, whose input is the output projection's; a head has
+the columns of Wo of all its value channels.
 """
 
 from keyreduce.pruning.methods.method import LayerView, Method, ranked
