@@ -23,10 +23,10 @@ from keyreduce.pruning.budget import Budget
 from keyreduce.pruning.methods import method_named
 from keyreduce.pruning.planning import make_plan
 from keyreduce.pruning.prune import write_pruned
-from keyreduce.recovery.modes import REPEATS
+from keyreduce.recovery.layers import Recovered, recover_checkpoint
+from keyreduce.recovery.modes import REPEATS, make_steps
 from keyreduce.recovery.overlap import refuse_overlap
-from keyreduce.recovery.repair import Repaired, make_steps, repair
-from keyreduce.recovery.writing import write_repaired
+from keyreduce.recovery.writing import write_recovered
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, ratios: Sequence[str], repairs: Sequence[str]) -> None:
@@ -111,7 +111,7 @@ class Study:
         write_pruned(self.dense, plan, target, dense=str(self.dense.path))
         return open_folder(target)
 
-    def repair(self, pruned: Checkpoint, text: str, seed: int, target: Path) -> tuple[Repaired, float]:
+    def repair(self, pruned: Checkpoint, text: str, seed: int, target: Path) -> tuple[Recovered, float]:
         """Write the pruned model repaired by a mode of `keyreduce recover`, with options; return how, and in how long.
 
         Args:
@@ -125,7 +125,7 @@ class Study:
         repeats = options.pop("repeats", REPEATS)
         steps = make_steps(mode, options)
         amounts = {"steps": steps, "repeats": repeats, "device": self.device}
-        repaired = repair(self.dense, pruned, self.text, self.settings(seed), **amounts)
+        recovered = recover_checkpoint(self.dense, pruned, self.text, self.settings(seed), **amounts)
         seconds = time.perf_counter() - start
-        write_repaired(pruned, repaired, target, inputs={"mode": mode}, seconds=seconds)
-        return repaired, seconds
+        write_recovered(pruned, recovered, target, inputs={"mode": mode}, seconds=seconds)
+        return recovered, seconds

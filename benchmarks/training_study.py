@@ -35,15 +35,15 @@ from keyreduce.checkpoint.folder import open_folder
 from keyreduce.errors import KeyreduceError
 from keyreduce.jobs import Job, run_jobs
 from keyreduce.outputs import read_json, write_json
-from keyreduce.recovery.repair import Repaired
+from keyreduce.recovery.layers import Recovered
+from keyreduce.recovery.modes import Training, make_training
 from keyreduce.recovery.training.run import train
-from keyreduce.recovery.training.settings import Training, make_training
-from keyreduce.recovery.writing import write_repaired
+from keyreduce.recovery.writing import write_recovered
 
 _DISTILLED = "-distilled"
 _OPTIONS = {
-    **{"lr": float, "warmup": float, "distill_weight": float, "temperature": float, "rank": int, "alpha": float},
-    **{"batch_size": int, "seq_len": int},
+    **{"lr": float, "warmup": float, "distill_weight": float, "temperature": float},
+    **{"lora_rank": int, "lora_alpha": float, "batch_size": int, "seq_len": int},
 }
 
 
@@ -147,11 +147,11 @@ def run_one(study: Study, folder: Path, kind: str, tokens: int, seed: int) -> di
             training._replace(save_every=settings.num_batches),
             device=study.device,
             folder=Path(temporary) / "checkpoints",
-            recipe={},
+            inputs={},
         )
         seconds = time.perf_counter() - start
-        repaired, made = Repaired(trained.tensors, trained.tokens, {}), Path(temporary) / "trained"
-        write_repaired(source, repaired, made, inputs={"mode": mode}, seconds=seconds)
+        recovered, made = Recovered(trained.tensors, trained.tokens, {}), Path(temporary) / "trained"
+        write_recovered(source, recovered, made, inputs={"mode": mode}, seconds=seconds)
         perplexity = study.measure(made)
     losses = [[step, round(loss, 5)] for step, loss in zip(trained.steps, trained.losses, strict=True)]
     return {

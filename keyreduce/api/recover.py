@@ -124,8 +124,8 @@ class RecoverRequest(Request):
     distill_weight: float | None = _setting(
         "distill_weight",
         _OF_TRAINING,
-        help="The share of the loss that compares the model with its teacher; the rest is the loss on the text. Without "
-        "--teacher, the model that the pruned one was made from is the teacher.",
+        help="The share of the loss that compares the model with its teacher; the rest is the loss on the text. "
+        "Without --teacher, the model that the pruned one was made from is the teacher.",
         shown_default=f"{_DEFAULTS['distill_weight']:g} with --teacher",
         minimum=0,
         maximum=1,
@@ -198,10 +198,10 @@ class RecoverResult(Result):
         teacher: the folder of the model that lora or full learned from, if there was one.
         tokens: the number of tokens that were used.
         seconds: how long it took.
-        layers: layer -> figures: ``ridge``, the strength of the regression; ``missing_before`` and ``missing_after`` it,
-            the share of the squares of the dense mixer's output that is missing; with reconstruct also
-            ``missing_reconstructed``, the same after the gradient steps, and ``error_first`` and ``error_last``, the
-            relative error of what they fit, averaged over their first and their last sixteenth. None for lora and full.
+        layers: layer -> figures: ``ridge``, the strength of the regression; ``missing_before`` and ``missing_after``,
+            the share of the squares of the dense mixer's output that is missing before and after it; with reconstruct
+            also ``missing_reconstructed``, the same after the gradient steps, and ``error_first`` and ``error_last``,
+            the relative error of what they fit, averaged over their first and last sixteenth. None for lora and full.
         trained_parameters: how many parameters lora or full trained.
         passes: the number of passes through the text that it began.
         loss_first, loss_last: its loss, averaged over the first and the last twentieth of the log, nats per token.

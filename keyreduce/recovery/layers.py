@@ -145,12 +145,14 @@ def recover_layers(
         The number of tokens that were used, and layer -> figures for the record.
 
     Raises:
-        KeyreduceError: the models do not belong together, the text is empty, ``repeats`` is no share, or numbers are
-            NaN or inf.
+        KeyreduceError: the models do not belong together, the dense one has no tokenizer, the text is empty,
+            ``repeats`` is no share, or numbers are NaN or inf.
     """
     check_repeats(repeats)
     model, family = pruned.model, pruned.family
     check_pair(dense.model.config.to_dict(), model.config.to_dict(), (str(dense.folder), str(pruned.folder)))
+    if dense.tokenizer is None:
+        raise KeyreduceError(f"{dense.folder} has no tokenizer, which text needs to become tokens")
     prepare_backend(device, gradients=True)
     rows = token_rows(text.documents(settings.seed), dense.tokenizer, settings.seq_len)
     rows = with_repeats(rows, repeats, text_token_ids(dense.tokenizer, model.config.vocab_size), settings.seed)
@@ -158,8 +160,8 @@ def recover_layers(
     tokens = sum(batch.numel() for batch in taken)
     if tokens < settings.tokens:
         note(f"the text ended after {tokens:,} of {settings.tokens:,} tokens")
-    streams = [open_stream(one.model, family, taken, device) for one in (dense, pruned)]
-    return tokens, _recover_streams(*streams, dtypes, steps=steps, seed=settings.seed, progress=progress)
+    before, after = (open_stream(one.model, family, taken, device) for one in (dense, pruned))
+    return tokens, _recover_streams(before, after, dtypes, steps=steps, seed=settings.seed, progress=progress)
 
 
 def _recover_streams(

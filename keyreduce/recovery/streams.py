@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from keyreduce.calibration.projections import projection_name
 from keyreduce.errors import KeyreduceError
@@ -37,7 +38,7 @@ class Stream:
         arguments: (block, shape of the batch) -> the other arguments that the model gives to the block.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     family: Family
     device: torch.device
     hidden: list[torch.Tensor]
@@ -114,7 +115,9 @@ class Stream:
 
 
 @torch.no_grad()
-def open_stream(model: nn.Module, family: Family, batches: Sequence[torch.Tensor], device: torch.device) -> Stream:
+def open_stream(
+    model: PreTrainedModel, family: Family, batches: Sequence[torch.Tensor], device: torch.device
+) -> Stream:
     """Return a model's stream before its first block.
 
     Args:

@@ -38,7 +38,7 @@ def test_it_is_prune_and_then_recover(keyreduce, cut):
 
 def test_another_mode_is_refused_before_the_work(keyreduce, cut):
     result = keyreduce("prune", *cut, "--recover", "prayer")
-    assert result.code == 2 and "--recover prayer is unknown" in result.err
+    assert result.code == 2 and "--recover is 'prayer'; take one of least-squares, reconstruct" in result.err
     assert not WORK.exists()
 
 

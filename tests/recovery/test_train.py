@@ -296,7 +296,7 @@ def test_numbers_that_are_not_there_stop_at_the_first_step(trained, student):
 def test_kernels_whose_gradients_are_wrong_here_are_not_trained_on(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(miscompiled, "_is_affected", lambda device: True)
     gated = save(build("gated_deltanet"), tmp_path / "gated")
-    with pytest.raises(KeyreduceError, match="of the gated rule may be wrong.*, or take `kernels` torch$"):
+    with pytest.raises(KeyreduceError, match=r"of the gated rule may be wrong.*, or take `kernels` torch$"):
         trained(gated, kernels="fla")
     assert not (tmp_path / "training").exists()
     assert trained(gated, settings=SETTINGS._replace(num_batches=1)).steps == [1]

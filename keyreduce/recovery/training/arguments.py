@@ -43,7 +43,7 @@ def trainer_arguments(settings: Settings, training: Training, device: torch.devi
         bf16=not on_cpu,
         ddp_backend="gloo" if on_cpu and in_processes else None,
         ddp_find_unused_parameters=False,
-        fsdp=training.shard,
+        fsdp=training.shard,  # pyright: ignore[reportArgumentType]  (its annotation is older than its code)
         # FSDP computes activations again by itself, and gathers the weights once less for it.
         fsdp_config={"version": 2, "activation_checkpointing": recomputes} if training.shard else None,
         gradient_checkpointing=recomputes and not training.shard,

@@ -4,6 +4,7 @@ A name here is a module's full name in the model: ``model.layers.0.attn.q_proj``
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,7 +62,7 @@ def add_lora(model: PreTrainedModel, targets: Sequence[str], settings: Training,
     torch.manual_seed(seed)
     config = LoraConfig(
         r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
+        lora_alpha=settings.lora_alpha,  # pyright: ignore[reportArgumentType]  (peft takes numbers of both kinds)
         target_modules=list(targets),
         bias="none",
         task_type="CAUSAL_LM",
@@ -71,4 +72,5 @@ def add_lora(model: PreTrainedModel, targets: Sequence[str], settings: Training,
 
 def merge_lora(model: nn.Module) -> PreTrainedModel:
     """Return the model with the additions added to its weights, in float32."""
-    return model.float().merge_and_unload()
+    whole: Any = model.float()  # peft makes methods of the kind of addition known at run time only
+    return whole.merge_and_unload()

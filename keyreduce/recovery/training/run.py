@@ -6,10 +6,10 @@ The loop is transformers' Trainer, with accelerate's processes and sharding. The
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PrinterCallback
@@ -117,6 +117,7 @@ def train(
         targets = check(pruned, teacher, settings, mode, training, arguments)
         # FSDP takes weights of one dtype alone, and LoRA's additions are float32.
         loaded = _load(pruned, training, device, is_frozen=mode == LORA and not training.shard)
+        assert loaded.tokenizer is not None
         rows = Rows(text, loaded.tokenizer, settings.seq_len, settings.seed)
         # All that can refuse the inputs has passed before the folder is made.
         checkpoint = _checkpoint_to_resume(folder, inputs, overwrite, is_first=arguments.process_index == 0)
@@ -147,10 +148,10 @@ def train(
 def _logged(trainer: RecoveryTrainer) -> tuple[list[int], list[float]]:
     """Return the steps at which the loss was logged, and the loss there."""
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return [entry["step"] for entry in log], [entry["loss"] for entry in log]
+    return [int(entry["step"]) for entry in log], [entry["loss"] for entry in log]
 
 
-def _trained_state(trainer: RecoveryTrainer, checkpoint: str | None, folder: Path) -> dict[str, torch.Tensor]:
+def _trained_state(trainer: RecoveryTrainer, checkpoint: str | None, folder: Path) -> Mapping[str, Any]:
     """Run the training, and return the model's parameters, gathered from all processes."""
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -231,7 +232,9 @@ def _is_from(folder: Path, inputs: dict) -> bool:
     return path.is_file() and read_json(path) == json.loads(json.dumps(inputs))
 
 
-def _final(pruned: Checkpoint, mode: str, training: Training, targets: list[str], state: dict) -> PreTrainedModel:
+def _final(
+    pruned: Checkpoint, mode: str, training: Training, targets: list[str], state: Mapping[str, Any]
+) -> PreTrainedModel:
     """Return the trained model in float32 on the CPU, with low-rank additions merged.
 
     Args:

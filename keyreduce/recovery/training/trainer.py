@@ -6,6 +6,7 @@ Shapes: B rows of a micro-batch, T tokens, V vocabulary.
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,18 +36,19 @@ class RecoveryTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_) -> torch.Tensor:
         """Return the loss of a micro-batch, no shape, in nats; the teacher's logits are freed when this returns."""
         tokens_BT = inputs["input_ids"]
-        weight = self.distill_weight if self.teacher is not None else 0.0
         logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
-        loss = (1 - weight) * text_loss(logits_BTV, tokens_BT) if weight < 1 else 0.0
-        if weight:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                given_BTV = self.teacher(input_ids=tokens_BT, use_cache=False).logits
-            loss = loss + weight * teacher_loss(logits_BTV, given_BTV, self.temperature)
+        if self.teacher is None or not self.distill_weight:
+            return text_loss(logits_BTV, tokens_BT)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            given_BTV = self.teacher(input_ids=tokens_BT, use_cache=False).logits
+        loss = self.distill_weight * teacher_loss(logits_BTV, given_BTV, self.temperature)
+        if self.distill_weight < 1:
+            loss = (1 - self.distill_weight) * text_loss(logits_BTV, tokens_BT) + loss
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         # This comes before the step, so that no weight and no checkpoint gets numbers that are not finite.
-        norm = super()._clip_grad_norm(model)
+        norm: Any = super()._clip_grad_norm(model)  # sharded, it is a DTensor
         if not math.isfinite(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)):
             raise DivergedError(self.state.global_step + 1)
         return norm
@@ -93,7 +95,7 @@ class ProgressReport(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_) -> None:
         """Report what was logged at the first, the last and every ``every``-th step."""
         step = state.global_step
-        if "loss" not in (logs or {}) or (step % self.every and step not in (1, state.max_steps)):
+        if not logs or "loss" not in logs or (step % self.every and step not in (1, state.max_steps)):
             return
         seconds = max(time.monotonic() - self.begun, 1e-9) / max(step - self.first, 1)
         left = round(seconds * (state.max_steps - step))
