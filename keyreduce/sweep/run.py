@@ -45,7 +45,7 @@ def plan_sweep(
             overlap.
     """
     if not recipe.models:
-        raise KeyreduceError(f"{recipe.path} names no models; name them in its `models`, or give `model`")
+        raise KeyreduceError(f"{recipe.path} names no models; name them in its list, or give `model`")
     refuse_overlap(calibration, heldout)
     models = []
     for name in recipe.models:

@@ -77,7 +77,7 @@ def test_texts_that_overlap(refused, tiny_folder):
 
 
 def test_no_model(refused):
-    assert "recipe.toml names no models; name them in its `models`, or give `model`" in refused([])
+    assert "recipe.toml names no models; name them in its list, or give `model`" in refused([])
 
 
 def test_a_later_model_that_a_method_cannot_prune(refused, tiny_folder, tmp_path):
