@@ -8,10 +8,15 @@ import pytest
 from tiny_models import file_shapes
 from transformers import AutoConfig
 
+from keyreduce.api.prune import Cut
 from keyreduce.checkpoint.shards import TensorSpec
 from keyreduce.families import family_of
+<<<<<<< HEAD
 from keyreduce.pruning.methods import method_named
 from keyreduce.pruning.planning import check_method
+=======
+from keyreduce.models.skeleton import describe
+>>>>>>> 029a539 (Sweeps and eval --base send requests as JSON to processes of their own; recipes hold fields of requests)
 from keyreduce.sweep.recipe import read_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -25,7 +30,7 @@ SIZES = {"340m": (330e6, 410e6), "1.3b": (1.25e9, 1.45e9)}
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_parse(path):
     recipe = read_recipe(path)
-    assert recipe.cells and recipe.models
+    assert recipe.combinations and recipe.models
 
 
 def test_there_are_recipes_and_configs_of_both_sizes():
@@ -58,13 +63,12 @@ def test_recipes_of_a_size_can_prune_each_model_of_it(size):
     recipe = read_recipe(CONFIGS / "sweep" / f"{size}.toml")
     for path in (path for path in MODELS if path.stem.endswith(size)):
         source = _Described(json.loads(path.read_text()), path)
-        for cell in recipe.cells:
-            check_method(source, method_named(cell.method), cell.budget.targets)
-            cell.budget.check(source.config, method_named(cell.method))
+        for combination in recipe.combinations:
+            Cut.of(combination.request).check(source)
 
 
 class _Described:
-    """What `check_method` looks at of a checkpoint: the config, and the tensors that it asks for."""
+    """What `Cut.check` looks at of a checkpoint: the config, and the tensors that it asks for."""
 
     def __init__(self, config: dict, path: Path):
         self.config, self.path = config, path

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from keyreduce.checkpoint.folder import open_folder
+from keyreduce.checkpoint.folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, open_folder
 from keyreduce.checkpoint.source import METADATA_NAME, Checkpoint
 from keyreduce.errors import KeyreduceError, reason
 from keyreduce.workspace import RECORD_NAME
@@ -70,6 +70,35 @@ def find_dcp(path: Path) -> Path | None:
         if (match := re.fullmatch(r"step-(\d+)", child.name)) and (child / METADATA_NAME).is_file()
     ]
     return max(steps, default=(0, None))[1]
+
+
+def find_checkpoints(base: Path) -> dict[str, str]:
+    """Return every checkpoint at or below a folder: its name, which may hold slashes, and its folder.
+
+    They are Hugging Face folders, and all steps of a DCP. Hidden folders are passed over: they hold what has not been
+    finished. Links are followed.
+
+    Raises:
+        KeyreduceError: there is no such folder, or no checkpoint in it.
+    """
+    base = Path(base)
+    if not base.is_dir():
+        raise KeyreduceError(f"there is no folder {base} of checkpoints")
+    found, seen = {}, set()
+    for folder, subfolders, files in os.walk(base, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()  # a link to what was walked already
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        is_hf = CONFIG_NAME in files and (SINGLE_NAME in files or INDEX_NAME in files)
+        if is_hf or METADATA_NAME in files:
+            name = Path(folder).relative_to(base).as_posix()
+            found[base.resolve().name if name == "." else name] = folder
+    if not found:
+        raise KeyreduceError(f"{base} holds no checkpoint: neither a Hugging Face folder with safetensors nor a DCP")
+    return dict(sorted(found.items()))
 
 
 def _find_folder(name: str | None) -> Path:

@@ -9,17 +9,16 @@ import typer
 from keyreduce.api.calibrate import CalibrateRequest
 from keyreduce.api.prune import PruneRequest
 from keyreduce.api.recover import RecoverRequest
-from keyreduce.cli import calibrate, errors, prune, recover
+from keyreduce.cli import calibrate, errors, prune, recover, sweep, table
 from keyreduce.cli.benchmark import benchmark
 from keyreduce.cli.command import add_command
 from keyreduce.cli.convert_dcp import convert_dcp
 from keyreduce.cli.eval import evaluate
 from keyreduce.cli.rank import rank
-from keyreduce.cli.sweep import sweep
-from keyreduce.cli.table import table
 from keyreduce.cli.verify import verify
 from keyreduce.errors import KeyreduceError
 from keyreduce.processes import is_torchrun
+from keyreduce.sweep.request import SweepRequest, TableRequest
 
 app = typer.Typer(
     name="keyreduce",
@@ -36,8 +35,8 @@ app.command(name="convert-dcp")(convert_dcp)
 app.command()(benchmark)
 app.command(name="eval")(evaluate)
 app.command()(rank)
-app.command()(sweep)
-app.command()(table)
+add_command(app, SweepRequest, sweep.show, "sweep")
+add_command(app, TableRequest, table.show, "table")
 app.command()(verify)
 
 

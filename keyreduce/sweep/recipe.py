@@ -1,145 +1,154 @@
-"""What a sweep compares, read from a TOML file.
+"""What a sweep compares, read from a TOML file. Its tables hold fields of the requests of the single commands.
 
-models = ["delta-net-5m"]           # folders or names; may be left to the command line
-seeds = [0]                         # of whatever is drawn; what comes out is averaged over them
+models = ["delta-net-5m"]           # folders or names; the command line may name others
+seeds = [0]                         # of everything that is drawn; results are averaged over them
 convert = true                      # also write each pruned model as a distributed checkpoint
 
-[calibration]                       # as keyreduce calibrate takes it
+[calibration]                       # keyreduce calibrate
 num_batches = 16
 batch_size = 4
 seq_len = 512
-per_seed = false                    # true: each seed draws calibration text of its own; false: one serves them all
+per_seed = false                    # true: each seed draws calibration text of its own; false: one draw serves all
 
-[heldout]                           # as keyreduce eval takes it
+[recover]                           # keyreduce recover; without num_batches, batch_size, seq_len: as in [calibration]
+steps = 512
+
+[heldout]                           # keyreduce eval
 num_batches = 16
 batch_size = 4
 seq_len = 512
 
-[benchmark]                         # as keyreduce benchmark takes it; without this table nothing is timed
+[benchmark]                         # keyreduce benchmark; without this table nothing is timed
 kinds = ["mixer", "decode"]
 batch_size = 4
 seq_len = 1024
 rounds = 10
 decode_batch_sizes = [8]
 
-[[prune]]                           # as keyreduce prune takes it; there may be several
+[[prune]]                           # keyreduce prune, for each ratio with each method and each repair; may be repeated
 target = "key"
 ratios = [0.25, 0.5, 0.75]
 methods = ["rrqr", { method = "taylor", form = "squared" }]
 repairs = ["none", "least-squares"]
 """
 
+import contextlib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from keyreduce.calibration.run import Settings
+from keyreduce.api.benchmark import BenchmarkRequest
+from keyreduce.api.calibrate import CalibrateRequest
+from keyreduce.api.evaluate import EvaluateRequest
+from keyreduce.api.options import MOST_SEED
+from keyreduce.api.prune import Cut, PruneRequest
+from keyreduce.api.recover import RecoverRequest
+from keyreduce.api.request import Request, option, specs
 from keyreduce.errors import KeyreduceError
-from keyreduce.pruning.budget import Budget
 from keyreduce.pruning.methods import method_named
-from keyreduce.pruning.planning import check_options
-from keyreduce.recovery.modes import MODES, REPEATS
 from keyreduce.recovery.repeats import check_repeats
-from keyreduce.sweep.fields import check_filled, check_kind, check_list, check_table
 
+R = TypeVar("R", bound=Request)
 NO_REPAIR = "none"
-REPAIRS = (NO_REPAIR, *MODES)
-"""What the modes of ``keyreduce recover``, and the word for leaving it out."""
-KINDS = ("mixer", "forward", "decode")
-_MOST_SEED = 2**32 - 1
-_SIZES = dict.fromkeys(("num_batches", "batch_size", "seq_len"), int)
+"""What a recipe calls a pruned model that is left as it is cut."""
+
+_KINDS = ("mixer", "forward", "decode")
+_SIZES = ("num_batches", "batch_size", "seq_len")
+_LISTS = ("ratios", "methods", "repairs")
+_TABLES = ("calibration", "heldout", "recover", "benchmark")
+# Fields of requests that a recipe does not say: the sweep fills them in, or they have no place in one.
+_NOT_IN_RECIPES = {
+    *("model", "compressed", "base", "work", "pruned", "output", "plot", "overwrite", "unrelated", "config", "teacher"),
+    *("text", "dataset", "dataset_config", "split", "heldout", "calibration", "seed", "device", "dtype", "jobs"),
+    *("method", "set", "ratio", "keep", "variance", "recover", "verify", "max_shard_size"),
+    *("mode", "gradients", "mixer", "forward", "decode", "train_step", "scaling"),
+}
+# Fields of requests that have another name in a recipe.
+_NAMES = {"method": "methods", "per_seed": "calibration.per_seed", "ratio": "ratios", "recover": "repairs"}
+_NAMES["set"] = _NAMES["method"]
 
 
-class Cell(NamedTuple):
-    """One way of pruning a model."""
+class Combination(NamedTuple):
+    """One way of pruning a model.
 
-    target: str
-    method: str
-    options: dict[str, object]
-    ratio: float
-    repair: str = NO_REPAIR
+    Attributes:
+        request: what is removed, how it is chosen, and how quality is won back afterwards.
+    """
+
+    request: PruneRequest
 
     @property
-    def budget(self) -> Budget:
-        """How much is to stay."""
-        return Budget.of(self.target.split(","), ratio=(str(self.ratio),))
+    def target(self) -> str:
+        """What is removed; several targets have commas between them."""
+        return ",".join(self.request.target)
 
     @property
-    def changed_options(self) -> dict[str, object]:
-        """The options that are not the method's defaults."""
-        defaults = method_named(self.method).options
-        return {name: value for name, value in self.options.items() if value != defaults[name]}
+    def ratio(self) -> float:
+        """The share that is removed."""
+        return float(Fraction(self.request.ratio[0]))
+
+    @property
+    def repair(self) -> str:
+        """The mode of ``keyreduce recover``, or `NO_REPAIR`."""
+        return self.request.recover or NO_REPAIR
 
     @property
     def label(self) -> str:
-        """The method, with the options that are not its defaults."""
-        told = []
-        for name, value in self.changed_options.items():
-            words = name.replace("_", " ")
-            told.append(words if value is True else f"no {words}" if value is False else f"{words} {value}")
-        return f"{self.method} ({', '.join(told)})" if told else self.method
+        """The method, with all settings that differ from the defaults."""
+        cut = Cut.of(self.request)
+        changed = {name: value for name, value in cut.options.items() if value != cut.method.options[name]}
+        for name, field in specs(PruneRequest).items():
+            value = getattr(self.request, name)
+            if name not in _NOT_IN_RECIPES | {"target", *changed} and name not in cut.options and value != field.default:
+                changed[name] = value
+        return f"{cut.method.name} ({', '.join(map(_words, changed, changed.values()))})" if changed else cut.method.name
 
 
-class Timing(NamedTuple):
-    """What is timed of each pruned model, against the dense one."""
+@dataclass(frozen=True, kw_only=True)
+class _Head(Request):
+    """What a recipe says outside of the commands' tables."""
 
-    kinds: tuple[str, ...]
-    batch_size: int = 4
-    seq_len: int = 1024
-    rounds: int = 10
-    decode_batch_sizes: tuple[int, ...] = (8,)
-
-
-class Recovery(NamedTuple):
-    """What a repair works with.
-
-    Attributes:
-        num_batches, batch_size, seq_len: how much text.
-        steps: gradient steps a layer, where it makes any; None leaves them to it.
-        repeats: the share of the rows that are random tokens, repeated, in the place of text.
-    """
-
-    num_batches: int
-    batch_size: int
-    seq_len: int
-    steps: int | None = None
-    repeats: float = REPEATS
+    models: tuple[str, ...] = option((), help="The models to prune.")
+    seeds: tuple[int, ...] = option((0,), help="Seeds of everything that is drawn.", minimum=0, maximum=MOST_SEED)
+    convert: bool = option(True, help="Whether pruned models are also written as distributed checkpoints.")
+    per_seed: bool = option(False, help="Whether each seed draws calibration text of its own.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A sweep.
 
     Attributes:
-        models: the models, as ``model`` takes them.
-        seeds: of what is drawn.
-        calibration, heldout: how much text for the sums, and for measuring.
-        per_seed: whether each seed has calibration text of its own.
+        path: the file, which messages name.
+        models, seeds: what is pruned, and the seeds of everything that is drawn.
         convert: whether pruned models are also written as distributed checkpoints.
-        recovery: what repairs work with.
-        timing: what is timed; None for nothing.
-        cells: what is done to each model.
+        per_seed: whether each seed draws calibration text of its own.
+        calibration, heldout, recover, benchmark: the settings of each command; where ``benchmark`` is None, nothing is
+            timed.
+        combinations: what is done to each model.
     """
 
-    models: list[str]
-    seeds: list[int]
-    calibration: Settings
-    heldout: Settings
-    per_seed: bool
+    path: Path
+    models: tuple[str, ...]
+    seeds: tuple[int, ...]
     convert: bool
-    recovery: Recovery
-    timing: Timing | None
-    cells: list[Cell]
+    per_seed: bool
+    calibration: CalibrateRequest
+    heldout: EvaluateRequest
+    recover: RecoverRequest
+    benchmark: BenchmarkRequest | None
+    combinations: list[Combination]
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether a method of it does."""
-        return any(method_named(cell.method).needs_gradients for cell in self.cells)
+        """Whether one of the methods needs gradients."""
+        return any(method_named(combination.request.method).needs_gradients for combination in self.combinations)
 
     def calibration_seed(self, seed: int) -> int:
-        """Return the seed of the calibration text that a run of a seed uses."""
+        """Return the seed of the calibration text for the runs with ``seed``."""
         return seed if self.per_seed else self.seeds[0]
 
 
@@ -147,130 +156,130 @@ def read_recipe(path: Path) -> Recipe:
     """Read a sweep from a file.
 
     Raises:
-        KeyreduceError: the file is missing or no TOML, or it says something that the commands do not know.
+        KeyreduceError: the file is missing or no TOML, or it holds what the commands do not take.
     """
+    path = Path(path)
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise KeyreduceError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise KeyreduceError(f"{path} is not valid TOML: {error}") from None
-    check_table(
-        path,
-        "",
-        content,
-        {"calibration": dict, "heldout": dict, "prune": list},
-        {"models": list, "seeds": list, "convert": bool, "recover": dict, "benchmark": dict},
-    )
-    check_filled(path, "", content, ("prune",))
-    seeds = content.get("seeds", [0])
-    check_list(path, "seeds", seeds, int)
-    check_seeds(seeds, f"{path}: seeds")
-    models = content.get("models", [])
-    check_list(path, "models", models, str)
-    heldout = _settings(path, "heldout", content["heldout"])
-    if heldout.seq_len < 2:
-        raise KeyreduceError(f"{path}: heldout.seq_len is {heldout.seq_len}; it is at least 2, to predict one token")
-    calibration, per_seed = content["calibration"], False
-    if "per_seed" in calibration:
-        calibration = dict(calibration)
-        per_seed = calibration.pop("per_seed")
-        check_kind(path, "calibration.per_seed", per_seed, bool)
-    settings = _settings(path, "calibration", calibration)
+    with named(path):
+        _check_keys("", content, ("models", "seeds", "convert", *_TABLES, "prune"))
+        tables = {name: content.pop(name, {}) for name in _TABLES}
+        for name, table in tables.items():
+            _check_table(name, table)
+        lists = content.pop("prune", None)
+        if not isinstance(lists, list) or not lists:
+            raise KeyreduceError(f"prune is {lists!r}, where at least one [[prune]] table belongs")
+        calibration = tables["calibration"]
+        head = _Head.of_json(content | {"per_seed": calibration.pop("per_seed", False)})
+        check_seeds("seeds", head.seeds)
+    sizes = {name: calibration[name] for name in _SIZES if name in calibration}
+    recover = _request(path, "recover", RecoverRequest, sizes | tables["recover"])
+    with named(path, "recover"):
+        check_repeats(recover.repeats or 0.0)
     return Recipe(
-        models,
-        seeds,
-        settings,
-        heldout,
-        per_seed,
-        content.get("convert", True),
-        _recovery(path, content["recover"]) if "recover" in content else Recovery(*settings[:3]),
-        _timing(path, content["benchmark"]) if "benchmark" in content else None,
-        [cell for table in content["prune"] for cell in _cells(path, table)],
+        path=path,
+        **vars(head),
+        calibration=_request(path, "calibration", CalibrateRequest, calibration),
+        heldout=_request(path, "heldout", EvaluateRequest, tables["heldout"]),
+        recover=recover,
+        benchmark=_benchmark(path, tables["benchmark"]) if tables["benchmark"] else None,
+        combinations=[combination for table in lists for combination in _combinations(path, table)],
     )
 
 
-def check_seeds(seeds: list[int], where: str) -> None:
-    """Refuse seeds that are none, or of which two are alike.
+@contextlib.contextmanager
+def named(path: Path, table: str = "") -> Iterator[None]:
+    """Let errors that the block raises name the recipe, and each field by the table and key that hold it."""
+    prefix = f"{table}." if table else ""
+    try:
+        yield
+    except KeyreduceError as error:
+        raise KeyreduceError(f"{path}: {error.with_names(lambda name: prefix + _NAMES.get(name, name))}") from None
+
+
+def check_seeds(name: str, seeds: tuple[int, ...]) -> None:
+    """Refuse no seeds at all, or one that comes twice; ``name`` is the field that holds them.
 
     Raises:
         KeyreduceError: they are such.
     """
-    if not seeds:
-        raise KeyreduceError(f"{where} is empty, so there is nothing to measure")
-    if len(set(seeds)) < len(seeds) or not all(0 <= seed <= _MOST_SEED for seed in seeds):
-        told = ", ".join(map(str, seeds))
-        raise KeyreduceError(f"{where} is {told}; seeds differ from each other and are 0 to {_MOST_SEED}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        told = ", ".join(map(str, seeds)) or "empty"
+        raise KeyreduceError(f"`{name}` is {told}; give at least one seed, and each of them once")
 
 
-def _settings(path: Path, name: str, table: Mapping) -> Settings:
-    check_table(path, f"{name}.", table, _SIZES)
-    settings = Settings(**table)
-    try:
-        settings.check()
-    except KeyreduceError as error:
-        raise KeyreduceError(f"{path}: {name}: {error}") from None
-    return settings
+def _check_table(name: str, table: object) -> None:
+    if not isinstance(table, dict):
+        raise KeyreduceError(f"{name} is {table!r}, where a table belongs")
 
 
-def _recovery(path: Path, table: Mapping) -> Recovery:
-    check_table(path, "recover.", table, _SIZES, {"steps": int, "repeats": float})
-    if table.get("steps", 1) < 1:
-        raise KeyreduceError(f"{path}: recover.steps is {table['steps']}; it is at least 1")
-    _settings(path, "recover", {name: table[name] for name in _SIZES})
-    recovery = Recovery(**table)
-    try:
-        check_repeats(recovery.repeats)
-    except KeyreduceError as error:
-        raise KeyreduceError(f"{path}: recover: {error}") from None
-    return recovery
+def _check_keys(table: str, content: Mapping, known: Iterable[str]) -> None:
+    for name in content:
+        if name not in known:
+            raise KeyreduceError(f"{table}{name} is unknown; known are {', '.join(known)}")
 
 
-def _timing(path: Path, table: Mapping) -> Timing:
-    sizes = dict.fromkeys(("batch_size", "seq_len", "rounds"), int)
-    check_table(path, "benchmark.", table, {"kinds": list}, {**sizes, "decode_batch_sizes": list})
-    check_filled(path, "benchmark.", table, ("kinds",))
-    for kind in table["kinds"]:
-        if kind not in KINDS:
-            raise KeyreduceError(f"{path}: benchmark.kinds has {kind!r}; known are {', '.join(KINDS)}")
-    check_list(path, "benchmark.decode_batch_sizes", table.get("decode_batch_sizes", [1]), int)
-    check_filled(path, "benchmark.", {"decode_batch_sizes": [1]} | table, ("decode_batch_sizes",))
-    timing = Timing(**{name: tuple(value) if isinstance(value, list) else value for name, value in table.items()})
-    if min(timing.batch_size, timing.seq_len, timing.rounds, *timing.decode_batch_sizes) < 1:
-        raise KeyreduceError(f"{path}: a number of benchmark is below 1")
-    return timing
+def _known(kind: type[Request]) -> list[str]:
+    """Return the fields of a request that a recipe may hold."""
+    return [name for name in specs(kind) if name not in _NOT_IN_RECIPES]
 
 
-def _cells(path: Path, table: Mapping) -> list[Cell]:
-    check_table(path, "prune.", table, {"target": str, "ratios": list, "methods": list}, {"repairs": list})
-    check_filled(path, "prune.", {"repairs": [NO_REPAIR]} | table, ("ratios", "methods", "repairs"))
-    for ratio in table["ratios"]:
-        if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 <= ratio < 1:
-            raise KeyreduceError(f"{path}: a ratio is {ratio!r}; it is the share to remove, from 0 to below 1")
-    repairs = table.get("repairs", [NO_REPAIR])
-    for repair in repairs:
-        if repair not in REPAIRS:
-            raise KeyreduceError(f"{path}: a repair is {repair!r}; known are {', '.join(REPAIRS)}")
-    cells = []
-    for given in table["methods"]:
-        name, options = _method(path, given)
-        for ratio in table["ratios"]:
-            cell = Cell(table["target"], name, options, ratio)
-            for target in cell.budget.targets:
-                if target not in method_named(name).select:
-                    raise KeyreduceError(f"{path}: {name} does not choose {target}s")
-            cells += [cell._replace(repair=repair) for repair in repairs]
-    return cells
+def _request(path: Path, name: str, kind: type[R], table: Mapping) -> R:
+    with named(path, name):
+        _check_keys(f"{name}.", table, _known(kind))
+        return kind.of_json(table)
 
 
-def _method(path: Path, given: object) -> tuple[str, dict[str, object]]:
-    """Return a method's name and all its options, from its name or a table with some of them."""
-    options = {"method": given} if isinstance(given, str) else given
-    if not isinstance(options, dict) or not isinstance(options.get("method"), str):
-        raise KeyreduceError(f'{path}: a method is {given!r}, where a name or {{ method = "name", ... }} belongs')
-    name, options = options["method"], {key: value for key, value in options.items() if key != "method"}
-    method = method_named(name)
-    for option, value in options.items():
-        if option in method.options:
-            check_kind(path, f"{option} of {name}", value, type(method.options[option]))
-    return name, check_options(method, options)
+def _benchmark(path: Path, table: Mapping) -> BenchmarkRequest:
+    with named(path, "benchmark"):
+        _check_keys("benchmark.", table, ["kinds", *_known(BenchmarkRequest)])
+        kinds = table.get("kinds")
+        if not isinstance(kinds, list) or not kinds or any(kind not in _KINDS for kind in kinds):
+            raise KeyreduceError(f"`kinds` is {kinds!r}; give a list of some of {', '.join(_KINDS)}")
+        settings = {name: value for name, value in table.items() if name != "kinds"}
+        # Nothing in a table shows the largest batch, and the search for it takes long.
+        settings = {"decode_batch_sizes": [8], "max_batch_size": 0, **settings, **dict.fromkeys(kinds, True)}
+        return BenchmarkRequest.of_json(settings)
+
+
+def _combinations(path: Path, table: object) -> list[Combination]:
+    with named(path, "prune"):
+        _check_table("a [[prune]]", table)
+        _check_keys("prune.", table, [*_LISTS, *_known(PruneRequest)])
+        ratios, methods, repairs = ({"repairs": [NO_REPAIR], **table}.get(name) for name in _LISTS)
+        for name, values in zip(_LISTS, (ratios, methods, repairs), strict=True):
+            if not isinstance(values, list) or not values:
+                raise KeyreduceError(f"`{name}` is {values!r}, where a list with at least one value belongs")
+        shared = {name: value for name, value in table.items() if name not in _LISTS}
+        chosen = [shared | _method(method) for method in methods]
+        requests = [
+            PruneRequest.of_json(fields | {"ratio": ratio, "recover": None if repair == NO_REPAIR else repair})
+            for fields in chosen
+            for ratio in ratios
+            for repair in repairs
+        ]
+        for request in requests:
+            Cut.of(request)  # which refuses options that the method does not take
+        return [Combination(request) for request in requests]
+
+
+def _method(given: object) -> dict[str, Any]:
+    """Return the fields of a request that a method's name, or a table with its name and options, stands for."""
+    table = {"method": given} if isinstance(given, str) else given
+    if not isinstance(table, dict) or not isinstance(table.get("method"), str):
+        raise KeyreduceError(f'`method` is {given!r}, where a name or {{ method = "name", ... }} belongs')
+    # What is no field of the request is an option of a method from another package.
+    own = {name: value for name, value in table.items() if name in ("method", *_known(PruneRequest))}
+    return own | {"set": [f"{name}={value}" for name, value in table.items() if name not in own]}
+
+
+def _words(name: str, value: object) -> str:
+    """Return a setting as a label tells it."""
+    name = name.replace("_", " ")
+    if isinstance(value, bool):
+        return name if value else f"no {name}"
+    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"

@@ -5,22 +5,23 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
+from keyreduce.api.tasks import RESULT_NAME, failure_of, is_done
 from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import read_json
-from keyreduce.sweep.record import RESULT_NAME, failure_of, is_done, read_sweep
+from keyreduce.sweep.record import read_sweep
 from keyreduce.sweep.runs import DENSE, PRUNED
 
 
-class Figure(NamedTuple):
+class MeanSpread(NamedTuple):
     """A mean over seeds, and the sample standard deviation (None of a single seed)."""
 
     mean: float
     spread: float | None
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Figure":
+    def of(cls, values: Sequence[float]) -> Self:
         """Return mean and spread of some values; where one is inf, so is the mean, and there is no spread."""
         mean = statistics.fmean(values)
         return cls(mean, statistics.stdev(values) if len(values) > 1 and math.isfinite(mean) else None)
@@ -51,12 +52,12 @@ class Row:
     ratio: float
     seeds: int
     dense: float
-    perplexity: Figure
-    increase: Figure
-    bits_per_byte: Figure
+    perplexity: MeanSpread
+    increase: MeanSpread
+    bits_per_byte: MeanSpread
     state: float
-    seconds: Figure
-    speedups: Mapping[str, Figure]
+    seconds: MeanSpread
+    speedups: Mapping[str, MeanSpread]
 
 
 class Results(NamedTuple):
@@ -186,14 +187,14 @@ def _row(key: tuple, runs: Sequence[dict], dense: float, timed: Sequence[Mapping
         ratio,
         seeds=len(runs),
         dense=dense,
-        perplexity=Figure.of([run["perplexity"] for run in runs]),
-        increase=Figure.of([run["perplexity"] / dense - 1 for run in runs]),
-        bits_per_byte=Figure.of([run["bits"] for run in runs]),
+        perplexity=MeanSpread.of([run["perplexity"] for run in runs]),
+        increase=MeanSpread.of([run["perplexity"] / dense - 1 for run in runs]),
+        bits_per_byte=MeanSpread.of([run["bits"] for run in runs]),
         state=statistics.fmean(states) if states else math.nan,
-        seconds=Figure.of([run["seconds"] for run in runs]),
+        seconds=MeanSpread.of([run["seconds"] for run in runs]),
         speedups={kind: _median([speedups[kind] for speedups in timed if kind in speedups]) for kind in kinds},
     )
 
 
-def _median(values: Sequence[float]) -> Figure:
-    return Figure.of(values)._replace(mean=statistics.median(values))
+def _median(values: Sequence[float]) -> MeanSpread:
+    return MeanSpread.of(values)._replace(mean=statistics.median(values))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from keyreduce.sweep.recipe import NO_REPAIR
-from keyreduce.sweep.results import Figure, Results, Row
+from keyreduce.sweep.results import MeanSpread, Results, Row
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -134,7 +134,7 @@ def as_csv(results: Results) -> str:
     writer.writerow(header)
     for row in results.rows:
         cells = [getattr(row, name) for name in plain]
-        nothing = Figure(math.nan, None)
+        nothing = MeanSpread(math.nan, None)
         for figure in (*(getattr(row, name) for name in figures), *(row.speedups.get(kind, nothing) for kind in kinds)):
             cells += list(figure)
         writer.writerow(["" if cell is None or cell != cell else cell for cell in cells])
@@ -193,7 +193,7 @@ def number_of(perplexity: float, like: float | None = None) -> str:
     return f"{perplexity:.3g}"
 
 
-def _with_spread(figure: Figure, form: Callable[..., str], *, signed: bool = False) -> str:
+def _with_spread(figure: MeanSpread, form: Callable[..., str], *, signed: bool = False) -> str:
     sign = "+" if signed and figure.mean >= 0 else ""
     spread = "" if figure.spread is None else f" ± {form(figure.spread, figure.mean)}"
     return f"{sign}{form(figure.mean)}{spread}"
@@ -229,7 +229,7 @@ def as_json(results: Results) -> dict:
     rows = []
     for row in results.rows:
         entry = dataclasses.asdict(row)
-        entry |= {name: value._asdict() for name, value in vars(row).items() if isinstance(value, Figure)}
+        entry |= {name: value._asdict() for name, value in vars(row).items() if isinstance(value, MeanSpread)}
         entry["speedups"] = {kind: figure._asdict() for kind, figure in row.speedups.items()}
         rows.append({name: None if value != value else value for name, value in entry.items()})
     dense = {model: {"perplexity": costs[0], "bits_per_byte": costs[1]} for model, costs in results.dense.items()}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from tiny_models import edit_config, edit_tensors
 
-from keyreduce.cli import sweep_worker
+from keyreduce.api import worker
 from keyreduce.jobs import Job, Outcome
-from keyreduce.sweep import engines
+from keyreduce.sweep import launchers
 
 RECIPE = """
 models = ["nonsense"]
@@ -43,14 +43,14 @@ def in_process(monkeypatch):
     """Runs are done in this process, which has imported everything; returns the numbers of runs, job by job."""
     done: list[int] = []
 
-    def engine(jobs: Sequence[Job]) -> list[Outcome]:
+    def launch(jobs: Sequence[Job]) -> list[Outcome]:
         for job in jobs:
             folders = [Path(argument) for argument in job.argv[3:]]
             done.append(len(folders))
-            sweep_worker.run_folders(folders)
+            worker.do_folders(folders)
         return [Outcome(job, 0, 0.0, "") for job in jobs]
 
-    monkeypatch.setattr(engines, "engine_named", lambda name, *, jobs, device: (engine, 1))
+    monkeypatch.setattr(launchers, "launcher_named", lambda name, *, jobs, device: (launch, 1))
     return done
 
 
@@ -97,9 +97,10 @@ def test_a_run_leaves_plan_log_and_figures_and_no_checkpoint(keyreduce, tiny_fol
     steps = json.loads((run / "result.json").read_text())["steps"]
     assert list(steps) == ["prune", "convert", "benchmark", "eval"]
     assert steps["convert"]["result"]["made"]
-    assert all(step["seconds"] > 0 and step["command"][0] == "keyreduce" for step in steps.values())
+    assert [step["verb"] for step in steps.values()] == ["prune", "convert", "benchmark", "evaluate"]
+    assert all(step["seconds"] > 0 for step in steps.values())
     assert report["rows"][0]["speedups"]["mixer"]["mean"] > 0
-    assert "$ keyreduce prune --model" in (run / "log.txt").read_text()
+    assert "$ keyreduce prune {" in (run / "log.txt").read_text()
     written = {path.name for path in Path("out").iterdir() if path.is_file() and not path.name.startswith(".")}
     assert written == {
         "sweep.json", "table.md", "table.csv", "table.tex", "table.html", "perplexity.png", "pareto.png",
@@ -165,13 +166,15 @@ def test_what_cannot_be_is_refused_before_anything_is_written(keyreduce, tiny_fo
     (tmp_path / "text.txt").write_text("some words, and enough of them to be told from a licence line")
     models = ("--model", tiny_folder("delta_net"), "--model", other)
     assert "there is no model 'nonsense'" in refused(path)
+    path.write_text(path.read_text().replace('["nonsense"]', "[]"))
+    assert f"{path} names no models; name them in its list, or give --model" in refused(path)
     assert "cannot be read" in refused(tmp_path / "missing.toml")
     same = ("--calibration", tmp_path / "text.txt", "--heldout", tmp_path / "text.txt")
     assert "calibration and held-out text are the same" in refused(path, *models, *same)
     assert "there is no text file or folder" in refused(path, *models, "--heldout", tmp_path / "missing")
     assert "cannot write to" in refused(path, *models, "--output", tmp_path / "text.txt")
-    assert "--engine slurm is unknown" in refused(path, *models, "--engine", "slurm")
-    assert "seeds differ from each other" in refused(path, *models, "--seed", 1, "--seed", 1)
+    assert "--launcher is 'slurm'; take one of processes, ray" in refused(path, *models, "--engine", "slurm")
+    assert "--seed is 1, 1; give at least one seed" in refused(path, *models, "--seed", 1, "--seed", 1)
     assert "--jobs" in refused(path, *models, "--jobs", 0)
     assert "holds other things than a sweep" in refused(path, *models, "--output", tmp_path)  # also the current folder
     edit_config(other, qk_norm="sum")

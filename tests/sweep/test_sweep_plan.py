@@ -7,21 +7,37 @@ import pytest
 import torch
 from tiny_models import build, edit_config, save
 
-from keyreduce.calibration.run import Settings
+from keyreduce.api.benchmark import BenchmarkRequest
+from keyreduce.api.calibrate import CalibrateRequest
+from keyreduce.api.convert import ConvertRequest
+from keyreduce.api.evaluate import EvaluateRequest
+from keyreduce.api.prune import PruneRequest
+from keyreduce.api.recover import RecoverRequest
 from keyreduce.data.text import text_source
 from keyreduce.errors import KeyreduceError
-from keyreduce.sweep.recipe import Cell, Recipe, Recovery, Timing
+from keyreduce.sweep.recipe import Combination, Recipe
 from keyreduce.sweep.run import plan_sweep
 from keyreduce.sweep.runs import CALIBRATION, DENSE, PRUNED, slug
 
-L1 = Cell("key", "l1", {}, 0.5)
-PCA = Cell("key", "pca", {"include_queries": False}, 0.5)
-TAYLOR = Cell("key", "taylor", {"form": "squared"}, 0.25, "least-squares")
-SMALL = Settings(1, 2, 8)
+L1 = PruneRequest(method="l1", ratio=0.5)
+PCA = PruneRequest(method="pca", ratio=0.5)
+TAYLOR = PruneRequest(method="taylor", form="squared", ratio=0.25, recover="least-squares")
+SMALL = {"num_batches": 1, "batch_size": 2, "seq_len": 8}
 
 
-def recipe_of(models: list, *cells: Cell, **changes) -> Recipe:
-    recipe = Recipe([str(model) for model in models], [0], SMALL, SMALL, False, True, Recovery(1, 2, 8), None, [*cells])
+def recipe_of(models: list, *requests: PruneRequest, **changes) -> Recipe:
+    recipe = Recipe(
+        path=Path("recipe.toml"),
+        models=tuple(map(str, models)),
+        seeds=(0,),
+        convert=True,
+        per_seed=False,
+        calibration=CalibrateRequest(**SMALL),
+        heldout=EvaluateRequest(**SMALL),
+        recover=RecoverRequest(**SMALL),
+        benchmark=None,
+        combinations=[Combination(request) for request in requests],
+    )
     return replace(recipe, **changes)
 
 
@@ -47,9 +63,9 @@ def plan(tmp_path):
 def refused(plan):
     """A function: the line with which a recipe is refused."""
 
-    def line(models: list, *cells: Cell, **options) -> str:
+    def line(models: list, *requests: PruneRequest, **options) -> str:
         with pytest.raises(KeyreduceError) as caught:
-            plan(recipe_of(models, L1, *cells), **options)
+            plan(recipe_of(models, L1, *requests), **options)
         return str(caught.value)
 
     return line
@@ -61,7 +77,7 @@ def test_texts_that_overlap(refused, tiny_folder):
 
 
 def test_no_model(refused):
-    assert "the recipe names no models; give them with --model" in refused([])
+    assert "recipe.toml names no models; name them in its list, or give `model`" in refused([])
 
 
 def test_a_later_model_that_a_method_cannot_prune(refused, tiny_folder, tmp_path):
@@ -81,17 +97,24 @@ def test_a_later_model_that_is_none(refused, tiny_folder, tiny_copy):
 
 
 def test_a_target_that_a_method_has_not(refused, tiny_folder):
-    assert "--method pca is for --target key alone" in refused([tiny_folder("delta_net")], PCA._replace(target="value"))
+    told = refused([tiny_folder("delta_net")], replace(PCA, target="value"))
+    assert "recipe.toml: prune.methods pca is for prune.target key alone" in told
+
+
+def test_a_share_that_there_is_not(refused, tiny_folder):
+    for ratio in (1, -0.5):
+        told = refused([tiny_folder("delta_net")], replace(L1, ratio=ratio))
+        assert f"recipe.toml: prune.ratios is {ratio}; it is the share to remove, at least 0 and below 1" in told
 
 
 def test_one_calibration_serves_all_unless_each_seed_has_its_own(plan, tiny_folder):
     models = [tiny_folder("delta_net"), tiny_folder("gated_deltanet")]
-    runs = plan(recipe_of(models, L1, TAYLOR, seeds=[4, 2]))
+    runs = plan(recipe_of(models, L1, TAYLOR, seeds=(4, 2)))
     kinds = [run.kind for run in runs]
     assert [kinds.count(kind) for kind in (DENSE, CALIBRATION, PRUNED)] == [2, 2, 2 * 2 * 2]
     assert [run.about["seed"] for run in runs if run.kind == CALIBRATION] == [4, 4]
-    assert all("--gradients" in run.steps["calibrate"] for run in runs if run.kind == CALIBRATION)
-    runs = plan(recipe_of(models, L1, TAYLOR, seeds=[4, 2], per_seed=True))
+    assert all(run.steps["calibrate"].gradients for run in runs if run.kind == CALIBRATION)
+    runs = plan(recipe_of(models, L1, TAYLOR, seeds=(4, 2), per_seed=True))
     assert [run.about["seed"] for run in runs if run.kind == CALIBRATION] == [4, 2, 4, 2]
     named = {run.folder: run for run in runs}
     assert len(named) == len(runs)
@@ -99,67 +122,65 @@ def test_one_calibration_serves_all_unless_each_seed_has_its_own(plan, tiny_fold
         if run.kind == PRUNED:
             (needed,) = run.needs
             assert named[needed].about == {"model": run.about["model"], "seed": run.about["seed"]}
-            calibration = run.steps["prune"][run.steps["prune"].index("--calibration") + 1]
-            assert Path(calibration).parent.as_posix().endswith(needed)
+            assert run.steps["prune"].calibration.parent.as_posix().endswith(needed)
 
 
 def test_what_decides_a_result_names_its_folder_and_nothing_else_does(plan, tiny_folder):
     model = tiny_folder("delta_net")
 
-    def folder(cell: Cell = L1, *, options=None, **changes) -> str:
-        (run,) = [run for run in plan(recipe_of([model], cell, **changes), **(options or {})) if run.kind == PRUNED]
+    def folder(request: PruneRequest = L1, *, options=None, **changes) -> str:
+        runs = plan(recipe_of([model], request, **changes), **(options or {}))
+        (run,) = [run for run in runs if run.kind == PRUNED]
         return run.folder
 
-    first = folder()
+    first, other_recovery = folder(), RecoverRequest(num_batches=9)
     others = [
-        folder(L1._replace(ratio=0.25)),
-        folder(L1._replace(target="value")),
-        folder(L1._replace(repair="least-squares")),
-        folder(L1._replace(repair="least-squares"), recovery=Recovery(9, 9, 9)),
-        folder(Cell("key", "rrqr", {"f": 1.5, "permute": False}, 0.5)),
-        folder(Cell("key", "rrqr", {"f": 2.0, "permute": False}, 0.5)),
-        folder(seeds=[1]),
-        folder(calibration=SMALL._replace(num_batches=2)),
-        folder(heldout=SMALL._replace(seq_len=16)),
-        folder(timing=Timing(("mixer",))),
-        folder(timing=Timing(("mixer",), rounds=3)),
+        folder(replace(L1, ratio=0.25)),
+        folder(replace(L1, target="value")),
+        folder(replace(L1, recover="least-squares")),
+        folder(replace(L1, recover="least-squares"), recover=other_recovery),
+        folder(replace(L1, multiple_of=2)),
+        folder(PruneRequest(method="rrqr", ratio=0.5)),
+        folder(PruneRequest(method="rrqr", ratio=0.5, f=2)),
+        folder(seeds=(1,)),
+        folder(calibration=CalibrateRequest(**SMALL | {"num_batches": 2})),
+        folder(heldout=EvaluateRequest(**SMALL | {"seq_len": 16})),
+        folder(benchmark=BenchmarkRequest(mixer=True)),
+        folder(benchmark=BenchmarkRequest(mixer=True, rounds=3)),
         folder(convert=False),
         folder(options={"dtype": torch.bfloat16}),
         folder(options={"heldout": "other"}),
         folder(options={"calibration": "other"}),
     ]
     assert len({first, *others}) == 1 + len(others)
-    assert folder(recovery=Recovery(9, 9, 9)) == first  # nothing is repaired there
-    both = plan(recipe_of([model], L1, TAYLOR, seeds=[0, 7]))
+    assert folder(recover=other_recovery) == first  # nothing is repaired there
+    both = plan(recipe_of([model], L1, TAYLOR, seeds=(0, 7)))
     assert first in {run.folder for run in both}  # a longer recipe does not do it again
 
 
-def test_the_commands_of_a_run(plan, tiny_folder):
+def test_the_requests_of_a_run(plan, tiny_folder, tmp_path):
     model = tiny_folder("delta_net")
-    timing = Timing(("mixer", "decode"), 3, 4, 5, (6, 7))
-    recipe = recipe_of([model], TAYLOR, seeds=[9], timing=timing, recovery=Recovery(1, 2, 8, 11))
+    timing = BenchmarkRequest(mixer=True, decode=True, batch_size=3, seq_len=4, rounds=5, decode_batch_sizes=(6, 7))
+    recipe = recipe_of([model], TAYLOR, seeds=(9,), benchmark=timing, recover=RecoverRequest(**SMALL, steps=11))
     (run,) = [run for run in plan(recipe) if run.kind == PRUNED]
     assert list(run.steps) == ["prune", "recover", "convert", "benchmark", "eval"]
-
-    def says(step: str, *words: object) -> bool:
-        return " ".join(map(str, words)) in " ".join(run.steps[step])
-
-    assert says("prune", "--model", model, "--method taylor --target key --ratio 0.25 --seed 9")
-    assert says("prune", "--set form=squared")
-    assert says("recover", "--mode least-squares") and not says("recover", "--steps")
-    assert says("recover", "--num-batches 1 --batch-size 2 --seq-len 8 --seed 9 --text")
-    assert says("recover", "--repeats 0.125")
-    assert says("benchmark", "--mixer --decode --batch-size 3 --seq-len 4 --rounds 5 --decode-batch-sizes 6,7")
-    assert says("eval", "--num-batches 1 --batch-size 2 --seq-len 8 --text")
-    # What one step writes is what the next ones read.
-    written = {step: run.steps[step][run.steps[step].index("--output") + 1] for step in ("prune", "recover")}
-    assert says("recover", "--compressed", written["prune"])
-    assert says("convert", "convert-dcp", written["recover"])
-    assert says("benchmark", "--compressed", written["recover"])
-    assert says("eval", "--model", written["recover"])
-    reconstructed = recipe_of([model], TAYLOR._replace(repair="reconstruct"), recovery=Recovery(1, 2, 8, 11))
-    run = plan(reconstructed)[-1]
-    assert says("recover", "--mode reconstruct") and says("recover", "--steps 11")
+    prune, recover, convert, benchmark, evaluate = run.steps.values()
+    calibration, heldout = (tmp_path / "one.txt",), (tmp_path / "two.txt",)
+    folder = tmp_path / "sweep" / run.folder
+    cut, checkpoint = folder / "cut", folder / "checkpoint"
+    places = {"model": str(model), "output": cut, "calibration": prune.calibration}
+    assert prune == replace(TAYLOR, recover=None, seed=9, device="cpu", **places)
+    # What one step writes is what the next ones read. Least squares takes no steps.
+    places = {"model": str(model), "compressed": str(cut), "output": checkpoint, "text": calibration}
+    assert recover == RecoverRequest(mode="least-squares", **SMALL, seed=9, device="cpu", **places)
+    assert convert == ConvertRequest(source=str(checkpoint), destination=folder / "dcp")
+    places = {"model": str(model), "compressed": str(checkpoint), "output": folder / "benchmark.json"}
+    assert benchmark == replace(timing, device="cpu", dtype="float32", overwrite=True, **places)
+    places = {"model": str(checkpoint), "work": folder, "output": folder / "eval.json", "text": heldout}
+    assert evaluate == EvaluateRequest(**SMALL, device="cpu", dtype="float32", overwrite=True, **places)
+    reconstructed = replace(TAYLOR, recover="reconstruct")
+    run = plan(recipe_of([model], reconstructed, recover=RecoverRequest(**SMALL, steps=11)))[-1]
+    assert (run.steps["recover"].mode, run.steps["recover"].steps) == ("reconstruct", 11)
 
 
 def test_folders_of_models_of_one_name_differ(plan, tiny_copy, tmp_path):

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from keyreduce.calibration.run import Settings
+from keyreduce.api.benchmark import BenchmarkRequest
+from keyreduce.api.calibrate import CalibrateRequest
+from keyreduce.api.evaluate import EvaluateRequest
+from keyreduce.api.recover import RecoverRequest
 from keyreduce.errors import KeyreduceError
 from keyreduce.pruning.methods import METHODS
-from keyreduce.sweep.recipe import Recovery, Timing, read_recipe
+from keyreduce.sweep.recipe import read_recipe
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "sweep").glob("*.toml"))
 GOOD = """
@@ -51,12 +54,12 @@ def read(tmp_path):
 
 def test_a_recipe(read):
     recipe = read(GOOD)
-    assert recipe.models == ["one", "two"]
-    assert recipe.calibration == Settings(1, 2, 32)
-    assert recipe.heldout == Settings(3, 4, 16)
-    assert recipe.recovery == Recovery(5, 6, 7, None)
-    assert recipe.timing == Timing(("mixer",))
-    assert [(cell.target, cell.method, cell.label, cell.ratio, cell.repair) for cell in recipe.cells] == [
+    assert recipe.models == ("one", "two")
+    assert recipe.calibration == CalibrateRequest(num_batches=1, batch_size=2, seq_len=32)
+    assert recipe.heldout == EvaluateRequest(num_batches=3, batch_size=4, seq_len=16)
+    assert recipe.recover == RecoverRequest(num_batches=5, batch_size=6, seq_len=7)
+    assert recipe.benchmark == BenchmarkRequest(mixer=True, decode_batch_sizes=8, max_batch_size=0)
+    assert [(one.target, one.request.method, one.label, one.ratio, one.repair) for one in recipe.combinations] == [
         ("key", "rrqr", "rrqr", 0.25, "none"),
         ("key", "rrqr", "rrqr", 0.25, "least-squares"),
         ("key", "rrqr", "rrqr", 0.5, "none"),
@@ -67,26 +70,29 @@ def test_a_recipe(read):
         ("key", "taylor", "taylor (form squared)", 0.5, "least-squares"),
         ("value,head", "l1", "l1", 0, "none"),
     ]
-    assert recipe.cells[0].options == {"f": 1.5, "permute": False}
-    assert recipe.cells[-1].budget.targets == ["value", "head"]
     assert recipe.needs_gradients
     assert not read(GOOD.replace('"taylor", form = "squared"', '"pca"')).needs_gradients
-    assert read(GOOD.replace('"rrqr"', '{ method = "rrqr", f = 2 }')).cells[0].label == "rrqr (f 2)"
+    assert read(GOOD.replace('"rrqr"', '{ method = "rrqr", f = 2 }')).combinations[0].label == "rrqr (f 2)"
+    whole = read(GOOD.replace('"rrqr"', '{ method = "rrqr", permute = true }').replace("ratios = [0.25", "multiple_of = 8\nratios = [0.25"))
+    assert whole.combinations[0].label == "rrqr (permute, multiple of 8)"
+    assert whole.combinations[0].request.multiple_of == 8
 
 
 def test_what_a_recipe_may_leave_out(read):
     recipe = read("\n".join(line for line in GOOD.splitlines() if not line.startswith(("models", "repairs"))))
-    assert (recipe.models, recipe.seeds, recipe.per_seed, recipe.convert) == ([], [0], False, True)
-    assert {cell.repair for cell in recipe.cells} == {"none"}
+    assert (recipe.models, recipe.seeds, recipe.per_seed, recipe.convert) == ((), (0,), False, True)
+    assert {one.repair for one in recipe.combinations} == {"none"}
     start, end = GOOD.index("[recover]"), GOOD.index("[[prune]]")
     recipe = read(GOOD[:start] + GOOD[end:])
-    assert recipe.timing is None
-    assert recipe.recovery == Recovery(1, 2, 32)  # as much text as for calibration
+    assert recipe.benchmark is None
+    assert recipe.recover == RecoverRequest(num_batches=1, batch_size=2, seq_len=32)  # as much text as for calibration
+    recipe = read('[[prune]]\nratios = [0.5]\nmethods = ["l1"]')
+    assert (recipe.calibration, recipe.heldout) == (CalibrateRequest(), EvaluateRequest())  # as the commands have it
 
 
 def test_seeds_and_the_text_of_each(read):
     recipe = read("seeds = [3, 1]\nconvert = false\n" + GOOD)
-    assert (recipe.seeds, recipe.convert) == ([3, 1], False)
+    assert (recipe.seeds, recipe.convert) == ((3, 1), False)
     assert [recipe.calibration_seed(seed) for seed in recipe.seeds] == [3, 3]
     recipe = read("seeds = [3, 1]\n" + GOOD.replace("seq_len = 32", "seq_len = 32\nper_seed = true"))
     assert [recipe.calibration_seed(seed) for seed in recipe.seeds] == [3, 1]
@@ -96,68 +102,63 @@ def test_all_fields_of_timing_and_recovery(read):
     told = 'kinds = ["decode", "forward"]\nbatch_size = 2\nseq_len = 3\nrounds = 4\ndecode_batch_sizes = [5, 6]'
     text = GOOD.replace('kinds = ["mixer"]', told).replace("seq_len = 7", "seq_len = 7\nsteps = 8\nrepeats = 0")
     recipe = read(text)
-    assert recipe.timing == Timing(("decode", "forward"), 2, 3, 4, (5, 6))
-    assert (recipe.recovery.steps, recipe.recovery.repeats) == (8, 0)
+    assert recipe.benchmark == BenchmarkRequest(
+        decode=True, forward=True, batch_size=2, seq_len=3, rounds=4, decode_batch_sizes=(5, 6), max_batch_size=0
+    )
+    assert (recipe.recover.steps, recipe.recover.repeats) == (8, 0)
 
 
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("models =", "model =", "model is unknown; known are calibration, heldout, prune, models, seeds"),
-        ('["one", "two"]', '"one"', "models is 'one', where a list belongs"),
-        ('["one", "two"]', "[1]", "models is no list of names"),
+        ("models =", "model =", "model is unknown; known are models, seeds, convert, calibration, heldout, recover, benchmark, prune"),
+        ('["one", "two"]', "[true]", "models is True, where names belong"),
         ("[heldout]", "[held_out]", "held_out is unknown"),
-        ("num_batches = 3", "", "heldout.num_batches is missing; it is a whole number"),
-        ("num_batches = 3", "num_batches = 0", "heldout: --num-batches is 0; it is at least 1"),
+        ("num_batches = 3", "num_batches = -1", "heldout.num_batches is -1; it is at least 0"),
         ("num_batches = 3", "num_batches = true", "heldout.num_batches is True, where a whole number belongs"),
         ("num_batches = 3", "num_batches = 3.0", "heldout.num_batches is 3.0, where a whole number belongs"),
         ("seq_len = 16", "seq_len = 16\nseed = 1", "heldout.seed is unknown; known are num_batches"),
         ("seq_len = 16", "seq_len = 1", "heldout.seq_len is 1; it is at least 2"),
-        ("seq_len = 7", "seq_len = 7\nrepeats = 1", "recover: --repeats is 1; it is a share of the rows"),
-        ('target = "key"', 'target = "query"', "there is no target 'query'"),
-        ('target = "key"', "target = 1", "prune.target is 1, where a string belongs"),
-        ('target = "key"', 'target = "head"', "rrqr does not choose heads"),
-        ('target = "key"', 'target = "key"\nratio = 1', "prune.ratio is unknown; known are target, ratios, methods"),
-        ("[0.25, 0.5]", "0.25", "prune.ratios is 0.25, where a list belongs"),
-        ("[0.25, 0.5]", "[]", "prune.ratios is empty"),
-        ("[0.25, 0.5]", "[1]", "a ratio is 1; it is the share to remove, from 0 to below 1"),
-        ("[0.25, 0.5]", "[-0.5]", "a ratio is -0.5"),
-        ("[0.25, 0.5]", "[nan]", "a ratio is nan"),
-        ("[0.25, 0.5]", "[false]", "a ratio is False"),
-        ("[0.25, 0.5]", '["0.5"]', "a ratio is '0.5'"),
-        ('[{ method = "l1" }]', "[]", "prune.methods is empty"),
-        ('[{ method = "l1" }]', "[{}]", "a method is {}, where a name or"),
-        ('[{ method = "l1" }]', "[5]", "a method is 5, where a name or"),
-        ('[{ method = "l1" }]', "[{ method = 5 }]", "a method is {'method': 5}, where a name or"),
+        ("seq_len = 7", "seq_len = 7\nrepeats = 1", "recover.repeats is 1; it is a share of the rows"),
+        ('target = "key"', 'target = "query"', "prune.target is 'query'; take one of key, value, head"),
+        ('target = "key"', "target = 1", "prune.target is '1'; take one of key, value, head"),
+        ('target = "key"', 'target = "key"\nratio = 1', "prune.ratio is unknown; known are ratios, methods, repairs, target"),
+        ("[0.25, 0.5]", "0.25", "prune.ratios is 0.25, where a list with at least one value belongs"),
+        ("[0.25, 0.5]", "[]", "prune.ratios is [], where a list"),
+        ("[0.25, 0.5]", "[nan]", "prune.ratios is 'nan'; give a number"),
+        ("[0.25, 0.5]", "[false]", "prune.ratios is False"),
+        ('[{ method = "l1" }]', "[]", "prune.methods is [], where a list"),
+        ('[{ method = "l1" }]', "[{}]", "prune.methods is {}, where a name or"),
+        ('[{ method = "l1" }]', "[5]", "prune.methods is 5, where a name or"),
+        ('[{ method = "l1" }]', "[{ method = 5 }]", "prune.methods is {'method': 5}, where a name or"),
         ('method = "l1"', 'method = "l3"', "there is no method 'l3'; take one of"),
-        ('method = "l1"', 'method = "l1", form = "first"', "--method l1 takes no --form"),
-        ('form = "squared"', 'form = "third"', "--form is 'third'; take one of first"),
-        ('form = "squared"', "form = []", "form of taylor is [], where a string belongs"),
-        ('"rrqr"', '{ method = "rrqr", f = "2" }', "f of rrqr is '2', where a number belongs"),
-        ('"rrqr"', '{ method = "rrqr", f = true }', "f of rrqr is True, where a number belongs"),
-        ('"rrqr"', '{ method = "rrqr", f = 0.5 }', "--f is 0.5; it is at least 1"),
-        ('"rrqr"', '{ method = "rrqr", permute = 1 }', "permute of rrqr is 1, where true or false belongs"),
+        ('method = "l1"', 'method = "l1", form = "first"', "prune.methods l1 takes no prune.form"),
+        ('form = "squared"', 'form = "third"', "prune.form is 'third'; take one of first"),
+        ('form = "squared"', "form = []", "prune.form is [], where a string belongs"),
+        ('"rrqr"', '{ method = "rrqr", f = "2" }', "prune.f is '2', where a number belongs"),
+        ('"rrqr"', '{ method = "rrqr", f = true }', "prune.f is True, where a number belongs"),
+        ('"rrqr"', '{ method = "rrqr", f = 0.5 }', "prune.f is 0.5; it is at least 1"),
+        ('"rrqr"', '{ method = "rrqr", permute = 1 }', "prune.permute is 1, where true or false belongs"),
         ("[[prune]]", "[[prune", "is not valid TOML"),
         ("[calibration]", "[heldin]\n[calibration]", "heldin is unknown"),
         ("seq_len = 32", "seq_len = 32\nper_seed = 1", "calibration.per_seed is 1, where true or false belongs"),
         ("models =", "seeds = []\nmodels =", "seeds is empty"),
-        ("models =", "seeds = [true]\nmodels =", "seeds is no list of whole numbers"),
-        ("models =", "seeds = [1, 1]\nmodels =", "seeds is 1, 1; seeds differ from each other"),
-        ("models =", "seeds = [-1]\nmodels =", "seeds is -1; seeds differ from each other and are 0 to 4294967295"),
+        ("models =", "seeds = [true]\nmodels =", "seeds is True, where whole numbers belong"),
+        ("models =", "seeds = [1, 1]\nmodels =", "seeds is 1, 1; give at least one seed, and each of them once"),
+        ("models =", "seeds = [-1]\nmodels =", "seeds is -1; it is at least 0 and at most 4,294,967,295"),
         ("models =", "convert = 1\nmodels =", "convert is 1, where true or false belongs"),
-        ('repairs = ["none", "least-squares"]', "repairs = []", "prune.repairs is empty"),
-        ('"least-squares"', '"most-squares"', "a repair is 'most-squares'; known are none, least-squares, reconstruct"),
-        ('"least-squares"', "[]", "a repair is []"),
-        ("seq_len = 7", "", "recover.seq_len is missing"),
-        ("seq_len = 7", "seq_len = 0", "recover: --seq-len is 0; it is at least 1"),
+        ('repairs = ["none", "least-squares"]', "repairs = []", "prune.repairs is [], where a list"),
+        ('"least-squares"', '"most-squares"', "prune.repairs is 'most-squares'; take one of least-squares"),
+        ('"least-squares"', "[]", "prune.repairs is [], where a string belongs"),
+        ("seq_len = 7", "seq_len = 0", "recover.seq_len is 0; it is at least 1"),
         ("seq_len = 7", "seq_len = 7\nsteps = 0", "recover.steps is 0; it is at least 1"),
-        ('kinds = ["mixer"]', "", "benchmark.kinds is missing"),
-        ('kinds = ["mixer"]', "kinds = []", "benchmark.kinds is empty"),
-        ('kinds = ["mixer"]', 'kinds = ["train"]', "benchmark.kinds has 'train'; known are mixer, forward, decode"),
-        ('kinds = ["mixer"]', 'kinds = ["mixer"]\nrounds = 0', "a number of benchmark is below 1"),
-        ('kinds = ["mixer"]', 'kinds = ["mixer"]\ndecode_batch_sizes = [0]', "a number of benchmark is below 1"),
-        ('kinds = ["mixer"]', 'kinds = ["mixer"]\ndecode_batch_sizes = []', "decode_batch_sizes is empty"),
-        ('kinds = ["mixer"]', 'kinds = ["mixer"]\ndecode_batch_sizes = ["8"]', "is no list of whole numbers"),
+        ('kinds = ["mixer"]', "rounds = 3", "benchmark.kinds is None; give a list of some of mixer, forward"),
+        ('kinds = ["mixer"]', "kinds = []", "benchmark.kinds is []; give a list of some of mixer, forward, decode"),
+        ('kinds = ["mixer"]', 'kinds = ["train"]', "benchmark.kinds is ['train']; give a list of some of mixer"),
+        ('kinds = ["mixer"]', 'kinds = "mixer"', "benchmark.kinds is 'mixer'; give a list of some of mixer"),
+        ('kinds = ["mixer"]', 'kinds = ["mixer"]\nrounds = 0', "benchmark.rounds is 0; it is at least 1"),
+        ('kinds = ["mixer"]', 'kinds = ["mixer"]\ndecode_batch_sizes = [0]', "decode_batch_sizes is 0; it is at least 1"),
+        ('kinds = ["mixer"]', 'kinds = ["mixer"]\ndecode_batch_sizes = ["8"]', "is '8', where whole numbers belong"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(read, old, new, told):
@@ -170,12 +171,17 @@ def test_what_is_wrong_is_told_in_one_line(read, old, new, told):
 
 def test_prune_is_a_list_of_tables(read):
     head = GOOD[: GOOD.index("[[prune]]")]
-    refused = {"prune = []": "prune is empty", "prune = [1]": "prune is no table", "": "prune is missing"}
+    refused = {
+        "prune = []": r"prune is \[\], where at least one \[\[prune\]\] table belongs",
+        "prune = [1]": r"a \[\[prune\]\] is 1, where a table belongs",
+        "prune = {}": r"prune is \{\}, where at least one",
+        "": "prune is None, where at least one",
+    }
     for prune, told in refused.items():
         with pytest.raises(KeyreduceError, match=told):
             read(f"{prune}\n{head}")
-    with pytest.raises(KeyreduceError, match="where a list belongs"):
-        read(f"{head}\n[prune]\ntarget = 'key'")
+    with pytest.raises(KeyreduceError, match="heldout is 5, where a table belongs"):
+        read("heldout = 5\nprune = [{}]")
 
 
 def test_files_that_are_no_recipe(tmp_path):
@@ -189,6 +195,6 @@ def test_files_that_are_no_recipe(tmp_path):
 def test_the_shipped_recipe_of_methods_holds_every_method_on_every_target():
     recipe = read_recipe(next(path for path in SHIPPED if path.stem == "methods"))
     # auto is one of the others.
-    assert {(cell.method, cell.target) for cell in recipe.cells} == {
+    assert {(one.request.method, one.target) for one in recipe.combinations} == {
         (name, target) for name, method in METHODS.items() if name != "auto" for target in method.select
     }

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from made_up_sweep import DENSE, factor, make_up, speedup
 
 from keyreduce.errors import KeyreduceError
-from keyreduce.sweep.results import Figure, pareto_front, read_results
+from keyreduce.sweep.results import MeanSpread, pareto_front, read_results
 
 
 def test_figures_are_means_and_spreads_over_seeds(tmp_path):
@@ -77,8 +77,8 @@ def test_runs_that_failed_or_are_not_done(tmp_path):
 
 
 def test_a_single_seed_has_no_spread_and_an_infinite_perplexity_neither():
-    assert Figure.of([3.0]) == (3.0, None)
-    assert Figure.of([1.0, math.inf]) == (math.inf, None)
+    assert MeanSpread.of([3.0]) == (3.0, None)
+    assert MeanSpread.of([1.0, math.inf]) == (math.inf, None)
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,37 @@
 """Doing the runs of a sweep: what is done stays done, what fails is told, and the others go on."""
 
-import fcntl
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from keyreduce.api.calibrate import CalibrateRequest
+from keyreduce.api.tasks import failure_of, is_done
 from keyreduce.errors import KeyreduceError
 from keyreduce.jobs import Job, Outcome
-from keyreduce.sweep.record import failure_of, is_done, read_sweep
+from keyreduce.sweep.record import read_sweep
 from keyreduce.sweep.run import run_sweep
 from keyreduce.sweep.runs import CALIBRATION, DENSE, PRUNED, Run
+
+
+HOLD = """
+import pathlib, sys, time
+from keyreduce.outputs import claimed
+with claimed(pathlib.Path(sys.argv[1]), folder=False):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+STEPS = {"calibrate": CalibrateRequest()}  # what a run is to do does not matter here: nothing is carried out
 
 
 def runs_of(pruned: int) -> list[Run]:
     """A dense model, a calibration, and runs that need it."""
     first = [
-        Run(DENSE, "dense", "dense/a", {"number": -2}, {"eval": ["eval"]}, {"model": "a"}),
-        Run(CALIBRATION, "calibration", "calibration/a", {"number": -1}, {"calibrate": ["calibrate"]}, {"model": "a"}),
+        Run(DENSE, "dense", "dense/a", {"number": -2}, STEPS, {"model": "a"}),
+        Run(CALIBRATION, "calibration", "calibration/a", {"number": -1}, STEPS, {"model": "a"}),
     ]
     others = [
         Run(
@@ -26,7 +39,7 @@ def runs_of(pruned: int) -> list[Run]:
             f"run {number}",
             f"runs/{number}",
             {"number": number},
-            {"prune": ["prune"]},
+            STEPS,
             {"model": "a"},
             ("calibration/a",),
         )
@@ -35,7 +48,7 @@ def runs_of(pruned: int) -> list[Run]:
     return [*first, *others]
 
 
-class Engine:
+class Launcher:
     """Does runs as the worker would, but for those that are to fail, or at which its process is to die."""
 
     def __init__(self, *, fails: Sequence[str] = (), dies: Sequence[str] = ()):
@@ -58,7 +71,7 @@ class Engine:
                 (folder / "failure.json").write_text(json.dumps({"message": f"{name} went wrong"}))
                 continue
             self.done.append(name)
-            (folder / "result.json").write_text(json.dumps({"settings": task["settings"], "steps": {}}))
+            (folder / "result.json").write_text(json.dumps({**task["result"], "steps": {}}))
         return Outcome(job, 0, 1.0, "")
 
 
@@ -66,65 +79,65 @@ class Engine:
 def sweep(tmp_path) -> Callable:
     """A function: do runs in the folder ``sweep``; returns what failed and how far progress went."""
 
-    def run(runs: Sequence[Run], engine: Engine, **options):
+    def run(runs: Sequence[Run], launch: Launcher, **options):
         counts: list[int] = []
         failures = run_sweep(
             runs,
             tmp_path / "sweep",
             about={"recipe": "r"},
-            engine=engine,
+            launch=launch,
             progress=counts.append,
             **{"workers": 1} | options,
         )
-        return {failure.run.folder: failure.message for failure in failures}, sum(counts)
+        return failures, sum(counts)
 
     return run
 
 
 def test_all_runs_are_done_those_first_that_others_need(sweep, tmp_path):
-    runs, engine = runs_of(10), Engine()
-    assert sweep(runs[::-1], engine) == ({}, 12)
-    assert set(engine.done[:2]) == {"dense/a", "calibration/a"}
-    assert sorted(engine.done) == sorted(run.folder for run in runs)
+    runs, launch = runs_of(10), Launcher()
+    assert sweep(runs[::-1], launch) == ({}, 12)
+    assert set(launch.done[:2]) == {"dense/a", "calibration/a"}
+    assert sorted(launch.done) == sorted(run.folder for run in runs)
     # A process does several runs, but not too many.
-    assert [len(names) for names in engine.jobs] == [2, 8, 2]
+    assert [len(names) for names in launch.jobs] == [2, 8, 2]
     record = read_sweep(tmp_path / "sweep")
     assert record["recipe"] == "r"
     assert [run["folder"] for run in record["runs"]] == [run.folder for run in runs[::-1]]
 
 
 def test_several_workers_share_the_runs(sweep):
-    engine = Engine()
-    sweep(runs_of(10), engine, workers=4)
-    assert [len(names) for names in engine.jobs] == [1, 1, 3, 3, 3, 1]
+    launch = Launcher()
+    sweep(runs_of(10), launch, workers=4)
+    assert [len(names) for names in launch.jobs] == [1, 1, 3, 3, 3, 1]
 
 
 def test_what_is_done_is_not_done_again(sweep):
-    sweep(runs_of(3), Engine())
-    engine = Engine()
-    assert sweep(runs_of(5), engine) == ({}, 7)
-    assert engine.done == ["runs/3", "runs/4"]
-    engine = Engine()
-    assert sweep(runs_of(5), engine) == ({}, 7)
-    assert engine.jobs == []
-    engine = Engine()
-    sweep(runs_of(5), engine, again=True)
-    assert len(engine.done) == 7
+    sweep(runs_of(3), Launcher())
+    launch = Launcher()
+    assert sweep(runs_of(5), launch) == ({}, 7)
+    assert launch.done == ["runs/3", "runs/4"]
+    launch = Launcher()
+    assert sweep(runs_of(5), launch) == ({}, 7)
+    assert launch.jobs == []
+    launch = Launcher()
+    sweep(runs_of(5), launch, again=True)
+    assert len(launch.done) == 7
 
 
 def test_a_run_that_fails_leaves_the_others_alone_and_is_tried_again(sweep, tmp_path):
-    failures, count = sweep(runs_of(4), Engine(fails=["runs/1"]))
+    failures, count = sweep(runs_of(4), Launcher(fails=["runs/1"]))
     assert failures == {"runs/1": "runs/1 went wrong"}
     assert count == 6
-    engine = Engine()
-    assert sweep(runs_of(4), engine) == ({}, 6)
-    assert engine.done == ["runs/1"]
+    launch = Launcher()
+    assert sweep(runs_of(4), launch) == ({}, 6)
+    assert launch.done == ["runs/1"]
     assert failure_of(tmp_path / "sweep" / "runs" / "1") is None
 
 
 def test_a_process_that_dies_takes_one_run_with_it(sweep, tmp_path):
-    engine = Engine(dies=["runs/1", "runs/3"])
-    failures, count = sweep(runs_of(6), engine)
+    launch = Launcher(dies=["runs/1", "runs/3"])
+    failures, count = sweep(runs_of(6), launch)
     assert failures == dict.fromkeys(["runs/1", "runs/3"], "it was ended by SIGKILL")
     assert count == 8
     assert [number for number in range(6) if not is_done(tmp_path / "sweep" / "runs" / str(number))] == [1, 3]
@@ -132,17 +145,17 @@ def test_a_process_that_dies_takes_one_run_with_it(sweep, tmp_path):
 
 
 def test_without_its_calibration_a_run_fails_too(sweep, tmp_path):
-    engine = Engine(fails=["calibration/a"])
-    failures, count = sweep(runs_of(2), engine)
+    launch = Launcher(fails=["calibration/a"])
+    failures, count = sweep(runs_of(2), launch)
     assert failures["calibration/a"] == "calibration/a went wrong"
     assert failures["runs/0"] == failures["runs/1"] == "its calibration failed: calibration/a went wrong"
     assert count == 4
-    assert engine.done == ["dense/a"]
-    assert sweep(runs_of(2), Engine()) == ({}, 4)
+    assert launch.done == ["dense/a"]
+    assert sweep(runs_of(2), Launcher()) == ({}, 4)
 
 
 def test_an_interruption_keeps_what_is_done(sweep, tmp_path):
-    class Interrupted(Engine):
+    class Interrupted(Launcher):
         def _do(self, job):
             super()._do(job)
             raise KeyboardInterrupt
@@ -150,25 +163,30 @@ def test_an_interruption_keeps_what_is_done(sweep, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         sweep(runs_of(2), Interrupted(dies=["calibration/a"]))
     assert is_done(tmp_path / "sweep" / "dense" / "a")
-    engine = Engine()
-    assert sweep(runs_of(2), engine) == ({}, 4)
-    assert "dense/a" not in engine.done
+    launch = Launcher()
+    assert sweep(runs_of(2), launch) == ({}, 4)
+    assert "dense/a" not in launch.done
 
 
-def test_two_sweeps_in_one_folder(sweep, tmp_path):
-    sweep(runs_of(1), Engine())
-    with open(tmp_path / "sweep" / ".sweep.lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(KeyreduceError, match="another sweep is at work in"):
-            sweep(runs_of(1), Engine())
-    assert sweep(runs_of(1), Engine()) == ({}, 3)
+def test_two_sweeps_in_one_folder(tmp_path):
+    held = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "sweep" / "sweep.json")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert held.stdout.readline() == "held\n"
+        with pytest.raises(KeyreduceError, match=r"another run is writing .*sweep\.json right now"):
+            run_sweep(runs_of(1), tmp_path / "sweep", about={}, launch=Launcher(), workers=1)
+    finally:
+        held.kill()
+        held.wait()
+    assert run_sweep(runs_of(1), tmp_path / "sweep", about={}, launch=Launcher(), workers=1) == {}
 
 
 def test_a_folder_that_holds_something_else(sweep, tmp_path):
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "thesis.txt").write_text("precious")
     with pytest.raises(KeyreduceError, match="holds other things than a sweep"):
-        sweep(runs_of(1), Engine())
+        sweep(runs_of(1), Launcher())
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["thesis.txt"]
 
 

@@ -16,7 +16,7 @@ from made_up_sweep import DENSE, make_up
 from keyreduce.errors import KeyreduceError
 from keyreduce.sweep.page import page
 from keyreduce.sweep.report import NAMES, write_report
-from keyreduce.sweep.results import Figure, read_results
+from keyreduce.sweep.results import MeanSpread, read_results
 from keyreduce.sweep.tables import as_csv, as_json, latex, markdown, number_of, sections
 
 NASTY = r"a_b%c&d$e#f{g}h~i^j\k|l<m>n`*o*"
@@ -50,7 +50,7 @@ def test_cells(results):
 
 
 def with_perplexity(row, mean):
-    return replace(row, perplexity=Figure(mean, None))
+    return replace(row, perplexity=MeanSpread(mean, None))
 
 
 def test_those_that_read_alike_are_all_the_best(results):

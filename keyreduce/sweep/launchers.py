@@ -1,46 +1,39 @@
-"""What runs the processes of a sweep: this machine, or a Ray cluster."""
+"""What starts the processes of a sweep: this machine, or a Ray cluster."""
 
+import dataclasses
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
+from keyreduce.api.tasks import Launch, on_this_machine
 from keyreduce.errors import KeyreduceError, reason
-from keyreduce.jobs import Job, Outcome, gpus, run_jobs
-
-ENGINES = ("processes", "ray")
+from keyreduce.jobs import Job, Outcome, run_jobs
 
 
-def engine_named(name: str, *, jobs: int | None, device: str) -> tuple[Callable[[Sequence[Job]], list[Outcome]], int]:
-    """Return an engine, and how many processes it runs at a time.
+def launcher_named(name: str, *, jobs: int | None, device: str) -> tuple[Launch, int]:
+    """Return what runs processes, and how many it runs at a time.
 
     Args:
-        name: of `ENGINES`.
-        jobs: how many processes at a time; None is one for each GPU where runs take any GPU, else one on this machine;
-            on a cluster, as many as it has GPUs, or pairs of cores.
-        device: what runs compute on. A GPU without a number is one that no other run has.
+        name: ``processes`` for this machine, or ``ray``.
+        jobs: how many processes at a time; None is what :func:`keyreduce.api.tasks.on_this_machine` takes, and on a
+            cluster as many as it has GPUs, or pairs of cores.
+        device: what runs compute on. With ``cuda``, each process gets a GPU of its own.
 
     Raises:
-        KeyreduceError: there is no such engine, it is not installed, or no cluster answers.
+        KeyreduceError: Ray is not installed, or no cluster answers.
     """
-    if name not in ENGINES:
-        raise KeyreduceError(f"`engine` {name} is unknown; take one of {', '.join(ENGINES)}")
-    on_any_gpu = device == "cuda"
-    if name == "ray":
-        return _ray(jobs, on_any_gpu)
-    devices = gpus() if on_any_gpu else []
-    workers = jobs or len(devices) or 1
-    return partial(run_jobs, workers=workers, devices=devices), workers
+    return _ray(jobs, device == "cuda") if name == "ray" else on_this_machine(device, jobs)
 
 
-def _ray(jobs: int | None, on_any_gpu: bool) -> tuple[Callable[[Sequence[Job]], list[Outcome]], int]:
+def _ray(jobs: int | None, on_any_gpu: bool) -> tuple[Launch, int]:
     if importlib.util.find_spec("ray") is None:
-        raise KeyreduceError("`engine` ray needs Ray: pip install keyreduce[ray]")
+        raise KeyreduceError("`launcher` ray needs Ray: pip install keyreduce[ray]")
     import ray
 
     try:
-        # Where RAY_ADDRESS or a running cluster of this machine says where, there; else on this machine alone.
+        # On the cluster that RAY_ADDRESS names or that this machine is part of; without one, on this machine alone.
         ray.init(ignore_reinit_error=True, log_to_driver=False, include_dashboard=False, logging_level="error")
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise KeyreduceError(f"Ray does not start: {reason(error)}") from error
@@ -49,7 +42,7 @@ def _ray(jobs: int | None, on_any_gpu: bool) -> tuple[Callable[[Sequence[Job]], 
         needs = {"num_cpus": 1, "num_gpus": 1}
         workers = jobs or int(resources.get("GPU", 0))
         if not workers:
-            raise KeyreduceError("the Ray cluster has no GPU; give `device` cpu")
+            raise KeyreduceError("the Ray cluster has no GPU; set `device` to cpu")
     else:
         workers = jobs or max(1, int(resources.get("CPU", 1)) // 2)
         needs = {"num_cpus": max(1, min(2, int(resources.get("CPU", 1)) // workers))}
@@ -57,7 +50,7 @@ def _ray(jobs: int | None, on_any_gpu: bool) -> tuple[Callable[[Sequence[Job]], 
 
 
 def _run_on_ray(jobs: Sequence[Job], *, workers: int, needs: dict) -> list[Outcome]:
-    """Run jobs as tasks of Ray, so many at a time; what a task cannot say for itself is the outcome of its job."""
+    """Run jobs as Ray tasks, several at a time; where a task fails as such, its error is the outcome of its job."""
     import ray
 
     # Modules are found where this process found them; on other machines keyreduce is installed.
@@ -82,8 +75,5 @@ def _run_on_ray(jobs: Sequence[Job], *, workers: int, needs: dict) -> list[Outco
 
 
 def _run_one(job: Job) -> Outcome:
-    """Run a job where Ray has put this, with the Python that is there."""
-    import dataclasses
-
-    here = dataclasses.replace(job, argv=[sys.executable, *job.argv[1:]])
-    return run_jobs([here], workers=1)[0]
+    """Run a job where Ray has put this task, with the Python that is there."""
+    return run_jobs([dataclasses.replace(job, argv=[sys.executable, *job.argv[1:]])], workers=1)[0]

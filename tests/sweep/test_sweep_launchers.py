@@ -1,4 +1,4 @@
-"""The engines of a sweep: processes of this machine, and Ray."""
+"""The launchers of a sweep: processes of this machine, and Ray."""
 
 import importlib.util
 import sys
@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 
+from keyreduce.api import tasks
 from keyreduce.errors import KeyreduceError
 from keyreduce.jobs import Job, run_jobs
-from keyreduce.sweep import engines
-from keyreduce.sweep.engines import engine_named
+from keyreduce.sweep.launchers import launcher_named
 
 
 def jobs_of(folder, *codes: str) -> list[Job]:
@@ -27,37 +27,35 @@ CODES = (
 
 
 def test_processes_are_one_alone_or_as_many_as_one_says(tmp_path):
-    engine, workers = engine_named("processes", jobs=None, device="cpu")
+    launch, workers = launcher_named("processes", jobs=None, device="cpu")
     assert workers == 1
-    assert [outcome.code for outcome in engine(jobs_of(tmp_path, *CODES))] == [0, 1, 0]
+    assert [outcome.code for outcome in launch(jobs_of(tmp_path, *CODES))] == [0, 1, 0]
     assert (tmp_path / "2.txt").read_text() == "number 2\n"
-    assert engine_named("processes", jobs=3, device="cpu")[1] == 3
+    assert launcher_named("processes", jobs=3, device="cpu")[1] == 3
 
 
 def test_processes_are_one_a_gpu(monkeypatch):
-    monkeypatch.setattr(engines, "gpus", lambda: ["4", "6"])
-    engine, workers = engine_named("processes", jobs=None, device="cuda")
-    assert isinstance(engine, partial) and engine.func is run_jobs
-    assert (workers, engine.keywords) == (2, {"workers": 2, "devices": ["4", "6"]})
+    monkeypatch.setattr(tasks, "gpus", lambda: ["4", "6"])
+    launch, workers = launcher_named("processes", jobs=None, device="cuda")
+    assert isinstance(launch, partial) and launch.func is run_jobs
+    assert (workers, launch.keywords) == (2, {"workers": 2, "devices": ["4", "6"]})
     # One GPU that was named is the only one.
-    engine, workers = engine_named("processes", jobs=None, device="cuda:1")
-    assert (workers, engine.keywords["devices"]) == (1, [])
+    launch, workers = launcher_named("processes", jobs=None, device="cuda:1")
+    assert (workers, launch.keywords["devices"]) == (1, [])
 
 
-def test_engines_that_there_are_not(monkeypatch):
-    with pytest.raises(KeyreduceError, match="`engine` slurm is unknown; take one of processes, ray"):
-        engine_named("slurm", jobs=None, device="cpu")
+def test_ray_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(KeyreduceError, match=r"`engine` ray needs Ray: pip install keyreduce\[ray\]"):
-        engine_named("ray", jobs=None, device="cpu")
+    with pytest.raises(KeyreduceError, match=r"`launcher` ray needs Ray: pip install keyreduce\[ray\]"):
+        launcher_named("ray", jobs=None, device="cpu")
 
 
 def test_a_local_ray_does_what_processes_do(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray", reason="needs Ray, an extra")
     monkeypatch.setenv("RAY_ADDRESS", "local")
     try:
-        engine, workers = engine_named("ray", jobs=2, device="cpu")
-        outcomes = engine(jobs_of(tmp_path, *CODES))
+        launch, workers = launcher_named("ray", jobs=2, device="cpu")
+        outcomes = launch(jobs_of(tmp_path, *CODES))
     finally:
         ray.shutdown()
     assert workers == 2

@@ -1,0 +1,227 @@
+"""The requests of ``keyreduce sweep`` and ``keyreduce table``, and what carries them out."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from keyreduce.api import options
+from keyreduce.api.request import Request, Result, option
+from keyreduce.reporting import Reporter
+
+if TYPE_CHECKING:
+    import torch
+
+    from keyreduce.data.text import TextSource
+    from keyreduce.sweep.recipe import Recipe
+    from keyreduce.sweep.results import Results
+
+_RUNS = "How it runs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRequest(Request):
+    """Prune models in every way of a recipe, time and measure each, and write the tables and pictures.
+
+    Each run has a folder. A sweep that was stopped, or has a longer recipe now, goes on where it was: what is done is
+    not done again. A run that fails is reported at the end and does not stop the others; the exit code is 1 then.
+    """
+
+    recipe: Path = option(help="What to compare: a .toml, as in configs/sweep.", metavar="RECIPE", is_argument=True)
+    model: tuple[str, ...] = option(
+        (), help="Models to prune; may be repeated.", metavar="PATH|NAME", shown_default="those of the recipe"
+    )
+    calibration: tuple[Path, ...] = option(
+        (),
+        help="Text for calibration and repair; may be repeated.",
+        metavar="FILE|FOLDER",
+        shown_default="the Python standard library's source",
+    )
+    heldout: tuple[Path, ...] = option(
+        (),
+        help="Text to measure on; may be repeated.",
+        metavar="FILE|FOLDER",
+        shown_default="another part of that source",
+    )
+    work: Path = options.work()
+    output: Path | None = options.output(help="The folder of the sweep.", shown_default="sweep in --work")
+    seed: tuple[int, ...] = option(
+        (),
+        help="Seeds; may be repeated.",
+        shown_default="those of the recipe",
+        minimum=0,
+        maximum=options.MOST_SEED,
+    )
+    device: str | None = options.device()
+    dtype: options.Dtype | None = options.dtype()
+    launcher: Literal["processes", "ray"] = option(
+        "processes",
+        help="What starts the processes: this machine, or a Ray cluster (an extra).",
+        panel=_RUNS,
+        flags=("--launcher", "--engine"),
+    )
+    jobs: int | None = option(
+        None,
+        help="Processes at a time. On a CPU they take time from each other, and notes on what is timed say so.",
+        panel=_RUNS,
+        minimum=1,
+        shown_default="one for each GPU, else one",
+    )
+    keep_checkpoints: bool = option(False, help="Leave the pruned models in the runs' folders.", panel=_RUNS)
+    overwrite: bool = option(False, help="Do also the runs that are done.", panel=_RUNS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRequest(Request):
+    """Print a sweep's table, and write it as Markdown, CSV, LaTeX (booktabs) and a page with pictures.
+
+    A picture shows perplexity against the share removed, another against speed, with the Pareto front.
+    """
+
+    folder: Path | None = option(
+        None,
+        help="The folder of a sweep, finished or not.",
+        metavar="DIR",
+        is_argument=True,
+        shown_default="sweep in --work",
+    )
+    work: Path = options.work()
+    output: Path | None = options.output(help="Where to write.", shown_default="the folder of the sweep")
+    overwrite: bool = options.overwrite()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableResult(Result):
+    """What a sweep has found.
+
+    Attributes:
+        sweep: its folder.
+        written: the files with tables and pictures.
+        results: what they show.
+    """
+
+    sweep: Path
+    written: list[Path]
+    results: "Results"
+
+    def to_json(self) -> dict:
+        """Return the folder, the files, and all numbers: see :func:`keyreduce.sweep.tables.as_json`."""
+        from keyreduce.sweep.tables import as_json
+
+        return {"sweep": str(self.sweep), "written": list(map(str, self.written)), **as_json(self.results)}
+
+
+class Failure(NamedTuple):
+    """A run that has no result.
+
+    Attributes:
+        title: what messages call it.
+        message: why it failed.
+        log: the file with what it reported.
+    """
+
+    title: str
+    message: str
+    log: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult(TableResult):
+    """What a sweep has found, and the runs that failed.
+
+    Attributes:
+        failures: the runs that have no result.
+    """
+
+    failures: list[Failure]
+
+
+def sweep(request: SweepRequest, reporter: Reporter = Reporter()) -> SweepResult:
+    """Do the runs of a recipe that are not done yet, and write the tables.
+
+    Raises:
+        KeyreduceError: the recipe holds what cannot be, the texts overlap, another sweep is at work in the folder or it
+            holds something else, no run has a result, or a file cannot be written.
+    """
+    from keyreduce.api.tasks import LOG_NAME
+    from keyreduce.data.text import text_source
+    from keyreduce.devices import pick_device, pick_dtype
+    from keyreduce.sweep.launchers import launcher_named
+    from keyreduce.sweep.recipe import check_seeds, read_recipe
+    from keyreduce.sweep.run import plan_sweep, run_sweep
+    from keyreduce.workspace import Workspace
+
+    recipe = read_recipe(request.recipe)
+    recipe = replace(recipe, models=request.model or recipe.models, seeds=request.seed or recipe.seeds)
+    check_seeds("seed", recipe.seeds)
+    device = pick_device(request.device)
+    dtype = pick_dtype(request.dtype, device)
+    calibration = text_source(request.calibration, default="calibration")
+    heldout = text_source(request.heldout, default="heldout")
+    root = Path(os.path.realpath(request.output or Workspace(request.work).sweep))
+    runs = plan_sweep(recipe, root, calibration=calibration, heldout=heldout, device=device, dtype=dtype)
+    launch, workers = launcher_named(request.launcher, jobs=request.jobs, device=str(device))
+    with reporter.progress("sweeping", len(runs), "runs") as progress:
+        failures = run_sweep(
+            runs,
+            root,
+            about=_about(recipe, calibration, heldout, device, dtype)
+            | {"launcher": request.launcher, "jobs": workers},
+            launch=launch,
+            workers=workers,
+            keep_checkpoints=request.keep_checkpoints,
+            again=request.overwrite,
+            progress=progress,
+        )
+    results, written = _report(root, root)
+    told = [Failure(run.title, why, root / run.folder / LOG_NAME) for run in runs if (why := failures.get(run.folder))]
+    return SweepResult(sweep=root, written=written, results=results, failures=told)
+
+
+def table(request: TableRequest, reporter: Reporter = Reporter()) -> TableResult:
+    """Write the tables and pictures of what a sweep has so far.
+
+    Raises:
+        KeyreduceError: there is no sweep, a file of it is damaged, no run has a result, or a file exists or cannot be
+            written.
+    """
+    from keyreduce.outputs import refuse_existing
+    from keyreduce.sweep.report import NAMES
+    from keyreduce.workspace import Workspace
+
+    source = request.folder or Workspace(request.work).sweep
+    if request.output is not None:
+        for name in NAMES:
+            refuse_existing(request.output / name, request.overwrite)
+    results, written = _report(source, request.output or source)
+    return TableResult(sweep=source, written=written, results=results)
+
+
+def _report(source: Path, target: Path) -> "tuple[Results, list[Path]]":
+    from keyreduce.sweep.report import write_report
+    from keyreduce.sweep.results import read_results
+
+    results = read_results(source)
+    return results, write_report(results, target)
+
+
+def _about(
+    recipe: "Recipe", calibration: "TextSource", heldout: "TextSource", device: "torch.device", dtype: "torch.dtype"
+) -> dict:
+    """Return what the record of a sweep says of its recipe, its texts, and where it runs."""
+    timing = None
+    if recipe.benchmark is not None:
+        names = ("kinds", "batch_size", "rounds", "decode_batch_sizes")
+        timing = {name: getattr(recipe.benchmark, name) for name in names} | {"seq_len": max(recipe.benchmark.seq_len)}
+    sizes = ("num_batches", "batch_size", "seq_len")
+    seeds = recipe.seeds if recipe.per_seed else recipe.seeds[:1]
+    texts = {
+        name: {"text": text.describe(), **{size: getattr(settings, size) for size in sizes}}
+        for name, text, settings in (
+            ("calibration", calibration, recipe.calibration),
+            ("heldout", heldout, recipe.heldout),
+        )
+    }
+    texts["calibration"]["seed"] = list(seeds)
+    about = {"recipe": str(recipe.path), "device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    return {**about, **texts, "timing": timing}
