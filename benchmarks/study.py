@@ -8,6 +8,7 @@ from statistics import mean
 
 import torch
 
+from keyreduce.api.evaluate import EvaluateRequest
 from keyreduce.calibration.run import Settings, calibrate
 from keyreduce.calibration.statistics import Statistics
 from keyreduce.checkpoint.find import find_model
@@ -17,7 +18,7 @@ from keyreduce.data.stdlib import Split
 from keyreduce.data.text import FileText, StdlibText
 from keyreduce.devices import pick_device
 from keyreduce.evaluation.perplexity import evaluate
-from keyreduce.evaluation.recall import KINDS, RecallProbes, RecallSettings, recall_figures
+from keyreduce.evaluation.recall import KINDS, RecallProbes, recall_metrics
 from keyreduce.models.loading import load_model
 from keyreduce.pruning.budget import Budget
 from keyreduce.pruning.methods import method_named
@@ -89,9 +90,9 @@ class Study:
         Lengths, numbers of pairs and of sequences are those of `keyreduce eval --recall`, the haystacks held-out text.
         """
         loaded = load_model(folder, self.device, torch.float32, gradients=True)
-        probes = RecallProbes(loaded, self.heldout, RecallSettings(tuple(KINDS)))
-        figures = recall_figures([probes.ask(batch_size=16)])
-        return {kind: mean(cell["choice_accuracy"] for cell in cells) for kind, cells in figures.items()}
+        settings = EvaluateRequest(recall=tuple(KINDS)).recall_settings()
+        metrics = recall_metrics([RecallProbes(loaded, self.heldout, settings).ask(batch_size=16)])
+        return {kind: mean(cell["choice_accuracy"] for cell in cells) for kind, cells in metrics.items()}
 
     def calibrate(self, seed: int) -> Statistics:
         """Return the sums that methods choose by."""

@@ -21,10 +21,17 @@ def dense_model() -> Any:
     return model(shown_default="what the pruned model was made from")
 
 
-def compressed(*, help: str = "The pruned model to compare with the dense one.") -> Any:
+def compressed(
+    *, help: str = "The pruned model to compare with the dense one.", instead_of: tuple[str, ...] = ()
+) -> Any:
     """A pruned model."""
     return option(
-        None, help=help, env="COMPRESSED_MODEL", metavar="PATH", shown_default="what prune or recover wrote into --work"
+        None,
+        help=help,
+        env="COMPRESSED_MODEL",
+        metavar="PATH",
+        shown_default="what prune or recover wrote into --work",
+        instead_of=instead_of,
     )
 
 

@@ -7,14 +7,15 @@ from typing import NoReturn
 import typer
 
 from keyreduce.api.calibrate import CalibrateRequest
+from keyreduce.api.evaluate import EvaluateRequest
 from keyreduce.api.prune import PruneRequest
+from keyreduce.api.rank import RankRequest
 from keyreduce.api.recover import RecoverRequest
-from keyreduce.cli import calibrate, errors, prune, recover, sweep, table
+from keyreduce.cli import calibrate, errors, prune, rank, recover, sweep, table
+from keyreduce.cli import eval as evaluate
 from keyreduce.cli.benchmark import benchmark
 from keyreduce.cli.command import add_command
 from keyreduce.cli.convert_dcp import convert_dcp
-from keyreduce.cli.eval import evaluate
-from keyreduce.cli.rank import rank
 from keyreduce.cli.verify import verify
 from keyreduce.errors import KeyreduceError
 from keyreduce.processes import is_torchrun
@@ -33,8 +34,8 @@ add_command(app, PruneRequest, prune.show, "prune")
 add_command(app, RecoverRequest, recover.show, "recover")
 app.command(name="convert-dcp")(convert_dcp)
 app.command()(benchmark)
-app.command(name="eval")(evaluate)
-app.command()(rank)
+add_command(app, EvaluateRequest, evaluate.show, "eval")
+add_command(app, RankRequest, rank.show, "rank")
 add_command(app, SweepRequest, sweep.show, "sweep")
 add_command(app, TableRequest, table.show, "table")
 app.command()(verify)

@@ -22,6 +22,7 @@ from keyreduce.checkpoint.folder import open_folder
 from keyreduce.errors import KeyreduceError, reason
 from keyreduce.models.loading import LoadedModel
 from keyreduce.outputs import appearing, read_json
+from keyreduce.processes import Processes
 from keyreduce.workspace import RECORD_NAME
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Tasks(NamedTuple):
     manager: "TaskManager"
 
 
-class Figure(NamedTuple):
+class TaskMetric(NamedTuple):
     """One number of a task.
 
     Attributes:
@@ -78,9 +79,7 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
         KeyreduceError: the harness is not installed, there is no such folder or task, or this is one process of
             several: the harness does not share out the work on a model that it is given.
     """
-    _refuse_absent()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise KeyreduceError("tasks run in one process: leave out torchrun; `base` takes several models at a time")
+    _refuse_unable()
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not include_path.is_dir():
@@ -120,11 +119,7 @@ def run_tasks(
     Raises:
         KeyreduceError: the harness stopped, such as where a task's data cannot be had; or a logit is NaN or inf.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise KeyreduceError(
-            "tasks run in one process: start keyreduce without torchrun, or use `base` for many models"
-        )
-    _refuse_absent()
+    _refuse_unable()
     import lm_eval
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.models.huggingface import HFLM
@@ -167,7 +162,7 @@ def write_results(target: Path, results: dict, *, overwrite: bool = False) -> No
         temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
-def figures(results: dict) -> list[Figure]:
+def task_metrics(results: dict) -> list[TaskMetric]:
     """Return all numbers of a results file, in its order."""
     found = []
     for task, entries in results["results"].items():
@@ -176,17 +171,17 @@ def figures(results: dict) -> list[Figure]:
             if comma and not metric.endswith("_stderr"):
                 stderr = entries.get(f"{metric}_stderr,{filter_}")
                 label = metric if filter_ == "none" else f"{metric},{filter_}"
-                found.append(Figure(task, label, _number(value), _number(stderr)))
+                found.append(TaskMetric(task, label, _number(value), _number(stderr)))
     return found
 
 
-def main_figures(found: Sequence[Figure]) -> list[Figure]:
+def main_metrics(found: Sequence[TaskMetric]) -> list[TaskMetric]:
     """Return one number of each task: for a task of the paper the one that its tables show, else the first."""
-    by_task: dict[str, list[Figure]] = {}
-    for figure in found:
-        by_task.setdefault(figure.task, []).append(figure)
+    by_task: dict[str, list[TaskMetric]] = {}
+    for metric in found:
+        by_task.setdefault(metric.task, []).append(metric)
     return [
-        next((figure for figure in of_task if figure.metric == PAPER_TASKS.get(task)), of_task[0])
+        next((one for one in of_task if one.metric == PAPER_TASKS.get(task)), of_task[0])
         for task, of_task in by_task.items()
     ]
 
@@ -209,7 +204,9 @@ def _match(name: str, manager: "TaskManager") -> list[str]:
     )
 
 
-def _refuse_absent() -> None:
+def _refuse_unable() -> None:
+    if Processes.of_torchrun().number > 1:
+        raise KeyreduceError("`tasks` run in one process: leave out torchrun; `base` takes several models at a time")
     try:
         import lm_eval  # noqa: F401
         import lm_eval.models.huggingface  # noqa: F401

@@ -72,14 +72,14 @@ class Perplexity:
         """Bits per byte of text, which compares models of different tokenizers."""
         return self.nats / math.log(2) / self.bytes
 
-    def figures(self) -> dict:
+    def metrics(self) -> dict:
         """Return the three ways and what they are made of, as a JSON object: null is what no float holds."""
-        figures = {
+        metrics = {
             "perplexity_per_token": self.perplexity,
             "perplexity_per_word": self.word_perplexity,
             "bits_per_byte": self.bits_per_byte,
         }
-        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         return {**finite, **asdict(self)}
 
 
@@ -170,14 +170,12 @@ def measure_rows(
     return Perplexity.of(window_costs(model, batches, bytes_V, name=name, progress=progress))
 
 
-def check_lengths(seq_len: int, stride: int | None, *, by_document: bool = False) -> int:
-    """Refuse lengths that leave nothing to predict, and return the stride; see `text_costs`.
+def chosen_stride(seq_len: int, stride: int | None, *, by_document: bool = False) -> int:
+    """Return how far apart windows start, where None asks for windows that do not overlap; see `text_costs`.
 
     Raises:
-        KeyreduceError: names the option.
+        KeyreduceError: windows of that length cannot be that far apart.
     """
-    if seq_len < 2:
-        raise KeyreduceError(f"rows of {seq_len} token leave nothing to predict; give `seq_len` 2 or more")
     most, called = (seq_len - 1, "below") if by_document else (seq_len, "at most")
     stride = most if stride is None else stride
     if not 1 <= stride <= most:
@@ -216,7 +214,7 @@ def text_costs(
     Raises:
         KeyreduceError: the lengths make no sense, a logit is NaN or inf, or the text cannot be read.
     """
-    stride = check_lengths(seq_len, stride, by_document=by_document)
+    stride = chosen_stride(seq_len, stride, by_document=by_document)
     cut = document_windows if by_document else windows
     taken = islice(cut(text.documents(), loaded.tokenizer, seq_len, stride), num_rows)
     return window_costs(

@@ -22,7 +22,7 @@ from keyreduce.processes import Processes
 KINDS = {"mqar": "multi-query associative recall", "needle": "a needle in a haystack"}
 
 
-class Cell(NamedTuple):
+class RecallCell(NamedTuple):
     """One cell of the grid: probes of ``length`` tokens with ``pairs`` keys and values."""
 
     kind: str
@@ -35,30 +35,25 @@ class RecallSettings:
     """What is asked: each of ``kinds`` at each of ``lengths`` with each number of ``pairs``, ``probes`` sequences each.
 
     Raises:
-        KeyreduceError: a kind is unknown, or a number is below 1.
+        KeyreduceError: one of the first three is empty, or names something twice.
     """
 
     kinds: tuple[str, ...]
-    lengths: tuple[int, ...] = (256, 1024)
-    pairs: tuple[int, ...] = (1, 4, 16, 64)
-    probes: int = 16
-    seed: int = 0
+    lengths: tuple[int, ...]
+    pairs: tuple[int, ...]
+    probes: int
+    seed: int
 
     def __post_init__(self) -> None:
-        for kind in self.kinds:
-            if kind not in KINDS:
-                raise KeyreduceError(f"`recall` {kind!r} is unknown; take {' or '.join(KINDS)}, or both with a comma")
         for name in ("kinds", "lengths", "pairs"):
             given = getattr(self, name)
             if not given or len(set(given)) < len(given):
                 option = "`recall`" if name == "kinds" else f"`recall_{name}`"
                 raise KeyreduceError(f"{option} names nothing, or one thing twice")
-        if min(*self.lengths, *self.pairs, self.probes) < 1:
-            raise KeyreduceError("`recall_lengths`, `recall_pairs` and `recall_probes` are at least 1")
 
-    def grid(self) -> Iterator[Cell]:
+    def grid(self) -> Iterator[RecallCell]:
         """Yield all cells, whether or not they have room for their pairs."""
-        return itertools.starmap(Cell, itertools.product(self.kinds, self.lengths, self.pairs))
+        return itertools.starmap(RecallCell, itertools.product(self.kinds, self.lengths, self.pairs))
 
     def describe(self) -> dict:
         """Return the settings as a JSON object."""
@@ -93,12 +88,12 @@ class RecallProbes:
         """How many tokens all probes have."""
         return sum(cell.length for cell in self.cells) * self.settings.probes
 
-    def _fits(self, cell: Cell) -> bool:
+    def _fits(self, cell: RecallCell) -> bool:
         if cell.kind == "mqar":
             return mqar.fits(cell.length, cell.pairs, len(self.symbols_S))
         return self.wording.haystack(cell.length, cell.pairs) > 0
 
-    def draw(self, cell: Cell) -> Iterator[Probe]:
+    def draw(self, cell: RecallCell) -> Iterator[Probe]:
         """Yield the probes of one cell, the same ones each time."""
         digest = hashlib.sha256(f"{self.settings.seed} {cell.kind} {cell.length} {cell.pairs}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
@@ -131,14 +126,14 @@ class RecallProbes:
         return found
 
 
-def recall_figures(shares: Iterable[list[dict]]) -> dict[str, list[dict]]:
+def recall_metrics(shares: Iterable[list[dict]]) -> dict[str, list[dict]]:
     """Put together what all processes found: kind -> its cells, each with the averages of `probes.average`.
 
     Cells of needles have them by depth too (``depths``).
     """
-    figures: dict[str, list[dict]] = {}
+    metrics: dict[str, list[dict]] = {}
     for parts in zip(*shares, strict=True):
-        cell = {name: parts[0][name] for name in Cell._fields}
+        cell = {name: parts[0][name] for name in RecallCell._fields}
         told = [one for part in parts for one in part["told"]]
         averages = average(answers for _, answers in told)
         depths = sorted({depth for depth, _ in told if depth is not None})
@@ -146,5 +141,5 @@ def recall_figures(shares: Iterable[list[dict]]) -> dict[str, list[dict]]:
             averages["depths"] = [
                 {"depth": depth, **average(answers for at, answers in told if at == depth)} for depth in depths
             ]
-        figures.setdefault(cell.pop("kind"), []).append({**cell, **averages})
-    return figures
+        metrics.setdefault(cell.pop("kind"), []).append({**cell, **averages})
+    return metrics

@@ -2,9 +2,17 @@
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from keyreduce.api import evaluate
+from keyreduce.api.evaluate import EvaluateRequest
+from keyreduce.api.request import Result
+from keyreduce.cli import eval as command
+from keyreduce.cli.console import Console
+from keyreduce.errors import KeyreduceError
 
 SIZES = ("--num-batches", 1, "--batch-size", 2, "--seq-len", 64)
 RECALL = ("--recall-lengths", "128,200", "--recall-pairs", "2,40", "--recall-probes", 2)
@@ -94,11 +102,11 @@ def test_recall_is_measured_of_both_models(keyreduce, tiny_folder, eval_tiny):
     [
         (("--stride", 65), "--stride is 65; it is at least 1 and at most --seq-len, 64"),
         (("--stride", 0), "--stride"),
-        (("--recall", "mqar,memory"), "--recall 'memory' is unknown; take mqar or needle, or both with a comma"),
+        (("--recall", "mqar,memory"), "--recall is 'memory'; take one of mqar, needle"),
         (("--recall", "mqar,mqar"), "--recall names nothing, or one thing twice"),
-        (("--recall", "mqar", "--recall-lengths", "64,x"), "--recall-lengths is '64,x'; give whole numbers"),
+        (("--recall", "mqar", "--recall-lengths", "64,x"), "'64,x' is not a whole number"),
         (("--recall", "mqar", "--recall-lengths", "64,64"), "--recall-lengths names nothing, or one thing twice"),
-        (("--recall", "mqar", "--recall-pairs", "0"), "--recall-pairs and --recall-probes are at least 1"),
+        (("--recall", "mqar", "--recall-pairs", "0"), "--recall-pairs is 0; it is at least 1"),
         (("--recall", "mqar", "--recall-pairs", "17", "--recall-lengths", "64"), "no --recall-lengths has room for"),
         (("--recall", "needle", "--text", "short.txt"), "too few for a haystack of"),
     ],
@@ -109,3 +117,64 @@ def test_options_that_make_no_sense_are_refused(eval_tiny, arguments, told):
     assert (result.code, result.out) == (2, "")
     assert told in result.err.splitlines()[-1]
     assert not Path("keyreduce-out").exists()
+
+
+def test_the_dense_model_is_the_one_that_was_pruned(keyreduce, tiny_folder, tiny_copy, eval_tiny):
+    dense, other = tiny_folder("delta_net"), tiny_folder("gated_deltanet")
+    for output, model in (("one", dense), ("two", "one")):
+        assert keyreduce("prune", "--model", model, "--method", "l1", "--ratio", 0.25, "--output", output).code == 0
+    for model in (other, "delta-net-5m"):
+        refused = keyreduce("eval", "--model", model, "--compressed", "two", *SIZES)
+        assert (refused.code, refused.out) == (2, "")
+        assert f"two was not made from {model}" in refused.err and "pass --unrelated" in refused.err
+        assert len(refused.err.splitlines()) == 1
+    for model in (dense, "one", tiny_copy()):
+        assert len(keyreduce("eval", "--model", model, "--compressed", "two", *SIZES, "--json").json()["models"]) == 2
+    meant = keyreduce("eval", "--model", other, "--compressed", "two", "--unrelated", *SIZES, "--json").json()
+    assert meant["models"][1]["perplexity_increase"] != 0
+
+
+def test_the_variable_says_where_prune_wrote(monkeypatch, keyreduce, tiny_folder, eval_tiny):
+    monkeypatch.setenv("OUTPUT_DIR", "apart")
+    assert keyreduce("prune", "--model", tiny_folder("delta_net"), "--method", "l1").code == 0
+    assert [entry["folder"] for entry in eval_tiny("--json").json()["models"]][1:] == ["apart"]
+
+
+def test_a_folder_of_models_or_one(monkeypatch, eval_tiny):
+    refused = eval_tiny("--base", "many", "--compressed", "one")
+    assert (refused.code, refused.out) == (2, "")
+    assert "--base measures a folder of models and --compressed one: give one of the two" in refused.err
+    monkeypatch.setenv("COMPRESSED_BASE", "many")
+    assert "there is no model 'one'" in eval_tiny("--compressed", "one").err
+    for name, value in {"TORCHELASTIC_RUN_ID": "one", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(KeyreduceError, match="leave out torchrun, and see `jobs`"):
+        evaluate.run(EvaluateRequest(base=Path("many")))
+
+
+def test_many_models_in_a_table(monkeypatch, capsys):
+    """What is printed of the result; how it is made stands in ``tests/evaluation/test_many.py``."""
+    monkeypatch.setenv("COLUMNS", "120")
+    costs = {"perplexity_per_token": 4.0, "perplexity_per_word": 9.0, "bits_per_byte": 2.0, "perplexity_increase": 1.0}
+    models = [
+        {"name": "dense", "state": "kept", "message": "", "figures": {"perplexity_per_token": 2.0, "piqa acc": 0.5}},
+        {"name": "deep/a", "state": "measured", "message": "", "figures": costs},
+        {"name": "b", "state": "failed", "message": "it is too large", "figures": {}},
+    ]
+
+    @dataclass(frozen=True, kw_only=True)
+    class Made(Result):
+        models: list[dict]
+        output: Path
+
+    made = Made(models=models, output=Path("eval.json"))
+    monkeypatch.setattr(evaluate, "run", lambda request, reporter: made)
+    with pytest.raises(KeyreduceError, match="1 of 3 models could not be measured, b among them: it is too large"):
+        command.show(EvaluateRequest(base=Path("many")), Console(as_json=True))
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == made.to_json()
+    rows = [line.split() for line in printed.err.splitlines() if line.strip()]
+    assert rows[1] == ["perplexity", "over", "dense", "bits", "per", "byte", "piqa", "acc"]
+    assert ["dense", "2.0000", "0.5000", "kept"] in rows
+    assert ["deep/a", "4.0000", "+100.0%", "2.0000", "measured"] in rows
+    assert ["b", "failed"] in rows and ["wrote", "eval.json"] in rows

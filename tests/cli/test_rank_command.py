@@ -83,6 +83,10 @@ def test_a_model_that_was_not_made_from_the_dense_one(keyreduce, tiny_folder):
     refused = keyreduce(*RANK, "--model", tiny_folder("gated_deltanet"))
     assert (refused.code, refused.out) == (2, "")
     assert "was not made from" in refused.err and "pass --unrelated" in refused.err
+    result = keyreduce(*RANK, "--model", tiny_folder("gated_deltanet"), "--unrelated", "--json")
+    assert "the pruned model was not made from this dense one" in result.err
+    assert [entry["heads"] for entry in result.json()["models"][1]["layers"]] == [[0, 1]] * 2
+    assert names(WORK / "rank") == PICTURES
 
 
 def test_text_that_is_short(keyreduce, tiny_folder):

@@ -3,20 +3,21 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import typer
 from tiny_models import build, edit_tensors, save
 
+from keyreduce.api.evaluate import EvaluateRequest
 from keyreduce.checkpoint.dcp import write_dcp
 from keyreduce.checkpoint.find import find_model
 from keyreduce.checkpoint.folder import open_folder
-from keyreduce.cli import eval_tasks
+from keyreduce.cli import eval as command
 from keyreduce.cli.console import Console
 from keyreduce.errors import KeyreduceError
-from keyreduce.evaluation.harness import Figure, Tasks, figures, find_tasks, main_figures, run_tasks, write_results
+from keyreduce.evaluation.harness import TaskMetric, Tasks, find_tasks, main_metrics, run_tasks, task_metrics, write_results
 from keyreduce.models.loading import LoadedModel, load_model
 
 pytest.importorskip("lm_eval", reason="needs the extra: harness")
@@ -140,7 +141,7 @@ def test_figures_agree_with_the_definition(everything, tiny_folder, model_type):
     loaded.tokenizer.pad_token = None
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
     results = run_tasks(loaded, of(everything, "own_choice", "own_pages"), batch_size=3)
-    found = {(figure.task, figure.metric): figure.value for figure in figures(results)}
+    found = {(one.task, one.metric): one.value for one in task_metrics(results)}
 
     right = normalized = 0
     for row in QUESTIONS:
@@ -221,7 +222,7 @@ def test_a_dcp_gives_the_same(everything, tiny_folder, tmp_path):
 def test_texts_of_several_lengths_are_written_in_one_batch(everything, tiny_folder):
     tasks = of(everything, "own_writing")
     loaded = load(tiny_folder("delta_net"))
-    assert [figure.metric for figure in figures(run_tasks(loaded, tasks, batch_size=1))] == ["exact_match"]
+    assert [one.metric for one in task_metrics(run_tasks(loaded, tasks, batch_size=1))] == ["exact_match"]
     texts = []
     for batch_size in (1, 3):
         outputs = []
@@ -319,7 +320,8 @@ def test_names_that_are_none(index, names, message):
 def test_what_cannot_be_done_is_told_before_anything_is_read(index, tmp_path, monkeypatch):
     with pytest.raises(KeyreduceError, match="no folder .*absent of tasks"):
         find_tasks(["piqa"], tmp_path / "absent")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"TORCHELASTIC_RUN_ID": "one", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(KeyreduceError, match="leave out torchrun"):
         find_tasks(["piqa"])
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -340,14 +342,14 @@ def test_which_figures_a_table_shows():
         },
         "own": {"exact_match,strict": math.nan, "exact_match_stderr,strict": 0.0, "f1,none": 1},
     }
-    found = figures({"results": entries})
+    found = task_metrics({"results": entries})
     assert found == [
-        Figure("arc_challenge", "acc", 0.25, 0.125),
-        Figure("arc_challenge", "acc_norm", 0.5, None),
-        Figure("own", "exact_match,strict", None, 0.0),
-        Figure("own", "f1", 1.0, None),
+        TaskMetric("arc_challenge", "acc", 0.25, 0.125),
+        TaskMetric("arc_challenge", "acc_norm", 0.5, None),
+        TaskMetric("own", "exact_match,strict", None, 0.0),
+        TaskMetric("own", "f1", 1.0, None),
     ]
-    assert main_figures(found) == [found[1], found[2]]
+    assert main_metrics(found) == [found[1], found[2]]
 
 
 def test_text_is_written_as_it_is(tmp_path):
@@ -358,40 +360,38 @@ def test_text_is_written_as_it_is(tmp_path):
         write_results(tmp_path / "results.json", content)
 
 
-@pytest.mark.parametrize("limit", ["0", "-1", "nan", "inf"])
+@pytest.mark.parametrize("limit", [0, -1, math.nan, math.inf])
 def test_a_limit_must_leave_something(limit):
-    app = typer.Typer()
-
-    @app.command()
-    def body(limit: eval_tasks.Limit = None) -> None:
-        raise AssertionError(limit)
-
-    with pytest.raises(typer.BadParameter, match="above 0"):
-        app(["--limit", limit], standalone_mode=False)
+    with pytest.raises(KeyreduceError, match="`limit` is"):
+        EvaluateRequest(limit=limit)
+    assert (EvaluateRequest(limit=0.5).limit, EvaluateRequest(limit=3).limit) == (0.5, 3)
 
 
 def test_the_table_of_two_models(everything, tiny_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    console, tasks = Console(as_json=False), of(everything, "own_choice", "own_pages")
-    save(build("delta_net", seed=1), tmp_path / "other")
+    monkeypatch.setattr("keyreduce.evaluation.harness.find_tasks", lambda names, _: of(everything, *names))
     output = tmp_path / "out" / "eval.json"
-    entries = [
-        {
-            "label": label,
-            **eval_tasks.run(console, label, load(folder), tasks, output, num_fewshot=None, limit=None, batch_size=4),
-        }
-        for label, folder in (("dense", tiny_folder("delta_net")), ("pruned", tmp_path / "other"))
-    ]
+    request = EvaluateRequest(
+        model=str(tiny_folder("delta_net")),
+        compressed=str(save(build("delta_net", seed=1), tmp_path / "other")),
+        tasks=("own_choice", "own_pages"),
+        num_batches=1,
+        seq_len=64,
+        output=output,
+        device="cpu",
+    )
+    command.show(request, Console(as_json=False))
+    out = capsys.readouterr().out
+    entries = json.loads(output.read_text())["models"]
     for entry in entries:
         written = json.loads(Path(entry["tasks_file"]).read_text())
-        assert entry["tasks"] == [figure._asdict() for figure in figures(written)]
+        assert entry["tasks"] == [one._asdict() for one in task_metrics(written)]
+        assert written["keyreduce"]["command"].startswith("keyreduce")
         assert Path(entry["tasks_file"]) == tmp_path / "out" / f"eval-tasks-{entry['label']}.json"
-    capsys.readouterr()
-    eval_tasks.show(console, entries)
-    out = capsys.readouterr().out
     (row,) = (line.split() for line in out.splitlines() if line.split()[:2] == ["own_pages", "bits_per_byte"])
     dense, pruned = (entry["tasks"][-1]["value"] for entry in entries)
     assert row[2:] == [f"{dense:.4f}", f"{pruned:.4f}", f"{pruned - dense:+.4f}"]
-    eval_tasks.show(console, entries[:1])
+    monkeypatch.setenv("WORLD_SIZE", "8")  # as clusters set it for one process too
+    command.show(replace(request, compressed=None, work=tmp_path, overwrite=True), Console(as_json=False))
     out = capsys.readouterr().out
     assert "difference" not in out and f"{dense:.4f}" in out

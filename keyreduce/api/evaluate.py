@@ -1,0 +1,347 @@
+"""Models and text to perplexity, recall, and the metrics of lm-evaluation-harness."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from keyreduce.api import options
+from keyreduce.api.pair import load_pair
+from keyreduce.api.request import Request, Result, option
+from keyreduce.errors import KeyreduceError
+from keyreduce.outputs import claimed, refuse_existing, write_json
+from keyreduce.processes import Processes
+from keyreduce.reporting import Reporter
+from keyreduce.workspace import Workspace
+
+if TYPE_CHECKING:
+    from keyreduce.api.many import ManyResult
+    from keyreduce.data.text import TextSource
+    from keyreduce.evaluation.harness import Tasks
+    from keyreduce.evaluation.recall import RecallSettings
+    from keyreduce.models.loading import LoadedModel
+
+_MOST = 10**9
+_RECALL = "Recall"
+_TASKS = "Tasks of lm-evaluation-harness"
+_MANY = "Many models"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest(Request):
+    """Measure held-out perplexity, and recall, of the dense and of the pruned model.
+
+    Text is taken in its own order: --seed draws what --recall asks, and nothing else.
+
+    Under torchrun the batches are shared out, and the figures stay the same.
+    """
+
+    model: str | None = options.dense_model()
+    compressed: str | None = options.compressed(instead_of=("base",))
+    unrelated: bool = options.unrelated()
+    work: Path = options.work()
+    pruned: Path | None = options.pruned()
+    text: tuple[Path, ...] = options.text()
+    dataset: str | None = options.dataset()
+    dataset_config: str | None = options.dataset_config()
+    split: str | None = options.split()
+    num_batches: int = options.num_batches(8, help="Batches to measure on; 0 takes all the text.", minimum=0)
+    batch_size: int = options.batch_size(4)
+    seq_len: int = options.seq_len(1024, minimum=2)
+    stride: int | None = option(
+        None,
+        help="Tokens from one row's start to the next one's; only the last N of a row are scored.",
+        metavar="N",
+        minimum=1,
+        shown_default="as far as can be: no overlap",
+    )
+    by_document: bool = option(
+        False, help="Score each document on its own and all of it, as lm-evaluation-harness does; else all are joined."
+    )
+    recall: tuple[Literal["mqar", "needle"], ...] = option(
+        (),
+        help="Measure recall too: mqar (multi-query associative recall), needle (in a haystack of the text), "
+        "or mqar,needle.",
+        metavar="KINDS",
+        panel=_RECALL,
+        commas=True,
+    )
+    recall_lengths: tuple[int, ...] = option(
+        (256, 1024),
+        help="Tokens in a sequence.",
+        metavar="T,...",
+        panel=_RECALL,
+        commas=True,
+        minimum=1,
+        maximum=_MOST,
+    )
+    recall_pairs: tuple[int, ...] = option(
+        (1, 4, 16, 64),
+        help="Keys with a value in a sequence.",
+        metavar="N,...",
+        panel=_RECALL,
+        commas=True,
+        minimum=1,
+        maximum=_MOST,
+    )
+    recall_probes: int = option(
+        16, help="Sequences for each length and number of pairs.", panel=_RECALL, minimum=1, maximum=_MOST
+    )
+    tasks: tuple[str, ...] = option(
+        (),
+        help="Run these too: names, patterns or .yaml files; 'paper' is wikitext, lambada_openai, piqa, hellaswag, "
+        "winogrande, arc_easy and arc_challenge.",
+        env="TASKS",
+        metavar="NAME,...",
+        panel=_TASKS,
+        commas=True,
+    )
+    include_path: Path | None = option(None, help="A folder with tasks of your own.", metavar="DIR", panel=_TASKS)
+    num_fewshot: int | None = option(
+        None,
+        help="Examples before a question.",
+        metavar="N",
+        panel=_TASKS,
+        minimum=0,
+        shown_default="the task's own",
+    )
+    limit: float | None = option(
+        None,
+        help="Only so many documents of each task, or that share of them where it is below 1.",
+        metavar="N",
+        panel=_TASKS,
+        minimum=0,
+        maximum=_MOST,
+        shown_default="all",
+    )
+    base: Path | None = option(
+        None,
+        help="Measure every checkpoint below this folder, and --model if given; what is done already is kept.",
+        env="COMPRESSED_BASE",
+        metavar="DIR",
+        panel=_MANY,
+        instead_of=("compressed",),
+    )
+    jobs: int | None = option(
+        None,
+        help="Models to measure at a time.",
+        metavar="N",
+        panel=_MANY,
+        minimum=1,
+        shown_default="one a GPU; on a CPU 1",
+    )
+    output: Path | None = options.figures()
+    seed: int = options.seed()
+    device: str | None = options.device()
+    dtype: options.Dtype | None = options.dtype()
+    overwrite: bool = options.overwrite()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.limit == 0:
+            raise KeyreduceError("`limit` is 0; it is above 0")
+        if self.base is not None and self.compressed is not None:
+            raise KeyreduceError("`base` measures a folder of models and `compressed` one: give one of the two")
+
+    def recall_settings(self) -> "RecallSettings":
+        """Return what the recall probes are.
+
+        Raises:
+            KeyreduceError: `recall` or one of the fields beside it is empty, or names something twice.
+        """
+        from keyreduce.evaluation.recall import RecallSettings
+
+        return RecallSettings(
+            self.recall, self.recall_lengths, self.recall_pairs, probes=self.recall_probes, seed=self.seed
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateResult(Result):
+    """The metrics of one model, or of a dense model and what was pruned from it.
+
+    Attributes:
+        text: where the text is from.
+        seq_len: how many tokens a row has.
+        stride: how many tokens after a row the next one starts.
+        by_document: whether each document was scored on its own.
+        models: for each model its ``label`` and ``folder``, the metrics of
+            :meth:`keyreduce.evaluation.perplexity.Perplexity.metrics`, but for the first model ``perplexity_increase``
+            over it, and where they were asked for ``recall``
+            (:func:`keyreduce.evaluation.recall.recall_metrics`), ``tasks`` and ``tasks_file``.
+        recall: the settings of the recall probes, if there were any.
+        output: the file that holds all this.
+    """
+
+    text: dict
+    seq_len: int
+    stride: int
+    by_document: bool
+    models: list[dict]
+    recall: dict | None
+    output: Path
+
+    def to_json(self) -> dict:
+        """Return the content of the file."""
+        return {name: value for name, value in super().to_json().items() if name != "output"}
+
+
+def run(request: EvaluateRequest, reporter: Reporter = Reporter()) -> "EvaluateResult | ManyResult | None":
+    """Measure the models, and write what was found; an earlier result in the work folder is replaced.
+
+    Returns:
+        The result, that of :mod:`keyreduce.api.many` where the request has a ``base``; None in all processes of
+        torchrun but the first.
+
+    Raises:
+        KeyreduceError: a model does not load, the pruned one was not made from the dense one, the text leaves nothing
+            to predict, a logit is NaN or inf, a task stopped, or the output cannot be written.
+    """
+    processes = Processes.of_torchrun()
+    if request.base is not None:
+        if processes.number > 1:
+            raise KeyreduceError("`base` starts processes of its own: leave out torchrun, and see `jobs`")
+        _check(request)
+        from keyreduce.api.many import run as run_many
+
+        return run_many(request, reporter)
+    target = request.output or Workspace(request.work, request.pruned).evaluation
+    with contextlib.ExitStack() as stack:
+
+        def measure() -> dict:
+            refuse_existing(request.output, request.overwrite)
+            stack.enter_context(claimed(target, folder=False, by_this_process=processes.rank == 0))
+            return _measure(request, target, processes, reporter)
+
+        # Whatever can fail is done in there, so that one process tells it of all.
+        shares = processes.gather(measure)
+        if processes.rank:
+            return None
+        result = _join(request, shares, target, reporter)
+        write_json(target, result.to_json(), overwrite=True)
+    return result
+
+
+def _check(request: EvaluateRequest) -> "tuple[RecallSettings | None, Tasks | None]":
+    """Refuse settings that make no sense together, and look up the tasks, before any model is loaded."""
+    from keyreduce.evaluation.harness import find_tasks
+    from keyreduce.evaluation.perplexity import chosen_stride
+
+    chosen_stride(request.seq_len, request.stride, by_document=request.by_document)
+    recall = request.recall_settings() if request.recall else None
+    return recall, find_tasks(request.tasks, request.include_path) if request.tasks else None
+
+
+def _measure(request: EvaluateRequest, target: Path, processes: Processes, reporter: Reporter) -> dict:
+    """Return what this process's share of the batches gives, as a JSON object."""
+    from keyreduce.data.text import text_source
+    from keyreduce.devices import pick_device, pick_dtype
+    from keyreduce.evaluation.recall import RecallProbes
+
+    recall, tasks = _check(request)
+    text = text_source(request.text, request.dataset, request.dataset_config, request.split, default="heldout")
+    device = pick_device(processes.device(request.device))
+    models = load_pair(
+        reporter,
+        request.model,
+        request.compressed,
+        Workspace(request.work, request.pruned),
+        device,
+        pick_dtype(request.dtype, device),
+        each=True,
+        unrelated=request.unrelated,
+    )
+    entries: list[dict[str, Any]] = []
+    for label, loaded in models.items():
+        entry = {"label": label, "folder": str(loaded.folder)}
+        entry["rows"] = _row_costs(request, label, loaded, text, processes, reporter)
+        if recall is not None:
+            probes = RecallProbes(loaded, text, recall)
+            if probes.left_out and not entries:
+                cells = ", ".join(f"{cell.kind} of {cell.pairs} in {cell.length} tokens" for cell in probes.left_out)
+                reporter.note(f"left out of recall, as the pairs do not fit: {cells}")
+            with reporter.progress(f"asking {label}", probes.tokens // processes.number, "tokens") as progress:
+                entry["recall"] = probes.ask(batch_size=request.batch_size, processes=processes, progress=progress)
+        if tasks is not None:
+            entry |= _task_metrics(request, label, loaded, tasks, target, reporter)
+        entries.append(entry)
+    return {"text": text.describe(), "recall": recall and recall.describe(), "models": entries}
+
+
+def _row_costs(
+    request: EvaluateRequest,
+    label: str,
+    loaded: "LoadedModel",
+    text: "TextSource",
+    processes: Processes,
+    reporter: Reporter,
+) -> list[tuple]:
+    from keyreduce.evaluation.perplexity import text_costs
+
+    num_rows = request.num_batches * request.batch_size or None
+    tokens = (num_rows or 0) * request.seq_len // processes.number or None
+    with reporter.progress(f"measuring {label}", tokens, "tokens") as progress:
+        return text_costs(
+            loaded,
+            text,
+            seq_len=request.seq_len,
+            stride=request.stride,
+            by_document=request.by_document,
+            batch_size=request.batch_size,
+            num_rows=num_rows,
+            processes=processes,
+            progress=progress,
+        )
+
+
+def _task_metrics(
+    request: EvaluateRequest, label: str, loaded: "LoadedModel", tasks: "Tasks", target: Path, reporter: Reporter
+) -> dict:
+    """Run the tasks on a model, write the harness's results beside ``target``, and return its entry's further fields."""
+    from keyreduce.evaluation.harness import run_tasks, task_metrics, write_results
+
+    file = target.with_name(f"{target.stem}-tasks-{label}.json")
+    with claimed(file, folder=False):
+        reporter.note(f"running {', '.join(tasks.names)} on {label}")
+        results = run_tasks(
+            loaded,
+            tasks,
+            num_fewshot=request.num_fewshot,
+            limit=request.limit,
+            batch_size=request.batch_size,
+            command=reporter.command,
+        )
+        write_results(file, results, overwrite=True)
+    return {"tasks": [metric._asdict() for metric in task_metrics(results)], "tasks_file": str(file)}
+
+
+def _join(request: EvaluateRequest, shares: Sequence[dict], target: Path, reporter: Reporter) -> EvaluateResult:
+    """Put together what all processes found."""
+    from keyreduce.evaluation.perplexity import chosen_stride, total
+    from keyreduce.evaluation.recall import recall_metrics
+
+    models: list[dict[str, Any]] = []
+    for parts in zip(*(share["models"] for share in shares), strict=True):
+        first = parts[0]
+        cost = total(row for part in parts for row in part["rows"])
+        if cost.predictions < request.seq_len - 1 and not request.by_document:
+            found = f"{cost.predictions + 1} tokens instead of {request.seq_len}"
+            reporter.note(f"the text is shorter than one sequence: {found}")
+        entry = {"label": first["label"], "folder": first["folder"], **cost.metrics()}
+        if "recall" in first:
+            entry["recall"] = recall_metrics(part["recall"] for part in parts)
+        entry |= {name: first[name] for name in ("tasks", "tasks_file") if name in first}
+        if models:
+            dense, own = models[0]["perplexity_per_token"], entry["perplexity_per_token"]
+            entry["perplexity_increase"] = own / dense - 1 if own and dense else None
+        models.append(entry)
+    return EvaluateResult(
+        text=shares[0]["text"],
+        seq_len=request.seq_len,
+        stride=chosen_stride(request.seq_len, request.stride, by_document=request.by_document),
+        by_document=request.by_document,
+        models=models,
+        recall=shares[0]["recall"],
+        output=target,
+    )

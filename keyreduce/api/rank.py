@@ -1,0 +1,154 @@
+"""Models and text to the rank utilisation of their states, in numbers and pictures."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keyreduce.api import options
+from keyreduce.api.pair import load_pair
+from keyreduce.api.request import Request, Result, option
+from keyreduce.outputs import claimed, refuse_existing, write_json
+from keyreduce.reporting import Reporter
+from keyreduce.workspace import Workspace
+
+if TYPE_CHECKING:
+    from keyreduce.evaluation.kept import Kept
+    from keyreduce.models.loading import LoadedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRequest(Request):
+    """Measure how much of its rank each head's state uses along the sequence, and draw it.
+
+    Rank utilisation is the stable rank of the state as a share of the largest rank it could have. The pictures also
+    show the channels that pruning kept, and the convolution kernels. Text is taken in its own order, so --seed changes
+    nothing here.
+    """
+
+    model: str | None = options.dense_model()
+    compressed: str | None = options.compressed()
+    unrelated: bool = options.unrelated()
+    work: Path = options.work()
+    pruned: Path | None = options.pruned()
+    text: tuple[Path, ...] = options.text()
+    dataset: str | None = options.dataset()
+    dataset_config: str | None = options.dataset_config()
+    split: str | None = options.split()
+    num_batches: int = options.num_batches(4, help="Batches to measure on; 0 takes all the text.", minimum=0)
+    batch_size: int = options.batch_size(4)
+    seq_len: int = options.seq_len(1024)
+    every: int = option(64, help="Look at the states after so many tokens each.", minimum=1, maximum=10**9)
+    output: Path | None = options.figures()
+    plot: Path | None = options.output(
+        help="The pictures, as PNG; --overwrite replaces them too.", metavar="FOLDER"
+    )
+    seed: int = options.seed()
+    device: str | None = options.device()
+    dtype: options.Dtype | None = options.dtype()
+    overwrite: bool = options.overwrite()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankResult(Result):
+    """The rank utilisation of one model, or of a dense model and what was pruned from it.
+
+    Attributes:
+        text: where the text is from.
+        seq_len: how many tokens a sequence has.
+        every: after how many tokens each the states were looked at.
+        positions: after how many tokens of a sequence they were.
+        models: for each model its ``label`` and ``folder``, the number of ``sequences``, and ``layers``
+            (:meth:`keyreduce.evaluation.rank.StateRank.to_json`).
+        pictures: the pictures.
+        output: the file that holds all this.
+    """
+
+    text: dict
+    seq_len: int
+    every: int
+    positions: list[int]
+    models: list[dict]
+    pictures: list[str]
+    output: Path
+
+    def to_json(self) -> dict:
+        """Return the content of the file."""
+        return {name: value for name, value in super().to_json().items() if name != "output"}
+
+
+def run(request: RankRequest, reporter: Reporter = Reporter()) -> RankResult:
+    """Measure the models, and write numbers and pictures; earlier ones in the work folder are replaced.
+
+    Raises:
+        KeyreduceError: a model does not load, the pruned one was not made from the dense one, the text is empty, a
+            state holds NaN or inf, or an output cannot be written or holds other files.
+    """
+    from keyreduce.checkpoint.folder import open_folder
+    from keyreduce.evaluation.picture_folder import draw_folder, refuse_other_files
+
+    workspace = Workspace(request.work, request.pruned)
+    target, folder = request.output or workspace.rank, request.plot or workspace.rank_pictures
+    refuse_existing(request.output, request.overwrite)
+    refuse_existing(request.plot, request.overwrite)
+    refuse_other_files(folder)
+    with claimed(target, folder=False), claimed(folder, folder=True):
+        report, kept, dense = _measure(request, workspace, reporter)
+        with reporter.progress("drawing", None, "pictures"):
+            names = draw_folder(folder, report, kept, open_folder(dense))
+        pictures = [str(folder / name) for name in names]
+        settings = {"seq_len": request.seq_len, "every": request.every}
+        result = RankResult(**report, **settings, pictures=pictures, output=target)
+        write_json(target, result.to_json(), overwrite=True)
+    return result
+
+
+def _measure(
+    request: RankRequest, workspace: Workspace, reporter: Reporter
+) -> "tuple[dict[str, Any], dict[int, Kept], Path]":
+    """Return the text, the positions and the models of the report, what pruning kept, and the dense model's folder."""
+    from keyreduce.data.batches import batches, token_rows
+    from keyreduce.data.text import text_source
+    from keyreduce.devices import pick_device, pick_dtype
+    from keyreduce.evaluation.rank import measure_rank
+
+    text = text_source(request.text, request.dataset, request.dataset_config, request.split, default="heldout")
+    device = pick_device(request.device)
+    dtype = pick_dtype(request.dtype, device)
+    models = load_pair(
+        reporter, request.model, request.compressed, workspace, device, dtype, unrelated=request.unrelated
+    )
+    kept, (*_, last) = _kept(models, reporter), models
+    num_rows = request.num_batches * request.batch_size or None
+    tokens = (num_rows or 0) * request.seq_len or None
+    positions: list[int] = []
+    entries: list[dict] = []
+    for label, loaded in models.items():
+        rows = islice(token_rows(text.documents(), loaded.tokenizer, request.seq_len), num_rows)
+        with reporter.progress(f"measuring {label}", tokens, "tokens") as progress:
+            found = measure_rank(loaded, batches(rows, request.batch_size), request.every, progress)
+        heads = {layer: one.value_heads for layer, one in kept.items()} if label == last else {}
+        positions = list(found.positions)
+        place = {"label": label, "folder": str(loaded.folder)}
+        entries.append({**place, "sequences": found.sequences, "layers": found.to_json(heads)})
+    if positions[-1] < request.seq_len:
+        instead = f"{positions[-1]} tokens instead of {request.seq_len}"
+        reporter.note(f"the text is shorter than one sequence: {instead}")
+    return {"text": text.describe(), "positions": positions, "models": entries}, kept, models["dense"].folder
+
+
+def _kept(models: "Mapping[str, LoadedModel]", reporter: Reporter) -> "dict[int, Kept]":
+    """Return what the pruned model, which is the last one, kept of each layer of the dense one, where that is known."""
+    from keyreduce.evaluation.kept import is_cut_of, kept_channels
+    from keyreduce.pruning.prune import read_record
+
+    (label, cut), dense = list(models.items())[-1], models["dense"]
+    kept = kept_channels(read_record(cut.folder)) if label != "dense" else {}
+    sizes = [loaded.family.layer_sizes(loaded.model.config.to_dict()) for loaded in (dense, cut)]
+    if kept and not is_cut_of(kept, *sizes):
+        reporter.note(
+            "the pruned model was not made from this dense one: its heads are counted, its channels not drawn"
+        )
+        return {}
+    return kept
