@@ -9,13 +9,7 @@ _log = logging.getLogger("keyreduce")
 
 
 class Reporter:
-    """The reporter of Python programs: remarks go to the log ``keyreduce``, and no progress bar is drawn.
-
-    Attributes:
-        command: the command line that asked for the work, for records; None where there was none.
-    """
-
-    command: str | None = None
+    """The reporter of Python programs: remarks go to the log ``keyreduce``, and no progress bar is drawn."""
 
     def note(self, message: str) -> None:
         """Report something in passing, such as that the text ended early."""

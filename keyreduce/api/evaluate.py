@@ -11,7 +11,7 @@ from keyreduce.api.pair import load_pair
 from keyreduce.api.request import Request, Result, option
 from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import claimed, refuse_existing, write_json
-from keyreduce.processes import Processes
+from keyreduce.processes import Processes, command_line
 from keyreduce.reporting import Reporter
 from keyreduce.workspace import Workspace
 
@@ -310,7 +310,7 @@ def _task_metrics(
             num_fewshot=request.num_fewshot,
             limit=request.limit,
             batch_size=request.batch_size,
-            command=reporter.command,
+            command=command_line(),
         )
         write_results(file, results, overwrite=True)
     return {"tasks": [metric._asdict() for metric in task_metrics(results)], "tasks_file": str(file)}

@@ -21,7 +21,6 @@ class Console(Reporter):
         from rich.console import Console as RichConsole
 
         self.as_json = as_json
-        self.command = command_line()
         self.errors = RichConsole(stderr=True, highlight=False)
         self.tables = self.errors if as_json else RichConsole(highlight=False)
         self.errors.quiet = self.tables.quiet = torchrun_rank() > 0

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from keyreduce.api import evaluate
 from keyreduce.cli.console import Console
-from keyreduce.errors import KeyreduceError
 
 if TYPE_CHECKING:
     from keyreduce.api.many import ManyResult
@@ -99,11 +98,7 @@ def _show_many(console: Console, result: "ManyResult") -> None:
     console.table(f"{len(result.models)} models", ("", *(_TITLES.get(name, name) for name in columns), ""), rows)
     console.say(f"wrote {result.output}")
     console.finish(result)
-    if failed := [entry for entry in result.models if entry["state"] == "failed"]:
-        raise KeyreduceError(
-            f"{len(failed)} of {len(result.models)} models could not be measured, {failed[0]['name']} among them: "
-            f"{failed[0]['message']}"
-        )
+    result.refuse_failed()
 
 
 def _metric(name: str, value: float | None) -> str:
