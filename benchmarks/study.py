@@ -17,7 +17,7 @@ from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.data.stdlib import Split
 from keyreduce.data.text import FileText, StdlibText
 from keyreduce.devices import pick_device
-from keyreduce.evaluation.perplexity import evaluate
+from keyreduce.evaluation.perplexity import text_costs, total
 from keyreduce.evaluation.recall import KINDS, RecallProbes, recall_metrics
 from keyreduce.models.loading import load_model
 from keyreduce.pruning.budget import Budget
@@ -82,7 +82,8 @@ class Study:
     def measure(self, folder: Path) -> float:
         """Return the perplexity per token of the held-out text, in rows of 1,024 tokens."""
         loaded = load_model(folder, self.device, torch.float32, gradients=True)
-        return evaluate(loaded, self.heldout, seq_len=1024, batch_size=8, num_rows=self.heldout_rows)[0].perplexity
+        rows = text_costs(loaded, self.heldout, seq_len=1024, batch_size=8, num_rows=self.heldout_rows)
+        return total(rows).perplexity
 
     def recall(self, folder: Path) -> dict[str, float]:
         """Return, for each kind of recall, how often a model prefers the right answer to seven others, over the grid.

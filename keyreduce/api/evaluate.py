@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from keyreduce.api.many import ManyResult
     from keyreduce.data.text import TextSource
     from keyreduce.evaluation.harness import Tasks
+    from keyreduce.evaluation.perplexity import Perplexity
     from keyreduce.evaluation.recall import RecallSettings
     from keyreduce.models.loading import LoadedModel
 
@@ -214,7 +215,7 @@ def run(request: EvaluateRequest, reporter: Reporter = Reporter()) -> "EvaluateR
             stack.enter_context(claimed(target, folder=False, by_this_process=processes.rank == 0))
             return _measure(request, target, processes, reporter)
 
-        # Whatever can fail is done in there, so that one process tells it of all.
+        # Whatever may fail is done in there, so that one process reports it for all.
         shares = processes.gather(measure)
         if processes.rank:
             return None
@@ -254,7 +255,7 @@ def _measure(request: EvaluateRequest, target: Path, processes: Processes, repor
     )
     entries: list[dict[str, Any]] = []
     for label, loaded in models.items():
-        entry = {"label": label, "folder": str(loaded.folder)}
+        entry: dict[str, Any] = {"label": label, "folder": str(loaded.folder)}
         entry["rows"] = _row_costs(request, label, loaded, text, processes, reporter)
         if recall is not None:
             probes = RecallProbes(loaded, text, recall)
@@ -276,7 +277,7 @@ def _row_costs(
     text: "TextSource",
     processes: Processes,
     reporter: Reporter,
-) -> list[tuple]:
+) -> "list[Perplexity]":
     from keyreduce.evaluation.perplexity import text_costs
 
     num_rows = request.num_batches * request.batch_size or None
@@ -298,7 +299,7 @@ def _row_costs(
 def _task_metrics(
     request: EvaluateRequest, label: str, loaded: "LoadedModel", tasks: "Tasks", target: Path, reporter: Reporter
 ) -> dict:
-    """Run the tasks on a model, write the harness's results beside ``target``, and return its entry's further fields."""
+    """Run the tasks on a model, write the harness's results beside ``target``, and return what joins its entry."""
     from keyreduce.evaluation.harness import run_tasks, task_metrics, write_results
 
     file = target.with_name(f"{target.stem}-tasks-{label}.json")
@@ -317,7 +318,7 @@ def _task_metrics(
 
 
 def _join(request: EvaluateRequest, shares: Sequence[dict], target: Path, reporter: Reporter) -> EvaluateResult:
-    """Put together what all processes found."""
+    """Combine what all processes found."""
     from keyreduce.evaluation.perplexity import chosen_stride, total
     from keyreduce.evaluation.recall import recall_metrics
 

@@ -67,7 +67,7 @@ def load_pair(
     others = {} if compressed is None else {"pruned": find_model(compressed)}
     if compressed is None and (found := latest(workspace)).is_dir():
         is_recovered = found == workspace.recovered
-        others = {"pruned": workspace.pruned} if not is_recovered or each and workspace.pruned.is_dir() else {}
+        others = {"pruned": workspace.pruned} if not is_recovered or (each and workspace.pruned.is_dir()) else {}
         others |= {"recovered": found} if is_recovered else {}
     dense, config = model, None
     if others:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from keyreduce.api import options
 from keyreduce.api.pair import load_pair
@@ -14,6 +14,7 @@ from keyreduce.reporting import Reporter
 from keyreduce.workspace import Workspace
 
 if TYPE_CHECKING:
+    from keyreduce.data.text import TextSource
     from keyreduce.evaluation.kept import Kept
     from keyreduce.models.loading import LoadedModel
 
@@ -41,9 +42,7 @@ class RankRequest(Request):
     seq_len: int = options.seq_len(1024)
     every: int = option(64, help="Look at the states after so many tokens each.", minimum=1, maximum=10**9)
     output: Path | None = options.figures()
-    plot: Path | None = options.output(
-        help="The pictures, as PNG; --overwrite replaces them too.", metavar="FOLDER"
-    )
+    plot: Path | None = options.output(help="The pictures, as PNG; --overwrite replaces them too.", metavar="FOLDER")
     seed: int = options.seed()
     device: str | None = options.device()
     dtype: options.Dtype | None = options.dtype()
@@ -86,6 +85,8 @@ def run(request: RankRequest, reporter: Reporter = Reporter()) -> RankResult:
             state holds NaN or inf, or an output cannot be written or holds other files.
     """
     from keyreduce.checkpoint.folder import open_folder
+    from keyreduce.data.text import text_source
+    from keyreduce.devices import pick_device, pick_dtype
     from keyreduce.evaluation.picture_folder import draw_folder, refuse_other_files
 
     workspace = Workspace(request.work, request.pruned)
@@ -94,32 +95,41 @@ def run(request: RankRequest, reporter: Reporter = Reporter()) -> RankResult:
     refuse_existing(request.plot, request.overwrite)
     refuse_other_files(folder)
     with claimed(target, folder=False), claimed(folder, folder=True):
-        report, kept, dense = _measure(request, workspace, reporter)
+        text = text_source(request.text, request.dataset, request.dataset_config, request.split, default="heldout")
+        device = pick_device(request.device)
+        dtype = pick_dtype(request.dtype, device)
+        models = load_pair(
+            reporter, request.model, request.compressed, workspace, device, dtype, unrelated=request.unrelated
+        )
+        kept = _kept(models, reporter)
+        positions, entries = _measure(request, text, models, kept, reporter)
         with reporter.progress("drawing", None, "pictures"):
-            names = draw_folder(folder, report, kept, open_folder(dense))
-        pictures = [str(folder / name) for name in names]
-        settings = {"seq_len": request.seq_len, "every": request.every}
-        result = RankResult(**report, **settings, pictures=pictures, output=target)
+            report = {"positions": positions, "models": entries}
+            names = draw_folder(folder, report, kept, open_folder(models["dense"].folder))
+        result = RankResult(
+            text=text.describe(),
+            seq_len=request.seq_len,
+            every=request.every,
+            positions=positions,
+            models=entries,
+            pictures=[str(folder / name) for name in names],
+            output=target,
+        )
         write_json(target, result.to_json(), overwrite=True)
     return result
 
 
 def _measure(
-    request: RankRequest, workspace: Workspace, reporter: Reporter
-) -> "tuple[dict[str, Any], dict[int, Kept], Path]":
-    """Return the text, the positions and the models of the report, what pruning kept, and the dense model's folder."""
+    request: RankRequest,
+    text: "TextSource",
+    models: "Mapping[str, LoadedModel]",
+    kept: "Mapping[int, Kept]",
+    reporter: Reporter,
+) -> tuple[list[int], list[dict]]:
+    """Return the positions, and for each model what the report says of it."""
     from keyreduce.data.batches import batches, token_rows
-    from keyreduce.data.text import text_source
-    from keyreduce.devices import pick_device, pick_dtype
     from keyreduce.evaluation.rank import measure_rank
 
-    text = text_source(request.text, request.dataset, request.dataset_config, request.split, default="heldout")
-    device = pick_device(request.device)
-    dtype = pick_dtype(request.dtype, device)
-    models = load_pair(
-        reporter, request.model, request.compressed, workspace, device, dtype, unrelated=request.unrelated
-    )
-    kept, (*_, last) = _kept(models, reporter), models
     num_rows = request.num_batches * request.batch_size or None
     tokens = (num_rows or 0) * request.seq_len or None
     positions: list[int] = []
@@ -128,14 +138,14 @@ def _measure(
         rows = islice(token_rows(text.documents(), loaded.tokenizer, request.seq_len), num_rows)
         with reporter.progress(f"measuring {label}", tokens, "tokens") as progress:
             found = measure_rank(loaded, batches(rows, request.batch_size), request.every, progress)
-        heads = {layer: one.value_heads for layer, one in kept.items()} if label == last else {}
+        is_last = len(entries) == len(models) - 1  # the pruned model, or the dense one, which lacks nothing
+        heads = {layer: one.value_heads for layer, one in kept.items()} if is_last else {}
         positions = list(found.positions)
         place = {"label": label, "folder": str(loaded.folder)}
         entries.append({**place, "sequences": found.sequences, "layers": found.to_json(heads)})
     if positions[-1] < request.seq_len:
-        instead = f"{positions[-1]} tokens instead of {request.seq_len}"
-        reporter.note(f"the text is shorter than one sequence: {instead}")
-    return {"text": text.describe(), "positions": positions, "models": entries}, kept, models["dense"].folder
+        reporter.note(f"the text is shorter than one sequence: {positions[-1]} tokens instead of {request.seq_len}")
+    return positions, entries
 
 
 def _kept(models: "Mapping[str, LoadedModel]", reporter: Reporter) -> "dict[int, Kept]":

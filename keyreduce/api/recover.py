@@ -484,11 +484,12 @@ def _perplexities(folders: Mapping[str, Path], heldout: "TextSource", device: "t
     """Return the perplexity per token of each model on text that it was not recovered on."""
     import torch
 
-    from keyreduce.evaluation.perplexity import evaluate
+    from keyreduce.evaluation.perplexity import text_costs, total
     from keyreduce.models.loading import load_model
 
     found = {}
     for label, folder in folders.items():
         loaded = load_model(folder, device, torch.float32, gradients=True)
-        found[label] = evaluate(loaded, heldout, seq_len=1024, batch_size=4, num_rows=None)[0].perplexity
+        rows = text_costs(loaded, heldout, seq_len=1024, batch_size=4, num_rows=None)
+        found[label] = total(rows).perplexity
     return found

@@ -16,12 +16,12 @@ def filters_of(source: Checkpoint, layer: int) -> dict[str, torch.Tensor]:
     """Return the learned kernels of one layer, the oldest token's tap first.
 
     Args:
-        source: the checkpoint that has them.
-        layer: a layer with a mixer.
+        source: the checkpoint of the model.
+        layer: the number of a layer with a mixer.
 
     Returns:
-        ``q``, ``k``, ``v`` (``kv`` where one convolution serves both) -> float32 ``[X, R, L]``. R is 1 where the
-        channels of a head share a kernel. Convolutions without a learned kernel are left out.
+        ``q``, ``k``, ``v`` (``kv`` where keys and values share a convolution) -> float32 ``[X, R, L]``. R is 1 where
+        the channels of a head share a kernel. Convolutions without a learned kernel are left out.
 
     Raises:
         KeyreduceError: a tensor cannot be read.

@@ -13,13 +13,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keyreduce import __version__
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.errors import KeyreduceError, reason
+from keyreduce.evaluation.perplexity import refuse_not_finite
 from keyreduce.models.loading import LoadedModel
 from keyreduce.outputs import appearing, read_json
 from keyreduce.processes import Processes
@@ -45,20 +44,20 @@ _LIBRARIES = ("torch", "transformers", "flash-linear-attention", "lm_eval", "dat
 
 
 class Tasks(NamedTuple):
-    """Tasks that are known to be there: their names, and what makes them."""
+    """Tasks that exist: their names, and the manager of the harness that builds them."""
 
     names: tuple[str, ...]
     manager: "TaskManager"
 
 
 class TaskMetric(NamedTuple):
-    """One number of a task.
+    """One metric of a task.
 
     Attributes:
         task: the task or group.
-        metric: the metric, with the filter after a comma unless that is ``none``.
-        value: the number; None where it is not finite or none at all.
-        stderr: its standard error, or None.
+        metric: the name of the metric, with the filter after a comma unless that is ``none``.
+        value: the value; None where it is not finite, or no number.
+        stderr: the standard error of the value, or None.
     """
 
     task: str
@@ -73,11 +72,11 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
     Args:
         names: tasks, groups, tags, patterns such as ``mmlu_*``, or ``.yaml`` files. ``paper`` stands for the tasks of
             the paper.
-        include_path: a folder with tasks of one's own, which go before those of the harness.
+        include_path: a folder with further tasks, which replace those of the harness that have the same name.
 
     Raises:
-        KeyreduceError: the harness is not installed, there is no such folder or task, or this is one process of
-            several: the harness does not share out the work on a model that it is given.
+        KeyreduceError: the harness is not installed, there is no such folder or task, or torchrun runs several
+            processes: the harness does not distribute the work on a model that it is given.
     """
     _refuse_unable()
     from lm_eval.tasks import TaskManager
@@ -110,14 +109,15 @@ def run_tasks(
         num_fewshot: examples before each question; None leaves it to the task.
         limit: take only so many documents of each task, or that share of them where it is below 1.
         batch_size: sequences that run at a time.
-        command: the command line that asked for it, for the record.
+        command: the command line, for the record.
 
     Returns:
-        The content of the results file that ``lm_eval --output_path`` writes, unchanged, and one more key,
+        The content of the results file that ``lm_eval --output_path`` writes, unchanged, with one more key,
         ``keyreduce``: the model, its identity as in ``keyreduce.json``, versions and command.
 
     Raises:
-        KeyreduceError: the harness stopped, such as where a task's data cannot be had; or a logit is NaN or inf.
+        KeyreduceError: the harness stopped, as it does where the data of a task is not available; or a logit is NaN or
+            inf.
     """
     _refuse_unable()
     import lm_eval
@@ -125,14 +125,19 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     provenance = _provenance(loaded, tasks, num_fewshot, limit, batch_size, command)
-    hook = loaded.model.register_forward_hook(_refuse_not_finite(loaded.folder))
+    # A choice or a perplexity of the harness would hide logits that are not finite.
+    hook = loaded.model.register_forward_hook(
+        lambda module, arguments, output: refuse_not_finite(output.logits, f"the logits of {loaded.folder}")
+    )
     try:
         with _quiet(), tempfile.TemporaryDirectory(prefix="keyreduce-") as folder:
             tracker = EvaluationTracker(output_path=str(Path(folder, "results.json")))
             # A copy, since the harness gives the tokenizer a padding token where it has none.
-            subject = HFLM(pretrained=loaded.model, tokenizer=copy.deepcopy(loaded.tokenizer), batch_size=batch_size)
-            results = lm_eval.simple_evaluate(
-                model=subject,
+            wrap: Any = HFLM
+            evaluate: Any = lm_eval.simple_evaluate
+            wrapped = wrap(pretrained=loaded.model, tokenizer=copy.deepcopy(loaded.tokenizer), batch_size=batch_size)
+            results = evaluate(
+                model=wrapped,
                 model_args={"pretrained": str(loaded.folder), "dtype": str(loaded.model.dtype).removeprefix("torch.")},
                 tasks=list(tasks.names),
                 task_manager=tasks.manager,
@@ -147,7 +152,7 @@ def run_tasks(
     except KeyreduceError:
         raise
     except Exception as error:
-        # Tasks are code and data of others, and the harness lets through whatever they raise.
+        # Tasks are code and data of others, and the harness passes on whatever they raise.
         raise KeyreduceError(f"lm-evaluation-harness stopped: {reason(error)}") from error
     finally:
         hook.remove()
@@ -157,13 +162,13 @@ def run_tasks(
 
 
 def write_results(target: Path, results: dict, *, overwrite: bool = False) -> None:
-    """Write what :func:`run_tasks` returned as the harness formats it; it appears whole or not at all."""
+    """Write what :func:`run_tasks` returned, formatted as the harness does; the file appears whole or not at all."""
     with appearing(target, folder=False, overwrite=overwrite) as temporary:
         temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
 def task_metrics(results: dict) -> list[TaskMetric]:
-    """Return all numbers of a results file, in its order."""
+    """Return all metrics of a results file, in its order."""
     found = []
     for task, entries in results["results"].items():
         for key, value in entries.items():
@@ -176,7 +181,7 @@ def task_metrics(results: dict) -> list[TaskMetric]:
 
 
 def main_metrics(found: Sequence[TaskMetric]) -> list[TaskMetric]:
-    """Return one number of each task: for a task of the paper the one that its tables show, else the first."""
+    """Return one metric of each task: for a task of the paper the one that its tables show, else the first."""
     by_task: dict[str, list[TaskMetric]] = {}
     for metric in found:
         by_task.setdefault(metric.task, []).append(metric)
@@ -208,25 +213,12 @@ def _refuse_unable() -> None:
     if Processes.of_torchrun().number > 1:
         raise KeyreduceError("`tasks` run in one process: leave out torchrun; `base` takes several models at a time")
     try:
-        import lm_eval  # noqa: F401
+        import lm_eval
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
         raise KeyreduceError(
             f"`tasks` needs lm-evaluation-harness ({reason(error)}); pip install 'keyreduce[harness]'"
         ) from error
-
-
-def _refuse_not_finite(folder: Path):
-    """Return a hook that refuses logits which a choice or a perplexity would hide."""
-
-    def check(module, arguments, output) -> None:
-        if not all(extreme.isfinite() for extreme in torch.aminmax(output.logits)):
-            raise KeyreduceError(
-                f"logits of {folder} are NaN or inf: the model is damaged, or its activations overflow this dtype "
-                "(try `dtype` float32)"
-            )
-
-    return check
 
 
 def _provenance(
@@ -258,7 +250,7 @@ def _provenance(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness's remarks to itself, and what it prints off stdout, which belongs to the result."""
+    """Silence the harness's log, and send what it prints to stderr, since stdout is for the result."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

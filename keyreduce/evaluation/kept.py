@@ -1,4 +1,4 @@
-"""What a pruned model still has of the dense one: the steps of its record, put together."""
+"""Which heads and channels of the dense model a pruned one kept: the steps of its record, combined."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -9,14 +9,14 @@ from keyreduce.workspace import RECORD_NAME
 
 
 class Kept(NamedTuple):
-    """What stays of one layer's mixer; all numbers are those of the dense model.
+    """The heads and channels of one layer's mixer that pruning kept, by their numbers in the dense model.
 
     Attributes:
-        before: the dense mixer's sizes.
-        after: the pruned one's.
-        key_heads, value_heads: the heads that stay, in the order in which the pruned model has them.
-        key: for each of those key heads its channels that stay; None where they were projected.
-        value: for each of those value heads its channels that stay.
+        before: the sizes of the dense mixer.
+        after: the sizes of the pruned mixer.
+        key_heads, value_heads: the kept heads, in the order in which the pruned model has them.
+        key: for each kept key head its kept channels; None where channels were projected.
+        value: for each kept value head its kept channels.
     """
 
     before: MixerSizes
@@ -28,13 +28,14 @@ class Kept(NamedTuple):
 
 
 def kept_channels(record: Mapping) -> dict[int, Kept]:
-    """Put the steps of a pruned checkpoint's record (``keyreduce.json``) together.
+    """Combine the steps of a pruned checkpoint's record (``keyreduce.json``).
 
     Args:
         record: what ``keyreduce prune`` wrote beside the checkpoint, or an empty mapping.
 
     Returns:
-        Layer -> what stays of the dense model that the first step started from; of layers that no step names, nothing.
+        Layer -> what is kept of the dense model, from which the first step started; layers that no step names are
+        not in it.
 
     Raises:
         KeyreduceError: the record is damaged.
@@ -47,16 +48,16 @@ def kept_channels(record: Mapping) -> dict[int, Kept]:
                 kept[layer] = _after(kept.get(layer), cut)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise KeyreduceError(
-            f"the pruned model's {RECORD_NAME} is damaged: it does not say which channels stay; prune again"
+            f"the pruned model's {RECORD_NAME} is damaged: it does not say which channels were kept; prune again"
         ) from error
     return kept
 
 
 def is_cut_of(kept: Mapping[int, Kept], dense: Mapping[int, MixerSizes], pruned: Mapping[int, MixerSizes]) -> bool:
-    """Return whether a record can be that of a pruned model made from a dense one: whether their sizes are so.
+    """Return whether two models have the sizes that the record of the pruned one says.
 
     Args:
-        kept: what the record says.
+        kept: what the record says (:func:`kept_channels`).
         dense, pruned: layer -> sizes of the two models.
     """
     expected = {layer: (sizes, sizes) for layer, sizes in dense.items()}

@@ -1,9 +1,9 @@
 """Multi-query associative recall: pairs of a key and a value, then the keys again.
 
 Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Models", arXiv:2312.04927, section 4. A
-sequence lists its pairs; after them each key comes once more, near ones more often than far ones, and the value that
-goes with it is to be predicted there. Keys, values and what fills the gaps are drawn from the vocabulary anew for each
-sequence, no token in two of these roles, so that the sequence alone holds the answer.
+sequence lists its pairs. After them each key comes once more, with short gaps more often than long ones, and the model
+is to predict the key's value there. Keys, values and the tokens in the gaps are drawn from the vocabulary for each
+sequence, and no token has two of these roles, so that the sequence alone holds the answer.
 
 Shapes: S symbols, N pairs, T tokens.
 """
@@ -14,27 +14,27 @@ import torch
 
 from keyreduce.evaluation.probes import CHOICES, Probe, choices
 
-_POWER = 0.01  # of the law of the gaps, as in the paper's experiments
+_POWER = 0.01  # exponent of the distribution of gaps, as in the paper's experiments
 
 
 def fits(length: int, pairs: int, symbols: int) -> bool:
-    """Whether a sequence of that length has room for the pairs and the questions, and the vocabulary for the roles."""
+    """Return whether ``length`` tokens have room for pairs and questions, and ``symbols`` tokens for all roles."""
     return pairs >= 1 and length >= 4 * pairs and symbols >= 2 * pairs + CHOICES
 
 
 def draw(symbols_S: torch.Tensor, length: int, pairs: int, number: int, generator: torch.Generator) -> Iterator[Probe]:
-    """Yield ``number`` sequences of N questions each. Other values are the first choices beside the right one.
+    """Yield ``number`` sequences of N questions each; values of other keys are the first of the wrong choices.
 
     Args:
         symbols_S: the token ids to draw from, each once.
         length: T, at least 4 N.
         pairs: N.
         number: how many sequences.
-        generator: what draws.
+        generator: the source of all random numbers.
     """
     if not fits(length, pairs, len(symbols_S)):
         raise ValueError(f"{pairs} pairs do not fit {length} tokens of {len(symbols_S)} symbols")
-    # A question stands on every other place, as a pair takes two.
+    # Questions stand at every other position, since a pair takes two.
     slots = torch.arange(1, (length - 2 * pairs) // 2 + 1, dtype=torch.float64)
     weights = slots ** (_POWER - 1)
     for _ in range(number):

@@ -1,8 +1,8 @@
-"""A needle in a haystack: a sentence hidden in real text says a password, and the end of the text asks for it.
+"""A needle in a haystack: a sentence hidden in real text tells a password, and the end of the text asks for it.
 
-With several sentences, each of another name, one is asked for: the multi-key form of Hsieh et al., "RULER",
-arXiv:2404.06654, section 3. Names and passwords are drawn, so that no other text holds the answer. They are common
-words where the tokenizer has those as tokens of their own, else a few letters.
+Where several sentences tell the passwords of several names, the text asks for one of them: the multi-key form of Hsieh
+et al., "RULER", arXiv:2404.06654, section 3. Names and passwords are random, so that no other text holds the answer.
+They are common words where the tokenizer has those as tokens of their own, else a few letters.
 
 Shapes: T tokens in a sequence, N in the haystack, A tokens in the alphabet, P tokens in a name or a password,
 C choices.
@@ -28,7 +28,14 @@ _LETTERS = 4  # of a name or a password, where there are no words
 
 
 class Wording(NamedTuple):
-    """The sentence in tokens: ``before``, a name, ``between``, a password, ``after``."""
+    """The sentence in tokens: ``before``, a name, ``between``, a password, ``after``.
+
+    Attributes:
+        separator: what stands before a document: one token or none.
+        before, between, after: the fixed parts of the sentence.
+        alphabet_A: the tokens that names and passwords are made of (LongTensor).
+        size: how many tokens a name and a password have.
+    """
 
     separator: list[int]
     before: list[int]
@@ -39,10 +46,10 @@ class Wording(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> "Wording":
-        """Put the sentence together from tokens of a tokenizer.
+        """Return the wording in the tokens of a tokenizer.
 
         Raises:
-            KeyreduceError: neither words nor letters are tokens.
+            KeyreduceError: the tokenizer has neither words nor letters as tokens.
         """
         vocabulary = tokenizer.get_vocab()
         alphabet = sorted(token_id for token, token_id in vocabulary.items() if _WORD.fullmatch(token))
@@ -53,18 +60,18 @@ class Wording(NamedTuple):
         if len(alphabet) <= CHOICES:
             raise KeyreduceError("the tokenizer has neither words nor letters as tokens; leave needle out of `recall`")
         parts = (f"\nThe password of the{space}", f" is{space}", ".\n")
-        encoded = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+        before, between, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
         separator = separator_id(tokenizer)
-        return cls([] if separator is None else [separator], *encoded, torch.tensor(alphabet), size)
+        return cls([] if separator is None else [separator], before, between, after, torch.tensor(alphabet), size)
 
     def sentence(self, name: list[int], password: list[int]) -> list[int]:
-        """Return the sentence's token ids."""
+        """Return the token ids of the sentence about one name."""
         return [*self.before, *name, *self.between, *password, *self.after]
 
     def haystack(self, length: int, pairs: int) -> int:
-        """Return how many tokens of text go with so many sentences and the question, or 0 where it is under a quarter.
+        """Return how many of ``length`` tokens are left for text, or 0 where they are less than a quarter.
 
-        The sequence ends before the last token of the password, which is to be predicted.
+        The others are ``pairs`` sentences and the question, which ends before the last token of the password.
         """
         sentence = len(self.sentence([0] * self.size, [0] * self.size))
         text = length - len(self.separator) - pairs * sentence - (sentence - len(self.after) - 1)
@@ -80,10 +87,10 @@ def draw(
     number: int,
     generator: torch.Generator,
 ) -> Iterator[Probe]:
-    """Yield ``number`` sequences of one password, each of whose P tokens is chosen from C.
+    """Yield ``number`` sequences that ask for one password; each of its P tokens is chosen from C.
 
-    The depth of the sentence that is asked for goes round `DEPTHS`; the others stand anywhere, and their passwords are
-    the first choices beside the right one. The text is taken in its own order, from the start again where it ends.
+    The sentence that tells it stands at each of `DEPTHS` in turn, the others anywhere, and their passwords are the
+    first of the wrong choices. The text is taken in its own order, from the start again where it ends.
 
     Raises:
         KeyreduceError: the text is shorter than one haystack.
@@ -99,7 +106,7 @@ def draw(
 def _haystacks(text: TextSource, tokenizer: PreTrainedTokenizerFast, size: int, number: int) -> list[torch.Tensor]:
     """Cut at most ``number`` haystacks of ``size`` tokens from the documents, joined by line feeds.
 
-    A separator between them would tell the model to forget what was before.
+    A separator between them would make the model forget what was before.
     """
     documents = (document + "\n" for document in text.documents())
     separators = 0 if separator_id(tokenizer) is None else 1
@@ -128,7 +135,7 @@ def _hide(haystack: list[int], wording: Wording, depth: float, pairs: int, gener
         if (code := wording.alphabet_A[drawn].tolist()) not in names_and_passwords:
             names_and_passwords.append(code)
     name, password = names_and_passwords[:2]
-    # The sentence that is asked for is the first; where others stand on its place it comes after them.
+    # The first sentence tells what is asked for; at a position that it shares with others, it comes after them.
     places = torch.randint(len(haystack) + 1, (pairs,), generator=generator).tolist()
     places[0] = round(depth * len(haystack))
     tokens, start = list(wording.separator), 0

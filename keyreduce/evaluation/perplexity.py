@@ -1,11 +1,10 @@
-"""What it costs a model to predict text: perplexity per token and per word, and bits per byte.
+"""How well a model predicts text: perplexity per token and per word, and bits per byte.
 
 Shapes: B rows in a batch, T tokens in a row, V token ids.
 """
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import NamedTuple
 
@@ -15,29 +14,19 @@ import torch.nn.functional as F
 from keyreduce.data.batches import bytes_per_token
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
-from keyreduce.evaluation.windows import Window, alike, document_windows, windows
+from keyreduce.evaluation.windows import Window, document_windows, equal_length_batches, windows
 from keyreduce.models.loading import LoadedModel
 from keyreduce.processes import Processes
 
 
-class RowCost(NamedTuple):
-    """What it cost to predict the scored tokens of one row; the fields are those of `Perplexity`."""
-
-    nats: float
-    predictions: int
-    bytes: int
-    words: int
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """What it cost to predict some tokens.
+class Perplexity(NamedTuple):
+    """What it cost to predict some tokens, such as those of one row or of a whole text.
 
     Attributes:
         nats: the cross entropy, summed over the predictions.
         predictions: how many tokens were predicted.
         bytes: how many bytes of text they stand for. A separator stands for none, but predicting it costs, as the end
-            of a document must be told too.
+            of a document must be predicted too.
         words: how many words they begin (:func:`keyreduce.evaluation.windows.words_per_token`).
     """
 
@@ -47,11 +36,15 @@ class Perplexity:
     words: int = 0
 
     @classmethod
-    def of(cls, rows: Iterable[RowCost]) -> "Perplexity":
+    def of(cls, rows: "Iterable[Perplexity]") -> "Perplexity":
         """Sum over rows. The sum of nats is rounded once, so that the rows' order does not change it."""
-        rows = list(rows)
-        counts = (sum(row[field] for row in rows) for field in range(1, len(RowCost._fields)))
-        return cls(math.fsum(row[0] for row in rows), *counts)
+        rows = [cls(*row) for row in rows]
+        return cls(
+            nats=math.fsum(row.nats for row in rows),
+            predictions=sum(row.predictions for row in rows),
+            bytes=sum(row.bytes for row in rows),
+            words=sum(row.words for row in rows),
+        )
 
     @property
     def perplexity(self) -> float:
@@ -73,14 +66,14 @@ class Perplexity:
         return self.nats / math.log(2) / self.bytes
 
     def metrics(self) -> dict:
-        """Return the three ways and what they are made of, as a JSON object: null is what no float holds."""
+        """Return the three metrics and what they are made of, as a JSON object; what is not finite is null."""
         metrics = {
             "perplexity_per_token": self.perplexity,
             "perplexity_per_word": self.word_perplexity,
             "bits_per_byte": self.bits_per_byte,
         }
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        return {**finite, **asdict(self)}
+        return {**finite, **self._asdict()}
 
 
 def _exponential(nats: float) -> float:
@@ -97,14 +90,22 @@ def finite_logits(model: torch.nn.Module, tokens_BT: torch.Tensor, name: str) ->
     Raises:
         KeyreduceError: a logit is NaN or inf; ``name`` is what the error calls the model.
     """
-    device = next(model.parameters()).device
-    logits_BTV = model(input_ids=tokens_BT.to(device), use_cache=False).logits
-    if not all(extreme.isfinite() for extreme in torch.aminmax(logits_BTV)):
+    logits_BTV = model(input_ids=tokens_BT.to(next(model.parameters()).device), use_cache=False).logits
+    refuse_not_finite(logits_BTV, f"the logits of {name}")
+    return logits_BTV
+
+
+def refuse_not_finite(values: torch.Tensor, what: str) -> None:
+    """Refuse what a model computed where some of it is NaN or inf.
+
+    Raises:
+        KeyreduceError: ``values`` holds such a number; ``what`` is what the error calls them, in the plural.
+    """
+    if not all(extreme.isfinite() for extreme in torch.aminmax(values)):
         raise KeyreduceError(
-            f"logits of {name} are NaN or inf: the model is damaged, or its activations overflow this dtype "
+            f"{what} hold NaN or inf: the model is damaged, or its activations overflow this dtype "
             "(try `dtype` float32)"
         )
-    return logits_BTV
 
 
 def window_costs(
@@ -114,14 +115,14 @@ def window_costs(
     *,
     name: str,
     progress: Callable[[int], None] | None = None,
-) -> list[RowCost]:
-    """Predict the scored tokens of each window, each from those before it in the window.
+) -> list[Perplexity]:
+    """Predict the scored tokens of each window, each from the tokens before it in the window.
 
     Args:
         model: a causal language model, in evaluation mode.
         window_batches: lists of windows that run together, in a list all of one length.
         bytes_V: how many bytes each token id stands for, as `bytes_per_token` returns it. It may be shorter than the
-            model's vocabulary, which is often padded: the ids that it lacks are in no text.
+            model's vocabulary, which is often padded: no text holds the ids that it lacks.
         name: what an error calls the model.
         progress: called after each batch with its number of tokens.
 
@@ -135,12 +136,12 @@ def window_costs(
     for batch in window_batches:
         tokens_BT = torch.stack([window.tokens_T for window in batch])
         logits_BTV = finite_logits(model, tokens_BT, name)
-        # Row by row: of a large vocabulary, float32 copies of all rows would not fit where the logits do.
+        # Row by row: with a large vocabulary, the logits may fit into memory and a float32 copy of them all may not.
         for logits_TV, (tokens_T, words_T, first) in zip(logits_BTV, batch, strict=True):
             targets = tokens_T[first:]
             nats = F.cross_entropy(logits_TV[first - 1 : -1].float(), targets.to(logits_TV.device), reduction="none")
             num_bytes, num_words = int(bytes_V[targets].sum()), int(words_T[first:].sum())
-            costs.append(RowCost(nats.double().sum().item(), len(targets), num_bytes, num_words))
+            costs.append(Perplexity(nats.double().sum().item(), len(targets), num_bytes, num_words))
         if progress is not None:
             progress(tokens_BT.numel())
     return costs
@@ -154,14 +155,14 @@ def measure_rows(
     name: str,
     progress: Callable[[int], None] | None = None,
 ) -> Perplexity:
-    """Predict each token of each row, but its first, from those before it.
+    """Predict each token of each row but the first, from the tokens before it.
 
     Args:
         token_batches: LongTensors (B, T) on the CPU, without padding.
         model, bytes_V, name, progress: see `window_costs`.
 
     Returns:
-        The cost. Words are not counted: that takes the text.
+        The cost. Words are not counted, since that takes the text.
 
     Raises:
         KeyreduceError: a logit is NaN or inf.
@@ -194,39 +195,39 @@ def text_costs(
     by_document: bool = False,
     processes: Processes = Processes(),
     progress: Callable[[int], None] | None = None,
-) -> list[RowCost]:
-    """Measure a model on text, cut into windows as `windows` does, or `document_windows`.
+) -> list[Perplexity]:
+    """Measure a model on text, which `windows` or `document_windows` cuts into windows.
 
     Args:
         loaded: the model.
         text: the text, taken in its own order.
         seq_len: T, the tokens in a window.
-        batch_size: windows that run at a time; it does not change the figure, but for rounding.
+        batch_size: windows that run at a time; it does not change the cost, but for rounding.
         num_rows: take only so many windows; None takes them all.
         stride: how far apart windows start; None is as far as can be.
-        by_document: whether each document is on its own, as lm-evaluation-harness scores it; else all are joined.
-        processes: which share of the batches is done here.
+        by_document: whether each document is scored on its own, as lm-evaluation-harness does; else all are joined.
+        processes: which process this is, and of how many; each runs its share of the batches.
         progress: called after each batch with its number of tokens.
 
     Returns:
-        The cost of each window that was done here.
+        The cost of each window that ran here.
 
     Raises:
-        KeyreduceError: the lengths make no sense, a logit is NaN or inf, or the text cannot be read.
+        KeyreduceError: windows cannot be that far apart, a logit is NaN or inf, or the text cannot be read.
     """
     stride = chosen_stride(seq_len, stride, by_document=by_document)
     cut = document_windows if by_document else windows
     taken = islice(cut(text.documents(), loaded.tokenizer, seq_len, stride), num_rows)
     return window_costs(
         loaded.model,
-        processes.own(alike(taken, batch_size)),
+        processes.own(equal_length_batches(taken, batch_size)),
         bytes_per_token(loaded.tokenizer),
         name=str(loaded.folder),
         progress=progress,
     )
 
 
-def total(rows: Iterable[RowCost]) -> Perplexity:
+def total(rows: Iterable[Perplexity]) -> Perplexity:
     """Sum the rows of all processes.
 
     Raises:
@@ -236,36 +237,3 @@ def total(rows: Iterable[RowCost]) -> Perplexity:
     if not cost.predictions or not cost.bytes:
         raise KeyreduceError("the text leaves nothing to predict (one token, or special tokens alone); give other text")
     return cost
-
-
-def evaluate(
-    loaded: LoadedModel,
-    text: TextSource,
-    *,
-    seq_len: int,
-    batch_size: int,
-    num_rows: int | None,
-    stride: int | None = None,
-    by_document: bool = False,
-    progress: Callable[[int], None] | None = None,
-) -> tuple[Perplexity, bool]:
-    """Measure a model on text in this process alone; see `text_costs` for what is given.
-
-    Returns:
-        The cost, and whether the text was shorter than one row, so that the only row was a short one.
-
-    Raises:
-        KeyreduceError: there is nothing to predict, or see `text_costs`.
-    """
-    rows = text_costs(
-        loaded,
-        text,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        num_rows=num_rows,
-        stride=stride,
-        by_document=by_document,
-        progress=progress,
-    )
-    cost = total(rows)
-    return cost, not by_document and cost.predictions < seq_len - 1

@@ -16,10 +16,10 @@ _OURS = re.compile(r"(rank-heat-map|rank-curves|kept-channels|filters-layer-\d+)
 
 
 def refuse_other_files(folder: Path) -> None:
-    """Refuse a folder that holds what is no picture of ours: the folder is replaced as a whole.
+    """Refuse a folder that holds other files than the pictures of ``keyreduce rank``: it is replaced as a whole.
 
     Raises:
-        KeyreduceError: names the first such file.
+        KeyreduceError: there is such a file.
     """
     others = sorted(path.name for path in folder.iterdir() if not _OURS.fullmatch(path.name)) if folder.is_dir() else []
     if others:
@@ -29,12 +29,12 @@ def refuse_other_files(folder: Path) -> None:
 
 
 def draw_folder(folder: Path, report: Mapping, kept: Mapping[int, Kept], dense: Checkpoint) -> list[str]:
-    """Draw all pictures of a report; the folder appears whole or not at all, in place of an earlier one.
+    """Draw all pictures of a report; the folder appears whole or not at all, and replaces an earlier one.
 
     Args:
-        folder: where to.
-        report: with ``positions`` and ``models``, as :mod:`keyreduce.evaluation.pictures` takes them.
-        kept: layer -> what pruning left of the dense model; empty where that is not known.
+        folder: the folder to make.
+        report: ``positions`` and ``models``, as :mod:`keyreduce.evaluation.pictures` takes them.
+        kept: layer -> what pruning kept of the dense model; empty where that is not known.
         dense: the checkpoint whose convolution kernels are drawn.
 
     Returns:

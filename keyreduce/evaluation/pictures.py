@@ -1,7 +1,7 @@
-"""Pictures of state rank, and of what pruning left: figures of matplotlib, to be saved as PNG.
+"""Pictures of rank utilisation, and of what pruning kept: figures of matplotlib, to be saved as PNG.
 
-Colours are told apart by the colour-blind too: the maps are matplotlib's cividis and PuOr, the others are of Okabe &
-Ito's palette.
+The colour-blind can tell the colours apart too: the maps are matplotlib's cividis and PuOr, the other colours are of
+the palette of Okabe & Ito.
 
 Shapes: L layers, W value heads, P positions, X heads, R channels, K taps.
 """
@@ -30,7 +30,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def draw_heat_map(models: Sequence[Mapping]) -> Figure:
-    """Draw the rank utilisation of each layer and head, the mean over positions; models side by side in one scale.
+    """Draw the rank utilisation of each layer and head, the mean over positions; models side by side, on one scale.
 
     Args:
         models: for each a ``label``, and ``layers`` with ``layer``, ``heads`` (their numbers in the dense model) and
@@ -51,24 +51,25 @@ def draw_heat_map(models: Sequence[Mapping]) -> Figure:
     panels = figure.subplots(1, len(maps), squeeze=False, sharey=True)[0]
     for axes, model, percent_LW in zip(panels, models, maps, strict=True):
         axes.patch.set(hatch="////", edgecolor="0.6")
-        image = axes.imshow(percent_LW, cmap="cividis", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
+        axes.imshow(percent_LW, cmap="cividis", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
         axes.set(title=model["label"], xlabel="value head")
         _whole_ticks(axes, range(heads), axis="x")
         if cell >= 0.38:
             _write_figures(axes, percent_LW, top)
     panels[0].set_ylabel("layer")
     _whole_ticks(panels[0], layers, axis="y")
-    figure.colorbar(image, ax=panels, label="rank utilisation (%)\nmean along the sequence", pad=0.02, aspect=30)
+    label = "rank utilisation (%)\nmean along the sequence"
+    figure.colorbar(panels[0].images[0], ax=panels, label=label, pad=0.02, aspect=30)
     if any(np.isnan(percent_LW).any() for percent_LW in maps):
         figure.supxlabel("hatched: no such head", fontsize="small")
     return figure
 
 
 def draw_curves(positions: Sequence[int], models: Sequence[Mapping]) -> Figure:
-    """Draw rank utilisation along the sequence, a panel a layer: the mean over its heads, and their range.
+    """Draw rank utilisation along the sequence, one panel for each layer: the mean over its heads, and their range.
 
     Args:
-        positions: after how many tokens.
+        positions: the positions along the sequence, in tokens.
         models: as :func:`draw_heat_map` takes them, two at most.
     """
     layers = _layers(models)
@@ -105,10 +106,10 @@ def draw_curves(positions: Sequence[int], models: Sequence[Mapping]) -> Figure:
 
 
 def draw_kept_channels(kept: Mapping[int, Kept]) -> Figure:
-    """Draw which key and value channels of the dense model stay: a row a head, layer by layer.
+    """Draw which key and value channels of the dense model are kept: one row for each head, layer by layer.
 
     Args:
-        kept: layer -> what stays, of at least one layer.
+        kept: layer -> what is kept, of at least one layer.
     """
     maps = {kind: {layer: _states(kind, one) for layer, one in kept.items()} for kind in ("key", "value")}
     colours = {"removed": PALE, "kept": BLUE, "head removed": VERMILION, "projected together": YELLOW}
@@ -143,9 +144,9 @@ def draw_filters(layer: int, filters: Mapping[str, np.ndarray], kept: Kept | Non
     """Draw the convolution kernels of one layer: channels across, taps down, head under head.
 
     Args:
-        layer: its number.
+        layer: the number of the layer.
         filters: name of a convolution -> its kernels ``[X, R, K]``, the oldest token's tap first.
-        kept: what pruning leaves; with it a black bar above the taps of a channel says that the channel stays.
+        kept: what pruning kept; a black bar above the taps of a channel then says that it was kept.
     """
     taps = max(kernels_XRK.shape[2] for kernels_XRK in filters.values())
     rows = max(len(kernels_XRK) for kernels_XRK in filters.values()) * (taps + 2)
@@ -156,11 +157,11 @@ def draw_filters(layer: int, filters: Mapping[str, np.ndarray], kept: Kept | Non
     is_marked = False
     for axes, (name, kernels_XRK) in zip(panels, filters.items(), strict=True):
         X, R, K = kernels_XRK.shape
-        # A head's rows: a bar that says what stays, its taps, and nothing.
+        # The rows of a head: a bar that marks the kept channels, its taps, and an empty one.
         picture = np.full((X, K + 2, R), np.nan)
         picture[:, 1 : K + 1] = kernels_XRK.swapaxes(1, 2)
         style = dict(aspect="auto", interpolation="nearest")
-        image = axes.imshow(picture.reshape(-1, R), cmap="PuOr", vmin=-top, vmax=top, **style)
+        axes.imshow(picture.reshape(-1, R), cmap="PuOr", vmin=-top, vmax=top, **style)
         marks = _marks(name, R, kept)
         if marks is not None:
             bars = np.full((X, K + 2, R), np.nan)
@@ -175,9 +176,9 @@ def draw_filters(layer: int, filters: Mapping[str, np.ndarray], kept: Kept | Non
             axes.set(xticks=[], xlabel="all channels alike", ylim=(rows - 0.5, -0.5))
         if R == 1 and X == 1:
             axes.set(yticks=[], ylabel="all heads alike")
-    figure.colorbar(image, ax=panels, label="weight", pad=0.02, aspect=30)
-    told = f"layer {layer}: the taps of each head, from the oldest token's (top) to the newest's"
-    figure.suptitle(told + ("; black bar: channel kept" if is_marked else ""), fontsize="medium")
+    figure.colorbar(panels[0].images[0], ax=panels, label="weight", pad=0.02, aspect=30)
+    title = f"layer {layer}: the taps of each head, from the oldest token's (top) to the newest's"
+    figure.suptitle(title + ("; black bar: channel kept" if is_marked else ""), fontsize="medium")
     return figure
 
 
@@ -186,7 +187,7 @@ def _layers(models: Sequence[Mapping]) -> list[int]:
 
 
 def _whole_ticks(axes: Axes, labels: Sequence[int], *, axis: str) -> None:
-    """Label places 0, 1, ... of an axis, every second or third where they would run into each other."""
+    """Label the positions 0, 1, ... of an axis; where labels would overlap, every second or third."""
     places = range(0, len(labels), math.ceil(len(labels) / 32))
     getattr(axes, f"set_{axis}ticks")(list(places), [str(labels[place]) for place in places])
 
@@ -200,7 +201,7 @@ def _write_figures(axes: Axes, percent_LW: np.ndarray, top: float) -> None:
 
 
 def _states(kind: str, kept: Kept) -> np.ndarray:
-    """For each dense head and channel ``[X, R]``: 0 removed, 1 kept, 2 of a head that was removed, 3 projected."""
+    """Return for each dense head and channel ``[X, R]``: 0 removed, 1 kept, 2 of a removed head, 3 projected."""
     is_key, sizes = kind == "key", kept.before
     heads, channels = (kept.key_heads, kept.key) if is_key else (kept.value_heads, kept.value)
     shape = (sizes.key_heads, sizes.head_k_dim) if is_key else (sizes.value_heads, sizes.head_v_dim)
@@ -213,7 +214,7 @@ def _states(kind: str, kept: Kept) -> np.ndarray:
 
 
 def _marks(name: str, num_channels: int, kept: Kept | None) -> np.ndarray | None:
-    """Which channels ``[X, R]`` of a convolution stay; None where that is not said channel by channel."""
+    """Return which channels ``[X, R]`` of a convolution are kept; None where single channels are not told apart."""
     if kept is None or num_channels == 1:
         return None
     states_XR = _states("value" if name == "v" else "key", kept)

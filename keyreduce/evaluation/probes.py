@@ -1,4 +1,4 @@
-"""Sequences with questions in them whose answers stand earlier in the sequence, and how well a model answers.
+"""Sequences that ask for what stood earlier in them, and how well a model answers.
 
 Shapes: B probes in a batch, T tokens in a probe, Q questions of a probe, C choices for an answer, V token ids.
 """
@@ -20,11 +20,10 @@ class Probe(NamedTuple):
 
     Attributes:
         tokens_T: the sequence (LongTensor).
-        places_Q: the places after which an answer is due, whether or not it is what comes next there.
+        places_Q: the positions after which an answer is predicted, whether or not the sequence goes on with it.
         answers_Q: the right token for each of them.
-        choices_QC: the tokens that an answer is chosen from, the right one among them, none of them twice
-            (`choices`).
-        depth: where in the text what is asked for stands, from 0 to 1; None where that means nothing.
+        choices_QC: the tokens that an answer is chosen from: the right one and others, none of them twice (`choices`).
+        depth: where in the text the answer stands, from 0 to 1; None where there is no text.
     """
 
     tokens_T: torch.Tensor
@@ -38,10 +37,12 @@ class Answer(NamedTuple):
     """How well one question was answered.
 
     Attributes:
-        accuracy: 1 where no token has a higher logit than the right one; shared equally among those that tie with it.
-        choice_accuracy: the same among the choices alone. A model that knows nothing of the probe scores 1 in C.
-        rank: of the right token in the vocabulary, 1 the best; among equals the middle.
-        log_probability: of the right token, nats.
+        accuracy: 1 where no token has a higher logit than the right one; 1 / n where n tokens share the highest logit
+            with it.
+        choice_accuracy: the same among the choices alone. A model that ignores the probe scores 1 / C on average.
+        rank: the rank of the right token in the vocabulary by its logit, 1 being the best; of tokens that tie, the
+            middle rank.
+        log_probability: the log-probability of the right token in nats.
     """
 
     accuracy: float
@@ -51,19 +52,22 @@ class Answer(NamedTuple):
 
 
 def choices(answer: int, rivals: Iterable[int], others: Iterable[int]) -> torch.Tensor:
-    """Return `CHOICES` tokens (LongTensor, C): the answer, then as many of its rivals as there are, then others.
+    """Return `CHOICES` different tokens (LongTensor, C): the answer, then its rivals, then others to fill up.
 
     Args:
         answer: the right token.
         rivals: answers to other questions of the probe, which a model must tell apart from this one.
-        others: enough other tokens.
+        others: at least C other tokens.
     """
     distinct = dict.fromkeys(itertools.chain([answer], rivals, others))
     return torch.tensor(list(itertools.islice(distinct, CHOICES)))
 
 
 def judge(logits_QV: torch.Tensor, answers_Q: torch.Tensor, choices_QC: torch.Tensor) -> list[Answer]:
-    """Compare predictions with the right answers; ties, which are common in bfloat16, are nobody's luck."""
+    """Return how well each question was answered.
+
+    Ties, which are common in bfloat16, count in part, so that the order of the vocabulary does not decide them.
+    """
     logits_QV = logits_QV.double()
     right_Q1 = logits_QV.gather(1, answers_Q[:, None])
     log_probabilities_Q = right_Q1[:, 0] - logits_QV.logsumexp(dim=1)
@@ -79,7 +83,7 @@ def judge(logits_QV: torch.Tensor, answers_Q: torch.Tensor, choices_QC: torch.Te
 
 
 def _rivals(logits_QC: torch.Tensor, right_Q1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many are above the right one, and how many others are its equals."""
+    """Return, for each question, how many logits are above the right one, and how many others are equal to it."""
     return (logits_QC > right_Q1).sum(dim=1), (logits_QC == right_Q1).sum(dim=1) - 1
 
 
@@ -91,7 +95,7 @@ def ask(
     name: str,
     progress: Callable[[int], None] | None = None,
 ) -> list[tuple[float | None, list[Answer]]]:
-    """Run probes through a model.
+    """Run probes through a model, and judge its answers.
 
     Args:
         model: a causal language model, in evaluation mode.
@@ -105,21 +109,21 @@ def ask(
     Raises:
         KeyreduceError: a logit is NaN or inf.
     """
-    told = []
+    answered = []
     for batch in probe_batches:
         tokens_BT = torch.stack([probe.tokens_T for probe in batch])
         for logits_TV, probe in zip(finite_logits(model, tokens_BT, name), batch, strict=True):
             logits_QV = logits_TV[probe.places_Q.to(logits_TV.device)].cpu()
-            told.append((probe.depth, judge(logits_QV, probe.answers_Q, probe.choices_QC)))
+            answered.append((probe.depth, judge(logits_QV, probe.answers_Q, probe.choices_QC)))
         if progress is not None:
             progress(tokens_BT.numel())
-    return told
+    return answered
 
 
 def average(probes: Iterable[list[Answer]]) -> dict:
-    """Return means over all answers, each rounded once, and ``all_right``: the share of probes without a mistake.
+    """Return means over all answers, each rounded once, and ``all_right``, the share of probes without a mistake.
 
-    With the answers of a probe being the tokens of one text, ``all_right`` is how often greedy decoding would give it.
+    Where the answers of a probe are the tokens of one text, ``all_right`` is how often greedy decoding would write it.
     """
     probes = list(probes)
     answers = [answer for probe in probes for answer in probe]

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 from keyreduce.errors import KeyreduceError
+from keyreduce.evaluation.perplexity import refuse_not_finite
 from keyreduce.families import Family, MixerSizes
 from keyreduce.models.loading import LoadedModel
 from keyreduce.models.operators import replaced_by_layer
@@ -24,13 +26,13 @@ _BY_TOKEN = ("q", "k", "v", "beta", "g")
 
 @dataclass(frozen=True)
 class StateRank:
-    """Rank utilisation of a model's states, the mean over sequences.
+    """Rank utilisation of a model's states, averaged over sequences.
 
     Attributes:
-        positions: after how many tokens the states were looked at.
-        sequences: how many sequences the mean is over.
+        positions: the positions where the states were measured: after so many tokens.
+        sequences: how many sequences there were.
         sizes: layer -> the sizes of its mixer.
-        utilisation: layer -> float64 ``[P, W]``, of each value head, from 0 to 1.
+        utilisation: layer -> float64 ``[P, W]``: the rank utilisation of each value head, from 0 to 1.
     """
 
     positions: tuple[int, ...]
@@ -42,7 +44,7 @@ class StateRank:
         """Return the layers as JSON objects: sizes, numbers of the heads, and each head's utilisation by position.
 
         Args:
-            heads: layer -> what its value heads are to be called; those of other layers are counted.
+            heads: layer -> the numbers of its value heads; the heads of other layers are numbered from 0.
         """
         return [
             {
@@ -71,7 +73,7 @@ def rank_utilisation(state_BWKV: torch.Tensor) -> torch.Tensor:
 
 
 def positions_of(num_tokens: int, every: int) -> tuple[int, ...]:
-    """Return after how many tokens of a row states are looked at: each ``every`` tokens, and at the row's end."""
+    """Return where in a row states are measured: after each ``every`` tokens, and at the end."""
     return (*range(every, num_tokens, every), num_tokens)
 
 
@@ -82,15 +84,15 @@ def measure_rank(
     every: int,
     progress: Callable[[int], None] | None = None,
 ) -> StateRank:
-    """Run batches of tokens through a model, and look at its states on the way.
+    """Run batches of tokens through a model, and measure its states on the way.
 
-    At any time there is one state of each row and head of one layer: the layers' own operator runs from one position
-    to the next, and hands over its state, which fla keeps in float32 or better whatever the model's dtype.
+    Only the states of one layer at one position are in memory: the layer's own operator runs from one position to the
+    next and returns its state, which fla keeps in float32 or better in a model of any dtype.
 
     Args:
         loaded: the model.
         batches: LongTensors ``[B, T]`` without padding, all of the same T.
-        every: look at the states after so many tokens each, 1 or more.
+        every: how many tokens there are from one measured state to the next, 1 or more.
         progress: called after each batch with its number of tokens.
 
     Raises:
@@ -102,11 +104,7 @@ def measure_rank(
     sequences, positions = 0, ()
 
     def look(layer: int, place: int, state_BWKV: torch.Tensor) -> None:
-        if not state_BWKV.isfinite().all():
-            raise KeyreduceError(
-                f"the state of layer {layer} of {loaded.folder} holds NaN or inf: the model is damaged, or its "
-                "activations overflow this dtype (try `dtype` float32)"
-            )
+        refuse_not_finite(state_BWKV, f"the states of layer {layer} of {loaded.folder}")
         sums[layer][place] += rank_utilisation(state_BWKV).sum(dim=0)
 
     with _looking(model, family, every, look):
@@ -132,13 +130,13 @@ def measure_rank(
 
 @contextlib.contextmanager
 def _looking(
-    model: torch.nn.Module, family: Family, every: int, look: Callable[[int, int, torch.Tensor], None]
+    model: PreTrainedModel, family: Family, every: int, look: Callable[[int, int, torch.Tensor], None]
 ) -> Iterator[None]:
-    """While the block runs, operators go from position to position, and ``look(layer, place, state)`` at each."""
+    """While the block runs, operators go from position to position, and call ``look(layer, place, state)`` at each."""
 
     def in_parts(operator, layer):
         def call(*operands, **arguments):
-            # fla's layers name them, those of transformers do not.
+            # fla's layers pass them by name, those of transformers by position.
             arguments |= zip("qkv", operands, strict=False)
             length = arguments["q"].shape[1]
             outputs, state, start = [], arguments.pop("initial_state", None), 0

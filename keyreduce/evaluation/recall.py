@@ -7,6 +7,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ class RecallCell(NamedTuple):
 
 @dataclass(frozen=True)
 class RecallSettings:
-    """What is asked: each of ``kinds`` at each of ``lengths`` with each number of ``pairs``, ``probes`` sequences each.
+    """The grid of probes: each of ``kinds`` with each of ``lengths`` and of ``pairs``, ``probes`` sequences in a cell.
 
     Raises:
         KeyreduceError: one of the first three is empty, or names something twice.
@@ -66,22 +67,26 @@ class RecallProbes:
     Args:
         loaded: the model. What it never sees in text, such as special tokens, is in no probe.
         text: haystacks.
-        settings: what to draw.
+        settings: the grid, and the seed.
 
     Raises:
-        KeyreduceError: nothing of the grid fits, or see `needle.Wording.of`.
+        KeyreduceError: no cell of the grid has room for its pairs, or see `needle.Wording.of`.
     """
 
     def __init__(self, loaded: LoadedModel, text: TextSource, settings: RecallSettings):
         self.loaded, self.text, self.settings = loaded, text, settings
         self.symbols_S = text_token_ids(loaded.tokenizer, loaded.model.config.vocab_size)
-        self.wording = needle.Wording.of(loaded.tokenizer) if "needle" in settings.kinds else None
         self.cells = [cell for cell in settings.grid() if self._fits(cell)]
         self.left_out = [cell for cell in settings.grid() if cell not in self.cells]
         if not self.cells:
             raise KeyreduceError(
                 "no `recall_lengths` has room for any `recall_pairs`; give longer ones, or fewer pairs"
             )
+
+    @cached_property
+    def wording(self) -> needle.Wording:
+        """The sentence that is hidden in text."""
+        return needle.Wording.of(self.loaded.tokenizer)
 
     @property
     def tokens(self) -> int:
@@ -112,7 +117,7 @@ class RecallProbes:
         """Run this process's share of the probes through the model.
 
         Returns:
-            For each cell a JSON object: the cell, and ``told``, what `probes.ask` returns.
+            For each cell a JSON object: the cell, and ``answered``, what `probes.ask` returns.
 
         Raises:
             KeyreduceError: a logit is NaN or inf, or the text is too short for a haystack.
@@ -120,26 +125,26 @@ class RecallProbes:
         found = []
         for cell in self.cells:
             probes = self.draw(cell)
-            batches = iter(lambda: list(itertools.islice(probes, batch_size)), [])  # noqa: B023 (used up right here)
-            told = ask(self.loaded.model, processes.own(batches), name=str(self.loaded.folder), progress=progress)
-            found.append({**cell._asdict(), "told": told})
+            batches = iter(lambda: list(itertools.islice(probes, batch_size)), [])  # noqa: B023 (used up before the next one)
+            answered = ask(self.loaded.model, processes.own(batches), name=str(self.loaded.folder), progress=progress)
+            found.append({**cell._asdict(), "answered": answered})
         return found
 
 
 def recall_metrics(shares: Iterable[list[dict]]) -> dict[str, list[dict]]:
-    """Put together what all processes found: kind -> its cells, each with the averages of `probes.average`.
+    """Combine what all processes found: kind -> its cells, each with the averages of `probes.average`.
 
-    Cells of needles have them by depth too (``depths``).
+    Cells of needles have the averages by depth too (``depths``).
     """
     metrics: dict[str, list[dict]] = {}
     for parts in zip(*shares, strict=True):
         cell = {name: parts[0][name] for name in RecallCell._fields}
-        told = [one for part in parts for one in part["told"]]
-        averages = average(answers for _, answers in told)
-        depths = sorted({depth for depth, _ in told if depth is not None})
+        answered = [probe for part in parts for probe in part["answered"]]
+        averages = average(answers for _, answers in answered)
+        depths = sorted({depth for depth, _ in answered if depth is not None})
         if depths:
             averages["depths"] = [
-                {"depth": depth, **average(answers for at, answers in told if at == depth)} for depth in depths
+                {"depth": depth, **average(answers for at, answers in answered if at == depth)} for depth in depths
             ]
         metrics.setdefault(cell.pop("kind"), []).append({**cell, **averages})
     return metrics

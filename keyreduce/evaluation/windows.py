@@ -1,4 +1,4 @@
-"""Text to windows of tokens, each of which says which of its tokens are scored and how many words they begin.
+"""Text to windows of tokens: which tokens of each are scored, and how many words they begin.
 
 Shapes: B rows in a batch, T tokens in a window, N tokens in a document.
 """
@@ -62,7 +62,7 @@ def counted_tokens(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast)
 
 
 def windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, length: int, stride: int) -> Iterator[Window]:
-    """Yield windows of all documents joined, each document preceded by the separator.
+    """Yield windows of all documents joined, with the separator before each document.
 
     A window starts ``stride`` tokens after the one before it and scores its last ``stride`` tokens; the first window
     scores all it has. That is the sliding window of Hugging Face's guide to perplexity, and the rolling one of
@@ -87,17 +87,17 @@ def windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, length
     for counted in counted_tokens(documents, tokenizer):
         rest = torch.cat([rest, counted], dim=1)
         while rest.shape[1] >= length:
-            yield Window(*rest[:, :length], first)
+            yield Window(rest[0, :length], rest[1, :length], first)
             rest = rest[:, stride:]
             first, is_first = max(1, length - stride), False
     if is_first and rest.shape[1]:
-        yield Window(*rest, first)
+        yield Window(rest[0], rest[1], first)
 
 
 def document_windows(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, length: int, stride: int
 ) -> Iterator[Window]:
-    """Yield windows of each document on its own, preceded by the separator, so that each of its tokens is scored once.
+    """Yield windows of each document on its own, with the separator before it, so that each token is scored once.
 
     They are those of lm-evaluation-harness's ``loglikelihood_rolling`` with ``max_seq_len = length - 1`` and
     ``context_len = length - stride``: of a document the first window scores all it has, a further one ``stride`` tokens
@@ -118,11 +118,11 @@ def document_windows(
         while scored < total:
             end = min(total, length if scored == 1 else scored + stride)
             start = max(0, end - length)
-            yield Window(*counted[:, start:end], scored - start)
+            yield Window(counted[0, start:end], counted[1, start:end], scored - start)
             scored = end
 
 
-def alike(found: Iterable[Window], batch_size: int) -> Iterator[list[Window]]:
+def equal_length_batches(found: Iterable[Window], batch_size: int) -> Iterator[list[Window]]:
     """Yield lists of at most ``batch_size`` windows that follow each other and have the same length."""
     for _, same in groupby(found, key=lambda window: len(window.tokens_T)):
         while batch := list(islice(same, batch_size)):

@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
@@ -24,7 +24,7 @@ class LoadedModel(NamedTuple):
     """A model ready to run, with what is needed to feed it and to know its parts."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerFast | None
+    tokenizer: Any  # a PreTrainedTokenizerFast, or None where it was not asked for
     family: Family
     folder: Path
 

@@ -17,7 +17,15 @@ from keyreduce.checkpoint.folder import open_folder
 from keyreduce.cli import eval as command
 from keyreduce.cli.console import Console
 from keyreduce.errors import KeyreduceError
-from keyreduce.evaluation.harness import TaskMetric, Tasks, find_tasks, main_metrics, run_tasks, task_metrics, write_results
+from keyreduce.evaluation.harness import (
+    TaskMetric,
+    Tasks,
+    find_tasks,
+    main_metrics,
+    run_tasks,
+    task_metrics,
+    write_results,
+)
 from keyreduce.models.loading import LoadedModel, load_model
 
 pytest.importorskip("lm_eval", reason="needs the extra: harness")
@@ -256,7 +264,7 @@ def test_logits_that_are_not_finite_are_refused(everything, tiny_copy):
 
 
 def test_data_that_cannot_be_had_is_told_in_one_line(everything, tiny_folder):
-    with pytest.raises(KeyreduceError, match="lm-evaluation-harness stopped: .*file.jsonl") as told:
+    with pytest.raises(KeyreduceError, match=r"lm-evaluation-harness stopped: .*file\.jsonl") as told:
         run_tasks(load(tiny_folder("delta_net")), of(everything, "own_absent"))
     assert "\n" not in str(told.value)
 
@@ -318,7 +326,7 @@ def test_names_that_are_none(index, names, message):
 
 
 def test_what_cannot_be_done_is_told_before_anything_is_read(index, tmp_path, monkeypatch):
-    with pytest.raises(KeyreduceError, match="no folder .*absent of tasks"):
+    with pytest.raises(KeyreduceError, match=r"no folder .*absent of tasks"):
         find_tasks(["piqa"], tmp_path / "absent")
     for name, value in {"TORCHELASTIC_RUN_ID": "one", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)

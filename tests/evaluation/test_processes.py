@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from keyreduce.errors import KeyreduceError
-from keyreduce.evaluation.perplexity import Perplexity, RowCost
+from keyreduce.evaluation.perplexity import Perplexity
 from keyreduce.processes import Processes
 
 REPOSITORY = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
 
 
 def test_the_order_of_rows_changes_no_digit_of_the_sum():
-    rows = [RowCost(nats, 1, 2, 3) for nats in (1e16, 1.0, 0.1, 3e-9, 1e16 / 3)]
+    rows = [Perplexity(nats, 1, 2, 3) for nats in (1e16, 1.0, 0.1, 3e-9, 1e16 / 3)]
     sums = {Perplexity.of(rows[start:] + rows[:start]).nats for start in range(len(rows))}
     assert sums == {math.fsum(row.nats for row in rows)}
     assert Perplexity.of(rows).words == 15

@@ -208,7 +208,7 @@ def test_fla_is_left_as_it_was_also_after_an_error(model_type):
 def test_states_that_are_not_finite_are_refused(value):
     model = build("delta_net")
     model.model.layers[1].attn.v_proj.weight.data[0, 0] = value
-    with pytest.raises(KeyreduceError, match="the state of layer 1 of tiny holds NaN or inf"):
+    with pytest.raises(KeyreduceError, match="the states of layer 1 of tiny hold NaN or inf"):
         measure_rank(loaded(model), [draw_tokens(1, 8)], 4)
 
 

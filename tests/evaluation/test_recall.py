@@ -146,7 +146,9 @@ def test_a_model_that_recalls_answers_all(text):
         assert cell["probes"] == 5
         assert (cell["accuracy"], cell["choice_accuracy"], cell["all_right"], cell["rank"]) == (1, 1, 1, 1)
     for cell in figures["needle"]:
-        assert [(depth["depth"], depth["probes"]) for depth in cell["depths"]] == list(zip(DEPTHS, (2, 1, 1, 1)))
+        assert [(depth["depth"], depth["probes"]) for depth in cell["depths"]] == list(
+            zip(DEPTHS, (2, 1, 1, 1), strict=True)
+        )
 
 
 def test_a_model_that_forgets_fails_by_depth(text):

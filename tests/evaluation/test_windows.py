@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from keyreduce.checkpoint.find import DEFAULT_MODEL, SHIPPED
 from keyreduce.data.batches import token_rows
-from keyreduce.evaluation.windows import alike, counted_tokens, document_windows, windows
+from keyreduce.evaluation.windows import counted_tokens, document_windows, equal_length_batches, windows
 
 SEPARATOR = 256
 BYTES = AutoTokenizer.from_pretrained(SHIPPED / DEFAULT_MODEL)
@@ -120,7 +120,7 @@ def test_windows_of_documents_are_those_of_the_harness(length, stride):
 
 def test_a_batch_is_of_one_length():
     found = list(document_windows(DOCUMENTS, BYTES, 30, 29))
-    batches = list(alike(found, 2))
+    batches = list(equal_length_batches(found, 2))
     assert [id(window) for batch in batches for window in batch] == [id(window) for window in found]
     assert all(1 <= len(batch) <= 2 and len({len(window.tokens_T) for window in batch}) == 1 for batch in batches)
     assert {len(batch) for batch in batches} == {1, 2}
