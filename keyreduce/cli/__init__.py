@@ -6,16 +6,16 @@ from typing import NoReturn
 
 import typer
 
+from keyreduce.api.benchmark import BenchmarkRequest
 from keyreduce.api.calibrate import CalibrateRequest
+from keyreduce.api.convert import ConvertRequest
 from keyreduce.api.prune import PruneRequest
 from keyreduce.api.recover import RecoverRequest
-from keyreduce.cli import calibrate, errors, prune, recover, sweep, table
-from keyreduce.cli.benchmark import benchmark
+from keyreduce.api.verify import VerifyRequest
+from keyreduce.cli import benchmark, calibrate, convert_dcp, errors, prune, recover, sweep, table, verify
 from keyreduce.cli.command import add_command
-from keyreduce.cli.convert_dcp import convert_dcp
 from keyreduce.cli.eval import evaluate
 from keyreduce.cli.rank import rank
-from keyreduce.cli.verify import verify
 from keyreduce.errors import KeyreduceError
 from keyreduce.processes import is_torchrun
 from keyreduce.sweep.request import SweepRequest, TableRequest
@@ -31,13 +31,13 @@ app = typer.Typer(
 add_command(app, CalibrateRequest, calibrate.show, "calibrate")
 add_command(app, PruneRequest, prune.show, "prune")
 add_command(app, RecoverRequest, recover.show, "recover")
-app.command(name="convert-dcp")(convert_dcp)
-app.command()(benchmark)
+add_command(app, ConvertRequest, convert_dcp.show, "convert-dcp")
+add_command(app, BenchmarkRequest, benchmark.show, "benchmark")
 app.command(name="eval")(evaluate)
 app.command()(rank)
 add_command(app, SweepRequest, sweep.show, "sweep")
 add_command(app, TableRequest, table.show, "table")
-app.command()(verify)
+add_command(app, VerifyRequest, verify.show, "verify")
 
 
 def main() -> None:
