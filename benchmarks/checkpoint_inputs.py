@@ -41,18 +41,28 @@ def write_source(folder: Path, config: str, tensors: dict[str, torch.Tensor]) ->
     (folder / "config.json").write_text(config)
 
 
-def write_sums(source_folder: Path, path: Path) -> None:
-    """Write a calibration file of that checkpoint; its sums are random and positive."""
+def write_sums(source_folder: Path, path: Path, gram_LHKK: torch.Tensor | None = None) -> None:
+    """Write a calibration file of that checkpoint, with gradients; its statistics are random and positive.
+
+    Args:
+        source_folder: the checkpoint.
+        path: the file to write.
+        gram_LHKK: the sums of the Gram matrices of q and k, of L layers and H heads; random if None.
+    """
     from keyreduce.calibration.file import write_statistics
-    from keyreduce.calibration.statistics import LayerStatistics, Statistics
+    from keyreduce.calibration.statistics import LayerStatistics, Statistics, TaylorStatistics
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.families import family_of
 
-    source = open_folder(source_folder)
+    source, cpu = open_folder(source_folder), torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
     layers = {}
     for layer, sizes in family_of(source.config).layer_sizes(source.config).items():
-        layers[layer] = LayerStatistics.zeros(source.config["hidden_size"], sizes, torch.device("cpu"))
-        for tensor in layers[layer].tensors().values():
-            tensor.uniform_(0.5, 1.5, generator=generator)
+        layers[layer] = LayerStatistics.zeros(source.config["hidden_size"], sizes, cpu)
+        layers[layer].taylor = TaylorStatistics.zeros(sizes, cpu)
+        for name, tensor in layers[layer].tensors().items():
+            if gram_LHKK is not None and "gram" in name:
+                tensor.copy_(gram_LHKK[layer] / 2)
+            else:
+                tensor.uniform_(0.5, 1.5, generator=generator)
     write_statistics(Statistics(source.identity, 1000, layers, {}), path, overwrite=True)

@@ -17,6 +17,7 @@ import itertools
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,11 +27,10 @@ from pathlib import Path
 import torch
 import triton.testing
 
+from keyreduce.api import benchmark
+from keyreduce.api.benchmark import BenchmarkRequest
 from keyreduce.benchmarking.plot import plot_report
-from keyreduce.benchmarking.report import Request, benchmark_report
-from keyreduce.benchmarking.subjects import Subject, random_subjects
-from keyreduce.cli.benchmark_tables import print_tables
-from keyreduce.cli.console import Console, scaled
+from keyreduce.cli.console import scaled
 from keyreduce.errors import KeyreduceError, reason
 from keyreduce.outputs import read_json, write_json
 
@@ -38,14 +38,18 @@ HERE = Path(__file__).parent
 CONFIGS = {name: HERE.parent / f"configs/benchmark/{name}-2048.json" for name in ("delta-net", "gated-deltanet")}
 KEY_SIZES = (128, 96, 64, 48, 32)
 
-# Whole sequences come in batches of 32,768 tokens. A step of training is last: it changes the weights.
+# Whole sequences come in batches of 32,768 tokens.
+SHAPES = {length: {"batch_size": 32768 // length, "seq_len": [length]} for length in (2048, 8192)}
 MEASUREMENTS = {
-    **{f"mixer-{length}": Request(("mixer",), 32768 // length, (length,)) for length in (2048, 8192)},
-    **{f"decode-{size}": Request(("decode",), decode_batch_sizes=(size,)) for size in (1, 32, 256)},
-    **{f"forward-{length}": Request(("forward",), 32768 // length, (length,)) for length in (2048, 8192)},
+    **{f"mixer-{length}": BenchmarkRequest(mixer=True, **shape) for length, shape in SHAPES.items()},
+    **{
+        f"decode-{size}": BenchmarkRequest(decode=True, decode_batch_sizes=[size], max_batch_size=0)
+        for size in (1, 32, 256)
+    },
+    **{f"forward-{length}": BenchmarkRequest(forward=True, **shape) for length, shape in SHAPES.items()},
     # The first batch says how much memory one takes, and should be large enough that little else counts.
-    "largest-batch": Request(("decode",), decode_batch_sizes=(1024,), max_batch_size=1 << 20, scopes=()),
-    "train_step-2048": Request(("train_step",), 4, (2048,), rounds=15),
+    "largest-batch": BenchmarkRequest(decode=True, decode_batch_sizes=[1024], max_batch_size=1 << 20, scopes=()),
+    "train_step-2048": BenchmarkRequest(train_step=True, batch_size=4, seq_len=[2048], rounds=15),
 }
 
 
@@ -72,7 +76,7 @@ def main() -> None:
     if not chosen.table:
         triton.testing.do_bench = partial(triton.testing.do_bench, warmup=5, rep=20)
         # The kernels of training take minutes more to compile and to tune: all else is measured before.
-        training = [name for name in chosen.only if MEASUREMENTS[name].kinds == ("train_step",)]
+        training = [name for name in chosen.only if MEASUREMENTS[name].train_step]
         stages = ([name for name in MEASUREMENTS if name in set(chosen.only) - set(training)], training)
         failed = [told for stage in stages for told in measure(stage, chosen)]
     put_together(chosen.output)
@@ -96,37 +100,30 @@ def measure(names: Sequence[str], chosen: argparse.Namespace) -> list[str]:
     """
     failed = []
     todo = missing(names, chosen)
-    compile_seconds = None
     if todo and not chosen.compiled and torch.device(chosen.device).type == "cuda":
-        compile_seconds = compile_kernels(todo, chosen)
+        compile_kernels(todo, chosen)
     start = time.perf_counter()
     for config, found in todo.items():
-        subjects = make_subjects(config, chosen)
         for name in found:
+            gc.collect()  # the models of the last measurement
             try:
-                report = benchmark_report(subjects, MEASUREMENTS[name]) | {"compile_seconds": compile_seconds}
+                benchmark.run(request_of(config, name, chosen, file_of(chosen.output, config, name)))
             except (KeyreduceError, RuntimeError) as error:
                 failed.append(f"{config} {name}: {reason(error)}")
                 tell(f"== {failed[-1]}")
-                continue
-            write_json(file_of(chosen.output, config, name), report)
-            tell(f"== {config} {name}, {time.perf_counter() - start:.0f} s after the first")
-            print_tables(Console(as_json=False), report)
-            sys.stdout.flush()
+            else:
+                tell(f"== {config} {name}, {time.perf_counter() - start:.0f} s after the first")
     return failed
 
 
-def make_subjects(config: str, chosen: argparse.Namespace) -> list[Subject]:
-    """Return random models of an architecture, one for each key size."""
-    device = torch.device(chosen.device)
-    return random_subjects(read_json(CONFIGS[config]), chosen.key_sizes, device, torch.bfloat16, whole=True, seed=0)
+def request_of(config: str, name: str, chosen: argparse.Namespace, output: Path) -> BenchmarkRequest:
+    """Return a measurement of random models of an architecture, one for each key size."""
+    models = {"scaling": chosen.key_sizes, "config": CONFIGS[config], "device": chosen.device, "dtype": "bfloat16"}
+    return replace(MEASUREMENTS[name], **models, output=output)
 
 
-def compile_kernels(todo: Mapping[str, Sequence[str]], chosen: argparse.Namespace) -> float:
-    """Let a process for each architecture and key size run everything once: then Triton's cache has the kernels.
-
-    Returns how many seconds that took.
-    """
+def compile_kernels(todo: Mapping[str, Sequence[str]], chosen: argparse.Namespace) -> None:
+    """Let a process for each architecture and key size run everything once: then Triton's cache has the kernels."""
     gc.collect()
     torch.cuda.empty_cache()
     start = time.perf_counter()
@@ -142,22 +139,19 @@ def compile_kernels(todo: Mapping[str, Sequence[str]], chosen: argparse.Namespac
     finally:
         for process in processes.values():
             process.kill()
-    seconds = time.perf_counter() - start
-    tell(f"== kernels compiled in {seconds:.0f} s")
+    tell(f"== kernels compiled in {time.perf_counter() - start:.0f} s")
     if failed:
         tell(f"the processes for {', '.join(failed)} failed; their kernels are compiled when they are warmed up")
-    return seconds
 
 
 def compile_here(chosen: argparse.Namespace) -> None:
     """Run everything once, with the same kernels and as little else as may be."""
     triton.testing.do_bench = run_once
-    for config in chosen.config:
-        subjects = make_subjects(config, chosen)
-        for name in chosen.only:
-            request = MEASUREMENTS[name]
-            first = min(request.max_batch_size, *request.decode_batch_sizes)
-            benchmark_report(subjects, replace(request, max_batch_size=first, rounds=1))
+    with tempfile.TemporaryDirectory(prefix="keyreduce-") as folder:
+        for config, name in itertools.product(chosen.config, chosen.only):
+            request = request_of(config, name, chosen, Path(folder) / f"{config}-{name}.json")
+            first = min([request.max_batch_size or 0, *request.decode_batch_sizes])
+            benchmark.run(replace(request, max_batch_size=first, rounds=1))
 
 
 def run_once(call: Callable[[], object], quantiles: Sequence[float] | None = None, **_: object) -> list[float]:

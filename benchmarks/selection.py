@@ -18,19 +18,15 @@ from statistics import median
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from checkpoint_inputs import describe_model, write_source, write_sums
 from scipy.linalg import qr, solve_triangular
 
-from keyreduce.calibration.file import read_statistics, write_statistics
-from keyreduce.calibration.statistics import LayerStatistics, Statistics, TaylorStatistics
+from keyreduce.api.prune import Cut, PruneRequest
+from keyreduce.calibration.file import read_statistics
 from keyreduce.checkpoint.folder import open_folder
-from keyreduce.families.delta_net import DELTA_NET
-from keyreduce.pruning.budget import Budget
 from keyreduce.pruning.methods import METHODS, Method
-from keyreduce.pruning.planning import make_plan
 from keyreduce.pruning.strong_rrqr import strong_rrqr
-
-PROJECTIONS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
+from keyreduce.reporting import Reporter
 
 # Channels of a graded head come in groups of this many.
 GROUP = 16
@@ -73,6 +69,13 @@ def sampled_head(seed: int, head: int, samples: int, channels: int) -> np.ndarra
     return white_samples(seed, samples, channels) @ factor_KK
 
 
+def grams(options: argparse.Namespace) -> list[np.ndarray]:
+    """Return the Gram matrices ``[K, K]`` of the heads of all layers."""
+    heads = range(options.layers * options.heads)
+    data = (sampled_head(options.seed, head, options.samples, options.channels) for head in heads)
+    return [data_NK.T @ data_NK for data_NK in data]
+
+
 def textbook_strong_rrqr(data_NK: np.ndarray, keep: int, f: float) -> tuple[np.ndarray, int]:
     """Return the kept channels and the number of swaps of Gu and Eisenstat's algorithm 4, as one would write it down:
     QR with column pivoting, then a swap and a new QR of the permuted matrix for as long as the largest rho is above f.
@@ -97,10 +100,10 @@ def log_volume(data_NK: np.ndarray, kept_R: np.ndarray) -> float:
     return float(np.log(np.abs(qr(data_NK[:, kept_R], mode="economic")[1].diagonal())).sum())
 
 
-def timed(call: Callable):
+def timed(call: Callable, *arguments: object, **settings: object):
     """Return the result and the seconds it took."""
     start = time.perf_counter()
-    result = call()
+    result = call(*arguments, **settings)
     return result, time.perf_counter() - start
 
 
@@ -115,13 +118,13 @@ def strong_rrqr_section(options: argparse.Namespace) -> dict:
     gram_HKK, ours_H, textbook_H = ([None] * len(heads) for _ in range(3))
     for _ in range(options.rounds):
         for head in heads:
-            gram_HKK[head], took = timed(lambda: data_HNK[head].T @ data_HNK[head])
+            gram_HKK[head], took = timed(np.matmul, data_HNK[head].T, data_HNK[head])
             seconds["gram"][head].append(took)
         for head in heads:
-            ours_H[head], took = timed(lambda: strong_rrqr(gram_HKK[head], options.keep, f=options.f))
+            ours_H[head], took = timed(strong_rrqr, gram_HKK[head], options.keep, f=options.f)
             seconds["ours"][head].append(took)
         for head in heads:
-            textbook_H[head], took = timed(lambda: textbook_strong_rrqr(data_HNK[head], options.keep, options.f))
+            textbook_H[head], took = timed(textbook_strong_rrqr, data_HNK[head], options.keep, options.f)
             seconds["textbook"][head].append(took)
 
     rows = []
@@ -156,13 +159,11 @@ def strong_rrqr_section(options: argparse.Namespace) -> dict:
         "worst_log_volume_difference": min(row["log_volume"] - row["textbook_log_volume"] for row in rows),
     }
     count = options.layers * options.heads
-    gram_HKK = []
-    for head in range(count):
-        data_NK = sampled_head(options.seed, head, options.samples, options.channels)
-        gram_HKK.append(data_NK.T @ data_NK)
-    times = []
+    gram_HKK, times = grams(options), []
     for _ in range(options.rounds):
-        all_ours, took = timed(lambda: [strong_rrqr(gram_KK, options.keep, f=options.f) for gram_KK in gram_HKK])
+        all_ours, took = timed(
+            lambda: [strong_rrqr(gram_KK, options.keep, f=options.f) for gram_KK in gram_HKK]
+        )
         times.append(took)
     figures |= {
         "all_heads": count,
@@ -177,69 +178,29 @@ def strong_rrqr_section(options: argparse.Namespace) -> dict:
     return figures | {"heads": rows}
 
 
-def write_model(folder: Path, options: argparse.Namespace) -> None:
-    """Write a DeltaNet of the given shape, its mixers alone, in bfloat16."""
-    hidden = options.heads * options.channels
-    config = {
-        "model_type": "delta_net",
-        "hidden_size": hidden,
-        "num_heads": options.heads,
-        "num_hidden_layers": options.layers,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator().manual_seed(options.seed)
-    weight_DD = torch.randn(hidden, hidden, generator=generator).mul_(hidden**-0.5).bfloat16()
-    names = [f"{DELTA_NET.tensor_name(layer, name)}" for layer in range(options.layers) for name in PROJECTIONS]
-    # Rolled, so that no two are alike; drawing each would take longer than all the rest.
-    tensors = {name: weight_DD.roll(31 * shift, dims=0) for shift, name in enumerate(names)}
-    save_file(tensors, folder / "model.safetensors")
-
-
-def write_sums(folder: Path, options: argparse.Namespace) -> None:
-    """Write a calibration file of that model, with the Gram matrices of the heads above, and gradients."""
-    source = open_folder(folder)
-    grams = [
-        data_NK.T @ data_NK
-        for head in range(options.layers * options.heads)
-        for data_NK in [sampled_head(options.seed, head, options.samples, options.channels)]
-    ]
-    gram_LHKK = torch.from_numpy(np.stack(grams)).unflatten(0, (options.layers, options.heads))
-    generator = torch.Generator().manual_seed(options.seed)
-    layers = {}
-    for layer, sizes in DELTA_NET.layer_sizes(source.config).items():
-        sums = LayerStatistics.zeros(source.config["hidden_size"], sizes, torch.device("cpu"))
-        sums.taylor = TaylorStatistics.zeros(sizes, torch.device("cpu"))
-        for name, tensor in sums.tensors().items():
-            if "gram" in name:
-                tensor.copy_(gram_LHKK[layer] / 2)
-            else:
-                tensor.copy_(torch.rand(tensor.shape, generator=generator))
-        layers[layer] = sums
-    statistics = Statistics(source.identity, options.samples, layers, {})
-    write_statistics(statistics, folder / "calibration.safetensors")
-
-
 def methods_section(options: argparse.Namespace) -> dict:
     """Every method on every target it chooses, for the whole model: from the files on disk to the plan."""
     size = f"{options.layers} layers x {options.heads} heads x {options.channels} channels"
     print(f"\nSelection for {size}, half of them kept")
     print("From opening the checkpoint and the calibration file to the plan; seconds, median, least and most.")
     with tempfile.TemporaryDirectory(prefix="keyreduce-") as name:
-        folder = Path(name)
-        write_model(folder, options)
-        write_sums(folder, options)
+        folder, calibration = Path(name) / "model", Path(name) / "calibration.safetensors"
+        sizes = {"hidden": options.heads * options.channels, "heads": options.heads, "layers": options.layers}
+        config, tensors = describe_model(**sizes)
+        write_source(folder, config, {name: tensor for name, tensor in tensors.items() if ".attn." in name})
+        gram_LHKK = torch.from_numpy(np.stack(grams(options))).unflatten(0, (options.layers, options.heads))
+        write_sums(folder, calibration, gram_LHKK)
 
         def select(method: Method, target: str) -> None:
+            cut = Cut.of(PruneRequest(method=method.name, target=target, ratio="0.5", seed=options.seed))
             source = open_folder(folder)
-            statistics = read_statistics(folder / "calibration.safetensors") if method.needs_statistics else None
-            keep = Budget.of([target], ratio=["0.5"]).numbers(source.config, statistics, method, {})
-            make_plan(source, method, keep, seed=options.seed, statistics=statistics, inputs={})
+            cut.plan(source, read_statistics(calibration) if cut.needs_statistics else None, {}, Reporter())
 
         cells = [(method, target) for method in METHODS.values() for target in method.select]
         seconds = {(method.name, target): [] for method, target in cells}
         for _ in range(options.rounds):
             for method, target in cells:
-                seconds[method.name, target].append(timed(lambda: select(method, target))[1])
+                seconds[method.name, target].append(timed(select, method, target)[1])
     for (method, target), times in seconds.items():
         print(f"{method:>10} {target:>6} {median(times):>7.2f} ({min(times):.2f} to {max(times):.2f})")
     slowest = max(seconds, key=lambda cell: median(seconds[cell]))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from decode_cases import Case, H, V, draw
 
-from keyreduce.benchmarking.timing import Timing, ratio
+from keyreduce.benchmarking.timing import RoundTimes, ratio
 
 START = time.perf_counter()
 FASTEST = 3e12  # bytes a second, about; says how many steps that is
@@ -83,7 +83,7 @@ def median(times: Sequence[float]) -> float:
 
 def speedup(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
     """Return their time over ours, round by round: the median, and its 95% interval."""
-    value, (low, high) = ratio(Timing(tuple(theirs)), Timing(tuple(ours)))
+    value, (low, high) = ratio(RoundTimes(tuple(theirs)), RoundTimes(tuple(ours)))
     return value, low, high
 
 

@@ -1,4 +1,4 @@
-"""Work that Python starts too slowly to be timed, recorded once and played back by the GPU: CUDA graphs."""
+"""CUDA graphs: kernels that Python launches too slowly to be timed are recorded once and replayed by the GPU."""
 
 from collections.abc import Callable
 
@@ -8,24 +8,24 @@ from keyreduce.errors import reason
 
 
 class NotRecordedError(Exception):
-    """A function does not record as a CUDA graph; the message is why."""
+    """A function cannot be recorded as a CUDA graph; the message says why."""
 
 
 def capture(function: Callable[[], object], device: torch.device, reads: object = None) -> Callable[[], None]:
-    """Record what a function launches, and return a function that launches it all at once.
+    """Record the kernels that a function launches, and return a function that launches them all at once.
 
-    A cache replaces its tensors at every step, so a recorded chain of steps reads what the step before it wrote, and
-    every replay starts from the same tensors: nothing needs to be copied back.
+    A cache replaces its tensors at every step. So each step of a recorded chain reads what the step before it wrote,
+    and every replay starts from the same tensors: nothing needs to be copied back.
 
     Args:
-        function: what to record. It must have run before, so that all kernels are compiled and tuned.
-        device: where it computes.
-        reads: whatever holds the tensors that the function starts from and may let go of; a replay reads them where
-            they are now, so they are kept for as long as the recording is.
+        function: the function. It must have run before, so that all kernels are compiled and tuned.
+        device: the device that it runs on.
+        reads: an object that holds the tensors that the function starts from. A replay reads them at their present
+            addresses, so they are kept as long as the recording, also where the function drops them.
 
     Raises:
-        NotRecordedError: it does something that a graph cannot hold, such as waiting for the device; or that is a CPU.
-        torch.OutOfMemoryError: there is no memory for a second set of the tensors that it makes.
+        NotRecordedError: the function does what a graph cannot hold, such as waiting for the device; or it is a CPU.
+        torch.OutOfMemoryError: there is no memory for a second set of the tensors that the function makes.
     """
     if device.type != "cuda":
         raise NotRecordedError("CUDA graphs are for a GPU")
@@ -36,7 +36,7 @@ def capture(function: Callable[[], object], device: torch.device, reads: object 
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        # Any operator may refuse in a way of its own; a device that has failed says so again here.
+        # Operators raise all kinds of errors here; if it is the device that has failed, this raises again.
         torch.cuda.synchronize(device)
         raise NotRecordedError(reason(error)) from error
 

@@ -1,8 +1,8 @@
-"""The figures of a report as pictures: speedup and memory against the key size, and decoding against its floor."""
+"""A report drawn as charts: speedup and memory against the key size, and decoding against its lower bound."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -11,11 +11,11 @@ _SCOPES = {"model": "whole model", "mixer": "one mixer layer", "operator": "oper
 
 
 def plot_report(report: dict, path: Path) -> None:
-    """Draw what a report of :func:`keyreduce.benchmarking.report.benchmark_report` holds into a picture.
+    """Draw a report of :func:`keyreduce.benchmarking.report.benchmark_report`.
 
     Args:
         report: the JSON object, of at least one kind of measurement.
-        path: the picture; its ending says which format.
+        path: the file to write; its suffix chooses the format.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -69,13 +69,15 @@ def _grouped(entries: Sequence[dict], by: str) -> dict[int, list[dict]]:
     return groups
 
 
-def _line(axis: "Axes", entries: Sequence[dict], values: Sequence[float], label: str | None, **style) -> None:
+def _line(
+    axis: "Axes", entries: Sequence[dict], values: Sequence[float], label: str | None, marker: str = "o", **style: Any
+) -> None:
     keys = [entry["head_k_dim"] for entry in entries]
-    axis.plot(keys, values, label=label, **{"marker": "o"} | style)
+    axis.plot(keys, values, label=label, marker=marker, **style)
 
 
 def _finish(axis: "Axes", title: str, unit: str) -> None:
-    keys = sorted({key for line in axis.get_lines() for key in line.get_xdata()})
+    keys = sorted({key for line in axis.get_lines() for key in cast(list[int], line.get_xdata())})
     axis.set_xticks(keys, [str(key) for key in keys])
     axis.invert_xaxis()
     axis.legend(fontsize=8)

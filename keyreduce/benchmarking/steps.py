@@ -1,7 +1,8 @@
 """Decoding steps of a whole model, of one mixer layer, and of the delta-rule operator alone, ready to be timed.
 
-One token of context comes before: a delta-rule layer costs the same at every position, a softmax layer of a hybrid
-would not. Layers, their states and the operator's states are rotated past the cache of the device.
+The context is one token: a delta-rule layer takes as long at any position, but the softmax layers of a hybrid do not.
+A mixer and the operator are timed on several copies of their weights and states in turn, so many that no copy is still
+in the cache of the device when its turn comes.
 
 Shapes: B sequences, D hidden.
 """
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 from transformers import Cache, DynamicCache
 
-from keyreduce.benchmarking.subjects import Subject
+from keyreduce.benchmarking.timed_models import TimedModel
 from keyreduce.benchmarking.timing import copies_past_cache
 from keyreduce.benchmarking.work import mixer_work
 from keyreduce.models.operators import replaced_operators
@@ -23,13 +24,13 @@ from keyreduce.models.operators import replaced_operators
 _TOKENS = 4
 
 
-class Steps(NamedTuple):
-    """Some decoding steps.
+class DecodeSteps(NamedTuple):
+    """One or several decoding steps.
 
     Attributes:
-        run: takes them.
-        count: how many they are.
-        reads: returns what holds the tensors that the next ``run`` starts from.
+        run: a function that runs them.
+        count: the number of steps in one ``run``.
+        reads: a function that returns an object with the tensors that the next ``run`` starts from.
     """
 
     run: Callable[[], object]
@@ -38,10 +39,10 @@ class Steps(NamedTuple):
 
 
 @torch.inference_mode()
-def model_steps(subject: Subject, batch_size: int, seed: int) -> Steps:
-    """Return steps of a whole model: it reads random tokens, and its cache goes from each step to the next."""
-    model, generator = subject.model, torch.Generator().manual_seed(seed)
-    tokens_B1 = torch.randint(subject.vocabulary, (batch_size, 1), generator=generator).to(model.device)
+def model_steps(timed: TimedModel, batch_size: int, seed: int) -> DecodeSteps:
+    """Return steps of a whole model on random tokens, in which the cache passes from each step to the next."""
+    model, generator = timed.model, torch.Generator().manual_seed(seed)
+    tokens_B1 = torch.randint(timed.vocabulary, (batch_size, 1), generator=generator).to(model.device)
     cache = model(input_ids=tokens_B1, use_cache=True).past_key_values
 
     @torch.inference_mode()
@@ -49,18 +50,18 @@ def model_steps(subject: Subject, batch_size: int, seed: int) -> Steps:
         for _ in range(_TOKENS):
             model(input_ids=tokens_B1, past_key_values=cache, use_cache=True)
 
-    return Steps(run, _TOKENS, lambda: _contents(cache))
+    return DecodeSteps(run, _TOKENS, lambda: _contents(cache))
 
 
 @torch.inference_mode()
-def mixer_steps(subject: Subject, batch_size: int, seed: int) -> Steps:
+def mixer_steps(timed: TimedModel, batch_size: int, seed: int) -> DecodeSteps:
     """Return one step for each of several copies of the mixer, each with a cache of its own."""
     generator = torch.Generator().manual_seed(seed)
-    work = mixer_work(subject.mixer, subject.hidden, subject.sizes, batch_size=batch_size, seq_len=1, cached=True)
-    mixers = [copy.deepcopy(subject.mixer) for _ in range(copies_past_cache(work.bytes, subject.model.device))]
-    hidden_B1D = torch.randn(batch_size, 1, subject.hidden, generator=generator)
-    hidden_B1D = hidden_B1D.to(subject.model.device, subject.model.dtype)
-    keyword, caches = _empty_caches(subject, len(mixers))
+    work = mixer_work(timed.mixer, timed.hidden, timed.sizes, batch_size=batch_size, seq_len=1, cached=True)
+    mixers = [copy.deepcopy(timed.mixer) for _ in range(copies_past_cache(work.bytes, timed.model.device))]
+    hidden_B1D = torch.randn(batch_size, 1, timed.hidden, generator=generator)
+    hidden_B1D = hidden_B1D.to(timed.model.device, timed.model.dtype)
+    keyword, caches = _empty_caches(timed, len(mixers))
 
     @torch.inference_mode()
     def run() -> None:
@@ -68,20 +69,20 @@ def mixer_steps(subject: Subject, batch_size: int, seed: int) -> Steps:
             mixer(hidden_states=hidden_B1D, use_cache=True, **{keyword: cache})
 
     run()
-    return Steps(run, len(mixers), lambda: [_contents(cache) for cache in caches])
+    return DecodeSteps(run, len(mixers), lambda: [_contents(cache) for cache in caches])
 
 
-def _empty_caches(subject: Subject, count: int) -> tuple[str, list[Cache]]:
-    """Return what a mixer takes its cache as, and caches of its kind: fla's layers and transformers' differ."""
-    if "cache_params" in signature(subject.mixer.forward).parameters:
-        return "cache_params", [DynamicCache(config=subject.model.config) for _ in range(count)]
+def _empty_caches(timed: TimedModel, count: int) -> tuple[str, list[Cache]]:
+    """Return the name of the mixer's cache argument, and caches for it; fla's and transformers' layers differ."""
+    if "cache_params" in signature(timed.mixer.forward).parameters:
+        return "cache_params", [DynamicCache(config=timed.model.config) for _ in range(count)]
     from fla.models.utils import Cache as TheirCache
 
     return "past_key_values", [TheirCache() for _ in range(count)]
 
 
 def _contents(cache: Cache) -> list[dict]:
-    """Return what each layer of a cache holds now, for a cache that lets go of it at the next step."""
+    """Return what each layer of a cache holds now; the cache may drop it at the next step."""
     return [
         {name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
         for layer in cache.layers
@@ -89,10 +90,10 @@ def _contents(cache: Cache) -> list[dict]:
 
 
 @torch.inference_mode()
-def operator_steps(subject: Subject, batch_size: int, seed: int) -> Steps:
-    """Return one call of the delta-rule operator for each of several states, with what the mixer gives it."""
-    with _last_call(subject) as calls:
-        mixer_steps(subject, batch_size, seed).run()
+def operator_steps(timed: TimedModel, batch_size: int, seed: int) -> DecodeSteps:
+    """Return one call of the delta-rule operator for each of several states, with the arguments of the mixer."""
+    with _last_call(timed) as calls:
+        mixer_steps(timed, batch_size, seed).run()
     ((operator, operands, arguments),) = calls
     first = arguments["initial_state"]
     count = copies_past_cache(2 * first.numel() * first.element_size(), first.device, at_most=256)
@@ -100,13 +101,13 @@ def operator_steps(subject: Subject, batch_size: int, seed: int) -> Steps:
 
     @torch.inference_mode()
     def run() -> list:
-        # All results are kept until the end: a new state in the place of the last one would not leave the cache.
+        # All results are kept until the end: a new state at the address of the last one would stay in the cache.
         return [operator(*operands, **arguments | {"initial_state": state}) for state in states]
 
-    return Steps(run, count, lambda: states)
+    return DecodeSteps(run, count, lambda: states)
 
 
-STEPS: dict[str, Callable[[Subject, int, int], Steps]] = {
+STEPS: dict[str, Callable[[TimedModel, int, int], DecodeSteps]] = {
     "model": model_steps,
     "mixer": mixer_steps,
     "operator": operator_steps,
@@ -114,18 +115,18 @@ STEPS: dict[str, Callable[[Subject, int, int], Steps]] = {
 
 
 @contextlib.contextmanager
-def _last_call(subject: Subject) -> Iterator[list]:
-    """Note the last operator that the block makes a mixer call, with its arguments."""
+def _last_call(timed: TimedModel) -> Iterator[list]:
+    """Yield a list that holds the last operator that the mixer called within the block, with its arguments."""
     calls: list = []
 
     def noting(operator):
         def call(*operands, initial_state=None, **arguments):
-            # A cache may write the next state into the place of this one.
+            # A cache may write the next state over this one.
             state = None if initial_state is None else initial_state.clone()
             calls[:] = [(operator, operands, arguments | {"initial_state": state})]
             return operator(*operands, initial_state=initial_state, **arguments)
 
         return call
 
-    with replaced_operators(subject.family, [subject.mixer], noting):
+    with replaced_operators(timed.family, [timed.mixer], noting):
         yield calls

@@ -1,4 +1,4 @@
-"""One harness for every benchmark: contenders take turns, so that whatever slows the machine slows all of them."""
+"""One timing harness for every benchmark: functions take turns, so that disturbances slow all of them alike."""
 
 import itertools
 import math
@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from scipy.stats import binom
@@ -23,12 +23,12 @@ _Mark = float | torch.cuda.Event
 
 
 @dataclass(frozen=True)
-class Timing:
-    """The seconds of each round of one contender.
+class RoundTimes:
+    """The latencies of one function.
 
     Attributes:
-        seconds: of each round.
-        warmup_seconds: what the calls before them took; the autotuning and compiling of kernels is in there.
+        seconds: the time of each round.
+        warmup_seconds: the time of the calls before them, in which kernels are compiled and tuned.
     """
 
     seconds: tuple[float, ...]
@@ -43,23 +43,23 @@ class Timing:
     def interval(self) -> tuple[float, float]:
         """The 95% interval of the median, in seconds, by order statistics.
 
-        Nothing is assumed of how the times are distributed: a round is as likely to fall below the true median as
-        above it, so the binomial distribution says between which rounds, in order of time, the median lies. Fewer
-        than 6 rounds cannot give 95%; the interval is then all of their range.
+        Nothing is assumed about the distribution of the times: a round is as likely to fall below the true median as
+        above it, so the binomial distribution gives the two rounds, in order of time, between which the median lies.
+        Fewer than 6 rounds cannot give 95%; the interval is then their whole range.
         """
         return _median_interval(self.seconds)
 
-    def divided(self, steps: int) -> "Timing":
-        """Return the times of one step where each round held ``steps`` of them."""
-        return Timing(tuple(seconds / steps for seconds in self.seconds), self.warmup_seconds)
+    def divided(self, steps: int) -> "RoundTimes":
+        """Return the times of one step, where each round ran ``steps`` of them."""
+        return RoundTimes(tuple(seconds / steps for seconds in self.seconds), self.warmup_seconds)
 
 
 class PeakMemory(NamedTuple):
-    """Bytes that a call held at most, above what was held before it.
+    """The most bytes that a call held, beyond those that were held before it.
 
     Attributes:
-        allocated: in tensors.
-        reserved: what PyTorch's allocator took from the device for them; None on a CPU, where nobody counts it.
+        allocated: bytes of tensors.
+        reserved: bytes that PyTorch's allocator took from the device for them; None on a CPU, where it is not counted.
     """
 
     allocated: int
@@ -67,49 +67,49 @@ class PeakMemory(NamedTuple):
 
 
 def rotated(function: Callable[..., object], inputs: Sequence[object]) -> Callable[[], object]:
-    """Return a function without arguments that gives ``function`` the next of the inputs at each call, in a circle."""
+    """Return a function without arguments that calls ``function`` with the next input each time, cyclically."""
     turns = itertools.cycle(inputs)
     return lambda: function(next(turns))
 
 
-def copies_past_cache(size: int, device: torch.device, at_most: int = 64) -> int:
-    """Return how many inputs of ``size`` bytes to rotate, so that none is in the device's cache when its turn comes.
+def copies_past_cache(size: float, device: torch.device, at_most: int = 64) -> int:
+    """Return the number of inputs of ``size`` bytes at which none is in the device's cache when its turn comes.
 
-    Together they are twice the L2 of a GPU, or 64 MiB on a CPU.
+    Together they are twice as large as the L2 cache of a GPU, or 64 MiB on a CPU.
     """
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _CPU_CACHE
     return max(1, min(at_most, math.ceil(2 * cache / max(size, 1))))
 
 
-def ratio(a: Timing, b: Timing) -> tuple[float, tuple[float, float]]:
-    """Return the median of ``a / b``, round by round, and its 95% interval (see `Timing.interval`).
+def ratio(a: RoundTimes, b: RoundTimes) -> tuple[float, tuple[float, float]]:
+    """Return the median of ``a / b``, round by round, and its 95% interval (see `RoundTimes.interval`).
 
-    What slows one round of ``a`` mostly slows the round of ``b`` beside it too, so this is steadier than the ratio of
-    the medians. Both must have the same number of rounds, from one `interleave`.
+    Disturbances usually hit a round of ``a`` and the round of ``b`` beside it alike, so this varies less than the
+    ratio of the medians. Both must have the same number of rounds, from one :func:`interleave`.
     """
     ratios = [ours / theirs for ours, theirs in zip(a.seconds, b.seconds, strict=True)]
     return statistics.median(ratios), _median_interval(ratios)
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[], object]],
+    functions: Mapping[str, Callable[[], object]],
     device: torch.device,
     *,
     rounds: int,
     warmup: int = 20,
     progress: Callable[[int], None] | None = None,
-) -> dict[str, Timing]:
+) -> dict[str, RoundTimes]:
     """Time functions in turns: A B A B ...
 
-    Each is first called untimed until its time has stopped falling: until the fastest call has not become 5% faster in
-    3 calls. On CUDA the time is that of the device, between events, and nothing waits for it before the last round.
+    Each is first warmed up: it is called until 3 calls in a row are not 5% faster than the fastest before. On CUDA the
+    device's time between events is taken, and the host waits for the device only after the last round.
 
     Args:
-        contenders: name -> function.
-        device: where the functions compute.
+        functions: name -> function.
+        device: the device that the functions run on.
         rounds: timed calls of each function, at least 1.
-        warmup: untimed calls of each function, at most.
-        progress: called with 1 after each round; on CUDA when the round is queued.
+        warmup: the most calls of each function to warm it up.
+        progress: called with 1 after each round; on CUDA once the round is queued.
 
     Returns:
         Name -> times, in the order given.
@@ -117,39 +117,38 @@ def interleave(
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; there is at least one")
     warmup_seconds = {}
-    for name, function in contenders.items():
+    for name, function in functions.items():
         start = perf_counter()
         _warm_up(function, device, warmup)
         warmup_seconds[name] = perf_counter() - start
-    marks = {name: [] for name in contenders}
+    marks = {name: [] for name in functions}
     for _ in range(rounds):
-        for name, function in contenders.items():
+        for name, function in functions.items():
             marks[name].append(_marks_around(function, device))
         if progress is not None:
             progress(1)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return {
-        name: Timing(tuple(_seconds(*pair) for pair in pairs), warmup_seconds[name]) for name, pairs in marks.items()
-    }
+    seconds = {name: tuple(_seconds(*pair) for pair in pairs) for name, pairs in marks.items()}
+    return {name: RoundTimes(times, warmup_seconds[name]) for name, times in seconds.items()}
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> PeakMemory:
-    """Call a function once and return the most memory it held, in bytes above what was held before.
+    """Call a function once and return its peak memory, beyond what was held before.
 
-    On CUDA by the statistics of PyTorch's allocator. On a CPU it is the tensors that operators returned and that were
-    alive at once: exact and repeatable, where the resident memory of the process hangs on how its heap is split up.
-    What an operator takes and gives back within one call is not seen there.
+    On CUDA it is read from the statistics of PyTorch's allocator. On a CPU the tensors that operators return are
+    counted while they live: that is exact and repeatable, while the resident memory of the process depends on how its
+    heap is fragmented. It does not include what an operator allocates and frees within one call.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()  # else what earlier calls left in reserve would serve this one
+        torch.cuda.empty_cache()  # otherwise the reserve of earlier calls would serve this one
         allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
         function()
         torch.cuda.synchronize(device)
         allocated = torch.cuda.max_memory_allocated(device) - allocated
-        # Gaps in blocks that are held already serve a part, and need no block of their own.
+        # A part fits into gaps of blocks that are held already, and needs no block of its own.
         return PeakMemory(allocated, max(allocated, torch.cuda.max_memory_reserved(device) - reserved))
     with _LiveTensors() as live:
         function()
@@ -157,7 +156,7 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> PeakMem
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make while it is active, until they are freed."""
+    """Counts the bytes of the storages that operators make while it is active, and that are not yet freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +164,7 @@ class _LiveTensors(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # What an operator is given without one having made it was there before: a view of it is nothing new.
+        # An input that no operator made was there before, so a view of it is not new memory.
         for storage in _storages((args, kwargs)):
             self._add(storage, 0)
         outputs = func(*args, **(kwargs or {}))
@@ -218,7 +217,9 @@ def _mark(device: torch.device) -> _Mark:
 
 
 def _seconds(start: _Mark, end: _Mark) -> float:
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return start.elapsed_time(end) / 1000
+    return cast(float, end) - cast(float, start)
 
 
 def _median_interval(values: Sequence[float]) -> tuple[float, float]:

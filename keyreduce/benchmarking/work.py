@@ -1,21 +1,22 @@
-"""How much a call has to do, by formula: custom kernels are invisible to PyTorch's own counter.
+"""The operations and bytes of a call, by formula: PyTorch's own counter does not see custom kernels.
 
-Operations count a multiplication and an addition as two. Per token, a linear layer does 2 for each of its weights.
-The delta rule does, per token and value head, with a state of K x V:
-one token at a time 6KV: what the state holds for the key, the update, what it holds for the query;
-in chunks of C = 64 tokens 6KV + 6CK + 4CV: the same against the chunk's state, and the products within the chunk
+A multiplication and an addition count as two operations. Per token, a linear layer takes 2 for each of its weights.
+The delta rule takes, per token and value head, with a state of K x V:
+one token at a time 6KV: reading the state with the key, updating it, reading it with the query;
+in chunks of C = 64 tokens 6KV + 6CK + 4CV: the same with the chunk's state, and the products within the chunk
 (k k^T, its inverse applied to k and to v, q k^T, and that applied to the values), triangles counted as squares.
-Short convolutions, norms, activations, the scores of softmax layers, and what experts of a mixture compute are left
-out.
+Short convolutions, norms, activations, the scores of softmax layers, and the experts of a mixture are left out.
 
-Bytes are the least that must move: weights once (all experts), input and output once, and where there is a cache each
-state read and written once. Activations between the kernels come on top, so a prefill never comes near the ceiling of
-bytes.
+Bytes are the least that must be moved: weights once (all experts), input and output once, and each state of a cache
+read and written once. Activations between kernels are not counted, so a prefill stays far below the roofline of bytes.
+
+Shapes: V vocabulary, D hidden.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from keyreduce.families import Family
 from keyreduce.families.table import MixerSizes
@@ -33,13 +34,13 @@ class Work(NamedTuple):
 def mixer_work(
     mixer: torch.nn.Module, hidden: int, sizes: MixerSizes, *, batch_size: int, seq_len: int, cached: bool
 ) -> Work:
-    """Return what one mixer layer does with ``[batch_size, seq_len]`` tokens.
+    """Return the work of one mixer layer on ``[batch_size, seq_len]`` tokens.
 
     Args:
         mixer: the layer.
-        hidden: the model's width.
-        sizes: its sizes.
-        batch_size, seq_len: of the input.
+        hidden: the hidden size of the model.
+        sizes: the sizes of the layer.
+        batch_size, seq_len: the shape of the input.
         cached: whether a state is read before and written after.
     """
     tokens, item = batch_size * seq_len, next(mixer.parameters()).element_size()
@@ -49,31 +50,42 @@ def mixer_work(
 
 
 def operator_work(sizes: MixerSizes, *, batch_size: int, item: int) -> Work:
-    """Return what one step of the delta-rule operator alone does; q, k, v and output are of ``item`` bytes a number."""
+    """Return the work of one step of the delta-rule operator; q, k, v and output take ``item`` bytes a number."""
     operands = 2 * sizes.key_heads * sizes.head_k_dim + 2 * sizes.value_heads * sizes.head_v_dim
     moved = batch_size * (2 * 4 * sizes.state_elements + item * operands)
     return Work(batch_size * _delta_rule_flops(sizes, 1), moved)
 
 
-def model_work(model: torch.nn.Module, family: Family, *, batch_size: int, seq_len: int, cached: bool) -> Work:
-    """Return what a whole model does with ``[batch_size, seq_len]`` tokens, the head on one token a sequence.
+def model_work(model: PreTrainedModel, family: Family, *, batch_size: int, seq_len: int, cached: bool) -> Work:
+    """Return the work of a whole model on ``[batch_size, seq_len]`` tokens, with logits of one token per sequence.
 
-    The table of the embedding counts with its looked-up rows alone, unless the head shares it.
+    The embedding is not counted in the bytes, unless the head shares it.
     """
     config = model.config.to_dict()
-    head, tokens = model.get_output_embeddings(), batch_size * seq_len
+    head_VD, tokens = _head_weight(model), batch_size * seq_len
     rules = sum(_delta_rule_flops(sizes, seq_len) for sizes in family.layer_sizes(config).values())
-    weights = _linear_weights(model) - head.weight.numel()
-    flops = tokens * (2 * weights + rules) + batch_size * 2 * head.weight.numel()
-    table = model.get_input_embeddings().weight
-    unread = 0 if table is head.weight else table.numel() * table.element_size()
+    weights = _linear_weights(model) - head_VD.numel()
+    flops = tokens * (2 * weights + rules) + batch_size * 2 * head_VD.numel()
+    embedding_VD = cast(torch.nn.Embedding, model.get_input_embeddings()).weight
+    unread = 0 if embedding_VD is head_VD else embedding_VD.numel() * embedding_VD.element_size()
     states = 2 * batch_size * family.state_bytes(config) if cached else 0
     return Work(flops, _parameter_bytes(model) - unread + states)
 
 
+def training_work(model: PreTrainedModel, family: Family, *, batch_size: int, seq_len: int) -> Work:
+    """Return the work of a training step: three times that of a forward pass with all logits."""
+    forward = model_work(model, family, batch_size=batch_size, seq_len=seq_len, cached=False)
+    other_logits = 2 * (batch_size * seq_len - batch_size) * _head_weight(model).numel()
+    return Work(3 * (forward.flops + other_logits), 3 * forward.bytes)
+
+
+def _head_weight(model: PreTrainedModel) -> torch.Tensor:
+    return cast(torch.nn.Linear, model.get_output_embeddings()).weight
+
+
 def _delta_rule_flops(sizes: MixerSizes, seq_len: int) -> float:
     keys, values = sizes.head_k_dim, sizes.head_v_dim
-    # Of up to 64 tokens fla's layers take them one at a time.
+    # fla's layers process up to 64 tokens one at a time.
     within = 0 if seq_len <= _CHUNK else _CHUNK * (6 * keys + 4 * values)
     return sizes.value_heads * (6 * keys * values + within)
 

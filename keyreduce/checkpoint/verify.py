@@ -1,7 +1,7 @@
 """A checkpoint read to the last byte: is every value finite, and are the files those whose sums were noted?"""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from keyreduce.checkpoint.rewrite import is_finite
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
+from keyreduce.outputs import appearing
 
 SUMS_NAME = "SHA256SUMS"
 
@@ -68,6 +69,16 @@ def read_sums(folder: Path) -> dict[str, str] | None:
         return {name.lstrip("*"): digest for digest, name in lines}
     except (OSError, ValueError):
         raise KeyreduceError(f"{path} is not what sha256sum writes; remove it, or get it again") from None
+
+
+def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Write file name -> SHA-256 into the folder, as ``SHA256SUMS``.
+
+    Raises:
+        KeyreduceError: it cannot be written.
+    """
+    with appearing(folder / SUMS_NAME, folder=False, overwrite=True) as temporary:
+        temporary.write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
 
 
 def compare_sums(folder: Path, found: dict[str, str], noted: dict[str, str]) -> None:

@@ -6,17 +6,17 @@ from typing import NoReturn
 
 import typer
 
+from keyreduce.api.benchmark import BenchmarkRequest
 from keyreduce.api.calibrate import CalibrateRequest
+from keyreduce.api.convert import ConvertRequest
 from keyreduce.api.evaluate import EvaluateRequest
 from keyreduce.api.prune import PruneRequest
 from keyreduce.api.rank import RankRequest
 from keyreduce.api.recover import RecoverRequest
-from keyreduce.cli import calibrate, errors, prune, rank, recover, sweep, table
+from keyreduce.api.verify import VerifyRequest
+from keyreduce.cli import benchmark, calibrate, convert_dcp, errors, prune, rank, recover, sweep, table, verify
 from keyreduce.cli import eval as evaluate
-from keyreduce.cli.benchmark import benchmark
 from keyreduce.cli.command import add_command
-from keyreduce.cli.convert_dcp import convert_dcp
-from keyreduce.cli.verify import verify
 from keyreduce.errors import KeyreduceError
 from keyreduce.processes import is_torchrun
 from keyreduce.sweep.request import SweepRequest, TableRequest
@@ -32,13 +32,13 @@ app = typer.Typer(
 add_command(app, CalibrateRequest, calibrate.show, "calibrate")
 add_command(app, PruneRequest, prune.show, "prune")
 add_command(app, RecoverRequest, recover.show, "recover")
-app.command(name="convert-dcp")(convert_dcp)
-app.command()(benchmark)
+add_command(app, ConvertRequest, convert_dcp.show, "convert-dcp")
+add_command(app, BenchmarkRequest, benchmark.show, "benchmark")
 add_command(app, EvaluateRequest, evaluate.show, "eval")
 add_command(app, RankRequest, rank.show, "rank")
 add_command(app, SweepRequest, sweep.show, "sweep")
 add_command(app, TableRequest, table.show, "table")
-app.command()(verify)
+add_command(app, VerifyRequest, verify.show, "verify")
 
 
 def main() -> None:

@@ -1,155 +1,150 @@
-"""``keyreduce benchmark``: dense against pruned, or one key size against another, in time and memory."""
+"""``keyreduce benchmark``: models side by side, in time and memory."""
 
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Iterator, Sequence
 
-import typer
+from keyreduce.api import benchmark
+from keyreduce.cli.console import Console, mebibytes, scaled
 
-from keyreduce.cli import options
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in str(text).split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a whole number, or several with commas between") from None
-    if min(numbers) < 1:
-        raise typer.BadParameter(f"{text!r}: each number is at least 1")
-    return numbers
+_KINDS = {"mixer": "one mixer layer", "forward": "the whole model", "train_step": "a step of training"}
+_SCOPES = {"model": "the whole model", "mixer": "one mixer layer", "operator": "the delta-rule operator alone"}
 
 
-_KINDS = "What to time"
-
-
-def benchmark(
-    model: options.DenseModel = None,
-    compressed: options.Compressed = None,
-    work: options.Work = options.DEFAULT_WORK,
-    mixer: Annotated[
-        bool, typer.Option("--mixer", rich_help_panel=_KINDS, help="One mixer layer: the default.")
-    ] = False,
-    forward: Annotated[
-        bool, typer.Option("--forward", rich_help_panel=_KINDS, help="The whole model, reading a prompt.")
-    ] = False,
-    decode: Annotated[
-        bool, typer.Option("--decode", rich_help_panel=_KINDS, help="One token at a time, through the cache.")
-    ] = False,
-    train_step: Annotated[
-        bool, typer.Option("--train-step", rich_help_panel=_KINDS, help="Forward, backward and optimizer.")
-    ] = False,
-    scaling: Annotated[
-        str | None,
-        typer.Option(
-            parser=_numbers, metavar="K,K,...", help="Random models of these key sizes instead, of the model's config."
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="For --scaling: a config.json, or a folder that holds it.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in the input, but for --decode.")] = 4,
-    seq_len: Annotated[
-        str, typer.Option(parser=_numbers, metavar="T,T,...", help="Tokens in a sequence, but for --decode.")
-    ] = "1024",
-    decode_batch_sizes: Annotated[
-        str | None,
-        typer.Option(
-            parser=_numbers,
-            metavar="B,B,...",
-            help="For --decode: sequences at once.",
-            show_default="1,32,256 on a GPU, 1,8 on a CPU",
-        ),
-    ] = None,
-    max_batch_size: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="For --decode: where the search for the largest batch that fits ends; 0: no search.",
-            show_default="65536 on a GPU, 32 on a CPU",
-        ),
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each model, taken in turns.")] = 30,
-    output: options.Figures = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the figures, into a .png file.")] = None,
-    seed: options.Seed = 0,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    debug: options.Debug = False,
-) -> None:
-    """Time the dense and the pruned model side by side, on the same input.
-
-    One mixer layer stands for all: where a model's layers differ in size, it is the first.
-    """
-    from keyreduce.api.pair import load_pair
-    from keyreduce.benchmarking.report import Request, benchmark_report, total_rounds
-    from keyreduce.benchmarking.subjects import memory_errors_told, random_subjects, subjects_of
-    from keyreduce.cli.benchmark_tables import print_tables
-    from keyreduce.cli.console import Console
-    from keyreduce.devices import pick_device, pick_dtype
-    from keyreduce.errors import KeyreduceError
-    from keyreduce.outputs import refuse_existing, refuse_unwritable, write_json
-    from keyreduce.workspace import Workspace
-
-    console, workspace = Console(as_json=json), Workspace(work)
-    if config is not None and scaling is None:
-        raise KeyreduceError("--config is for --scaling, which makes random models of it; name the key sizes")
-    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
-        raise KeyreduceError(f"--plot {plot}: its name ends in .png, .svg or .pdf")
-    for path in (output, plot):
-        refuse_existing(path, overwrite)
-    refuse_unwritable(output or workspace.benchmark, folder=False)
-    if plot is not None:
-        refuse_unwritable(plot, folder=False)
-    device = pick_device(device)
-    dtype = pick_dtype(dtype, device)
-    asked = {"mixer": mixer, "forward": forward, "decode": decode, "train_step": train_step}
-    kinds = [kind for kind, wanted in asked.items() if wanted] or ["mixer"]
-    on_gpu = device.type == "cuda"
-    if on_gpu and dtype.itemsize > 2 and kinds != ["decode"]:
-        raise KeyreduceError("fla's kernels for whole sequences refuse float32 on a GPU; take --dtype bfloat16")
-    if max_batch_size is None:
-        max_batch_size = 65536 if on_gpu else 32
-    request = Request(
-        kinds=kinds,
-        batch_size=batch_size,
-        seq_lens=seq_len,
-        decode_batch_sizes=decode_batch_sizes or ([1, 32, 256] if on_gpu else [1, 8]),
-        max_batch_size=max_batch_size,
-        rounds=rounds,
-        seed=seed,
-    )
-    with memory_errors_told("loading the models"):
-        if scaling is None:
-            pair = load_pair(console, model, compressed, workspace, device, dtype, with_tokenizer=False, unrelated=False)
-            subjects = subjects_of(pair)
-        else:
-            content, whole = _config(config, model), kinds != ["mixer"]
-            subjects = random_subjects(content, scaling, device, dtype, whole=whole, seed=seed)
-    with console.progress("timing", total_rounds(request, device), "rounds") as progress:
-        report = benchmark_report(subjects, request, progress)
-    write_json(output or workspace.benchmark, report, overwrite=True)
-    for entry in report["models"]:
+def show(request: benchmark.BenchmarkRequest, console: Console) -> None:
+    """Time the models, and print what was measured."""
+    result = benchmark.run(request, console)
+    for entry in result.report["models"]:
         if not entry["layers_alike"]:
             console.say(
                 f"{entry['label']}: its layers differ in size; where one layer is timed, that is layer {entry['layer']}"
             )
-    print_tables(console, report)
-    console.say(f"wrote {output or workspace.benchmark}")
-    if plot is not None:
-        from keyreduce.benchmarking.plot import plot_report
-
-        plot_report(report, plot)
-        console.say(f"wrote {plot}")
-    console.result(report)
+    print_tables(console, result.report)
+    for path in filter(None, (result.output, request.plot)):
+        console.say(f"wrote {path}")
+    console.finish(result)
 
 
-def _config(path: Path | None, model: str | None) -> dict:
-    """Return the config that random models are made of: the one named, else the model's own."""
-    from keyreduce.checkpoint.find import find_model
-    from keyreduce.checkpoint.folder import open_folder
-    from keyreduce.outputs import read_json
+def print_tables(console: Console, report: dict) -> None:
+    """Print a table for each measurement of a report: two models side by side, more of them one below the other."""
+    settings, models = report["settings"], {entry["label"]: entry for entry in report["models"]}
+    run = f"{settings['dtype']}, {settings['device']}; {settings['rounds']} rounds in turns, median (95% interval)"
+    for kind, name in _KINDS.items():
+        for group in _groups(report.get(kind, []), len(models)):
+            console.say(f"{name}, {group[0]['batch_size']} x {group[0]['seq_len']} tokens, {run}")
+            full = [models[entry["label"]] | entry for entry in group]
+            (_side_by_side if len(models) <= 2 else _listed)(console, full)
+    for group in _groups(report.get("decode", []), len(models)):
+        console.say(f"decoding, {_SCOPES[group[0]['scope']]}, {group[0]['batch_size']} sequences at once, {run}")
+        _decoded(console, group, settings["device_type"])
+    if report.get("largest_batch"):
+        _largest(console, report["largest_batch"])
+    roofline = report["ceilings"]
+    console.say(
+        f"100% are {roofline['bytes_per_second'] / 1e9:.3g} GB/s, of a copy, "
+        f"and {roofline['flops_per_second'] / 1e12:.3g} TFLOP/s, of a matrix product, both measured here"
+    )
+    console.say(
+        f"warming up, in which kernels are compiled and tuned, took {report['warmup_seconds']:.3g} s, "
+        "in none of these figures"
+    )
 
-    if path is None:
-        return open_folder(find_model(model)).config
-    return read_json(path / "config.json" if path.is_dir() else path)
+
+def _groups(entries: Sequence[dict], size: int) -> Iterator[Sequence[dict]]:
+    for start in range(0, len(entries), size):
+        yield entries[start : start + size]
+
+
+def _side_by_side(console: Console, entries: Sequence[dict]) -> None:
+    dense, *pruned = entries
+    header, columns = [""], []
+    rows = ["head_k_dim", "tokens/s", "latency, ms", "peak memory", "state per sequence", "TFLOP/s", "GB/s"]
+    for entry in entries:
+        header.append(entry["label"])
+        columns.append(
+            [
+                str(entry["head_k_dim"]),
+                scaled(entry["tokens_per_second"]),
+                _spread(entry["latency_seconds"], 1e3),
+                mebibytes(entry["peak_memory_bytes"]),
+                mebibytes(entry["state_bytes_per_sequence"]),
+                _share(entry["teraflops"], entry["compute_share"]),
+                _share(entry["gigabytes_per_second"], entry["bandwidth_share"]),
+            ]
+        )
+    for entry in pruned:
+        header.append(f"{dense['label']} / {entry['label']}")
+        keys = _times(dense["head_k_dim"] / entry["head_k_dim"])
+        memory = _times(entry["memory_ratio"]) if "memory_ratio" in entry else ""
+        columns.append([keys, "", _spread(entry["speedup"]), memory, _times(entry["state_ratio"]), "", ""])
+    console.table("", header, [(name, *cells) for name, *cells in zip(rows, *columns, strict=True)])
+
+
+def _listed(console: Console, entries: Sequence[dict]) -> None:
+    header = ["", "latency, ms", "speedup", "tokens/s", "peak memory", "state", "TFLOP/s"]
+    rows = [
+        [
+            entry["label"],
+            _spread(entry["latency_seconds"], 1e3),
+            _speedup(entry),
+            scaled(entry["tokens_per_second"]),
+            mebibytes(entry["peak_memory_bytes"]),
+            mebibytes(entry["state_bytes_per_sequence"]),
+            _share(entry["teraflops"], entry["compute_share"]),
+        ]
+        for entry in entries
+    ]
+    console.table("", header, rows)
+
+
+def _decoded(console: Console, entries: Sequence[dict], device_type: str) -> None:
+    for way, launch in (("eager", "launched by Python:"), ("graph", "as a CUDA graph:")):
+        if entries[0][way] is not None:
+            console.say(launch)
+            _steps(console, [(entry["label"], entry[way]) for entry in entries])
+        elif device_type == "cuda":
+            console.note(f"launched by Python alone, not as a CUDA graph: {entries[0]['graph_note']}")
+
+
+def _steps(console: Console, entries: Sequence[tuple[str, dict]]) -> None:
+    rows = [
+        [
+            label,
+            _spread(entry["latency_seconds"], 1e6),
+            _speedup(entry),
+            scaled(entry["tokens_per_second"]),
+            _times(entry["times_floor"]),
+            _share(entry["gigabytes_per_second"], entry["bandwidth_share"]),
+        ]
+        for label, entry in entries
+    ]
+    console.table("", ["", "a step, us", "speedup", "tokens/s", "times floor", "GB/s"], rows)
+
+
+def _largest(console: Console, entries: Sequence[dict]) -> None:
+    console.say("decoding, the whole model, the largest batch that fits")
+    rows = []
+    for entry in entries:
+        speed = entry["tokens_per_second"]
+        cells = [str(entry["batch_size"]), entry["ended_by"], "" if speed is None else scaled(speed)]
+        rows.append([entry["label"], *cells])
+    console.table("", ["", "sequences", "ended by", "tokens/s"], rows)
+
+
+def _speedup(entry: dict) -> str:
+    return _spread(entry["speedup"]) if "speedup" in entry else ""
+
+
+def _spread(value: dict, factor: float = 1) -> str:
+    low, median, high = (_digits(factor * value[name]) for name in ("low", "median", "high"))
+    return f"{median} ({low}–{high})"
+
+
+def _digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _share(amount: float, share: float) -> str:
+    return f"{_digits(amount)} ({share:.0%})"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x"

@@ -53,6 +53,8 @@ def _is_overruled(context: typer.Context, field: Spec) -> bool:
 
 
 def _default(field: Spec) -> Any:
+    if field.option.commas and field.default:
+        return ",".join(map(str, field.default))
     return None if field.is_many else field.default
 
 
@@ -73,8 +75,6 @@ def _annotation(field: Spec) -> Any:
         extra["envvar"] = next((name for name in names if os.environ.get(name)), names)
     if settings.shown_default is not None:
         extra["show_default"] = settings.shown_default
-    elif settings.commas and field.default:
-        extra["show_default"] = ",".join(map(str, field.default))
     extra |= {"help": settings.help, "hidden": settings.hidden}
     if settings.is_argument:
         return Annotated[kind, typer.Argument(**extra)]

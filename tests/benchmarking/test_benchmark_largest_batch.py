@@ -3,7 +3,7 @@ import torch
 
 from keyreduce.benchmarking import largest_batch
 from keyreduce.benchmarking.largest_batch import _Step, time_largest_batch
-from keyreduce.benchmarking.steps import Steps
+from keyreduce.benchmarking.steps import DecodeSteps
 
 
 @pytest.fixture
@@ -13,11 +13,11 @@ def device_that_holds(monkeypatch):
     def limit(sequences: int, error: Exception | None = None) -> list[int]:
         tried = []
 
-        def make(subject, batch_size, seed):
+        def make(timed, batch_size, seed):
             tried.append(batch_size)
             if batch_size > sequences:
                 raise error or torch.OutOfMemoryError("CUDA out of memory")
-            return Steps(lambda: None, 4, list)
+            return DecodeSteps(lambda: None, 4, list)
 
         monkeypatch.setattr(largest_batch, "model_steps", make)
         return tried
@@ -49,7 +49,7 @@ def test_the_largest_batch_is_found_to_an_eighth(pair, device_that_holds, limit)
 def test_memory_says_what_to_try(pair, monkeypatch, at_most, room, limit, tried, fits, ended_by):
     seen = []
 
-    def step(subject, batch_size, rounds):
+    def step(timed, batch_size, rounds):
         seen.append(batch_size)
         return "memory" if batch_size > limit else _Step(0.5, room(batch_size))
 

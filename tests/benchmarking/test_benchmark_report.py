@@ -4,34 +4,34 @@ import pytest
 import torch
 
 from keyreduce.benchmarking import report as module
-from keyreduce.benchmarking.ceilings import Ceilings, measure_ceilings
 from keyreduce.benchmarking.plot import plot_report
-from keyreduce.benchmarking.report import KINDS, Request, benchmark_report, total_rounds
-from keyreduce.benchmarking.timing import Timing
+from keyreduce.benchmarking.report import benchmark_report, total_rounds
+from keyreduce.benchmarking.roofline import Roofline, measure_roofline
+from keyreduce.benchmarking.timing import RoundTimes
 from keyreduce.errors import KeyreduceError
 
-REQUEST = Request(
-    KINDS, batch_size=2, seq_lens=(5, 70), decode_batch_sizes=(1, 2), max_batch_size=4, rounds=2, scopes=("mixer",)
-)
+KINDS = ("mixer", "forward", "decode", "train_step")
+SIZES = {"seq_lens": (5, 70), "decode_batch_sizes": (1, 2), "scopes": ("mixer",), "rounds": 2}
+INPUTS = {**SIZES, "batch_size": 2, "max_batch_size": 4, "seed": 0}
 
 
 @pytest.fixture
-def quick_ceilings(monkeypatch):
+def quick_roofline(monkeypatch):
     """A device of 1 GB/s and 1 GFLOP/s, without measuring."""
-    monkeypatch.setattr(module, "measure_ceilings", lambda device, dtype: Ceilings(1e9, 1e9))
+    monkeypatch.setattr(module, "measure_roofline", lambda device, dtype: Roofline(1e9, 1e9))
 
 
 @pytest.fixture
-def report(pair, quick_ceilings) -> dict:
+def report(pair, quick_roofline) -> dict:
     """All kinds of measurement of two tiny models."""
-    return benchmark_report(pair, REQUEST)
+    return benchmark_report(pair, kinds=KINDS, **INPUTS)
 
 
-def test_report_is_json_and_says_what_was_run(pair, quick_ceilings):
+def test_report_is_json_and_says_what_was_run(pair, quick_roofline):
     ticks = []
-    report = benchmark_report(pair, REQUEST, ticks.append)
+    report = benchmark_report(pair, kinds=KINDS, **INPUTS, progress=ticks.append)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
-    assert sum(ticks) == total_rounds(REQUEST, torch.device("cpu")) == 2 * (2 + 2 + 2 + 2)
+    assert sum(ticks) == total_rounds(kinds=KINDS, **SIZES, device=torch.device("cpu")) == 2 * (2 + 2 + 2 + 2)
     settings = report["settings"]
     assert (settings["kinds"], settings["seq_len"], settings["decode_batch_sizes"]) == (list(KINDS), [5, 70], [1, 2])
     assert (settings["dtype"], settings["device_type"]) == ("float32", "cpu")
@@ -52,38 +52,38 @@ def test_report_is_json_and_says_what_was_run(pair, quick_ceilings):
     assert report["warmup_seconds"] == pytest.approx(sum(entry["warmup_seconds"] for entry in warmed))
 
 
-def test_what_was_not_asked_for_is_not_there(pair, quick_ceilings):
-    report = benchmark_report(pair, Request(("decode",), decode_batch_sizes=(1,), rounds=1, scopes=("operator",)))
+def test_what_was_not_asked_for_is_not_there(pair, quick_roofline):
+    report = benchmark_report(pair, kinds=["decode"], **INPUTS | {"max_batch_size": 0, "scopes": ["operator"]})
     assert not {"mixer", "forward", "train_step", "largest_batch"} & report.keys()
     assert {entry["scope"] for entry in report["decode"]} == {"operator"}
 
 
-def test_what_cannot_be_trained_here_is_refused_before_anything_is_measured(pair, quick_ceilings, monkeypatch):
+def test_what_cannot_be_trained_here_is_refused_before_anything_is_measured(pair, quick_roofline, monkeypatch):
     monkeypatch.setattr("keyreduce.models.miscompiled._is_affected", lambda device: True)
     monkeypatch.setattr("keyreduce.models.miscompiled._SMALL", 8)
-    assert {(subject.sizes.head_k_dim, subject.sizes.head_v_dim) for subject in pair} == {(16, 16), (8, 16)}
+    assert {(timed.sizes.head_k_dim, timed.sizes.head_v_dim) for timed in pair} == {(16, 16), (8, 16)}
     with pytest.raises(KeyreduceError, match=r"of heads of 8 x 16 channels may be wrong.*, or leave `train_step` out"):
-        benchmark_report(pair, Request(kinds=("mixer", "train_step")), pytest.fail)
-    assert benchmark_report(pair, Request(kinds=("mixer",), seq_lens=(16,), rounds=1))["mixer"]
+        benchmark_report(pair, kinds=["mixer", "train_step"], **INPUTS, progress=pytest.fail)
+    assert benchmark_report(pair, kinds=["mixer"], **INPUTS)["mixer"]
 
 
-def test_memory_that_ends_is_one_line(pair, quick_ceilings):
+def test_memory_that_ends_is_one_line(pair, quick_roofline):
     with pytest.raises(KeyreduceError, match="needs more memory than there is; take a smaller batch size"):
-        benchmark_report(pair, Request(("mixer",), batch_size=10**30, rounds=1))
+        benchmark_report(pair, kinds=["mixer"], **INPUTS | {"batch_size": 10**30})
 
 
-def test_ceilings_are_those_of_a_copy_and_a_product(monkeypatch):
+def test_the_roofline_is_that_of_a_copy_and_a_product(monkeypatch):
     ran = []
 
-    def interleave(contenders, device, **settings):
-        ran.extend(contenders)
-        assert torch.isfinite(contenders["product"]()).all()
-        return {"copy": Timing((0.5,)), "product": Timing((2.0,))}
+    def interleave(functions, device, **settings):
+        ran.extend(functions)
+        assert torch.isfinite(functions["product"]()).all()
+        return {"copy": RoundTimes((0.5,)), "product": RoundTimes((2.0,))}
 
-    monkeypatch.setattr("keyreduce.benchmarking.ceilings.interleave", interleave)
-    ceilings = measure_ceilings(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr("keyreduce.benchmarking.roofline.interleave", interleave)
+    roofline = measure_roofline(torch.device("cpu"), torch.float32)
     assert ran == ["copy", "product"]
-    assert ceilings == (2 * (128 << 20) / 0.5, 2 * 1024**3 / 2.0)
+    assert roofline == (2 * (128 << 20) / 0.5, 2 * 1024**3 / 2.0)
 
 
 def test_pictures_show_each_measurement(report, tmp_path):

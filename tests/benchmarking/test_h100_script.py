@@ -10,8 +10,8 @@ import pytest
 import torch
 import triton.testing
 
-from keyreduce.benchmarking.ceilings import Ceilings
-from keyreduce.benchmarking.subjects import random_subjects
+from keyreduce.benchmarking.roofline import Roofline
+from keyreduce.benchmarking.timed_models import random_models
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "vocab_size": 50}
@@ -21,7 +21,7 @@ SMALL = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "vocab_size
 def script(tmp_path, monkeypatch):
     """A function: run the script with arguments, for small models of its configs."""
     monkeypatch.setattr(triton.testing, "do_bench", triton.testing.do_bench)  # the script puts another there
-    monkeypatch.setattr("keyreduce.benchmarking.report.measure_ceilings", lambda device, dtype: Ceilings(1e9, 1e9))
+    monkeypatch.setattr("keyreduce.benchmarking.report.measure_roofline", lambda device, dtype: Roofline(1e9, 1e9))
     spec = importlib.util.spec_from_file_location("h100", REPOSITORY / "benchmarks/h100.py")
     h100 = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(h100)
@@ -31,8 +31,8 @@ def script(tmp_path, monkeypatch):
         (tmp_path / f"{name}.json").write_text(json.dumps(config))
         monkeypatch.setitem(h100.CONFIGS, name, tmp_path / f"{name}.json")
     for name, request in h100.MEASUREMENTS.items():
-        small = {"batch_size": 1, "seq_lens": (request.seq_lens[0] // 1024,), "rounds": 1}
-        small |= {"decode_batch_sizes": (1,), "max_batch_size": min(request.max_batch_size, 2)}
+        small = {"batch_size": 1, "seq_len": (request.seq_len[0] // 1024,), "rounds": 1}
+        small |= {"decode_batch_sizes": (1,), "max_batch_size": min(request.max_batch_size or 0, 2)}
         monkeypatch.setitem(h100.MEASUREMENTS, name, replace(request, **small))
 
     def run(*arguments: str):
@@ -48,11 +48,11 @@ def script(tmp_path, monkeypatch):
 def test_configs_have_the_sizes_that_the_script_promises(script, name):
     config = json.loads((REPOSITORY / f"configs/benchmark/{name}-2048.json").read_text())
     with torch.device("meta"):
-        subjects = random_subjects(
+        models = random_models(
             config, script.module.KEY_SIZES, torch.device("meta"), torch.bfloat16, whole=False, seed=0
         )
-    assert [tuple(subject.sizes) for subject in subjects] == [(16, 16, keys, 128) for keys in (128, 96, 64, 48, 32)]
-    assert {subject.hidden for subject in subjects} == {2048}
+    assert [tuple(timed.sizes) for timed in models] == [(16, 16, keys, 128) for keys in (128, 96, 64, 48, 32)]
+    assert {timed.hidden for timed in models} == {2048}
 
 
 def test_measurements_are_made_once_and_put_together(script, tmp_path, capsys, monkeypatch):
@@ -73,7 +73,7 @@ def test_measurements_are_made_once_and_put_together(script, tmp_path, capsys, m
     assert "### gated-deltanet" in told
     assert "| mixer, 1 x 2 | 8 |" in told
     assert "| 8 | 2 | bound |" in told
-    monkeypatch.setattr(script.module, "benchmark_report", lambda *arguments: pytest.fail("measured again"))
+    monkeypatch.setattr("keyreduce.api.benchmark.run", lambda *arguments: pytest.fail("measured again"))
     script("--only", "mixer-2048", "decode-32", "largest-batch")
     script("--table")
     assert "| operator | 1 | 8 |" in capsys.readouterr().out
@@ -106,15 +106,15 @@ def test_compiling_is_for_what_is_missing(script, tmp_path, monkeypatch):
 
 
 def test_one_that_fails_is_told_and_the_rest_go_on(script, tmp_path, monkeypatch, capsys):
-    measured = script.module.benchmark_report
+    measured = script.module.benchmark.run
 
-    def report(subjects, request):
-        if subjects[0].family.model_type == "delta_net" and request.kinds == ("mixer",):
+    def run(request):
+        if request.config.stem == "delta-net" and request.mixer:
             raise RuntimeError("Triton is too old")
-        return measured(subjects, request)
+        return measured(request)
 
-    monkeypatch.setattr(script.module, "benchmark_report", report)
-    with pytest.raises(SystemExit, match="not measured:\ndelta-net mixer-8192: .*Triton is too old"):
+    monkeypatch.setattr("keyreduce.api.benchmark.run", run)
+    with pytest.raises(SystemExit, match=r"not measured:\ndelta-net mixer-8192: .*Triton is too old"):
         script("--only", "mixer-8192", "decode-1")
     found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*/*.json")}
     assert found == {"delta-net/decode-1.json", "gated-deltanet/decode-1.json", "gated-deltanet/mixer-8192.json"}

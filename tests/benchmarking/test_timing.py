@@ -7,7 +7,7 @@ import torch
 from keyreduce.benchmarking import timing
 from keyreduce.benchmarking.timing import (
     PeakMemory,
-    Timing,
+    RoundTimes,
     copies_past_cache,
     interleave,
     peak_memory,
@@ -44,10 +44,10 @@ def machine(monkeypatch) -> FakeMachine:
 
 def test_contenders_take_turns_after_warming_up(machine):
     ticks = []
-    contenders = {"a": machine.contender("a", 1.0), "b": machine.contender("b", 2.0)}
-    timings = interleave(contenders, CPU, rounds=3, progress=ticks.append)
+    functions = {"a": machine.contender("a", 1.0), "b": machine.contender("b", 2.0)}
+    timings = interleave(functions, CPU, rounds=3, progress=ticks.append)
     assert machine.calls == ["a"] * 4 + ["b"] * 4 + ["a", "b"] * 3
-    assert timings == {"a": Timing((1.0,) * 3), "b": Timing((2.0,) * 3)}
+    assert timings == {"a": RoundTimes((1.0,) * 3), "b": RoundTimes((2.0,) * 3)}
     assert ticks == [1, 1, 1]
 
 
@@ -73,27 +73,27 @@ def test_at_least_one_round():
 
 def test_interval_of_the_median_comes_from_order_statistics():
     # Conover, Practical Nonparametric Statistics: for n = 10 the 2nd and the 9th value enclose the median with 97.9%.
-    assert Timing(tuple(range(10, 0, -1))).interval == (2, 9)
-    assert Timing(tuple(range(1, 11))).median == 5.5
+    assert RoundTimes(tuple(range(10, 0, -1))).interval == (2, 9)
+    assert RoundTimes(tuple(range(1, 11))).median == 5.5
     # 6 values are the fewest whose range does so with 95%; with fewer the range is all there is.
-    assert Timing((3.0, 1.0, 2.0)).interval == (1.0, 3.0)
-    assert Timing((4.0,)).interval == (4.0, 4.0)
+    assert RoundTimes((3.0, 1.0, 2.0)).interval == (1.0, 3.0)
+    assert RoundTimes((4.0,)).interval == (4.0, 4.0)
 
 
 def test_interval_covers_the_true_median():
     generator = random.Random(0)
-    draws = [Timing(tuple(generator.expovariate(1.0) for _ in range(20))) for _ in range(400)]
+    draws = [RoundTimes(tuple(generator.expovariate(1.0) for _ in range(20))) for _ in range(400)]
     covered = sum(low <= math.log(2) <= high for low, high in (draw.interval for draw in draws))
     assert 0.93 < covered / len(draws) < 0.99
 
 
 def test_ratio_is_taken_round_by_round():
     # The machine slows down tenfold half way; each round alone says 2.
-    a, b = Timing((2.0, 4.0, 20.0, 40.0)), Timing((1.0, 2.0, 10.0, 20.0))
+    a, b = RoundTimes((2.0, 4.0, 20.0, 40.0)), RoundTimes((1.0, 2.0, 10.0, 20.0))
     assert ratio(a, b) == (2.0, (2.0, 2.0))
-    assert ratio(Timing((1.0, 6.0, 3.0)), Timing((1.0, 2.0, 3.0))) == (1.0, (1.0, 3.0))
+    assert ratio(RoundTimes((1.0, 6.0, 3.0)), RoundTimes((1.0, 2.0, 3.0))) == (1.0, (1.0, 3.0))
     with pytest.raises(ValueError, match="shorter"):
-        ratio(Timing((1.0, 1.0)), Timing((1.0,)))
+        ratio(RoundTimes((1.0, 1.0)), RoundTimes((1.0,)))
 
 
 def test_peak_memory_of_a_cpu_is_that_of_tensors_alive_at_once():
@@ -120,7 +120,7 @@ def test_warm_up_is_timed_apart(machine):
 
 
 def test_time_of_one_step_of_several():
-    timing = Timing((2.0, 4.0), warmup_seconds=10.0).divided(4)
+    timing = RoundTimes((2.0, 4.0), warmup_seconds=10.0).divided(4)
     assert (timing.seconds, timing.warmup_seconds) == ((0.5, 1.0), 10.0)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import build, save
 
-from keyreduce.benchmarking.ceilings import Ceilings
+from keyreduce.benchmarking.roofline import Roofline
 
 QUICK = ("--batch-size", 1, "--seq-len", 8, "--rounds", 2)
 REPORT = Path("keyreduce-out/benchmark.json")
@@ -17,7 +17,7 @@ REPORT = Path("keyreduce-out/benchmark.json")
 def quick(monkeypatch):
     """A device of 1 GB/s and 1 GFLOP/s, without measuring; a small cache; one thread."""
     monkeypatch.setattr("keyreduce.benchmarking.steps.copies_past_cache", lambda size, device, at_most=64: 2)
-    monkeypatch.setattr("keyreduce.benchmarking.report.measure_ceilings", lambda device, dtype: Ceilings(1e9, 1e9))
+    monkeypatch.setattr("keyreduce.benchmarking.report.measure_roofline", lambda device, dtype: Roofline(1e9, 1e9))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -95,15 +95,15 @@ def test_layers_that_differ_are_told(keyreduce, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--scaling", "8,x"), "'8,x' is not a whole number, or several with commas between"),
-        (("--scaling", "8,0"), "'8,0': each number is at least 1"),
-        (("--seq-len", ""), "'' is not a whole number"),
+        (("--scaling", "8,x"), "--scaling has 'x', where whole numbers with commas between them belong"),
+        (("--scaling", "8,0"), "--scaling is 0; it is at least 1"),
+        (("--seq-len", ""), "--seq-len has '', where whole numbers"),
         (("--config", "config.json"), "--config is for --scaling"),
         (("--scaling", "8", "--config", "nowhere"), "there is no file nowhere"),
-        (("--plot", "figures.txt"), "--plot figures.txt: its name ends in .png, .svg or .pdf"),
-        (("--batch-size", 10**12), "a batch of 1000000000000 x 8 tokens needs more memory than there is"),
-        (("--decode", "--decode-batch-sizes", 10**12), "decoding 1000000000000 sequences needs more memory"),
-        (("--forward", "--seq-len", 10**12), "a batch of 1 x 1000000000000 tokens needs more memory"),
+        (("--plot", "figures.txt"), "--plot is figures.txt; its name ends in .png, .svg or .pdf"),
+        (("--batch-size", 10**9), "a batch of 1000000000 x 8 tokens needs more memory than there is"),
+        (("--decode", "--decode-batch-sizes", 10**9), "decoding 1000000000 sequences needs more memory"),
+        (("--forward", "--seq-len", 10**9), "a batch of 1 x 1000000000 tokens needs more memory"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(keyreduce, tiny_folder, arguments, message):
@@ -126,3 +126,27 @@ def test_what_exists_is_not_replaced_unasked(keyreduce, tiny_folder):
         assert path.read_text() == "mine"
         assert keyreduce(*given, option, path, "--overwrite").code == 0
         assert path.read_text() != "mine"
+
+
+def test_prune_and_benchmark_take_their_folder_from_the_same_variable(keyreduce, tiny_folder, monkeypatch):
+    monkeypatch.setenv("OUTPUT_DIR", "elsewhere")
+    assert keyreduce("prune", "--method", "l2", "--ratio", 0.5, "--model", tiny_folder("delta_net")).code == 0
+    models = keyreduce("benchmark", *QUICK, "--json").json()["models"]
+    assert [(entry["label"], Path(entry["folder"]).name) for entry in models][1:] == [("pruned", "elsewhere")]
+
+
+def test_a_dense_model_that_is_another_one_is_refused_unless_it_is_meant(keyreduce, tiny_folder, tmp_path):
+    assert keyreduce("prune", "--method", "l2", "--ratio", 0.5, "--model", tiny_folder("delta_net")).code == 0
+    given = ("benchmark", *QUICK, "--model", save(build("delta_net", initializer_range=0.05), tmp_path / "other"))
+    result = keyreduce(*given)
+    assert result.code == 2 and "was not made from" in result.err and "--unrelated" in result.err
+    assert keyreduce(*given, "--unrelated").code == 0
+
+
+def test_decoding_is_timed_in_the_scopes_that_are_named(keyreduce, tiny_folder):
+    given = ("benchmark", *QUICK, "--decode", "--decode-batch-sizes", 1, "--max-batch-size", 1)
+    given += ("--scaling", 8, "--model", tiny_folder("delta_net"), "--json")
+    assert [entry["scope"] for entry in keyreduce(*given, "--scopes", "mixer,model").json()["decode"]] == [
+        "mixer", "model",
+    ]  # fmt: skip
+    assert "--scopes is 'head'; take one of model, mixer, operator" in keyreduce(*given, "--scopes", "head").err

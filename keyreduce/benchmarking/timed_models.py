@@ -1,9 +1,10 @@
-"""What is timed: models from checkpoints, or random ones of several key sizes made from one config."""
+"""The models of a benchmark: from checkpoints, or random ones of several key sizes made from one config."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -15,18 +16,20 @@ from keyreduce.families.table import MixerSizes
 from keyreduce.models.loading import LoadedModel, prepare_backend
 from keyreduce.models.meta import build_model
 
+_TOO_LARGE = "{} needs more memory than there is; take a smaller batch size or sequence length"
+
 
 @dataclass(frozen=True)
-class Subject:
+class TimedModel:
     """A model to be timed, and its first delta-rule layer.
 
     Attributes:
-        label: its name in tables.
-        model: in evaluation mode. It may hold fewer layers than ``config`` says, where one layer alone is timed.
-        family: its tables.
-        layer: the number of its first delta-rule layer; where layers differ in size it stands for none of the others.
+        label: the model's name in tables.
+        model: the model, in evaluation mode. It may have fewer layers than ``config`` says, where one layer is timed.
+        family: the table of its architecture.
+        layer: the number of the first delta-rule layer. Other layers may have other sizes.
         config: the content of the whole model's config.json.
-        folder: where its checkpoint is; None if it is random.
+        folder: the folder of the checkpoint; None if the weights are random.
     """
 
     label: str
@@ -38,28 +41,29 @@ class Subject:
 
     @property
     def mixer(self) -> torch.nn.Module:
-        """Its first delta-rule layer."""
+        """The first delta-rule layer."""
         return self.model.get_submodule(self.family.mixer.format(layer=self.layer))
 
     @property
     def hidden(self) -> int:
-        """Its hidden size."""
+        """The hidden size."""
         return round(self.family.hidden.read(self.config))
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens it knows."""
-        return self.model.get_input_embeddings().weight.shape[0]
+        """The number of tokens in the vocabulary."""
+        return cast(torch.nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
 
     @property
     def sizes(self) -> MixerSizes:
-        """The sizes of that layer."""
+        """The sizes of the first delta-rule layer."""
         return self.family.sizes(self.config, self.layer)
 
     def describe(self) -> dict:
-        """Return its sizes as JSON; the bytes of state are those of all layers, in float32.
+        """Return the sizes as JSON.
 
-        ``layers_alike`` says whether all its delta-rule layers have the sizes of the first.
+        ``state_bytes_per_sequence`` counts all layers, in float32. ``layers_alike`` says whether all delta-rule layers
+        have the sizes of the first.
         """
         return {
             "label": self.label,
@@ -72,22 +76,22 @@ class Subject:
         }
 
 
-def subjects_of(models: Mapping[str, LoadedModel]) -> list[Subject]:
-    """Return loaded models as subjects; the first is the one that the others are compared with.
+def timed_models(models: Mapping[str, LoadedModel]) -> list[TimedModel]:
+    """Return loaded models as models to be timed; the first is the one that the others are compared with.
 
     Raises:
         KeyreduceError: they differ in hidden size, device or dtype, or one has no delta-rule layer.
     """
-    subjects = []
+    made: list[TimedModel] = []
     for label, loaded in models.items():
         config = loaded.model.config.to_dict()
         layer = _first_layer(loaded.family, config, str(loaded.folder))
-        subjects.append(Subject(label, loaded.model, loaded.family, layer, config, loaded.folder))
-        _check_alike(subjects[0], subjects[-1])
-    return subjects
+        made.append(TimedModel(label, loaded.model, loaded.family, layer, config, loaded.folder))
+        _check_alike(made[0], made[-1])
+    return made
 
 
-def random_subjects(
+def random_models(
     config: Mapping,
     key_sizes: Sequence[int],
     device: torch.device,
@@ -95,23 +99,23 @@ def random_subjects(
     *,
     whole: bool,
     seed: int,
-) -> list[Subject]:
-    """Make random models from a config, one of each ``head_k_dim``; nothing else of it changes.
+) -> list[TimedModel]:
+    """Return models with random weights that differ in ``head_k_dim`` alone.
 
     Args:
         config: the content of a config.json.
-        key_sizes: of the models, in the order wanted.
-        device, dtype: of their weights.
-        whole: all layers; else only as many as it takes to have a delta-rule layer.
-        seed: of their weights.
+        key_sizes: the ``head_k_dim`` of each model.
+        device, dtype: of the weights.
+        whole: whether they have all layers; else only those up to the first delta-rule layer.
+        seed: of the weights.
 
     Raises:
-        KeyreduceError: the config cannot say such a size, or no model is made of it.
+        KeyreduceError: the config cannot express such a size, or no model can be made from it.
     """
     family = family_of(config)
     prepare_backend(device)
     layer = _first_layer(family, config, "the config")
-    subjects = []
+    made = []
     for keys in key_sizes:
         sizes = {number: size._replace(head_k_dim=keys) for number, size in family.layer_sizes(config).items()}
         resized = family.resized(config, sizes)
@@ -121,13 +125,13 @@ def random_subjects(
             model = build_model(built, device, dtype)
         except KeyreduceError as error:
             raise KeyreduceError(f"with head_k_dim {keys}: {error}") from error
-        subjects.append(Subject(f"K={keys}", model, family, layer, resized, None))
-    return subjects
+        made.append(TimedModel(f"K={keys}", model, family, layer, resized, None))
+    return made
 
 
 @contextlib.contextmanager
-def memory_errors_told(what: str) -> Iterator[None]:
-    """Turn the allocators' errors into one line.
+def explained_out_of_memory(what: str) -> Iterator[None]:
+    """Raise an allocator's error as one line that says what was being done.
 
     Raises:
         KeyreduceError: the block needed more memory than there is.
@@ -137,13 +141,11 @@ def memory_errors_told(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise KeyreduceError(
-            f"{what} needs more memory than there is; take a smaller batch size or sequence length"
-        ) from error
+        raise KeyreduceError(_TOO_LARGE.format(what)) from error
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error says that a CPU or a GPU has no memory left."""
+    """Return whether an error says that the CPU or GPU has no memory left."""
     words = (
         "can't allocate memory",
         "not enough memory",
@@ -153,32 +155,34 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)
 
 
-def refuse_beyond_memory(size: int, device: torch.device, what: str) -> None:
-    """Refuse what a CPU would be killed for: systems promise more memory than they have.
+def check_memory(size: int, device: torch.device, what: str) -> None:
+    """Check before the work that ``size`` bytes are free.
+
+    An operating system promises more memory than it has, and kills the process that uses it.
 
     Raises:
-        KeyreduceError: ``size`` bytes are more than is free.
+        KeyreduceError: they are not.
     """
     if size > available_memory(device):
-        raise KeyreduceError(f"{what} needs more memory than there is; take a smaller batch size or sequence length")
+        raise KeyreduceError(_TOO_LARGE.format(what))
 
 
 def _first_layers(family: Family, config: Mapping, count: int) -> dict:
-    """Return the config of the first layers alone; lists of ratios may be longer than a model."""
+    """Return the config of a model of the first ``count`` layers; ratios that are listed by layer may stay longer."""
     cut = dict(config)
     family.num_layers.write(cut, {0: count}, count)
-    # A model that sees keeps its language model's config within its own; the line above has copied that.
+    # A vision-language model nests its language model's config, which the line above has copied.
     for part in (cut, cut.get("text_config") or {}):
         if isinstance(part.get("layer_types"), list):
             part["layer_types"] = part["layer_types"][:count]
     return cut
 
 
-def _check_alike(first: Subject, other: Subject) -> None:
+def _check_alike(first: TimedModel, other: TimedModel) -> None:
     properties = {
-        "hidden size": lambda subject: subject.hidden,
-        "device": lambda subject: subject.model.device,
-        "dtype": lambda subject: subject.model.dtype,
+        "hidden size": lambda timed: timed.hidden,
+        "device": lambda timed: timed.model.device,
+        "dtype": lambda timed: timed.model.dtype,
     }
     for name, read in properties.items():
         ours, theirs = read(first), read(other)

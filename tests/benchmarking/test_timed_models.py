@@ -4,12 +4,12 @@ import pytest
 import torch
 from tiny_models import COMMON, build
 
-from keyreduce.benchmarking.subjects import (
+from keyreduce.benchmarking.timed_models import (
+    check_memory,
+    explained_out_of_memory,
     is_out_of_memory,
-    memory_errors_told,
-    random_subjects,
-    refuse_beyond_memory,
-    subjects_of,
+    random_models,
+    timed_models,
 )
 from keyreduce.errors import KeyreduceError
 
@@ -17,12 +17,12 @@ CPU = torch.device("cpu")
 
 
 def sizes_of(config: dict, key_sizes: list[int], whole: bool = True):
-    return random_subjects(config, key_sizes, CPU, torch.float32, whole=whole, seed=0)
+    return random_models(config, key_sizes, CPU, torch.float32, whole=whole, seed=0)
 
 
 def test_sizes_of_each_model(loaded):
     models = {"dense": loaded(), "pruned": loaded(expand_k=0.5), "gated": loaded("gated_deltanet")}
-    described = [subject.describe() for subject in subjects_of(models)]
+    described = [timed.describe() for timed in timed_models(models)]
     names = ("label", "folder", "layer", "key_heads", "value_heads", "head_k_dim", "head_v_dim", "layers_alike")
     assert [tuple(entry[name] for name in names) for entry in described] == [
         ("dense", "delta_net", 0, 2, 2, 16, 16, True),
@@ -41,10 +41,10 @@ def test_sizes_of_each_model(loaded):
 
 
 def test_a_hybrid_is_timed_in_its_first_delta_rule_layer(loaded):
-    (subject,) = subjects_of({"hybrid": loaded(attn={"layers": [0], "num_heads": 2})})
-    assert subject.layer == 1
-    assert subject.mixer is subject.model.model.layers[1].attn
-    assert (subject.hidden, subject.vocabulary) == (32, COMMON["vocab_size"])
+    (timed,) = timed_models({"hybrid": loaded(attn={"layers": [0], "num_heads": 2})})
+    assert timed.layer == 1
+    assert timed.mixer is timed.model.model.layers[1].attn
+    assert (timed.hidden, timed.vocabulary) == (32, COMMON["vocab_size"])
 
 
 @pytest.mark.parametrize(
@@ -61,25 +61,25 @@ def test_a_hybrid_is_timed_in_its_first_delta_rule_layer(loaded):
 def test_models_that_differ_are_refused(loaded, change, message):
     other = loaded()._replace(model=change(loaded().model))
     with pytest.raises(KeyreduceError, match=message):
-        subjects_of({"dense": loaded(), "other": other})
+        timed_models({"dense": loaded(), "other": other})
 
 
 def test_model_without_a_delta_rule_layer_is_refused(loaded):
     with pytest.raises(KeyreduceError, match="has no delta-rule layer"):
-        subjects_of({"dense": loaded(attn={"layers": [0, 1], "num_heads": 2})})
+        timed_models({"dense": loaded(attn={"layers": [0, 1], "num_heads": 2})})
 
 
 @pytest.mark.parametrize("model_type", ["delta_net", "delta_net_2", "gated_deltanet"])
 def test_random_models_of_several_key_sizes(model_type):
     model = build(model_type)
     whole = sizes_of(model.config.to_dict(), [24, 7])
-    assert [subject.label for subject in whole] == ["K=24", "K=7"]
-    for subject, keys in zip(whole, (24, 7), strict=True):
-        assert subject.sizes.head_k_dim == keys
-        assert subject.mixer.k_proj.weight.shape == (2 * keys, 32)
-        assert subject.mixer.v_proj.weight.shape == model.model.layers[0].attn.v_proj.weight.shape
-        assert len(subject.model.model.layers) == 2
-        assert not subject.model.training
+    assert [timed.label for timed in whole] == ["K=24", "K=7"]
+    for timed, keys in zip(whole, (24, 7), strict=True):
+        assert timed.sizes.head_k_dim == keys
+        assert timed.mixer.k_proj.weight.shape == (2 * keys, 32)
+        assert timed.mixer.v_proj.weight.shape == model.model.layers[0].attn.v_proj.weight.shape
+        assert len(timed.model.model.layers) == 2
+        assert not timed.model.training
     (short,) = sizes_of(model.config.to_dict(), [24], whole=False)
     assert len(short.model.model.layers) == 1
     assert torch.equal(short.mixer.k_proj.weight, whole[0].mixer.k_proj.weight) or short.mixer.k_proj.weight.std() > 0
@@ -108,20 +108,19 @@ def test_a_config_that_no_model_has_is_told():
 
 @pytest.mark.parametrize("shape", [(1 << 61,), (1 << 45,)])
 def test_memory_that_is_not_there_is_told(shape):
-    with pytest.raises(KeyreduceError, match="a batch of 7 needs more memory than there is"):
-        with memory_errors_told("a batch of 7"):
-            torch.ones(shape, dtype=torch.float64)
+    refused = pytest.raises(KeyreduceError, match="a batch of 7 needs more memory than there is")
+    with refused, explained_out_of_memory("a batch of 7"):
+        torch.ones(shape, dtype=torch.float64)
 
 
 def test_other_errors_are_left_alone():
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        with memory_errors_told("a product"):
-            torch.ones(2, 3) @ torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), explained_out_of_memory("a product"):
+        torch.ones(2, 3) @ torch.ones(2, 3)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_more_than_is_free_is_refused_before_it_is_asked_for():
-    refuse_beyond_memory(1 << 10, CPU, "a little")
+    check_memory(1 << 10, CPU, "a little")
     with pytest.raises(KeyreduceError, match="a lot needs more memory"):
-        refuse_beyond_memory(1 << 60, CPU, "a lot")
+        check_memory(1 << 60, CPU, "a lot")

@@ -1,0 +1,120 @@
+"""A checkpoint read to the last byte and compared with its record."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from keyreduce.api import options
+from keyreduce.api.request import Request, Result, option
+from keyreduce.errors import KeyreduceError, UnknownArchitecture
+from keyreduce.reporting import Reporter
+
+if TYPE_CHECKING:
+    from keyreduce.checkpoint.source import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyRequest(Request):
+    """Read every value of a checkpoint: are all finite, all there, and those that were written?"""
+
+    path: str | None = option(
+        None,
+        help="Hugging Face folder, or DCP folder.",
+        env="COMPRESSED_MODEL",
+        is_argument=True,
+        shown_default="what prune or recover wrote into --work",
+    )
+    work: Path = options.work()
+    pruned: Path | None = options.pruned()
+    config: Path | None = options.config()
+    write_sums: bool = option(False, help="Note the files' hashes in the folder, as SHA256SUMS, for later and others.")
+    load: bool = option(False, help="Build the library's model of its config, and compare all tensors with it.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyResult(Result):
+    """A checkpoint in which no fault was found.
+
+    Attributes:
+        verified: its folder.
+        tensors: how many tensors it has.
+        bytes: their size.
+        is_whole: true where the mixers' tensors, or with ``load`` all tensors, are those that the config asks for; None
+            where that cannot be told.
+        is_recorded: whether it has a record of what was written, with which it was compared.
+        sums_compared: whether it has a file ``SHA256SUMS``, with which it was compared.
+        sha256: file name -> SHA-256 in hex, of all files that hold tensors.
+    """
+
+    verified: Path
+    tensors: int
+    bytes: int
+    is_whole: bool | None
+    is_recorded: bool
+    sums_compared: bool
+    sha256: dict[str, str]
+
+    def to_json(self) -> dict:
+        """Return the result as a JSON object, in which ``is_whole`` may be null."""
+        return super().to_json() | {"is_whole": self.is_whole}
+
+
+def run(request: VerifyRequest, reporter: Reporter = Reporter()) -> VerifyResult:
+    """Verify a checkpoint, and write ``SHA256SUMS`` where that is asked for.
+
+    Raises:
+        KeyreduceError: there is no such checkpoint, it is damaged, or it was changed since it was written.
+    """
+    from keyreduce.api.pair import latest
+    from keyreduce.checkpoint.find import open_model
+    from keyreduce.checkpoint.memory import freed_tensors_returned
+    from keyreduce.checkpoint.verify import check_finite, compare_sums, hash_files, read_sums, write_sums
+    from keyreduce.pruning.prune import read_record
+    from keyreduce.workspace import Workspace
+
+    found = request.path or str(latest(Workspace(request.work, request.pruned)))
+    if request.path is None and not os.path.isdir(found):
+        raise KeyreduceError(f"there is no pruned model at {found}; run keyreduce prune, or name a `path`")
+    with freed_tensors_returned():
+        source = open_model(found, config=request.config)
+        recorded = read_record(source.path).get("identity")
+        if recorded not in (None, source.identity):
+            raise KeyreduceError(f"{source.path} is not what its record describes: it was changed since, or damaged")
+        noted = None if request.write_sums else read_sums(source.path)
+        with reporter.progress("reading", source.nbytes, "B") as progress:
+            check_finite(source, progress=progress)
+        with reporter.progress("hashing", sum(os.path.getsize(file) for file in source.files), "B") as progress:
+            sums = hash_files(source, progress=progress)
+        if noted is not None:
+            compare_sums(source.path, sums, noted)
+        is_whole = _check_tensors(source, reporter, load=request.load)
+    source.refuse_changed()
+    if request.write_sums:
+        write_sums(source.path, sums)
+    return VerifyResult(
+        verified=source.path,
+        tensors=len(source.tensors),
+        bytes=source.nbytes,
+        is_whole=is_whole,
+        is_recorded=recorded is not None,
+        sums_compared=noted is not None,
+        sha256=sums,
+    )
+
+
+def _check_tensors(source: "Checkpoint", reporter: Reporter, *, load: bool) -> bool | None:
+    """Refuse tensors that the config does not ask for; return None where nothing can be said of such a model."""
+    from keyreduce.families.mixer_tensors import check_mixers
+
+    try:
+        if load:
+            from keyreduce.models.meta import check_source  # with transformers and fla, which takes seconds
+
+            check_source(source)
+        else:
+            check_mixers(source.config, source.shapes, source.path)
+    except UnknownArchitecture as error:
+        reporter.note(f"not checked whether all tensors of the model are there: {error}")
+        return None
+    return True
