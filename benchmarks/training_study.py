@@ -28,12 +28,13 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+from keyreduce.recovery.repair import Repaired
+from keyreduce.recovery.training.settings import Training, make_training
 from study import Study, add_arguments, parse_options
 
 from keyreduce.calibration.run import Settings
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.errors import KeyreduceError
-from keyreduce.jobs import Job, run_jobs
 from keyreduce.outputs import read_json, write_json
 from keyreduce.recovery.layers import Recovered
 from keyreduce.recovery.modes import Training, make_training

@@ -22,6 +22,7 @@ from keyreduce.checkpoint.folder import open_folder
 from keyreduce.errors import KeyreduceError, reason
 from keyreduce.models.loading import LoadedModel
 from keyreduce.outputs import appearing, read_json
+from keyreduce.processes import Processes
 from keyreduce.workspace import RECORD_NAME
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
             several: the harness does not share out the work on a model that it is given.
     """
     _refuse_absent()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if Processes.of_torchrun().number > 1:
         raise KeyreduceError("tasks run in one process: leave out torchrun; `base` takes several models at a time")
     from lm_eval.tasks import TaskManager
 
@@ -120,10 +121,6 @@ def run_tasks(
     Raises:
         KeyreduceError: the harness stopped, such as where a task's data cannot be had; or a logit is NaN or inf.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise KeyreduceError(
-            "tasks run in one process: start keyreduce without torchrun, or use `base` for many models"
-        )
     _refuse_absent()
     import lm_eval
     from lm_eval.loggers import EvaluationTracker

@@ -319,10 +319,12 @@ def test_names_that_are_none(index, names, message):
 def test_what_cannot_be_done_is_told_before_anything_is_read(index, tmp_path, monkeypatch):
     with pytest.raises(KeyreduceError, match="no folder .*absent of tasks"):
         find_tasks(["piqa"], tmp_path / "absent")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(KeyreduceError, match="leave out torchrun"):
         find_tasks(["piqa"])
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # a cluster sets the others too
+    assert find_tasks(["piqa"]).names == ("piqa",)
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
     with pytest.raises(KeyreduceError, match=r"pip install 'keyreduce\[harness\]'"):
         find_tasks(["piqa"])
