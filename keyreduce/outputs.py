@@ -1,8 +1,8 @@
-"""One protocol for everything that is written: it is claimed, and appears whole or not at all.
+"""One protocol for everything that is written: an output is claimed, and appears whole or not at all.
 
 Whoever makes an output holds a lock beside it for as long as the work takes, so that a second run is refused before it
-has done anything. What is made on the way lies in a hidden folder beside the output, which is cleared when the work
-ends; what a killed run left there is cleared by the next one.
+has done anything. What is made on the way lies in a hidden folder beside the output, which is removed when the work
+ends; what a killed run left there is removed by the next one.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +20,22 @@ from filelock import FileLock, Timeout
 
 from keyreduce.errors import KeyreduceError
 
-_CANNOT_WRITE = (errno.EACCES, errno.EDQUOT, errno.EIO, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS)
-_held: dict[Path, "Claim"] = {}
+_CANNOT_WRITE = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM)
+_CANNOT_WRITE += (errno.EROFS,)
+_NO_LOCKS = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what file systems without locks answer
+_held: dict[tuple[int, Path], "Claim"] = {}
+"""What is claimed, by thread: two threads of one process keep each other out as two processes do."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """An output that this process alone may write.
+    """An output that nobody else writes now.
 
     Attributes:
         target: the file or folder, by its real path.
         folder: whether it is a folder.
-        scratch: a hidden folder beside it for what is made on the way, removed when the claim ends.
+        scratch: a hidden folder beside it for intermediate files. It is there for as long as the claim, in the process
+            that writes.
     """
 
     target: Path
@@ -46,27 +51,40 @@ class Claim:
         Raises:
             KeyreduceError: ``target`` exists and ``overwrite`` is false, or the disk is full.
         """
-        made = self.scratch / self.target.name
-        try:
+        made = self._place / self.target.name
+        with _telling(self.target):
             refuse_existing(self.target, overwrite)
             if self.folder:
+                shutil.rmtree(made, ignore_errors=True)  # of an attempt that failed within the same claim
                 made.mkdir()
             yield made
             if os.path.exists(self.target) and not overwrite:
                 raise KeyreduceError(f"{self.target} has appeared meanwhile, and is left as it is; give another output")
             if self.target.is_dir():
                 # A folder cannot be renamed onto another: the old one steps aside for an instant.
-                self.target.rename(_aside(self.target, self.scratch))
+                self.target.rename(self._aside)
             made.replace(self.target)
-        except OSError as error:
-            if error.errno not in _CANNOT_WRITE:
-                raise
-            raise KeyreduceError(f"cannot write {self.target}: {error.strerror}") from error
+
+    @property
+    def _place(self) -> Path:
+        return self.scratch / ".made"  # apart from the intermediate files, which may have any name
+
+    @property
+    def _aside(self) -> Path:
+        return self._place / f"{self.target.name}.old"
+
+    def _clear(self) -> None:
+        """Remove ``scratch``, after undoing a replacement that was interrupted between its two renames."""
+        if self._aside.exists() and not os.path.exists(self.target):
+            self._aside.rename(self.target)
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def claimed(target: Path, *, folder: bool, by_this_process: bool = True) -> Iterator[Claim]:
-    """Keep other runs from writing ``target`` while the block runs; what this process holds already, it holds once.
+    """Keep others from writing ``target`` while the block runs; within a claim of the same thread it is that claim.
+
+    On a file system without locks nobody is kept out.
 
     Args:
         target: the file or folder that is to be made.
@@ -77,26 +95,27 @@ def claimed(target: Path, *, folder: bool, by_this_process: bool = True) -> Iter
         KeyreduceError: another run is writing it, or see :func:`refuse_unwritable`.
     """
     target = Path(os.path.realpath(target))
-    if target in _held:
-        yield _held[target]
+    key = threading.get_ident(), target
+    if key in _held:
+        yield _held[key]
         return
     refuse_unwritable(target, folder=folder)
     claim = Claim(target, folder, target.with_name(f".{target.name}.partial"))
     if not by_this_process:
         yield claim
         return
-    lock = FileLock(target.with_name(f".{target.name}.lock"))
     new_parents = [parent for parent in target.parents if not parent.exists()]
     try:
-        _acquire(lock, claim)
-        try:
-            _held[target] = claim
-            yield claim
-        finally:
-            del _held[target]
-            shutil.rmtree(claim.scratch, ignore_errors=True)
-            Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: who opened it meanwhile will try again
-            lock.release()
+        with _locked(target):
+            try:
+                with _telling(target):
+                    claim._clear()
+                    claim._place.mkdir(parents=True, exist_ok=True)
+                _held[key] = claim
+                yield claim
+            finally:
+                _held.pop(key, None)
+                claim._clear()
     finally:
         with contextlib.suppress(OSError):  # not empty: something has appeared in it
             for parent in new_parents:
@@ -110,27 +129,42 @@ def appearing(target: Path, *, folder: bool, overwrite: bool = False) -> Iterato
         yield made
 
 
-def _acquire(lock: FileLock, claim: Claim) -> None:
-    """Take the lock, and clear what a killed run left."""
-    target = claim.target
+@contextlib.contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Hold the lock of an output, whose parents are made; nothing of it is left."""
+    lock = FileLock(target.with_name(f".{target.name}.lock"), fallback_to_soft=False)
+    for attempts_left in reversed(range(100)):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            break
+        except Timeout:
+            raise KeyreduceError(
+                f"another run is writing {target} right now; wait for it, or give another output"
+            ) from None
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                break
+            # Another run that ended between the two steps has removed the folder again.
+            if error.errno != errno.ENOENT or not attempts_left:
+                raise KeyreduceError(f"cannot write {target}: {error.strerror}") from error
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-        aside = _aside(target, claim.scratch)
-        if aside.exists() and not os.path.exists(target):
-            aside.rename(target)  # a run was killed while it replaced it
-        shutil.rmtree(claim.scratch, ignore_errors=True)
-        claim.scratch.mkdir()
-    except Timeout:
-        raise KeyreduceError(
-            f"another run is writing {target} right now; wait for it, or give another output"
-        ) from None
+        yield
+    finally:
+        # While it is held: whoever has opened the file meanwhile finds that it is gone, and does not take it.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextlib.contextmanager
+def _telling(target: Path) -> Iterator[None]:
+    """Turn errors of the system into one line that says what could not be written."""
+    try:
+        yield
     except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
         raise KeyreduceError(f"cannot write {target}: {error.strerror}") from error
-
-
-def _aside(target: Path, scratch: Path) -> Path:
-    return scratch / f"{target.name}.old"
 
 
 def refuse_existing(target: Path | None, overwrite: bool) -> None:
@@ -221,8 +255,7 @@ def is_already_made(target: Path, recorded_inputs: Mapping | None, inputs: Mappi
     differing = sorted(key for key in inputs.keys() | recorded.keys() if recorded.get(key) != inputs.get(key))
     detail = f"it differs in {', '.join(differing)}" if recorded_inputs else "keyreduce did not write it"
     raise KeyreduceError(
-        f"{target} exists and was made from other inputs ({detail}); "
-        "pass `overwrite` to replace it, or another output"
+        f"{target} exists and was made from other inputs ({detail}); pass `overwrite` to replace it, or another output"
     )
 
 

@@ -1,25 +1,39 @@
-"""One measurement shared out among the processes of ``torchrun``.
+"""Processes: those of ``torchrun``, which share one measurement, and child processes, several at a time.
 
-Each process takes every n-th batch, on its own device. Nothing is exchanged until all are done; then each learns what
-the others found. What is found per batch does not depend on who ran it, and sums are taken over the same numbers, so
-that a figure is the same from any number of processes.
+Each process of torchrun takes every n-th batch, on its own device. What is found per batch does not depend on who ran
+it, and sums are taken over the same numbers, so that a figure is the same from any number of processes.
 """
 
+import contextlib
 import datetime
 import json
 import os
+import queue
+import re
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from keyreduce.errors import KeyreduceError
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
 _LONGEST = datetime.timedelta(days=7)  # for which the first to finish waits for the last
+_POLL_SECONDS = 0.05
+_GRACE_SECONDS = 5.0
+_TAIL_BYTES = 8192
 
 
 def command_line() -> str:
@@ -76,11 +90,21 @@ class Processes(NamedTuple):
         """
         if self.number == 1:
             return [work()]
+        import torch
+
         try:
             found = {"found": work()}
         except KeyreduceError as error:
             found = {"error": str(error)}
-        everyone = _exchange(json.dumps(found).encode(), self.number)
+        # As JSON, so that no process reads a pickle of another. Spaces at its end change nothing.
+        text = json.dumps(found).encode()
+        with _gloo() as dist:
+            longest = torch.tensor(len(text))
+            dist.all_reduce(longest, dist.ReduceOp.MAX)
+            own = torch.frombuffer(bytearray(text.ljust(int(longest))), dtype=torch.uint8)
+            texts = [torch.empty_like(own) for _ in range(self.number)]
+            dist.all_gather(texts, own)
+        everyone = [json.loads(one.numpy().tobytes()) for one in texts]
         for one in everyone:
             if "error" in one:
                 if self.rank:
@@ -88,21 +112,195 @@ class Processes(NamedTuple):
                 raise KeyreduceError(one["error"])
         return [one["found"] for one in everyone]
 
+    @contextlib.contextmanager
+    def adding(self) -> Iterator[Callable[["torch.Tensor"], None]]:
+        """While the block runs, give a function that puts into a tensor its sum over all processes.
 
-def _exchange(own: bytes, number: int) -> list[dict]:
-    """Give all processes what each of them has: JSON, so that no pickle is read."""
-    import torch
+        Every process calls it equally often, for tensors of the same shapes. It raises KeyreduceError where another
+        process has ended before that.
+        """
+        if self.number == 1:
+            yield lambda tensor: None
+            return
+        with _gloo() as dist:
+
+            def add(tensor: "torch.Tensor") -> None:
+                total = tensor.cpu()
+                try:
+                    dist.all_reduce(total)
+                except RuntimeError as error:
+                    raise KeyreduceError("another process of torchrun has ended early; its message says why") from error
+                tensor.copy_(total)
+
+            yield add
+
+
+@contextlib.contextmanager
+def _gloo() -> Iterator[Any]:
+    """Join the processes of torchrun in a group while the block runs, and give ``torch.distributed``."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo", timeout=_LONGEST)
     try:
-        sizes = [torch.zeros(1, dtype=torch.long) for _ in range(number)]
-        dist.all_gather(sizes, torch.tensor([len(own)]))
-        longest = int(max(sizes))
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
-        everyone = [torch.empty_like(padded) for _ in range(number)]
-        dist.all_gather(everyone, padded)
-        return [json.loads(one[:size].numpy().tobytes()) for one, size in zip(everyone, sizes, strict=True)]
+        yield dist
     finally:
         dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command to run.
+
+    Attributes:
+        name: what messages call it.
+        argv: the command and its arguments; :func:`keyreduce_command` makes those of keyreduce itself.
+        log: the file that gets its stdout and stderr; it is written anew, and its folder is made.
+        env: environment variables of its own, over those that it inherits and those that :func:`run_jobs` sets.
+    """
+
+    name: str
+    argv: Sequence[str]
+    log: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended.
+
+    Attributes:
+        job: the job.
+        code: its exit code; negative is the signal that ended it, as in ``subprocess``.
+        seconds: how long it ran.
+        message: of a job that failed, why: the last line of its log. Empty for one that did not.
+    """
+
+    job: Job
+    code: int
+    seconds: float
+    message: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether the job did what it was to do."""
+        return self.code == 0
+
+
+def keyreduce_command(*arguments: object) -> list[str]:
+    """Return what runs ``keyreduce`` with these arguments in a process of the same Python."""
+    return [sys.executable, "-m", "keyreduce", *map(str, arguments)]
+
+
+def gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; empty where there is none."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(index) for index in range(count)] if named is None else named.split(",")[:count]
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    *,
+    workers: int | None = None,
+    devices: Sequence[str] = (),
+    progress: Callable[[Outcome], None] | None = None,
+) -> list[Outcome]:
+    """Run all jobs, so many at a time, and return how each ended; one that fails does not stop the others.
+
+    They start in their order. The cores of this machine are shared out among them by OMP_NUM_THREADS, unless the
+    environment sets that already. Where this call ends by an exception, such as a KeyboardInterrupt, the jobs that run
+    are ended first, with the processes that they have started.
+
+    Args:
+        jobs: what to run.
+        workers: how many at a time; None is one a device, or one alone where there are no devices.
+        devices: what CUDA_VISIBLE_DEVICES may be, one device each; :func:`gpus` lists them. Where there are more
+            workers than devices, workers share them. Empty leaves the variable alone.
+        progress: called in this thread as each job ends.
+
+    Returns:
+        The outcomes, in the order of the jobs.
+
+    Raises:
+        KeyreduceError: a log cannot be written.
+    """
+    workers = max(1, min(workers or len(devices) or 1, len(jobs)))
+    free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for worker in range(workers):
+        free.put(devices[worker % len(devices)] if devices else None)
+    inherited = {"OMP_NUM_THREADS": str(max(1, _cores() // workers)), **os.environ, "PYTHONUNBUFFERED": "1"}
+    is_over = threading.Event()
+
+    def run(job: Job) -> Outcome:
+        device = free.get()
+        own = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
+        try:
+            return _run(job, inherited | own | dict(job.env), is_over)
+        finally:
+            free.put(device)
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            futures = [pool.submit(run, job) for job in jobs]
+            for future in as_completed(futures):
+                outcome = future.result()
+                if progress is not None:
+                    progress(outcome)
+            return [future.result() for future in futures]
+        finally:
+            is_over.set()
+
+
+def _run(job: Job, environment: Mapping[str, str], is_over: threading.Event) -> Outcome:
+    """Run a job until it ends, or ``is_over`` is set: then it is asked to end, and after a while made to."""
+    if is_over.is_set():
+        raise CancelledError
+    try:
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        log = open(job.log, "wb")  # noqa: SIM115  (closed below; its own errors are told here)
+    except OSError as error:
+        raise KeyreduceError(f"cannot write {job.log}: {error.strerror}") from None
+    started = time.monotonic()
+    with log:
+        try:
+            # A session of its own: what a job starts in turn is ended with it, and a Ctrl-C comes to us alone.
+            process = Popen(job.argv, env=environment, stdin=DEVNULL, stdout=log, stderr=STDOUT, start_new_session=True)
+        except OSError as error:
+            return Outcome(job, 127, 0.0, f"{job.argv[0]} cannot be run: {error.strerror}")
+    while process.poll() is None and not is_over.wait(_POLL_SECONDS):
+        pass
+    # Children ignore what we do, as processes that a script starts in the background ignore Ctrl-C.
+    polite = signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT
+    for number, grace in ((polite, _GRACE_SECONDS), (signal.SIGKILL, None)) if is_over.is_set() else ():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(TimeoutExpired):
+            process.wait(grace)
+    code, message = process.returncode, ""
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        message = f"it was ended by {name}{', as happens where memory runs out' if name == 'SIGKILL' else ''}"
+    elif code:
+        message = last_line(job.log) or f"it ended with exit code {code} and said nothing"
+    return Outcome(job, code, time.monotonic() - started, message)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log that is not blank; empty if there is none.
+
+    Of a line that keyreduce ended with it is the message alone, without a progress bar that may stand before it.
+    """
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            lines = re.split(r"[\r\n]", file.read().decode(errors="replace"))
+    except OSError:
+        return ""
+    told = [line.strip() for line in lines if line.strip()]
+    return told[-1].partition("keyreduce: ")[2] or told[-1] if told else ""

@@ -27,7 +27,7 @@ FLOORS = (
     {"families"},
     {"checkpoint"},
     {"outputs"},
-    {"devices", "jobs", "processes", "reporting", "workspace"},
+    {"devices", "processes", "reporting", "workspace"},
     {"errors"},
     {"__init__"},
 )

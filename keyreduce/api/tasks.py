@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from keyreduce.api.request import Request
-from keyreduce.jobs import Job, Outcome, gpus, run_jobs
 from keyreduce.outputs import read_json, write_json
+from keyreduce.processes import Job, Outcome, gpus, run_jobs
 
 TASK_NAME = "task.json"
 LOG_NAME = "log.txt"

@@ -1,15 +1,14 @@
 """The calibration file: statistics as safetensors, and what they were made from in its header."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from keyreduce.calibration.statistics import TAYLOR, LayerStatistics, Statistics
-from keyreduce.checkpoint.shards import read_header
+from keyreduce.checkpoint.shard_writer import ShardWriter
+from keyreduce.checkpoint.shards import make_spec, read_header
 from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import appearing
 
@@ -19,19 +18,24 @@ _UNUSED = {"query_sum_HK", "key_sum_HK", "unit_query_sum_HK", "unit_key_sum_HK",
 
 
 def write_statistics(statistics: Statistics, path: Path, *, overwrite: bool = False) -> None:
-    """Write a calibration file; it appears whole or not at all."""
+    """Write a calibration file; it appears whole or not at all.
+
+    Raises:
+        KeyreduceError: it exists and ``overwrite`` is false, or it cannot be written.
+    """
     record = {"model": statistics.model, "tokens": statistics.tokens, "inputs": statistics.inputs}
     tensors = {
         f"layers.{layer}.{name}": tensor
         for layer, layer_statistics in statistics.layers.items()
         for name, tensor in layer_statistics.tensors().items()
     }
-    with appearing(path, folder=False, overwrite=overwrite) as temporary:
-        save_file(tensors, temporary, metadata={_KEY: json.dumps(record)})
-        # safetensors makes files that only their owner can read; this one gets the usual permissions.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+    specs = [make_spec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    with (
+        appearing(path, folder=False, overwrite=overwrite) as temporary,
+        ShardWriter(temporary, specs, {_KEY: json.dumps(record)}) as writer,
+    ):
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
 
 
 def read_record(path: Path) -> dict:

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 
 from keyreduce.calibration.capture import collect
-from keyreduce.calibration.shared import Group, add_up, adding
-from keyreduce.calibration.statistics import Statistics
+from keyreduce.calibration.statistics import LayerStatistics, Statistics
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.data.batches import batches, token_rows
 from keyreduce.data.text import TextSource
@@ -16,6 +15,7 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.models.loading import LoadedModel, load_model
 from keyreduce.models.offloading import offloading
 from keyreduce.models.quantized import refuse_quantized
+from keyreduce.processes import Processes
 
 _MOST = 10**9  # beyond any text, and far below where counting itself fails
 
@@ -73,7 +73,7 @@ def calibrate(
     dtype: torch.dtype,
     gradients: bool = False,
     offload: str | None = None,
-    processes: Group | None = None,
+    processes: Processes = Processes(),
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda message: None,
 ) -> Statistics:
@@ -105,19 +105,30 @@ def calibrate(
     return statistics
 
 
-def _collect(loaded: LoadedModel, text: TextSource, settings: Settings, gradients: bool, processes, progress, note):
-    """The statistics of each layer, and the number of tokens that there were."""
+def _collect(
+    loaded: LoadedModel,
+    text: TextSource,
+    settings: Settings,
+    gradients: bool,
+    processes: Processes,
+    progress: Callable[[int], None] | None,
+    note: Callable[[str], None],
+) -> tuple[dict[int, LayerStatistics], int]:
+    """Return the statistics of each layer and the number of tokens, over all processes."""
     rows = token_rows(text.documents(settings.seed), loaded.tokenizer, settings.seq_len)
     first_row = next(rows)
     if len(first_row) < settings.seq_len:
         note(f"the text is shorter than one sequence: {len(first_row)} tokens instead of {settings.seq_len}")
     taken = batches(itertools.chain([first_row], rows), settings.batch_size, settings.num_batches)
-    if processes is not None and processes.number > 1:
-        with adding() as add:
-            found = collect(loaded, processes.own(taken), progress, gradients=gradients, add=add)
-            layers, tokens = add_up(*found, add)
-    else:
-        layers, tokens = collect(loaded, taken, progress, gradients=gradients)
+    with processes.adding() as add:
+        layers, tokens = collect(loaded, processes.own(taken), progress, gradients=gradients, add=add)
+        count = torch.tensor(tokens, dtype=torch.int64)
+        add(count)
+        for layer in sorted(layers):
+            for name, statistics in vars(layers[layer]).items():
+                if name != "taylor":  # what gradients gave is the sum over all processes already
+                    add(statistics)
+    tokens = int(count)
     if tokens < settings.tokens and len(first_row) == settings.seq_len:
         note(f"the text ended after {tokens:,} of {settings.tokens:,} tokens")
     return layers, tokens

@@ -1,7 +1,7 @@
 """The command line: one file a subcommand. Heavy imports wait until a command runs."""
 
+import errno
 import signal
-import sys
 from typing import NoReturn
 
 import typer
@@ -18,7 +18,6 @@ from keyreduce.cli import benchmark, calibrate, convert_dcp, errors, prune, rank
 from keyreduce.cli import eval as evaluate
 from keyreduce.cli.command import add_command
 from keyreduce.errors import KeyreduceError
-from keyreduce.processes import is_torchrun
 from keyreduce.sweep.request import SweepRequest, TableRequest
 
 app = typer.Typer(
@@ -41,31 +40,33 @@ add_command(app, TableRequest, table.show, "table")
 add_command(app, VerifyRequest, verify.show, "verify")
 
 
-def main() -> None:
-    """Run the command line; what a user did wrong is told in one line, with exit code 2."""
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and not is_torchrun():
-        # An exception, so that what was written on the way is cleared. Under torchrun a process may be waiting for
-        # another one where no exception reaches it.
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        _run()
-    except SystemExit as exit_:
-        if is_torchrun():
-            errors.leave(exit_.code or 0)
-        raise
+def main() -> NoReturn:
+    """Run the command line; what a user did wrong is told in one line, with exit code 2.
+
+    A signal (SIGINT, SIGTERM, SIGHUP) ends it with 128 and its number, after what is half made has been removed.
+    """
+    with errors.unwinding():
+        code = _run()
+    errors.leave(code)
 
 
-def _run() -> NoReturn:
+def _run() -> int:
     # Typer's own mistakes of usage share a base class that it does not export.
     usage_error = typer.BadParameter.__base__
     try:
-        sys.exit(app(standalone_mode=False))
+        return app(standalone_mode=False) or 0
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else bool(exit_.code)
     except KeyreduceError as error:
         if errors.show_tracebacks:
             raise
-        errors.stop(errors.message_of(error))
+        return errors.tell(errors.message_of(error))
     except usage_error as error:
         # It has nothing to say where no command was given: the help has been printed.
-        errors.stop(f"{error.format_message() or 'name a command'} (see keyreduce --help)")
+        return errors.tell(f"{error.format_message() or 'name a command'} (see keyreduce --help)")
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
+        return 128 + signal.SIGINT
+    except OSError as error:
+        if error.errno not in (errno.EDQUOT, errno.EFBIG, errno.ENOSPC) or errors.show_tracebacks:
+            raise
+        return errors.tell(f"cannot write {error.filename or 'to stdout or a temporary file'}: {error.strerror}")

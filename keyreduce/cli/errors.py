@@ -1,12 +1,16 @@
-"""How a command ends: when the input is bad, with one line on stderr and exit code 2; and under ``torchrun``."""
+"""How a command ends: with one line on stderr and exit code 2 where the input is bad, by a signal, under torchrun."""
 
 import atexit
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 from keyreduce.errors import KeyreduceError
+from keyreduce.processes import is_torchrun
 
 show_tracebacks = False
 """Whether ``--debug`` was given."""
@@ -25,22 +29,55 @@ def message_of(error: KeyreduceError) -> str:
     return error.with_names(lambda field: _flags.get(field, f"--{field.replace('_', '-')}"))
 
 
-def stop(message: str) -> NoReturn:
-    """Print the message as one line and exit with code 2."""
+def tell(message: str) -> int:
+    """Print the message as one line, and return the exit code 2."""
     # A name out of a damaged file need not be Unicode.
     line = " ".join(message.split()).encode(errors="backslashreplace").decode()
-    # In one piece: processes of torchrun may be stopping at the same time.
-    sys.stderr.write(f"keyreduce: {line}\n")
-    sys.exit(2)
+    with contextlib.suppress(OSError):  # of a stderr that takes nothing
+        # In one piece: processes of torchrun may be stopping at the same time.
+        sys.stderr.write(f"keyreduce: {line}\n")
+    return 2
+
+
+@contextlib.contextmanager
+def unwinding() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, so that what is half made is removed.
+
+    Not where they are ignored, as by nohup; and not under torchrun, where a process may be waiting for another one in
+    a call that no exception ends.
+    """
+    may_set = threading.current_thread() is threading.main_thread() and not is_torchrun()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP) if may_set}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+
+    def unwind(number: int, _: object) -> NoReturn:
+        # A terminal that closes says so twice: the second signal must not interrupt the clearing.
+        for one in before:
+            signal.signal(one, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for number in before:
+        signal.signal(number, unwind)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def leave(code: int) -> NoReturn:
-    """End a process of ``torchrun``, with what it has put off until its end, such as the removal of temporary folders.
-
-    Not by way of destructors: that of gloo's process group waits for its threads while it holds the GIL, for which one
-    of those threads may be waiting to let go of a tensor (seen with torch 2.13).
-    """
+    """End the process, after what it has put off until its end: what is to be printed, and temporary folders."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Python would try once more, and print a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Who reads no further, such as `head`, has what it wanted.
+        code = code or (1 if isinstance(error, BrokenPipeError) else tell(f"cannot write to stdout: {error.strerror}"))
+    if not is_torchrun():
+        sys.exit(code)
+    # Not by way of destructors: that of gloo's process group waits for its threads while it holds the GIL, for which
+    # one of those threads may be waiting to let go of a tensor (seen with torch 2.13).
     atexit._run_exitfuncs()
-    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -9,7 +9,7 @@ from functools import partial
 
 from keyreduce.api.tasks import Launch, on_this_machine
 from keyreduce.errors import KeyreduceError, reason
-from keyreduce.jobs import Job, Outcome, run_jobs
+from keyreduce.processes import Job, Outcome, run_jobs
 
 
 def launcher_named(name: str, *, jobs: int | None, device: str) -> tuple[Launch, int]:

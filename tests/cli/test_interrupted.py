@@ -233,7 +233,7 @@ def test_two_runs_at_one_target(keyreduce, tiny_folder, tmp_path, monkeypatch):
             [sys.executable, "-m", "keyreduce", *arguments],
             capture_output=True,
             text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env=ENVIRONMENT,
             timeout=300,
             check=False,
         )
@@ -278,3 +278,126 @@ def test_a_folder_that_is_read_only(keyreduce, tiny_folder, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o555)
     result = keyreduce(*PRUNE, tiny_folder("delta_net"), "--output", tmp_path / "locked" / "x")
     assert result.code == 2 and "cannot write to" in result.err and len(result.err.splitlines()) == 1
+
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+
+# The command line with a command that claims an output, says so, and works until it is stopped.
+WORK = """
+import os, pathlib, signal, sys, time
+from keyreduce import cli
+from keyreduce.outputs import claimed
+
+@cli.app.command()
+def work():
+    with claimed(pathlib.Path("out/model"), folder=True) as claim, claim.appearing() as made:
+        (made / "half").touch(), (claim.scratch / "cut").mkdir()
+        print("begun", flush=True)
+        time.sleep(600)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_IGN if "nohup" in sys.argv else signal.SIG_DFL)
+sys.argv = ["keyreduce", "work"]
+cli.main()
+"""
+
+
+def stop(process: subprocess.Popen, number: int) -> int:
+    process.send_signal(number)
+    return process.wait(60)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_unwinds(tmp_path, number, code):
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORK], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "begun\n"
+    assert {path.name for path in tmp_path.glob("out/**/*")} > {".model.lock", ".model.partial", "half", "cut"}
+    assert stop(process, number) == code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    command = [sys.executable, "-c", WORK, "nohup"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.send_signal(signal.SIGHUP)
+        process.wait(0.5)
+    assert stop(process, signal.SIGTERM) == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calibrate_unwinds_and_keeps_another_one_out(keyreduce, tiny_folder, tmp_path):
+    arguments = ["calibrate", "--model", tiny_folder("delta_net"), "--work", tmp_path / "out", "--num-batches", 10**6]
+    (tmp_path / "text.txt").write_text("the state is low-rank\n" * 1000)
+    command = [sys.executable, "-m", "keyreduce", *map(str, arguments)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    assert "calibrating" in next((line for line in process.stderr if "calibrating" in line), "")
+    second = keyreduce(*arguments)
+    assert second.code == 2 and len(second.err.splitlines()) == 1 and "another run is writing" in second.err
+    assert stop(process, signal.SIGTERM) == 143
+    assert process.stderr.read() == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibrate_meets_a_full_disk(tiny_folder, tmp_path):
+    """No file may be larger than the limit, which the system tells in the way it tells that a disk is full."""
+    (tmp_path / "text.txt").write_text("the state is low-rank\n" * 100)
+    arguments = ["calibrate", "--model", tiny_folder("delta_net"), "--output", tmp_path / "out" / "calibration"]
+    arguments += ["--text", tmp_path / "text.txt", "--num-batches", 1, "--seq-len", 16]
+    limited = (
+        "import resource, keyreduce.cli; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); keyreduce.cli.main()"
+    )
+    command = [sys.executable, "-c", limited, *map(str, arguments)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 2  # the first says what is calibrated
+    assert "keyreduce: cannot write" in done.stderr and "File too large" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# The command line with a command that prints as all of them do.
+PRINT = """
+import sys
+from keyreduce import cli
+from keyreduce.cli.console import Console
+
+@cli.app.command()
+def say(json: bool = False, lines: int = 1):
+    console = Console(as_json=json)
+    for line in range(lines):
+        console.say(f"line {line}")
+    console.result({"made": True})
+
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("buffering", ["", "1"])
+@pytest.mark.parametrize(
+    "arguments", [["say", "--json"], ["say"], ["say", "--lines", "3000"], ["--help"], ["calibrate", "--help"]]
+)
+def test_stdout_that_is_full_or_closed(arguments, buffering):
+    def left(stdout: int) -> tuple[int, list[str]]:
+        """Return exit code and stderr, where tables go with --json."""
+        command = [sys.executable, "-c", PRINT, *arguments]
+        done = subprocess.run(
+            command,
+            env=ENVIRONMENT | {"PYTHONUNBUFFERED": buffering},
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        os.close(stdout)
+        return done.returncode, [line for line in done.stderr.splitlines() if not line.startswith("line ")]
+
+    code, told = left(os.open("/dev/full", os.O_WRONLY))
+    assert code == 2 and len(told) == 1 and told[0].startswith("keyreduce: cannot write to stdout")
+    assert told[0].endswith(": No space left on device")
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert left(writer) == (1, [])

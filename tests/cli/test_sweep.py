@@ -9,7 +9,7 @@ import pytest
 from tiny_models import edit_config, edit_tensors
 
 from keyreduce.api import worker
-from keyreduce.jobs import Job, Outcome
+from keyreduce.processes import Job, Outcome
 from keyreduce.sweep import launchers
 
 RECIPE = """

@@ -8,7 +8,7 @@ import pytest
 
 from keyreduce.api import tasks
 from keyreduce.errors import KeyreduceError
-from keyreduce.jobs import Job, run_jobs
+from keyreduce.processes import Job, run_jobs
 from keyreduce.sweep.launchers import launcher_named
 
 

@@ -11,11 +11,10 @@ import pytest
 from keyreduce.api.calibrate import CalibrateRequest
 from keyreduce.api.tasks import failure_of, is_done
 from keyreduce.errors import KeyreduceError
-from keyreduce.jobs import Job, Outcome
+from keyreduce.processes import Job, Outcome
 from keyreduce.sweep.record import read_sweep
 from keyreduce.sweep.run import run_sweep
 from keyreduce.sweep.runs import CALIBRATION, DENSE, PRUNED, Run
-
 
 HOLD = """
 import pathlib, sys, time

@@ -1,6 +1,7 @@
 """The settings of a training as the arguments of transformers' Trainer."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -8,10 +9,13 @@ from transformers import TrainingArguments
 
 from keyreduce.calibration.run import Settings
 from keyreduce.errors import KeyreduceError
+from keyreduce.processes import is_torchrun
 from keyreduce.recovery.modes import Training
 
 _LOGGED = 500  # entries in the log of a run, at the most
 _CHECKPOINTS = 10
+# From these accelerate concludes that there are several processes. Clusters set them for other programs too.
+_LAUNCHER = ("LOCAL_RANK", "MV2_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE")
 
 
 def trainer_arguments(settings: Settings, training: Training, device: torch.device, folder: Path) -> TrainingArguments:
@@ -28,37 +32,41 @@ def trainer_arguments(settings: Settings, training: Training, device: torch.devi
             ``shard`` was asked for without torchrun, or a GPU other than the first.
     """
     on_cpu, recomputes = device.type == "cpu", training.gradient_checkpointing
-    in_processes = torch.distributed.is_torchelastic_launched()
+    in_processes = is_torchrun()
     if not in_processes:
         _refuse_one_process(training, device)
-    made = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=settings.num_batches,
-        learning_rate=training.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(training.warmup * settings.num_batches),
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        use_cpu=on_cpu,
-        bf16=not on_cpu,
-        ddp_backend="gloo" if on_cpu and in_processes else None,
-        ddp_find_unused_parameters=False,
-        fsdp=training.shard,  # pyright: ignore[reportArgumentType]  (its annotation is older than its code)
-        # FSDP computes activations again by itself, and gathers the weights once less for it.
-        fsdp_config={"version": 2, "activation_checkpointing": recomputes} if training.shard else None,
-        gradient_checkpointing=recomputes and not training.shard,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        seed=settings.seed,
-        remove_unused_columns=False,
-        logging_steps=max(1, settings.num_batches // _LOGGED),
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=training.save_every or max(1, settings.num_batches // _CHECKPOINTS),
-        save_total_limit=2,
-        disable_tqdm=True,
-        report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else "none",
-    )
+    hidden = {} if in_processes else {name: os.environ.pop(name) for name in _LAUNCHER if name in os.environ}
+    try:
+        made = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=settings.num_batches,
+            learning_rate=training.lr,
+            lr_scheduler_type="cosine",
+            warmup_steps=round(training.warmup * settings.num_batches),
+            adam_beta2=0.95,
+            max_grad_norm=1.0,
+            use_cpu=on_cpu,
+            bf16=not on_cpu,
+            ddp_backend="gloo" if on_cpu and in_processes else None,
+            ddp_find_unused_parameters=False,
+            fsdp=training.shard,  # pyright: ignore[reportArgumentType]  (its annotation is older than its code)
+            # FSDP computes activations again by itself, and gathers the weights once less for it.
+            fsdp_config={"version": 2, "activation_checkpointing": recomputes} if training.shard else None,
+            gradient_checkpointing=recomputes and not training.shard,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            seed=settings.seed,
+            remove_unused_columns=False,
+            logging_steps=max(1, settings.num_batches // _LOGGED),
+            logging_first_step=True,
+            logging_nan_inf_filter=False,
+            save_strategy="steps",
+            save_steps=training.save_every or max(1, settings.num_batches // _CHECKPOINTS),
+            save_total_limit=2,
+            disable_tqdm=True,
+            report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else "none",
+        )
+    finally:
+        os.environ.update(hidden)
     if device.type == "cuda" and not in_processes:
         # With several visible GPUs, Trainer would distribute each batch among threads (DataParallel). Here torchrun's
         # processes do that.

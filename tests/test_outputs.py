@@ -1,12 +1,28 @@
 """Outputs appear whole or not at all, and nothing else is touched."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from keyreduce.errors import KeyreduceError
-from keyreduce.outputs import appearing, is_already_made, read_json, refuse_source, refuse_unwritable, write_json
+from keyreduce.outputs import (
+    appearing,
+    claimed,
+    is_already_made,
+    read_json,
+    refuse_source,
+    refuse_unwritable,
+    write_json,
+)
 
 
 def fill(made, folder: bool, content: str = "new") -> None:
@@ -67,7 +83,7 @@ def test_a_folder_is_never_replaced_by_a_file_nor_the_other_way_round(tmp_path):
     (tmp_path / "file").touch()
     for name, folder in (("folder", False), ("file", True)):
         with (
-            pytest.raises(KeyreduceError, match="where a .* is to be written"),
+            pytest.raises(KeyreduceError, match=r"where a .* is to be written"),
             appearing(tmp_path / name, folder=folder, overwrite=True),
         ):
             pytest.fail("the block must not run")
@@ -80,7 +96,7 @@ def test_a_place_that_could_not_be_written_to_is_told_before(tmp_path, folder):
     for name in ("new", "old", "new/below"):
         refuse_unwritable(tmp_path / name, folder=folder)
     assert os.listdir(tmp_path) == ["old"]
-    with pytest.raises(KeyreduceError, match="where a .* is to be written; give another output"):
+    with pytest.raises(KeyreduceError, match=r"where a .* is to be written; give another output"):
         refuse_unwritable(tmp_path / "old", folder=not folder)
     (tmp_path / "file").touch()
     for name in ("file/new", "file/new/below"):
@@ -90,7 +106,7 @@ def test_a_place_that_could_not_be_written_to_is_told_before(tmp_path, folder):
 
 def test_a_folder_without_permissions_is_told_before(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)  # whoever runs the tests may be allowed anything
-    with pytest.raises(KeyreduceError, match="cannot write to .*: Permission denied"):
+    with pytest.raises(KeyreduceError, match=r"cannot write to .*: Permission denied"):
         refuse_unwritable(tmp_path / "below" / "new", folder=False)
 
 
@@ -103,24 +119,161 @@ def test_the_current_folder_is_never_replaced(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_run_left_is_removed_and_what_a_running_one_makes_is_not(tmp_path):
-    left_over = tmp_path / ".target.partial" / "target" / "half"
+    left_over = tmp_path / ".target.partial" / ".made" / "target" / "half"
     left_over.mkdir(parents=True)
     with appearing(tmp_path / "target", folder=True):
         assert not left_over.exists()
-        (tmp_path / ".target.partial" / "target" / "mine").touch()
-        with pytest.raises(KeyreduceError, match="another run is writing .*target right now"):
-            with appearing(tmp_path / "target", folder=True):
-                pytest.fail("the block must not run")
+        (tmp_path / ".target.partial" / ".made" / "target" / "mine").touch()
+        with (
+            ThreadPoolExecutor(1) as pool,
+            pytest.raises(KeyreduceError, match=r"another run is writing .*target right"),
+        ):
+            pool.submit(appearing(tmp_path / "target", folder=True).__enter__).result()
     assert os.listdir(tmp_path) == ["target"] and os.listdir(tmp_path / "target") == ["mine"]
 
 
 def test_a_folder_that_had_stepped_aside_when_its_run_was_killed_comes_back(tmp_path):
-    aside = tmp_path / ".target.partial" / "target.old"
+    aside = tmp_path / ".target.partial" / ".made" / "target.old"
     aside.mkdir(parents=True)
     (aside / "old").touch()
     with pytest.raises(KeyreduceError, match="exists; pass `overwrite`"), appearing(tmp_path / "target", folder=True):
         pytest.fail("the block must not run")
     assert os.listdir(tmp_path) == ["target"] and os.listdir(tmp_path / "target") == ["old"]
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_claim_holds_from_before_the_work_to_its_end(tmp_path, folder):
+    target = tmp_path / "a" / "target"
+    with claimed(target, folder=folder) as claim:
+        (claim.scratch / "target").mkdir()  # whatever its name, an intermediate result is left alone
+        with appearing(target, folder=folder) as made:  # as a function does that knows of no claim
+            fill(made, folder)
+        assert content_of(target, folder) == "new"
+        with ThreadPoolExecutor(1) as pool, pytest.raises(KeyreduceError, match="another run is writing"):
+            pool.submit(appearing(target, folder=folder, overwrite=True).__enter__).result()
+        with pytest.raises(RuntimeError), claim.appearing(overwrite=True) as made:
+            fill(made, folder, "half")
+            raise RuntimeError
+        with claim.appearing(overwrite=True) as made:
+            fill(made, folder, "newest")
+        assert (claim.scratch / "target").is_dir()
+    assert content_of(target, folder) == "newest"
+    assert os.listdir(tmp_path / "a") == ["target"]
+
+
+def test_only_the_first_process_of_torchrun_claims(tmp_path):
+    target = tmp_path / "a" / "target"
+    with claimed(target, folder=True), claimed(target, folder=True, by_this_process=False):
+        assert sorted(os.listdir(tmp_path / "a")) == [".target.lock", ".target.partial"]
+    with claimed(target, folder=True, by_this_process=False):
+        assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch, number):
+    def none(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with appearing(tmp_path / "a" / "target", folder=True) as made:
+        fill(made, True)
+    assert os.listdir(tmp_path / "a") == ["target"] and content_of(tmp_path / "a" / "target", True) == "new"
+
+
+_CONTENDER = """
+import os, sys, time
+from pathlib import Path
+from keyreduce.errors import KeyreduceError
+from keyreduce.outputs import claimed
+
+target, witness = Path(sys.argv[1]), Path(sys.argv[2])
+counts = {"held": 0, "refused": 0}
+end = time.monotonic() + 1.5
+while time.monotonic() < end:
+    try:
+        with claimed(target, folder=True) as claim:
+            os.close(os.open(witness, os.O_CREAT | os.O_EXCL))  # fails where another one is in here
+            (claim.scratch / "mine").touch(exist_ok=False)
+            time.sleep(0.001)
+            witness.unlink()
+            counts["held"] += 1
+    except KeyreduceError as error:
+        assert "another run is writing" in str(error), error
+        counts["refused"] += 1
+print(counts["held"], counts["refused"])
+"""
+
+
+def test_of_many_processes_one_at_a_time_holds_an_output_and_the_others_are_refused(tmp_path):
+    """Its parents come and go meanwhile, since none of them makes it."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", _CONTENDER, tmp_path / "out" / "a" / "target", tmp_path / "witness"]
+    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    told = [process.communicate(timeout=60)[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    assert sum(int(held) for held, _ in told) > 20 and sum(int(refused) for _, refused in told) > 20
+    # A parent may be left: who has made it leaves it to who is in it, and that one has not made it.
+    assert {path.name for path in tmp_path.rglob("*")} <= {"out", "a"}
+
+
+_DISK = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree")
+
+
+def stopped_at(call: int, strike, run) -> bool:
+    """Run a function in a fork in which ``strike`` is called at that touch of the disk; whether it came to that."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def audit(event, _):
+            nonlocal count
+            count += event in _DISK
+            if event in _DISK and count == call:
+                strike()
+
+        sys.addaudithook(audit)
+        with contextlib.suppress(KeyboardInterrupt):
+            run()
+        os._exit(0 if count < call else 1)
+    return os.waitpid(child, 0)[1] != 0
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("strike", [kill, interrupt])
+@pytest.mark.parametrize("folder", [True, False])
+@pytest.mark.parametrize("old", [True, False])
+def test_a_run_that_is_stopped_at_any_call_leaves_the_old_or_the_new(tmp_path, strike, folder, old):
+    target = tmp_path / "out" / "target"
+
+    def make(content: str) -> None:
+        with appearing(target, folder=folder, overwrite=True) as made:
+            fill(made, folder, content)
+
+    seen = set()
+    for call in range(1, 200):
+        shutil.rmtree(target.parent, ignore_errors=True)
+        if old:
+            make("old")
+        if not stopped_at(call, strike, lambda: make("new")):
+            break
+        seen.add(content_of(target, folder) if target.exists() else None)
+        # Only what is killed may leave a folder aside, which the next run puts back.
+        assert target.exists() or not old or (strike is kill and folder)
+        with contextlib.suppress(RuntimeError), appearing(target, folder=folder, overwrite=True):
+            raise RuntimeError
+        assert target.exists() or not old
+        make("newest")
+        assert content_of(target, folder) == "newest"
+        assert os.listdir(target.parent) == ["target"]
+    assert 5 < call < 199
+    assert {"old" if old else None, "new"} <= seen
 
 
 @pytest.mark.parametrize("folder", [True, False])

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import torch
+
 from keyreduce.errors import KeyreduceError
 from keyreduce.processes import Processes
 
@@ -21,4 +23,11 @@ except KeyreduceError as error:
     told = f"raised: {error}"
 except SystemExit as exit_:
     told = f"exit: {exit_.code}"
+try:
+    with processes.adding() as add:
+        if processes.rank:
+            raise RuntimeError("ends early")
+        add(torch.ones(3))
+except (KeyreduceError, RuntimeError) as error:
+    told += f"\n{error}"
 (Path(sys.argv[1]) / str(processes.rank)).write_text(told)

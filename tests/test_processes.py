@@ -1,17 +1,23 @@
-"""The runner of child processes, with small children of Python that import nothing heavy."""
+"""Child processes, with small children of Python that import nothing heavy; and the processes of torchrun."""
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
 
-from keyreduce import jobs
+from keyreduce import processes
 from keyreduce.errors import KeyreduceError
-from keyreduce.jobs import Job, gpus, keyreduce_command, last_line, run_jobs
+from keyreduce.evaluation.perplexity import Perplexity, RowCost
+from keyreduce.processes import Job, Processes, gpus, keyreduce_command, last_line, run_jobs, torchrun_rank
+
+REPOSITORY = Path(__file__).parents[1]
+WORKER = Path(__file__).with_name("processes_worker.py")
 
 
 def job(folder: Path, name: str, code: str, **env: str) -> Job:
@@ -92,7 +98,7 @@ def test_more_workers_than_devices_share_them(tmp_path):
 
 
 def test_the_cores_are_shared_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "_cores", lambda: 8)
+    monkeypatch.setattr(processes, "_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     three = [job(tmp_path, str(n), _REPORT) for n in range(3)]
@@ -145,24 +151,41 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_ends_the_children_and_theirs(tmp_path, number, code):
-    (tmp_path / "parent.py").write_text(_PARENT)
-    runner = f"""
-import pathlib, sys
-from keyreduce.jobs import Job, run_jobs
-folder = pathlib.Path({str(tmp_path)!r})
-child = [sys.executable, "-S", str(folder / "parent.py"), str(folder)]
-try:
-    run_jobs([Job("a", child, folder / "a.log"), Job("b", ["touch", str(folder / "b")], folder / "b.log")])
-except KeyboardInterrupt:
-    sys.exit(130)
+# The command line with a command that runs jobs. SIGHUP is ignored where it is told so, whatever started this.
+_RUNNER = """
+import pathlib, signal, sys
+from keyreduce import cli
+from keyreduce.processes import Job, run_jobs
+folder = pathlib.Path(sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv.pop() == "nohup" else signal.SIG_DFL)
+
+@cli.app.command()
+def work(folder: str):
+    child = [sys.executable, "-S", folder + "/parent.py", folder]
+    log = pathlib.Path(folder, "log")
+    run_jobs([Job("a", child, log), Job("b", ["touch", folder + "/b"], log)])
+
+sys.argv.insert(1, "work")
+cli.main()
 """
+
+
+@pytest.mark.parametrize(
+    ("number", "hangup", "code"),
+    [(signal.SIGINT, "", 130), (signal.SIGTERM, "", 143), (signal.SIGHUP, "", 129), (signal.SIGTERM, "nohup", 143)],
+)
+def test_a_signal_ends_the_children_and_theirs(tmp_path, number, hangup, code):
+    (tmp_path / "parent.py").write_text(_PARENT)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    process = subprocess.Popen([sys.executable, "-c", runner], env=environment, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", _RUNNER, tmp_path, hangup], env=environment)
     wait_for((tmp_path / "pids").exists)
     grandchild = int((tmp_path / "pids").read_text())
     assert is_alive(grandchild)
+    if hangup:
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+        assert process.poll() is None
     process.send_signal(number)
     assert process.wait(60) == code
     wait_for(lambda: not is_alive(grandchild))
@@ -174,13 +197,11 @@ def test_an_error_in_between_ends_the_children(tmp_path):
     def fail(outcome):
         raise RuntimeError("stop")
 
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     forever = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     with pytest.raises(RuntimeError, match="stop"):
         run_jobs([job(tmp_path, "long", forever), job(tmp_path, "short", "")], workers=2, progress=fail)
     told = (tmp_path / "logs" / "long.log").read_text().split()
     assert not told or not is_alive(int(told[0]))
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
 
 
 def test_the_last_line_of_a_log(tmp_path):
@@ -212,3 +233,61 @@ def test_gpus_are_those_that_may_be_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert gpus() == []
+
+
+def test_an_error_in_one_process_is_told_by_the_first(tmp_path):
+    """The others end quietly. What processes find when all is well is in tests/cli/test_eval_processes.py."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, WORKER, tmp_path], env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "0").read_text().splitlines() == [
+        "raised: the disk is made of cheese",
+        "another process of torchrun has ended early; its message says why",
+    ]
+    assert (tmp_path / "1").read_text().splitlines() == ["exit: 2", "ends early"]
+
+
+def test_one_process_alone_is_no_group(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "4")  # as some clusters set them for programs that are not torchrun's
+    alone = Processes.of_torchrun()
+    assert alone == (0, 1, 0)
+    assert alone.gather(lambda: {"found": 1}) == [{"found": 1}]
+    assert alone.device(None) is None and torchrun_rank() == 0
+    with alone.adding() as add:
+        add(None)
+    with pytest.raises(KeyreduceError, match="cheese"):
+        alone.gather(lambda: (_ for _ in ()).throw(KeyreduceError("cheese")))
+
+
+@pytest.mark.parametrize("number", [1, 2, 4, 9])
+def test_each_item_is_done_once(number):
+    shares = [list(Processes(rank, number).own(range(7))) for rank in range(number)]
+    dealt = [item for row in zip_longest(*shares) for item in row if item is not None]
+    assert dealt == list(range(7))
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [Processes(rank, 4, rank).device(None) for rank in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert Processes(5, 8, 1).device("cuda") == "cuda:1"
+    assert Processes(5, 8, 1).device("cpu") == "cpu"
+    assert Processes().device(None) is None
+
+
+def test_the_order_of_rows_changes_no_digit_of_the_sum():
+    rows = [RowCost(nats, 1, 2, 3) for nats in (1e16, 1.0, 0.1, 3e-9, 1e16 / 3)]
+    sums = {Perplexity.of(rows[start:] + rows[:start]).nats for start in range(len(rows))}
+    assert sums == {math.fsum(row.nats for row in rows)}
+    assert Perplexity.of(rows).words == 15
+
+
+def test_torch_is_not_loaded_with_the_module():
+    code = "import sys, keyreduce.processes; sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=False).returncode == 0
