@@ -22,6 +22,7 @@ class Group(Protocol):
 
     def own(self, items: Iterable[T]) -> Iterator[T]:
         """Yield this process's share."""
+        ...
 
 
 @contextlib.contextmanager
