@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from keyreduce.calibration.projections import projection_name
 from keyreduce.calibration.statistics import LayerStatistics, TaylorStatistics
@@ -54,9 +55,10 @@ def collect(
     with watching(model, loaded.family, loaded.folder) as layers, contextlib.ExitStack() as stack:
         run = forward
         if gradients:
+            taylor = {}
             for layer, sizes in loaded.family.layer_sizes(model.config.to_dict()).items():
-                layers[layer].taylor = TaylorStatistics.zeros(sizes, layers[layer].input_square_D.device)
-            taylor = {layer: statistics.taylor for layer, statistics in layers.items()}
+                taylor[layer] = TaylorStatistics.zeros(sizes, layers[layer].input_square_D.device)
+                layers[layer].taylor = taylor[layer]
             run = stack.enter_context(differentiating(model, loaded.family, taylor, loaded.folder, add))
         for tokens_BT in batches:
             run(tokens_BT.to(model.device))
@@ -69,7 +71,7 @@ def collect(
 
 @contextlib.contextmanager
 def watching(
-    model: torch.nn.Module, family: Family, folder: Path | None = None
+    model: PreTrainedModel, family: Family, folder: Path | None = None
 ) -> Iterator[dict[int, LayerStatistics]]:
     """While the block runs, every forward pass of ``model`` adds to the yielded statistics: layer number -> statistics.
 

@@ -95,14 +95,17 @@ class LayerStatistics:
     @classmethod
     def zeros(cls, hidden: int, sizes: MixerSizes, device: torch.device) -> "LayerStatistics":
         """Return statistics of no text."""
-        return cls(**_zeros(cls.names(gradients=False), sizes, device, hidden))
+        tensors = _zeros(cls.names(gradients=False), sizes, device, hidden)
+        return cls(**tensors)  # pyright: ignore[reportArgumentType]  (there is no taylor among them)
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "LayerStatistics":
         """Return the statistics for which :meth:`tensors` gives these tensors."""
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(TAYLOR)}
-        taylor = {name.removeprefix(TAYLOR): tensors[name] for name in tensors.keys() - own.keys()}
-        return cls(**own, taylor=TaylorStatistics(**taylor) if taylor else None)
+        statistics = cls(**own)  # pyright: ignore[reportArgumentType]  (own has no taylor)
+        if taylor := {name.removeprefix(TAYLOR): tensors[name] for name in tensors.keys() - own.keys()}:
+            statistics.taylor = TaylorStatistics(**taylor)
+        return statistics
 
     @torch.no_grad()
     def add_input(self, hidden_BTD: torch.Tensor) -> None:

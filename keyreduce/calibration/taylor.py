@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from keyreduce.calibration.projections import PROJECTIONS, projection_name, projection_weight
 from keyreduce.calibration.statistics import TaylorStatistics
@@ -29,7 +30,7 @@ from keyreduce.models.offloading import read_parameter
 
 @contextlib.contextmanager
 def differentiating(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     family: Family,
     layers: Mapping[int, TaylorStatistics],
     folder: Path | None = None,
@@ -69,7 +70,7 @@ def differentiating(
             undo.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
         undo.callback(model.get_input_embeddings().register_forward_hook(_require_gradient).remove)
-        for block in model.get_submodule(family.mixer.split(".{layer}")[0]):
+        for block in model.get_submodule(family.mixer.split(".{layer}")[0]).children():
             undo.enter_context(_recomputing(block))
         for name in gradients.parts:
             projection = model.get_submodule(name.rpartition(".")[0])
@@ -85,7 +86,7 @@ class _Gradients:
         parts: name of a weight -> the layers and projections that it holds; several projections may share a weight.
     """
 
-    def __init__(self, model: torch.nn.Module, family: Family, layers: Mapping[int, TaylorStatistics]):
+    def __init__(self, model: PreTrainedModel, family: Family, layers: Mapping[int, TaylorStatistics]):
         self._family, self._layers, self._sizes = family, layers, family.layer_sizes(model.config.to_dict())
         self.parts: dict[str, list[tuple[int, str]]] = {}
         for layer in layers:

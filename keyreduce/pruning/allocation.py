@@ -60,6 +60,7 @@ def by_variance(
         options: the method's options.
         multiple_of: ranks are rounded up to a multiple, or down to the largest one that a head has.
     """
+    assert method.moments is not None  # the budget was checked
     kept = {}
     for layer, of_layer in statistics.items():
         value_HK = torch.linalg.eigvalsh(method.moments(of_layer, **options)).flip(-1).clamp(min=0)

@@ -144,13 +144,14 @@ class Budget:
         """
         from keyreduce.pruning.allocation import by_energy, by_variance
 
+        if not self.needs_statistics:
+            return self._uniform(config)
+        assert statistics is not None
+        layers, multiple = statistics.layers, self.multiple_of
         if self.variance is not None:
-            family, layers = family_of(config), statistics.layers
-            return {"key": by_variance(family, layers, self.variance, method, options, multiple_of=self.multiple_of)}
+            return {"key": by_variance(family_of(config), layers, self.variance, method, options, multiple_of=multiple)}
         numbers = self._uniform(config)
-        if self.allocate == "energy":
-            numbers["key"] = by_energy(statistics.layers, numbers["key"], self.multiple_of)
-        return numbers
+        return numbers | {"key": by_energy(layers, numbers["key"], multiple)}
 
     def _uniform(self, config: Mapping) -> dict[str, dict[int, int]]:
         numbers: dict[str, dict[int, int]] = {target: {} for target in self.targets}
@@ -203,7 +204,9 @@ def keep_count(
     if ratio is not None:
         if not 0 <= ratio < 1:
             raise KeyreduceError(f"`ratio` is {float(ratio):g}; it is the share to remove, at least 0 and below 1")
-        keep = max(1, int(available * (1 - ratio)))
+        keep = Fraction(max(1, int(available * (1 - ratio))))
+    if keep is None:
+        raise ValueError("neither ratio nor keep is given")
     if not 1 <= keep <= available or int(keep) != keep:
         raise KeyreduceError(
             f"`keep` is {float(keep):g}; {_HOLDER[target]} of this model has 1 to {available} {_THINGS[target]} to keep"

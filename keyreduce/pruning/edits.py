@@ -12,7 +12,7 @@ import torch
 
 from keyreduce.checkpoint.rewrite import Edit
 from keyreduce.families import Family, Part
-from keyreduce.families.axes import parts_of
+from keyreduce.families.axes import Axis, parts_of
 from keyreduce.families.layout import kept_places, places
 from keyreduce.pruning.plan import LayerCut
 from keyreduce.pruning.tensor_edits import Divide, Fill, Narrow, Project, Scale, Select
@@ -91,8 +91,8 @@ class _Mixer:
         part, parts = axes[axis], set(parts_of(axes[axis]))
         if part is Part.SHARED_VALUE or part in _RANKS:
             return [] if self._all_values else [self._value_edit(part, axis)]
-        if self.cut.projection_HKR is not None and not _PROJECTED.isdisjoint(parts):
-            return [self._projection(name)]
+        if (matrix_HKR := self.cut.projection_HKR) is not None and not _PROJECTED.isdisjoint(parts):
+            return [self._projection(axes, matrix_HKR)]
         if not parts <= self._kept.keys() or (part is Part.HEAD_OR_ALL and length == 1):
             return []
         index = kept_places(part, self._kept, *self._layouts)
@@ -121,8 +121,7 @@ class _Mixer:
         weight_V = self.read(norm).double() * (before.head_v_dim / after.head_v_dim) ** 0.5
         return [Scale(axis, weight_V.repeat(before.value_heads))]
 
-    def _projection(self, name: str) -> Project:
-        axes, matrix_HKR = self.family.tensors[name], self.cut.projection_HKR
+    def _projection(self, axes: tuple[Axis, ...], matrix_HKR: torch.Tensor) -> Project:
         if Part.OTHER in axes:
             # Convolution kernels do not add up as channels do: a combined channel has their weighted mean.
             matrix_HKR = matrix_HKR.square()

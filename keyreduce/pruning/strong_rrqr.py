@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.linalg.blas import dgemm
+from scipy.linalg.blas import dgemm  # pyright: ignore[reportAttributeAccessIssue]
 
 from keyreduce.errors import KeyreduceError
 
@@ -145,7 +145,7 @@ def factorise(gram_KK: np.ndarray, keep: int, kept_R: np.ndarray | None = None) 
         if not diagonal_K[channel] > least_K[channel]:
             raise np.linalg.LinAlgError("a pivot is lost in rounding")
         log_pivots += math.log(diagonal_K[channel])
-        _sweep(matrix_KK, channel)
+        _sweep(matrix_KK, int(channel))
     is_kept_K = diagonal_K < 0
     if not (is_kept_K | (diagonal_K > least_K)).all() or is_kept_K.sum() != keep:
         raise np.linalg.LinAlgError("the Schur complement is lost in rounding")
@@ -237,7 +237,7 @@ def _exchange_until(tableau: Tableau, bound: float) -> tuple[np.ndarray, int]:
         into_N += keep
         chosen = np.lexsort((-channel_S[out_N], channel_S[into_N]))[0]
         pair = [out_N[chosen], into_N[chosen]]
-        exchange(matrix_SS, *pair)
+        exchange(matrix_SS, int(pair[0]), int(pair[1]))
         channel_S[pair] = channel_S[pair[::-1]]
     return channel_S[:keep], len(channel_S)
 

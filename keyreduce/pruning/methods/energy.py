@@ -9,10 +9,14 @@ head's score is the energy of what its value heads add to the mixer's output.
 from keyreduce.pruning.methods.method import LayerView, Method, ranked
 
 
-def key_energies(layer: LayerView):
-    """Return the energies of q and of k, each ``[H, K]``."""
-    grams = (layer.statistics.query_gram_HKK, layer.statistics.key_gram_HKK)
-    return [gram_HKK.diagonal(dim1=-2, dim2=-1) for gram_HKK in grams]
+def query_energy(layer: LayerView):
+    """Return the energy of q, ``[H, K]``."""
+    return layer.statistics.query_gram_HKK.diagonal(dim1=-2, dim2=-1)
+
+
+def key_energy(layer: LayerView):
+    """Return the energy of k, ``[H, K]``."""
+    return layer.statistics.key_gram_HKK.diagonal(dim1=-2, dim2=-1)
 
 
 def value_energy(layer: LayerView):
@@ -30,7 +34,7 @@ ENERGY = Method(
     summary="sums of squared activations",
     citation="baseline",
     select={
-        "key": ranked(lambda layer: sum(key_energies(layer))),
+        "key": ranked(lambda layer: query_energy(layer) + key_energy(layer)),
         "value": ranked(value_energy),
         "head": ranked(head_energy),
     },

@@ -7,7 +7,7 @@ scores of ``energy``, so that the choice is the same. Hu et al., "Network Trimmi
 prune by the size of activations.
 """
 
-from keyreduce.pruning.methods.energy import head_energy, key_energies, value_energy
+from keyreduce.pruning.methods.energy import head_energy, key_energy, query_energy, value_energy
 from keyreduce.pruning.methods.method import Method, ranked
 
 MAGNITUDE = Method(
@@ -15,7 +15,7 @@ MAGNITUDE = Method(
     summary="norms of the activations",
     citation="Hu et al., arXiv:1607.03250",
     select={
-        "key": ranked(lambda layer: sum(energy_HK.sqrt() for energy_HK in key_energies(layer))),
+        "key": ranked(lambda layer: query_energy(layer).sqrt() + key_energy(layer).sqrt()),
         "value": ranked(lambda layer: value_energy(layer).sqrt()),
         "head": ranked(lambda layer: head_energy(layer).sqrt()),
     },

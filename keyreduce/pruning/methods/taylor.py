@@ -14,8 +14,10 @@ FORMS = {"first": "signed", "squared": "squared", "element": "element"}
 
 
 def _score(layer: LayerView, form: str, parts: tuple[str, str]):
-    # Only the signed sum can be negative.
-    return sum(layer.statistics.taylor.of(FORMS[form], part).abs() for part in parts)
+    taylor = layer.statistics.taylor
+    assert taylor is not None  # needs_gradients
+    one, other = (taylor.of(FORMS[form], part) for part in parts)
+    return one.abs() + other.abs()  # only signed scores can be negative
 
 
 def _check(options) -> None:
