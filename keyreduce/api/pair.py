@@ -1,6 +1,5 @@
 """Which models commands take where none is named, and which ones they compare."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,24 +61,15 @@ def load_pair(
     """
     from keyreduce.checkpoint.find import find_model
     from keyreduce.models.loading import load_model
-    from keyreduce.pruning.prune import read_record
 
     others = {} if compressed is None else {"pruned": find_model(compressed)}
     if compressed is None and (found := latest(workspace)).is_dir():
         is_recovered = found == workspace.recovered
         others = {"pruned": workspace.pruned} if not is_recovered or (each and workspace.pruned.is_dir()) else {}
         others |= {"recovered": found} if is_recovered else {}
-    dense, config = model, None
-    if others:
-        *_, cut = others.values()
-        record = read_record(cut)
-        if dense is None:
-            dense, config = record.get("dense"), record.get("dense_config") and Path(record["dense_config"])
-        if dense is None:
-            raise KeyreduceError(f"{compressed or cut} does not say what it was pruned from; name that with `model`")
-        if not unrelated:
-            _refuse_unrelated(dense, config, cut, record)
-    folders = {"dense": find_model(dense, config=config), **others}
+    *_, cut = others.values() or (None,)
+    dense = find_model(model) if cut is None else find_dense(model, cut, compressed, unrelated=unrelated)
+    folders = {"dense": dense, **others}
     models = {
         label: load_model(folder, device, dtype, with_tokenizer=with_tokenizer) for label, folder in folders.items()
     }
@@ -88,18 +78,37 @@ def load_pair(
     return models
 
 
-def _refuse_unrelated(dense: str, config: Path | None, cut: Path, record: Mapping) -> None:
-    """Refuse a dense model that the pruned one, by its record, was not made from.
+def find_dense(
+    model: str | None, pruned: Path, pruned_name: str | None = None, *, unrelated: bool, field: str = "model"
+) -> Path:
+    """Return the folder of the dense model that belongs to a pruned one.
 
-    This reads headers and a sample of the weights (``Checkpoint.identity``).
+    Args:
+        model: the dense model as a user names it; None is the one that the record of the pruned model names.
+        pruned: the folder of the pruned model.
+        pruned_name: what messages call the pruned model, if not by its folder.
+        unrelated: whether it may be another one than the pruned model was made from.
+        field: what messages call the field of the request that names the dense model.
+
+    Raises:
+        KeyreduceError: there is no such model, the record names none, or the pruned model was not made from it. To tell
+            that, headers and a sample of the weights are read (``Checkpoint.identity``).
     """
-    from keyreduce.checkpoint.find import open_model
+    from keyreduce.checkpoint.find import find_model
+    from keyreduce.checkpoint.folder import open_folder
+    from keyreduce.pruning.prune import read_record
     from keyreduce.recovery.record import read_repairs
 
-    steps = [*record.get("steps", []), *read_repairs(cut)]
-    made_from = {step["inputs"].get(name) for step in steps for name in ("source", "pruned")} - {None}
-    if made_from and open_model(dense, config=config).identity not in made_from:
+    record = read_record(pruned)
+    name, config = (record.get("dense"), record.get("dense_config")) if model is None else (model, None)
+    if name is None:
+        raise KeyreduceError(f"{pruned_name or pruned} does not say what it was pruned from; name that with `{field}`")
+    dense = find_model(name, config=config and Path(config))
+    steps = [*record.get("steps", []), *read_repairs(pruned)]
+    made_from = {step["inputs"].get(source) for step in steps for source in ("source", "pruned")} - {None}
+    if made_from and not unrelated and open_folder(dense).identity not in made_from:
         raise KeyreduceError(
-            f"{cut} was not made from {dense}, or that has changed since; give what it was made from as `model`, or "
-            "pass `unrelated` to compare the two all the same"
+            f"{pruned_name or pruned} was not made from {name}, or that has changed since; give what it was made from "
+            f"as `{field}`, or pass `unrelated` to take this one all the same"
         )
+    return dense

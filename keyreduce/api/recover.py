@@ -298,30 +298,27 @@ class _Models(NamedTuple):
     @classmethod
     def of(cls, request: RecoverRequest, compressed: str) -> "_Models":
         """Find the models that a request names, or the record of the pruned one."""
+        from keyreduce.api.pair import find_dense
         from keyreduce.checkpoint.find import find_model
         from keyreduce.checkpoint.folder import open_folder
         from keyreduce.pruning.prune import read_record
 
         trains = request.mode in TRAINING_MODES
         pruned = open_folder(find_model(compressed))
-        record = read_record(pruned.path)
         name = request.model if trains else request.model or request.teacher
         if not trains and request.teacher not in (None, name):
             raise KeyreduceError(f"`mode` {request.mode} takes one dense model: leave out `teacher` or `model`")
-        dense, config = name or record.get("dense"), record.get("dense_config") if name is None else None
+        dense, dense_name = None, name or read_record(pruned.path).get("dense")
         is_teacher = trains and request.teacher is None and request.distill_weight is not None
-        if dense is None and (is_teacher or not trains):
+        if is_teacher or not trains or (request.heldout and dense_name):
             field = "teacher" if trains else "model"
-            raise KeyreduceError(f"{compressed} does not say what it was pruned from; name that with `{field}`")
-        opened = None
-        if dense is not None and (is_teacher or not trains or request.heldout):
-            opened = open_folder(find_model(dense, config=config and Path(config)))
-            if not request.unrelated:
-                _refuse_unrelated(opened, pruned, record)
-        taught_by = opened if is_teacher else None
+            dense = open_folder(
+                find_dense(name, pruned.path, compressed, unrelated=request.unrelated, field=field)
+            )
+        teacher = dense if is_teacher else None
         if trains and request.teacher is not None:
-            taught_by = open_folder(find_model(request.teacher))
-        return cls(pruned, opened, taught_by, dense)
+            teacher = open_folder(find_model(request.teacher))
+        return cls(pruned, dense, teacher, dense_name)
 
 
 @dataclass(frozen=True)
@@ -467,16 +464,6 @@ class _Recovery:
             overwrite=self.request.overwrite,
             figures=figures,
             finish=finish,
-        )
-
-
-def _refuse_unrelated(dense: "Checkpoint", pruned: "Checkpoint", record: Mapping) -> None:
-    """Refuse a dense model that the pruned one, by its record, was not pruned from."""
-    sources = {step["inputs"].get("source") for step in record.get("steps", [])} - {None}
-    if sources and dense.identity not in sources:
-        raise KeyreduceError(
-            f"{pruned.path} was not pruned from {dense.path}, or that has changed since; give what it was pruned from, "
-            "or pass `unrelated` to take this one all the same"
         )
 
 

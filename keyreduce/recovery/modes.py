@@ -86,8 +86,8 @@ class Training(NamedTuple):
         left_out = {"micro_batch", "gradient_checkpointing", "shard", "save_every"}
         left_out |= set(self._fields) - _TAKEN[mode]
         left_out |= set() if is_distilled else {"distill_weight", "temperature"}
-        described = {name: value for name, value in self._asdict().items() if name not in left_out}
-        return described | ({"lora_targets": list(self.lora_targets)} if mode == LORA else {})
+        described = self._asdict() | {"lora_targets": list(self.lora_targets)}
+        return {name.removeprefix("lora_"): value for name, value in described.items() if name not in left_out}
 
 
 _TAKEN: dict[str, set[str]] = {

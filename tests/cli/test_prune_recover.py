@@ -1,6 +1,10 @@
 """``keyreduce prune --recover`` is prune and then recover; ``--engine`` refuses before the work."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ TEXT = "A state that is smaller forgets more, unless what reads it makes up for 
 
 @pytest.fixture
 def cut(tiny_folder) -> tuple:
-    """The arguments of a cut of a tiny model, and a text of 2,000 lines to repair it on."""
+    """The arguments of a cut of a tiny model, and a text of 2,000 lines to recover it on."""
     Path("text.md").write_text(TEXT * 2000)
     return ("--model", tiny_folder("delta_net"), "--method", "l2", "--ratio", 0.5, "--text", "text.md")
 
@@ -34,6 +38,18 @@ def test_it_is_prune_and_then_recover(keyreduce, cut):
     assert again.json()["made"] is False
     without = keyreduce("prune", *cut)
     assert without.code == 2 and "differs in repairs" in without.err
+
+
+def test_a_run_that_is_terminated_leaves_nothing(keyreduce, cut):
+    command = [sys.executable, "-W", "ignore", "-m", "keyreduce", "prune", *map(str, cut), "--recover", "reconstruct"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as started:
+        assert "recovering" in started.stderr.readline()
+        assert [path.name for path in WORK.glob(".*.partial/*")]  # the cut
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(60) == 128 + signal.SIGTERM
+        assert "Traceback" not in started.stderr.read()
+    assert not WORK.exists()
 
 
 def test_another_mode_is_refused_before_the_work(keyreduce, cut):

@@ -125,7 +125,7 @@ def test_another_dense_model_is_refused_unless_it_is_meant(keyreduce, pruned, tm
     pruned()
     other = str(save(build("delta_net", seed=5), tmp_path / "other"))
     refused = keyreduce("recover", "--model", other, *FEW)
-    assert refused.code == 2 and "was not pruned from" in refused.err and "pass --unrelated" in refused.err
+    assert refused.code == 2 and "was not made from" in refused.err and "pass --unrelated" in refused.err
     assert len(refused.err.strip().splitlines()) == 1 and not (WORK / "recovered").exists()
     meant = keyreduce("recover", "--teacher", other, "--unrelated", *FEW, "--json").json()
     assert meant["made"] and meant["dense"] == other
@@ -221,7 +221,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(keyreduce, pruned, tiny_folder
         (("--repeats", 1), "--repeats is 1; it is a share of the rows"),
         (("--text", "same.jsonl", "--heldout", "same.jsonl"), "are the same"),
         (("--text", "absent.txt"), "absent.txt"),
-        (("--model", other), "was not pruned from"),
+        (("--model", other), "was not made from"),
         (("--output", WORK / "pruned", "--overwrite"), "is, or holds, the model itself"),
         (("--output", dense, "--overwrite"), "is, or holds, the model itself"),
         (("--compressed", dense), "name that with --model"),

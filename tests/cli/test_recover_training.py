@@ -82,6 +82,12 @@ def test_it_ends_as_an_ordinary_checkpoint_that_says_how_it_was_made(keyreduce, 
     assert other.code == 2 and "differs in options" in other.err
 
 
+def test_a_teacher_is_any_model_of_the_same_vocabulary(keyreduce, pruned, tiny_folder):
+    teacher = tiny_folder("gated_deltanet")
+    result = keyreduce("recover", "--mode", "full", "--teacher", teacher, *FEW, "--json").json()
+    assert Path(result["teacher"]) == teacher and Path(result["dense"]) == pruned
+
+
 def test_nought_is_a_value(keyreduce, pruned):
     nought = ("--warmup", 0, "--distill-weight", 0)
     keyreduce("recover", "--mode", "full", "--teacher", pruned, *nought, *FEW, "--json").json()
@@ -168,12 +174,15 @@ def test_after_an_interruption_the_same_command_goes_on(keyreduce, pruned, monke
     def killed(self, *given, **more):
         calls.append(None)
         if len(calls) == 3:
+            held = [WORK / f".{name}.lock" for name in ("recovered", "recovered.training")]
+            assert all(path.is_file() for path in held)
             raise KeyboardInterrupt
         return plain(self, *given, **more)
 
     monkeypatch.setattr(RecoveryTrainer, "compute_loss", killed)
     assert keyreduce(*arguments).code != 0
-    assert not (WORK / "recovered").exists() and (WORK / "recovered.training/checkpoint-2").is_dir()
+    assert sorted(path.name for path in WORK.iterdir()) == ["pruned", "recovered.training"]
+    assert (WORK / "recovered.training/checkpoint-2").is_dir()
     monkeypatch.setattr(RecoveryTrainer, "compute_loss", plain)
     other = keyreduce(*arguments, "--lr", 0.5)
     assert other.code == 2 and "holds checkpoints of a training from other inputs" in other.err
@@ -183,7 +192,7 @@ def test_after_an_interruption_the_same_command_goes_on(keyreduce, pruned, monke
     assert all(resumed[name].equal(unbroken[name]) for name in unbroken)
 
 
-def test_bad_input_is_one_line_and_leaves_nothing(keyreduce, pruned, tiny_copy):
+def test_bad_input_is_one_line_and_leaves_nothing(keyreduce, pruned, tiny_copy, tiny_folder):
     other = tiny_copy("other")
     edit_config(other, vocab_size=300)
     before = sorted(WORK.rglob("*"))
@@ -195,6 +204,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(keyreduce, pruned, tiny_copy):
         (("--mode", "full", "--repeats", 0.5), "takes no --repeats"),
         (("--mode", "lora", "--lora-targets", "w_proj"), "w_proj matches no linear layer"),
         (("--mode", "full", "--teacher", other), "its vocabulary has 300 tokens, not 264"),
+        (("--mode", "full", "--model", tiny_folder("gated_deltanet"), "--distill-weight", 1), "was not made from"),
         (("--mode", "full", "--seq-len", 100_000), "which do not fill one row"),
         (("--mode", "full", "--micro-batch", 3), "does not divide"),
         (("--mode", "full", "--shard"), "under torchrun"),
