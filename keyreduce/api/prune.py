@@ -161,8 +161,15 @@ class PruneResult(Result):
     repair: dict | None = None
 
 
-def run(request: PruneRequest, reporter: Reporter = Reporter()) -> PruneResult:
+def run(
+    request: PruneRequest, reporter: Reporter = Reporter(), statistics: "Statistics | None" = None
+) -> PruneResult:
     """Prune a checkpoint, or leave the one that was made from the same inputs.
+
+    Args:
+        request: what to do.
+        reporter: what is given remarks and progress.
+        statistics: in the place of those of the calibration file.
 
     Raises:
         KeyreduceError: there is no such model or method, they do not go together, the amounts are impossible, the
@@ -196,9 +203,8 @@ def run(request: PruneRequest, reporter: Reporter = Reporter()) -> PruneResult:
         # What differs already is refused before calibration, which takes time and leaves a file.
         comparable = recorded and {name: value for name, value in recorded.items() if name != "calibration"}
         is_already_made(target, comparable, inputs | wanted, request.overwrite)
-        statistics = None
         if cut.needs_statistics:
-            statistics = _statistics(request, source, cut.method.needs_gradients, reporter)
+            statistics = statistics or _statistics(request, source, cut.method.needs_gradients, reporter)
             # Gradients leave the other statistics as they are.
             without = () if cut.method.needs_gradients else ("gradients",)
             inputs["calibration"] = {name: value for name, value in statistics.inputs.items() if name not in without}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from keyreduce.calibration.capture import collect
-from keyreduce.calibration.statistics import LayerStatistics, Statistics
+from keyreduce.calibration.statistics import Statistics
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.data.batches import batches, token_rows
 from keyreduce.data.text import TextSource
@@ -98,23 +98,21 @@ def calibrate(
     refuse_quantized(source)
     with offloading(source.config, device, offload) as placement:
         loaded = load_model(source.path, device, dtype, gradients=gradients, placement=placement)
-        layers, tokens = _collect(loaded, text, settings, gradients, processes, progress, note)
-    inputs = describe_inputs(source, text, settings, dtype, gradients=gradients)
-    statistics = Statistics(source.identity, tokens, layers, inputs)
-    statistics.check_finite()
-    return statistics
+        return calibrate_loaded(loaded, source, text, settings, dtype, gradients, processes, progress, note)
 
 
-def _collect(
+def calibrate_loaded(
     loaded: LoadedModel,
+    source: Checkpoint,
     text: TextSource,
     settings: Settings,
-    gradients: bool,
-    processes: Processes,
-    progress: Callable[[int], None] | None,
-    note: Callable[[str], None],
-) -> tuple[dict[int, LayerStatistics], int]:
-    """Return the statistics of each layer and the number of tokens, over all processes."""
+    dtype: torch.dtype,
+    gradients: bool = False,
+    processes: Processes = Processes(),
+    progress: Callable[[int], None] | None = None,
+    note: Callable[[str], None] = lambda message: None,
+) -> Statistics:
+    """Run the text through a model that is loaded from ``source``; see :func:`calibrate` for the rest."""
     rows = token_rows(text.documents(settings.seed), loaded.tokenizer, settings.seq_len)
     first_row = next(rows)
     if len(first_row) < settings.seq_len:
@@ -125,10 +123,13 @@ def _collect(
         count = torch.tensor(tokens, dtype=torch.int64)
         add(count)
         for layer in sorted(layers):
-            for name, statistics in vars(layers[layer]).items():
+            for name, tensor in vars(layers[layer]).items():
                 if name != "taylor":  # what gradients gave is the sum over all processes already
-                    add(statistics)
+                    add(tensor)
     tokens = int(count)
     if tokens < settings.tokens and len(first_row) == settings.seq_len:
         note(f"the text ended after {tokens:,} of {settings.tokens:,} tokens")
-    return layers, tokens
+    inputs = describe_inputs(source, text, settings, dtype, gradients=gradients)
+    statistics = Statistics(source.identity, tokens, layers, inputs)
+    statistics.check_finite()
+    return statistics

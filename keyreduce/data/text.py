@@ -132,6 +132,24 @@ class DatasetText(TextSource):
         return (_text_of(row, f"dataset {self.name!r}") for row in rows)
 
 
+class DocumentText(TextSource):
+    """Documents that are in memory already."""
+
+    def __init__(self, documents: Sequence[str]):
+        self._documents = list(documents)
+
+    def describe(self) -> dict:
+        return {"kind": "documents", "documents": len(self._documents)}
+
+    @cached_property
+    def identity(self) -> str:
+        hashes = [hashlib.sha256(document.encode(errors="surrogatepass")).hexdigest() for document in self._documents]
+        return _digest({"kind": "documents", "documents": hashes})
+
+    def _stream(self, seed: int | None) -> Iterator[str]:
+        return _shuffled(self._documents, seed)
+
+
 def text_source(
     paths: Sequence[Path] = (),
     dataset: str | None = None,

@@ -1,0 +1,87 @@
+"""A model in memory as a checkpoint to prune from, and the smaller model that comes of it."""
+
+from collections.abc import Mapping
+from functools import reduce
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+
+from keyreduce.checkpoint.shards import make_spec
+from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.errors import KeyreduceError
+from keyreduce.families import family_of
+from keyreduce.models.loading import LoadedModel, prepare_backend
+
+
+class ModuleCheckpoint(Checkpoint):
+    """A model's tensors as the library would save them: under their names in files, and in their pieces.
+
+    Reading copies to the CPU what is on another device. The model itself is never changed.
+    """
+
+    shards = None
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__(())
+        self.path = Path(model.name_or_path or type(model).__name__)
+        self.config = model.config.to_dict()
+        state = {name: value for name, value in model.state_dict().items() if name not in model.all_tied_weights_keys}
+        self._state: Mapping[str, torch.Tensor] = revert_weight_conversion(model, state)
+        self.tensors = {name: make_spec(name, value.dtype, value.shape) for name, value in self._state.items()}
+
+    @property
+    def sidecars(self) -> tuple[Path, ...]:
+        return ()
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self._state:
+            raise KeyreduceError(f"the model has no tensor {name!r}")
+        return self._state[name].detach().cpu().contiguous()
+
+    def ranges(self, name: str) -> None:
+        return None
+
+
+def loaded_module(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModel:
+    """Return a model in memory as commands have it that loaded it from a folder, ready to run where it is.
+
+    Raises:
+        KeyreduceError: it is not of the DeltaNet family.
+    """
+    family = family_of(model.config.to_dict())
+    prepare_backend(model.device)
+    return LoadedModel(model, tokenizer, family, Path(model.name_or_path or type(model).__name__))
+
+
+def rebuilt(model: PreTrainedModel, config: Mapping, tensors: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    """Return a new model of the same class, on the same device, each parameter in the dtype that it has in ``model``.
+
+    Args:
+        model: the model that it is like.
+        config: the content of its config.json.
+        tensors: name in files -> tensor, all that the class asks for.
+
+    Raises:
+        KeyreduceError: the class does not load them.
+    """
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    # Some parameters may be wider than the others, and no bit of theirs may be lost on the way.
+    widest = reduce(torch.promote_types, dtypes.values(), torch.float32)
+    new, report = type(model).from_pretrained(
+        None,
+        config=type(model.config).from_dict(dict(config)),
+        state_dict=dict(tensors),
+        dtype=widest,
+        output_loading_info=True,
+    )
+    if missing := report["missing_keys"]:
+        raise KeyreduceError(f"the model has no tensor {min(missing)!r}, which its config asks for")
+    for name, parameter in new.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
+    new.config.dtype = model.config.dtype
+    new.config.name_or_path = model.config.name_or_path
+    if model.generation_config is not None:
+        new.generation_config = model.generation_config
+    return new.to(model.device).train(model.training)
