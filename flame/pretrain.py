@@ -253,6 +253,11 @@ def main(args: argparse.Namespace) -> None:
     if settings.process_index == 0:
         save(trainer, tokenizer, model_folder, record)
         print(f"{model_folder}: {heldout_bits_per_byte:.3f} bits per byte, held-out")
+    leave_processes()
+
+
+def leave_processes() -> None:
+    """End this process of several, when all of them are done."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         # Not by way of destructors: that of gloo's process group waits for its threads while it holds the GIL, for

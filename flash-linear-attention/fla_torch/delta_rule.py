@@ -46,8 +46,7 @@ def chunked_delta_rule(
         Output ``[B, T, W, V]`` and the state after the last token ``[B, W, K, V]``, in the inputs' dtype
         (one floating dtype for all). Gradients flow to every input.
     """
-    B, _, H, K = key_BTHK.shape
-    W, V = value_BTWV.shape[-2:]
+    (B, _, H, K), (W, V) = key_BTHK.shape, value_BTWV.shape[-2:]
 
     def chunks_of(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tensor.split(chunk_size, dim=1)
@@ -98,8 +97,7 @@ def chunked_delta_rule(
         else:
             place_BCWV.copy_(output_BCWV)
         state_NKV = torch.baddbmm(kept_NKV, writing_NCK.mT, update_NCV)
-    if is_recorded:
-        output_BTWV = torch.cat(outputs, dim=1)
+    output_BTWV = torch.cat(outputs, dim=1) if is_recorded else output_BTWV
     return output_BTWV, state_NKV.unflatten(0, (B, W))
 
 

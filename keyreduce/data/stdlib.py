@@ -9,10 +9,9 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 Split = Literal["train", "calibration", "heldout"]
-SPLITS: tuple[Split, ...] = get_args(Split)
 
 # Installed packages are not the standard library, and not every machine has its test suite.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}

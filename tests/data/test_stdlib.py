@@ -2,13 +2,14 @@ import hashlib
 import re
 import sysconfig
 from pathlib import Path
+from typing import get_args
 
-from keyreduce.data.stdlib import SPLITS, split_of, stdlib_documents, stdlib_files
+from keyreduce.data.stdlib import Split, split_of, stdlib_documents, stdlib_files
 
 
 def test_splits_are_disjoint_and_their_union_is_the_library():
     root = Path(sysconfig.get_path("stdlib"))
-    files = [path for split in SPLITS for path in stdlib_files(split)]
+    files = [path for split in get_args(Split) for path in stdlib_files(split)]
     skipped = re.compile(r"(^|/)(site-packages|dist-packages|__pycache__|test|tests|idle_test)/")
     expected = {path for path in root.rglob("*.py") if not skipped.search(path.relative_to(root).as_posix())}
     assert len(files) == len(set(files))
@@ -16,7 +17,7 @@ def test_splits_are_disjoint_and_their_union_is_the_library():
 
 
 def test_shares_are_about_eight_one_one():
-    counts = {split: len(stdlib_files(split)) for split in SPLITS}
+    counts = {split: len(stdlib_files(split)) for split in get_args(Split)}
     total = sum(counts.values())
     assert 0.75 < counts["train"] / total < 0.85
     assert 0.06 < counts["calibration"] / total < 0.14
@@ -53,5 +54,5 @@ def test_undecodable_file_is_skipped(tmp_path, monkeypatch):
     for name in names:
         (tmp_path / name).write_bytes(b"\xff\xfe" if name == "0.py" else name.encode())
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    documents = [document for split in SPLITS for document in stdlib_documents(split)]
+    documents = [document for split in get_args(Split) for document in stdlib_documents(split)]
     assert sorted(documents) == sorted(names[1:])
