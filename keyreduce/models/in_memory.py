@@ -12,7 +12,7 @@ from keyreduce.checkpoint.shards import make_spec
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
-from keyreduce.models.loading import LoadedModel, prepare_backend
+from keyreduce.models.loading import LoadedModel, prepare_backend, silenced
 
 
 class ModuleCheckpoint(Checkpoint):
@@ -69,13 +69,14 @@ def rebuilt(model: PreTrainedModel, config: Mapping, tensors: Mapping[str, torch
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     # Some parameters may be wider than the others, and no bit of theirs may be lost on the way.
     widest = reduce(torch.promote_types, dtypes.values(), torch.float32)
-    new, report = type(model).from_pretrained(
-        None,
-        config=type(model.config).from_dict(dict(config)),
-        state_dict=dict(tensors),
-        dtype=widest,
-        output_loading_info=True,
-    )
+    with silenced():
+        new, report = type(model).from_pretrained(
+            None,
+            config=type(model.config).from_dict(dict(config)),
+            state_dict=dict(tensors),
+            dtype=widest,
+            output_loading_info=True,
+        )
     if missing := report["missing_keys"]:
         raise KeyreduceError(f"the model has no tensor {min(missing)!r}, which its config asks for")
     for name, parameter in new.named_parameters():
