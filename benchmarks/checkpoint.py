@@ -32,6 +32,14 @@ from commands import (
 from keyreduce.api import convert, prune
 
 
+# What is added to everything that writes, there in a thread beside the writing, and to `verify`.
+CHECKSUMS = """import pathlib, sys
+from keyreduce.checkpoint.checksums import checksum
+for file in pathlib.Path(sys.argv[1]).glob("*.safetensors"):
+    checksum(file)
+"""
+
+
 class Paths(NamedTuple):
     """Where the inputs lie, and where the output of what is being timed goes."""
 
@@ -64,6 +72,9 @@ def commands_of(paths: Paths) -> dict[str, Command]:
         "prune-dcp": Command("`keyreduce prune` of a DCP", dcp, of_dcp),
         "to-dcp": Command("`keyreduce convert-dcp`, HF to DCP", source, (*converted, source, output)),
         "to-hf": Command("`keyreduce convert-dcp`, DCP to HF", dcp, to_hf),
+        "checksums": Command(
+            "the checksums of what `prune` made, alone", paths.pruned, (sys.executable, "-c", CHECKSUMS, paths.pruned)
+        ),
         "verify": Command(
             "`keyreduce verify` of what `prune` made", paths.pruned, (*KEYREDUCE, "verify", paths.pruned)
         ),

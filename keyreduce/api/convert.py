@@ -48,6 +48,7 @@ class ConvertRequest(Request):
         help="Leave optimizer and training state out, which a Hugging Face folder cannot hold; or stop if there is "
         "any.",
     )
+    push_to_hub: str | None = options.push_to_hub()
     overwrite: bool = options.overwrite()
 
 
@@ -64,6 +65,7 @@ class ConvertResult(Result):
         layout: how the names in the DCP, which is the source or the result, are laid out.
         is_dcp: whether the result is a DCP.
         left_out: how many entries of optimizer and training state are not in the result.
+        pushed: the address on the hub that it was uploaded to, if that was asked for.
     """
 
     converted: Path
@@ -74,6 +76,7 @@ class ConvertResult(Result):
     layout: str
     is_dcp: bool
     left_out: int
+    pushed: str | None = None
 
 
 def run(request: ConvertRequest, reporter: Reporter = Reporter()) -> ConvertResult:
@@ -83,9 +86,10 @@ def run(request: ConvertRequest, reporter: Reporter = Reporter()) -> ConvertResu
         KeyreduceError: there is no such checkpoint, it is damaged, or holds what a Hugging Face folder has no place
             for; or the result is there from other inputs, or cannot be written.
     """
+    from keyreduce.checkpoint.hub import push_to_hub
+    from keyreduce.checkpoint.record import Record
     from keyreduce.checkpoint.writing import parse_size
     from keyreduce.outputs import claimed, is_already_made, refuse_source
-    from keyreduce.pruning.prune import read_record
 
     max_shard_size = request.max_shard_size and parse_size(request.max_shard_size)
     source, layout = _open(request)
@@ -95,8 +99,8 @@ def run(request: ConvertRequest, reporter: Reporter = Reporter()) -> ConvertResu
     inputs |= {"dtype": request.dtype} if request.dtype else {}
     inputs |= {"max_shard_size": max_shard_size} if max_shard_size else {}
     with claimed(target, folder=True):
-        recorded = None if request.overwrite else read_record(target).get("converted")
-        made = not is_already_made(target, recorded, inputs, request.overwrite)
+        recorded = None if request.overwrite else Record.read(target).converted
+        made = not is_already_made(target, recorded and recorded["inputs"], inputs, request.overwrite)
         if made:
             _convert(source, target, inputs, overwrite=request.overwrite, reporter=reporter)
     return ConvertResult(
@@ -108,6 +112,7 @@ def run(request: ConvertRequest, reporter: Reporter = Reporter()) -> ConvertResu
         layout=layout,
         is_dcp=not _is_dcp(source),
         left_out=source.left_out if _is_dcp(source) else 0,
+        pushed=request.push_to_hub and push_to_hub(target, request.push_to_hub),
     )
 
 
@@ -123,7 +128,7 @@ def _open(request: ConvertRequest) -> "tuple[Checkpoint, str]":
     from keyreduce.checkpoint.dcp_source import open_dcp
     from keyreduce.checkpoint.find import find_dcp, find_model
     from keyreduce.checkpoint.folder import open_folder
-    from keyreduce.pruning.prune import read_record
+    from keyreduce.checkpoint.record import Record
     from keyreduce.workspace import Workspace
 
     path = latest(Workspace(request.work, request.pruned)) if request.source is None else Path(request.source)
@@ -132,7 +137,7 @@ def _open(request: ConvertRequest) -> "tuple[Checkpoint, str]":
     dcp = find_dcp(path) if os.path.isdir(path) else None
     if dcp is None:
         folder = open_folder(find_model(str(path)))
-        found = read_record(folder.path).get("dcp_layout", "flat")
+        found = Record.read(folder.path).dcp_layout or "flat"
         return folder, found if request.layout == "auto" else request.layout
     source = open_dcp(dcp, config=request.config, layout=None if request.layout == "auto" else request.layout)
     if source.left_out and not request.only_model:
@@ -155,35 +160,33 @@ def _target(request: ConvertRequest, source: "Checkpoint") -> Path:
 
 def _convert(source: "Checkpoint", target: Path, inputs: dict, *, overwrite: bool, reporter: Reporter) -> None:
     """Write one way or the other into ``target``, whole or not at all, and record what it was converted from."""
+    from keyreduce.checkpoint.card import read_card, write_record
     from keyreduce.checkpoint.dcp import write_dcp
     from keyreduce.checkpoint.dcp_source import open_dcp
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.checkpoint.memory import freed_tensors_returned
+    from keyreduce.checkpoint.record import Record
     from keyreduce.checkpoint.rewrite import rewrite
     from keyreduce.devices import dtype_named
     from keyreduce.families.mixer_tensors import check_mixers
-    from keyreduce.outputs import appearing, write_json
-    from keyreduce.pruning.prune import read_record
-    from keyreduce.workspace import RECORD_NAME
+    from keyreduce.outputs import appearing
+    from keyreduce.processes import command_line
 
-    dtype = dtype_named(inputs["dtype"]) if "dtype" in inputs else None
+    dtype, size = dtype_named(inputs["dtype"]) if "dtype" in inputs else None, inputs.get("max_shard_size")
     with (
         freed_tensors_returned(),
         reporter.progress("converting", source.nbytes, "B") as progress,
         appearing(target, folder=True, overwrite=overwrite) as folder,
     ):
         if _is_dcp(source):
-            rewrite(source, folder, dtype=dtype, max_shard_size=inputs.get("max_shard_size"), progress=progress)
+            checksums = rewrite(source, folder, dtype=dtype, max_shard_size=size, progress=progress)
         else:
-            write_dcp(source, folder, dtype=dtype, nested=inputs["layout"] == "nested", progress=progress)
+            is_nested = inputs["layout"] == "nested"
+            checksums = write_dcp(source, folder, dtype=dtype, nested=is_nested, progress=progress)
         try:
             check_mixers(source.config, source.shapes, source.path)
         except UnknownArchitecture as error:
             reporter.note(f"not checked whether all tensors of the model are there: {error}")
         written = open_folder(folder) if _is_dcp(source) else open_dcp(folder)
-        record = read_record(source.path) | {
-            "dcp_layout": inputs["layout"],
-            "converted": inputs,
-            "identity": written.identity,
-        }
-        write_json(folder / RECORD_NAME, record, overwrite=True)
+        record = Record.read(source.path).with_conversion(inputs, layout=inputs["layout"], command=command_line())
+        write_record(written, record, checksums, read_card(source.path))

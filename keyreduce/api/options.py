@@ -141,3 +141,13 @@ def figures() -> Any:
 def overwrite() -> Any:
     """Whether to replace what is there."""
     return option(False, help="Replace what is at --output.")
+
+
+def push_to_hub() -> Any:
+    """A repository on the hub that gets the result."""
+    return option(
+        None,
+        help="Upload the result to the hub as well, its record and command lines included.",
+        metavar="OWNER/NAME",
+        shown_default="not uploaded",
+    )

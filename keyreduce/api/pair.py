@@ -21,13 +21,12 @@ def latest(workspace: Workspace) -> Path:
     Raises:
         KeyreduceError: a record is damaged.
     """
-    from keyreduce.pruning.prune import read_record
-    from keyreduce.recovery.record import read_repairs
+    from keyreduce.checkpoint.record import Record
 
     if not workspace.recovered.is_dir() or not workspace.pruned.is_dir():
         return workspace.recovered if workspace.recovered.is_dir() else workspace.pruned
-    made_from = [repair["inputs"].get("pruned") for repair in read_repairs(workspace.recovered)]
-    return workspace.recovered if read_record(workspace.pruned).get("identity") in made_from else workspace.pruned
+    made_from = [repair["inputs"].get("pruned") for repair in Record.read(workspace.recovered).repairs]
+    return workspace.recovered if Record.read(workspace.pruned).identity in made_from else workspace.pruned
 
 
 def load_pair(
@@ -96,16 +95,15 @@ def find_dense(
     """
     from keyreduce.checkpoint.find import find_model
     from keyreduce.checkpoint.folder import open_folder
-    from keyreduce.pruning.prune import read_record
-    from keyreduce.recovery.record import read_repairs
+    from keyreduce.checkpoint.record import Record
 
-    record = read_record(pruned)
-    name, config = (record.get("dense"), record.get("dense_config")) if model is None else (model, None)
+    record = Record.read(pruned)
+    name, config = (record.dense, record.dense_config) if model is None else (model, None)
     if name is None:
         raise KeyreduceError(f"{pruned_name or pruned} does not say what it was pruned from; name that with `{field}`")
     dense = find_model(name, config=config and Path(config))
-    steps = [*record.get("steps", []), *read_repairs(pruned)]
-    made_from = {step["inputs"].get(source) for step in steps for source in ("source", "pruned")} - {None}
+    entries = record.steps + record.repairs
+    made_from = {entry["inputs"].get(source) for entry in entries for source in ("source", "pruned")} - {None}
     if made_from and not unrelated and open_folder(dense).identity not in made_from:
         raise KeyreduceError(
             f"{pruned_name or pruned} was not made from {name}, or that has changed since; give what it was made from "

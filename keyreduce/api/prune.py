@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -123,6 +123,7 @@ class PruneRequest(Request):
     max_shard_size: str | None = options.max_shard_size()
     seed: int = options.seed()
     device: str | None = options.device()
+    push_to_hub: str | None = options.push_to_hub()
     overwrite: bool = options.overwrite()
 
 
@@ -140,6 +141,7 @@ class PruneResult(Result):
         mixer_parameters, model_parameters: numbers of parameters, before and after.
         smaller: the same as a sentence.
         suited_engines, unsuited_engines: which serving engines run these sizes, and which do not, with their demand.
+        pushed: the address on the hub that it was uploaded to, if that was asked for.
         repair: mode, tokens, seconds and layers of the recovery that followed the cut, if one did.
     """
 
@@ -158,6 +160,7 @@ class PruneResult(Result):
     smaller: str
     suited_engines: list[str]
     unsuited_engines: list[str]
+    pushed: str | None = None
     repair: dict | None = None
 
 
@@ -176,6 +179,7 @@ def run(
             statistics are of another model, or the output is there from other inputs, or cannot be written.
     """
     from keyreduce.checkpoint.find import open_model
+    from keyreduce.checkpoint.hub import push_to_hub
     from keyreduce.checkpoint.writing import parse_size
     from keyreduce.devices import pick_device
     from keyreduce.outputs import claimed, is_already_made, refuse_source
@@ -208,14 +212,15 @@ def run(
             # Gradients leave the other statistics as they are.
             without = () if cut.method.needs_gradients else ("gradients",)
             inputs["calibration"] = {name: value for name, value in statistics.inputs.items() if name not in without}
-        if is_already_made(target, recorded, inputs | wanted, request.overwrite):
-            return _result(source, target, made=False)
-        plan = cut.plan(source, statistics, inputs, reporter)
-        folder = claim.scratch / "cut" if request.recover else target
-        _write(request, source, plan, folder, shard_bytes, run_on, reporter)
-        if request.recover:
-            _recover(request, folder, target, reporter)
-    return _result(source, target, made=True)
+        made = not is_already_made(target, recorded, inputs | wanted, request.overwrite)
+        if made:
+            plan = cut.plan(source, statistics, inputs, reporter)
+            folder = claim.scratch / "cut" if request.recover else target
+            _write(request, source, plan, folder, shard_bytes, run_on, reporter)
+            if request.recover:
+                _recover(request, folder, target, reporter)
+    pushed = request.push_to_hub and push_to_hub(target, request.push_to_hub)
+    return replace(_result(source, target, made=made), pushed=pushed)
 
 
 @dataclass(frozen=True)
@@ -341,13 +346,13 @@ def _text(request: PruneRequest) -> "TextSource":
 
 def _recorded_inputs(folder: Path) -> dict | None:
     """Return what a pruned checkpoint was made from, recoveries included; None where there is none."""
-    from keyreduce.pruning.prune import read_record
+    from keyreduce.checkpoint.record import Record
 
-    record = read_record(folder)
-    if not record.get("steps"):
+    record = Record.read(folder)
+    if not record.steps:
         return None
-    repairs = [[repair["inputs"]["mode"], repair["inputs"]["text"]["identity"]] for repair in record.get("repairs", [])]
-    return record["steps"][-1]["inputs"] | ({"repairs": repairs} if repairs else {})
+    repairs = [[repair["inputs"]["mode"], repair["inputs"]["text"]["identity"]] for repair in record.repairs]
+    return record.steps[-1]["inputs"] | ({"repairs": repairs} if repairs else {})
 
 
 def _statistics(request: PruneRequest, source: "Checkpoint", gradients: bool, reporter: Reporter) -> "Statistics":
@@ -429,21 +434,21 @@ def _recover(request: PruneRequest, cut: Path, target: Path, reporter: Reporter)
 def _result(source: "Checkpoint", folder: Path, *, made: bool) -> PruneResult:
     """Return the result, from the checkpoint that was pruned, the one that is there, and its record."""
     from keyreduce.checkpoint.folder import open_folder
+    from keyreduce.checkpoint.record import Record
     from keyreduce.families import MixerSizes, family_of
-    from keyreduce.pruning.prune import read_record
     from keyreduce.pruning.savings import savings
     from keyreduce.serving.engines import suited_engines
 
-    pruned, record = open_folder(folder), read_record(folder)
+    pruned, record = open_folder(folder), Record.read(folder)
     family, saved = family_of(source.config), savings(source, pruned)
     layers = [list(family.layer_sizes(one.config).values()) for one in (source, pruned)]
-    inputs = record["steps"][-1]["inputs"]
+    inputs = record.steps[-1]["inputs"]
     suited, unsuited = suited_engines(family, set(layers[1]))
-    repairs = record.get("repairs")
+    repairs = record.repairs
     return PruneResult(
         pruned=folder,
         made=made,
-        dense=record["dense"],
+        dense=record.dense or "",
         method=inputs["method"],
         target=inputs["target"],
         **{name: [_alike(name, sizes) for sizes in layers] for name in MixerSizes._fields},

@@ -150,11 +150,11 @@ def _measure(
 
 def _kept(models: "Mapping[str, LoadedModel]", reporter: Reporter) -> "dict[int, Kept]":
     """Return what the pruned model, which is the last one, kept of each layer of the dense one, where that is known."""
+    from keyreduce.checkpoint.record import Record
     from keyreduce.evaluation.kept import is_cut_of, kept_channels
-    from keyreduce.pruning.prune import read_record
 
     (label, cut), dense = list(models.items())[-1], models["dense"]
-    kept = kept_channels(read_record(cut.folder)) if label != "dense" else {}
+    kept = kept_channels(Record.read(cut.folder)) if label != "dense" else {}
     sizes = [loaded.family.layer_sizes(loaded.model.config.to_dict()) for loaded in (dense, cut)]
     if kept and not is_cut_of(kept, *sizes):
         reporter.note(

@@ -175,6 +175,7 @@ class RecoverRequest(Request):
     )
     seed: int = options.seed()
     device: str | None = options.device()
+    push_to_hub: str | None = options.push_to_hub()
     overwrite: bool = options.overwrite()
 
     @property
@@ -205,6 +206,7 @@ class RecoverResult(Result):
         trained_parameters: how many parameters lora or full trained.
         passes: the number of passes through the text that it began.
         loss_first, loss_last: its loss, averaged over the first and the last twentieth of the log, nats per token.
+        pushed: the address on the hub that it was uploaded to, if that was asked for.
         perplexity: per token of held-out text, of the models ``dense``, ``pruned`` and ``recovered``, where asked for.
     """
 
@@ -221,6 +223,7 @@ class RecoverResult(Result):
     passes: int | None = None
     loss_first: float | None = None
     loss_last: float | None = None
+    pushed: str | None = None
     perplexity: dict[str, float] | None = None
 
 
@@ -241,10 +244,11 @@ def run(request: RecoverRequest, reporter: Reporter = Reporter()) -> RecoverResu
             text is empty or shares a document with the held-out text, ``output`` is there from other inputs or cannot
             be written, or numbers become NaN or inf.
     """
+    from keyreduce.checkpoint.hub import push_to_hub
+    from keyreduce.checkpoint.record import Record
     from keyreduce.data.text import FileText
     from keyreduce.outputs import claimed, is_already_made
     from keyreduce.recovery.overlap import refuse_overlap
-    from keyreduce.recovery.record import read_repairs
 
     processes = Processes.of_torchrun()
     if processes.number > 1 and request.mode in MODES:
@@ -255,7 +259,7 @@ def run(request: RecoverRequest, reporter: Reporter = Reporter()) -> RecoverResu
         refuse_overlap(recovery.text, heldout)
     target, models, inputs = recovery.target, recovery.models, recovery.inputs
     with claimed(target, folder=True, by_this_process=processes.rank == 0):
-        recorded = read_repairs(target) if os.path.isdir(target) and not request.overwrite else []
+        recorded = () if request.overwrite else Record.read(target).repairs
         made = not is_already_made(target, recorded[-1]["inputs"] if recorded else None, inputs, request.overwrite)
         if made and request.mode in MODES:
             recovery.recover_layers()
@@ -263,7 +267,7 @@ def run(request: RecoverRequest, reporter: Reporter = Reporter()) -> RecoverResu
             recovery.train(processes)
         if processes.rank:
             return None
-        entry = read_repairs(target)[-1]
+        entry = Record.read(target).repairs[-1]
     result = RecoverResult(
         recovered=target,
         made=made,
@@ -271,6 +275,7 @@ def run(request: RecoverRequest, reporter: Reporter = Reporter()) -> RecoverResu
         pruned=models.pruned.path,
         dense=str(models.dense.path) if models.dense and request.mode in MODES else models.dense_name,
         teacher=models.teacher and models.teacher.path,
+        pushed=request.push_to_hub and push_to_hub(target, request.push_to_hub),
         **{name: entry[name] for name in _RECORDED if name in entry},
     )
     if heldout is None:
@@ -301,14 +306,14 @@ class _Models(NamedTuple):
         from keyreduce.api.pair import find_dense
         from keyreduce.checkpoint.find import find_model
         from keyreduce.checkpoint.folder import open_folder
-        from keyreduce.pruning.prune import read_record
+        from keyreduce.checkpoint.record import Record
 
         trains = request.mode in TRAINING_MODES
         pruned = open_folder(find_model(compressed))
         name = request.model if trains else request.model or request.teacher
         if not trains and request.teacher not in (None, name):
             raise KeyreduceError(f"`mode` {request.mode} takes one dense model: leave out `teacher` or `model`")
-        dense, dense_name = None, name or read_record(pruned.path).get("dense")
+        dense, dense_name = None, name or Record.read(pruned.path).dense
         is_teacher = trains and request.teacher is None and request.distill_weight is not None
         if is_teacher or not trains or (request.heldout and dense_name):
             field = "teacher" if trains else "model"

@@ -43,6 +43,8 @@ class VerifyResult(Result):
         is_whole: true where the mixers' tensors, or with ``load`` all tensors, are those that the config asks for; None
             where that cannot be told.
         is_recorded: whether it has a record of what was written, with which it was compared.
+        checksums_compared: whether that record has checksums, by which any byte that changed is found; those of version
+            0.1 have none.
         sums_compared: whether it has a file ``SHA256SUMS``, with which it was compared.
         sha256: file name -> SHA-256 in hex, of all files that hold tensors.
     """
@@ -52,6 +54,7 @@ class VerifyResult(Result):
     bytes: int
     is_whole: bool | None
     is_recorded: bool
+    checksums_compared: bool
     sums_compared: bool
     sha256: dict[str, str]
 
@@ -69,8 +72,8 @@ def run(request: VerifyRequest, reporter: Reporter = Reporter()) -> VerifyResult
     from keyreduce.api.pair import latest
     from keyreduce.checkpoint.find import open_model
     from keyreduce.checkpoint.memory import freed_tensors_returned
-    from keyreduce.checkpoint.verify import check_finite, compare_sums, hash_files, read_sums, write_sums
-    from keyreduce.pruning.prune import read_record
+    from keyreduce.checkpoint.record import Record
+    from keyreduce.checkpoint.verify import check_finite, check_sums, compare_sums, hash_files, read_sums, write_sums
     from keyreduce.workspace import Workspace
 
     found = request.path or str(latest(Workspace(request.work, request.pruned)))
@@ -78,13 +81,16 @@ def run(request: VerifyRequest, reporter: Reporter = Reporter()) -> VerifyResult
         raise KeyreduceError(f"there is no pruned model at {found}; run keyreduce prune, or name a `path`")
     with freed_tensors_returned():
         source = open_model(found, config=request.config)
-        recorded = read_record(source.path).get("identity")
-        if recorded not in (None, source.identity):
+        record = Record.read(source.path)
+        if record.identity not in (None, source.identity):
             raise KeyreduceError(f"{source.path} is not what its record describes: it was changed since, or damaged")
+        size = sum(os.path.getsize(file) for file in source.files)
+        with reporter.progress("comparing", size, "B") as progress:
+            checksums_compared = check_sums(source, record, progress=progress)
         noted = None if request.write_sums else read_sums(source.path)
         with reporter.progress("reading", source.nbytes, "B") as progress:
             check_finite(source, progress=progress)
-        with reporter.progress("hashing", sum(os.path.getsize(file) for file in source.files), "B") as progress:
+        with reporter.progress("hashing", size, "B") as progress:
             sums = hash_files(source, progress=progress)
         if noted is not None:
             compare_sums(source.path, sums, noted)
@@ -97,7 +103,8 @@ def run(request: VerifyRequest, reporter: Reporter = Reporter()) -> VerifyResult
         tensors=len(source.tensors),
         bytes=source.nbytes,
         is_whole=is_whole,
-        is_recorded=recorded is not None,
+        is_recorded=record.identity is not None,
+        checksums_compared=checksums_compared,
         sums_compared=noted is not None,
         sha256=sums,
     )

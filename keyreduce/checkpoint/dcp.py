@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from keyreduce.checkpoint.checksums import FileHasher
 from keyreduce.checkpoint.rewrite import EditedTensors, config_with_dtype
 from keyreduce.checkpoint.shard_writer import copy_range, write_all, writing
 from keyreduce.checkpoint.shards import ByteRange, TensorSpec, torch_layout
@@ -35,7 +36,7 @@ def write_dcp(
     nested: bool = False,
     dtype: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
-) -> None:
+) -> dict[str, str]:
     """Write a checkpoint as a DCP, config.json and what else belongs to the model beside it.
 
     An output layer that is the embeddings is there by its own name too, at no cost: both names lead to the same bytes.
@@ -48,6 +49,9 @@ def write_dcp(
         dtype: what floating-point tensors are cast to; None leaves them.
         progress: called for each tensor with the number of its bytes.
 
+    Returns:
+        File name -> its xxh3_128 in hex, of every ``.distcp`` file.
+
     Raises:
         KeyreduceError: a tensor has a dtype that torch has not, a file cannot be read or written, or somebody wrote
             into the source meanwhile.
@@ -58,13 +62,14 @@ def write_dcp(
     specs = {name: edited.tensors[embedding] for name, embedding in tied.items()} | edited.tensors
     described = {name: torch.empty(**torch_layout(spec), device="meta") for name, spec in specs.items()}
     write_folder_files(target, config_with_dtype(source.config, dtype), source.sidecars)
-    with _without_checksums(), in_one_process(f"cannot write {target}"):
+    with FileHasher() as hasher, _without_checksums(), in_one_process(f"cannot write {target}"):
         dcp.save(
             {"model": described} if nested else described,
-            storage_writer=_StreamingWriter(target, specs, edited, nested, progress),
+            storage_writer=_StreamingWriter(target, specs, edited, nested, hasher, progress),
             no_dist=True,
         )
     source.refuse_changed()
+    return hasher.checksums
 
 
 class _StreamingWriter(dcp.FileSystemWriter):
@@ -79,10 +84,12 @@ class _StreamingWriter(dcp.FileSystemWriter):
         specs: Mapping[str, TensorSpec],
         edited: EditedTensors,
         nested: bool,
+        hasher: FileHasher,
         progress: Callable[[int], None] | None,
     ):
         super().__init__(target, sync_files=False)
-        self.specs, self.edited, self.nested, self.progress = specs, edited, nested, progress
+        self.specs, self.edited, self.nested = specs, edited, nested
+        self.hasher, self.progress = hasher, progress
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
         name, results, places = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}", [], {}
@@ -94,6 +101,7 @@ class _StreamingWriter(dcp.FileSystemWriter):
                 if spec.name not in places:
                     _save(self.edited.fetch(spec.name), spec, file)
                     places[spec.name] = _StorageInfo(name, begin, file.tell() - begin)
+                    self.hasher.written(path, file.tell())
                     if self.progress is not None:
                         self.progress(spec.nbytes)
                 results.append(WriteResult(item.index, places[spec.name].length, places[spec.name]))

@@ -10,13 +10,12 @@ from pathlib import Path
 from keyreduce.checkpoint.folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, open_folder
 from keyreduce.checkpoint.source import METADATA_NAME, Checkpoint
 from keyreduce.errors import KeyreduceError, reason
-from keyreduce.workspace import RECORD_NAME
 
 SHIPPED = Path(__file__).parents[1] / "models" / "shipped"
 DEFAULT_MODEL = "delta-net-5m"
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "README.md", "LICENSE*", "NOTICE*"]
 
 
 def shipped_models() -> list[str]:
@@ -122,14 +121,16 @@ def model_name(name: str | None) -> str:
 
 
 def _converted(dcp: Path, config: Path | None) -> Path:
+    from keyreduce.checkpoint.card import read_card, write_record
     from keyreduce.checkpoint.dcp_source import open_dcp
+    from keyreduce.checkpoint.record import Record
     from keyreduce.checkpoint.rewrite import rewrite
 
     folder = Path(tempfile.mkdtemp(prefix="keyreduce-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    rewrite(open_dcp(dcp, config=config), folder)
-    if (dcp / RECORD_NAME).is_file():
-        shutil.copyfile(dcp / RECORD_NAME, folder / RECORD_NAME)
+    checksums = rewrite(open_dcp(dcp, config=config), folder)
+    if (record := Record.read(dcp)) != Record():
+        write_record(open_folder(folder), record, checksums, read_card(dcp))
     return folder
 
 

@@ -99,7 +99,7 @@ def rewrite(
     dtype: torch.dtype | None = None,
     max_shard_size: int | None = None,
     progress: Callable[[int], None] | None = None,
-) -> None:
+) -> dict[str, str]:
     """Write ``source`` as a Hugging Face checkpoint with ``edits`` made and ``config`` as its config.json.
 
     Tensors that do not change are copied as bytes; the others are read, changed and written one at a time, so that
@@ -116,6 +116,9 @@ def rewrite(
             them of 5 GB where it has none.
         progress: called after each tensor with the number of bytes written since the last call.
 
+    Returns:
+        File name -> its xxh3_128 in hex, of every shard.
+
     Raises:
         KeyreduceError: an edited tensor is missing, quantized, or holds NaN or inf, a file cannot be written, or
             somebody wrote into the source meanwhile.
@@ -130,8 +133,9 @@ def rewrite(
         shards = split_into_shards(edited.tensors, max_shard_size or MAX_SHARD_SIZE)
     config = source.config if config is None else config
     write_folder_files(target, config_with_dtype(config, dtype), source.sidecars)
-    write_weights(target, shards, edited.fetch, progress=progress)
+    checksums = write_weights(target, shards, edited.fetch, progress=progress)
     source.refuse_changed()
+    return checksums
 
 
 def config_with_dtype(config: dict, dtype: torch.dtype | None) -> dict:

@@ -44,6 +44,10 @@ class ShardWriter:
             write_all(self._file, memoryview(self._header))
         return self
 
+    def tell(self) -> int:
+        """Return how many bytes of the file are written, and will not change any more."""
+        return self._file.tell()
+
     def write(self, name: str, data: torch.Tensor | Sequence[ByteRange]) -> None:
         """Write the next tensor, from memory or as bytes copied from other files."""
         if not self._pending or self._pending[0].name != name:

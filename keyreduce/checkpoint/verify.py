@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from keyreduce.checkpoint.checksums import checksum
+from keyreduce.checkpoint.record import Record
 from keyreduce.checkpoint.rewrite import is_finite
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
@@ -34,6 +36,29 @@ def check_finite(source: Checkpoint, *, progress: Callable[[int], None] | None =
             raise KeyreduceError(f"tensor {name!r} of {source.path} holds NaN or inf: the checkpoint is damaged")
         if progress is not None:
             progress(spec.nbytes)
+
+
+def check_sums(source: Checkpoint, record: Record, *, progress: Callable[[int], None] | None = None) -> bool:
+    """Hold every file that holds weights against the checksum that was taken when it was written.
+
+    Args:
+        source: the checkpoint.
+        record: its record.
+        progress: called after each piece of a file with the number of its bytes.
+
+    Returns:
+        Whether there was anything to compare: a record of version 0.1, or of a model that keyreduce did not write, has
+        no checksums.
+
+    Raises:
+        KeyreduceError: a file cannot be read, a byte of it changed, or it is another one.
+    """
+    if record.checksums is None:
+        return False
+    for path in source.files:
+        if record.checksums.get(path.name) != checksum(path, progress):
+            raise KeyreduceError(f"{path} is not what was written: it was changed since, or damaged; get it again")
+    return True
 
 
 def hash_files(source: Checkpoint, *, progress: Callable[[int], None] | None = None) -> dict[str, str]:

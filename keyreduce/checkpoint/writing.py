@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
+from keyreduce.checkpoint.checksums import FileHasher
 from keyreduce.checkpoint.folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from keyreduce.checkpoint.shard_writer import ShardWriter
 from keyreduce.checkpoint.shards import ByteRange, ShardPlan, TensorSpec, read_header
@@ -37,7 +38,7 @@ def write_weights(
     fetch: Callable[[str], torch.Tensor | Sequence[ByteRange]],
     *,
     progress: Callable[[int], None] | None = None,
-) -> None:
+) -> dict[str, str]:
     """Write safetensors shards into the folder ``target``, one tensor at a time, then read their headers back.
 
     Args:
@@ -46,22 +47,28 @@ def write_weights(
         fetch: gives a tensor by its name, or the bytes of files that hold it.
         progress: called after each tensor with the number of bytes written since the last call.
 
+    Returns:
+        File name -> its xxh3_128 in hex, of every shard.
+
     Raises:
         KeyreduceError: a file cannot be written, or reads back otherwise than it was written.
     """
-    for file, plan in shards.items():
-        with ShardWriter(target / file, plan.tensors, plan.metadata) as writer:
-            for spec in plan.tensors:
-                writer.write(spec.name, fetch(spec.name))
-                if progress is not None:
-                    progress(spec.nbytes)
-        entries = read_header(target / file).entries
-        if [TensorSpec(name, entry.dtype, entry.shape) for name, entry in entries.items()] != list(plan.tensors):
-            raise KeyreduceError(f"{target / file} does not read back as it was written; check the disk")
+    with FileHasher() as hasher:
+        for file, plan in shards.items():
+            with ShardWriter(target / file, plan.tensors, plan.metadata) as writer:
+                for spec in plan.tensors:
+                    writer.write(spec.name, fetch(spec.name))
+                    hasher.written(target / file, writer.tell())
+                    if progress is not None:
+                        progress(spec.nbytes)
+            entries = read_header(target / file).entries
+            if [TensorSpec(name, entry.dtype, entry.shape) for name, entry in entries.items()] != list(plan.tensors):
+                raise KeyreduceError(f"{target / file} does not read back as it was written; check the disk")
     if list(shards) != [SINGLE_NAME]:
         total_size = sum(spec.nbytes for plan in shards.values() for spec in plan.tensors)
         weight_map = {spec.name: file for file, plan in shards.items() for spec in plan.tensors}
         write_json(target / INDEX_NAME, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+    return hasher.checksums
 
 
 def split_into_shards(tensors: Mapping[str, TensorSpec], max_shard_size: int) -> dict[str, ShardPlan]:

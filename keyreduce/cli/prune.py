@@ -21,6 +21,8 @@ def show(request: prune.PruneRequest, console: Console) -> None:
     result = prune.run(request, console)
     if result.made:
         _print_cut(result, console)
+    if result.pushed:
+        console.say(f"uploaded to {result.pushed}")
     console.finish(result, result.pruned)
 
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keyreduce import __version__
 from keyreduce.checkpoint.folder import open_folder
+from keyreduce.checkpoint.record import Record
 from keyreduce.errors import KeyreduceError, reason
 from keyreduce.evaluation.perplexity import refuse_not_finite
 from keyreduce.models.loading import LoadedModel
-from keyreduce.outputs import appearing, read_json
+from keyreduce.outputs import appearing
 from keyreduce.processes import Processes
-from keyreduce.workspace import RECORD_NAME
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -229,8 +229,7 @@ def _provenance(
     batch_size: int,
     command: str | None,
 ) -> dict:
-    record = loaded.folder / RECORD_NAME
-    dense = read_json(record).get("dense") if record.is_file() else None
+    dense = Record.read(loaded.folder).dense
     return {
         "model": str(loaded.folder),
         "identity": open_folder(loaded.folder).identity,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from keyreduce.checkpoint.record import Record
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import MixerSizes
 from keyreduce.workspace import RECORD_NAME
@@ -27,11 +28,11 @@ class Kept(NamedTuple):
     value: list[list[int]]
 
 
-def kept_channels(record: Mapping) -> dict[int, Kept]:
+def kept_channels(record: Record) -> dict[int, Kept]:
     """Combine the steps of a pruned checkpoint's record (``keyreduce.json``).
 
     Args:
-        record: what ``keyreduce prune`` wrote beside the checkpoint, or an empty mapping.
+        record: what ``keyreduce prune`` wrote beside the checkpoint, or an empty record.
 
     Returns:
         Layer -> what is kept of the dense model, from which the first step started; layers that no step names are
@@ -42,7 +43,7 @@ def kept_channels(record: Mapping) -> dict[int, Kept]:
     """
     kept: dict[int, Kept] = {}
     try:
-        for step in record.get("steps", []):
+        for step in record.steps:
             for number, cut in step.get("layers", {}).items():
                 layer = int(number)
                 kept[layer] = _after(kept.get(layer), cut)

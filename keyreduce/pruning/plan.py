@@ -74,10 +74,14 @@ class Plan:
         inputs: everything that the plan depends on: source identity, calibration, method, targets, ratio, seed. Equal
             inputs give equal plans.
         layers: layer -> its cut.
+        ran: target -> the method that chose.
+        methods: the name of each of those -> its summary, its citation, and the options that it ran with.
     """
 
     inputs: Mapping
     layers: Mapping[int, LayerCut]
+    ran: Mapping[str, str] = field(default_factory=dict)
+    methods: Mapping[str, Mapping] = field(default_factory=dict)
 
     @property
     def before(self) -> dict[int, MixerSizes]:
@@ -91,4 +95,5 @@ class Plan:
 
     def to_json(self) -> dict:
         """Return the plan as a JSON object."""
-        return {"inputs": self.inputs, "layers": {str(layer): cut.to_json() for layer, cut in self.layers.items()}}
+        layers = {str(layer): cut.to_json() for layer, cut in self.layers.items()}
+        return {"inputs": self.inputs, "layers": layers, "ran": self.ran, "methods": self.methods}

@@ -121,7 +121,16 @@ def make_plan(
         cuts[layer] = _cut(sizes, sizes_after(sizes, numbers), chosen)
         if progress is not None:
             progress(1)
-    return Plan(inputs, cuts)
+    ran = {target: method.parts.get(target, method) for target in keep}
+    methods = {
+        one.name: {
+            "summary": one.summary,
+            "citation": one.citation,
+            "options": options if one is method else dict(one.options),
+        }
+        for one in ran.values()
+    }
+    return Plan(inputs, cuts, {target: one.name for target, one in ran.items()}, methods)
 
 
 def check_calibration(source: Checkpoint, calibrated: str) -> None:

@@ -1,7 +1,6 @@
 """A plan and a checkpoint to a smaller checkpoint. No model is built: memory stays at about one tensor."""
 
 import os
-import platform
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,19 +8,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from keyreduce import __version__
+from keyreduce.checkpoint.card import read_card, write_record
 from keyreduce.checkpoint.folder import open_folder
+from keyreduce.checkpoint.record import Record
 from keyreduce.checkpoint.rewrite import Edit, rewrite
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
 from keyreduce.families.mixer_tensors import below_mixers, check_mixers, refuse_faults
-from keyreduce.outputs import appearing, read_json, write_json
-from keyreduce.pruning.card import model_card
+from keyreduce.outputs import appearing
 from keyreduce.pruning.edits import layer_edits
 from keyreduce.pruning.plan import Plan
 from keyreduce.pruning.savings import Savings, savings
-from keyreduce.workspace import PROJECTIONS_NAME, RECORD_NAME
+from keyreduce.workspace import PROJECTIONS_NAME
 
 ALGORITHM = 1
 """Raised when a cut comes out otherwise than before, so that older outputs are not taken for the same."""
@@ -67,7 +66,7 @@ def write_pruned(
         overwrite: whether an existing one is replaced.
         progress: called with bytes written.
 
-    The record is written beside it as ``keyreduce.json``: versions, and every pruning step since the dense model.
+    The record is written beside it as ``keyreduce.json``, and the model card that is made from it as ``README.md``.
     Projections, if any, are in ``keyreduce.npz``, by step and layer.
 
     Returns:
@@ -78,24 +77,10 @@ def write_pruned(
             is not what the family's table says of the new config.
     """
     family = family_of(source.config)
-    earlier = read_record(source.path)
-    steps = earlier.get("steps", [])
+    earlier = Record.read(source.path)
     edits = plan_edits(source, plan)
-    # What a conversion noted about the source says nothing about what is made of it.
-    kept = {name: value for name, value in earlier.items() if name != "converted"}
-    if "dense" not in kept and dense_config is not None:
-        kept["dense_config"] = os.path.realpath(dense_config)
-    record = {
-        **kept,
-        "dense": kept.get("dense", dense),
-        "versions": {
-            "keyreduce": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-    }
     with appearing(target, folder=True, overwrite=overwrite) as temporary:
-        rewrite(
+        checksums = rewrite(
             source,
             temporary,
             config=_with_flat_rope(family.resized(source.config, plan.after)) if edits else source.config,
@@ -107,11 +92,16 @@ def write_pruned(
         written = open_folder(temporary)
         _check_tensors(source, written, target)
         saved = savings(source, written)
-        step = plan.to_json() | {"smaller": saved.sentence} | ({"command": command} if command else {})
-        record["steps"] = [*steps, step]
-        write_json(temporary / RECORD_NAME, record | {"identity": written.identity})
-        _add_projections(temporary, len(steps), plan)
-        _write_card(temporary, written.config, record, saved)
+        record = earlier.with_step(
+            plan.to_json() | {"smaller": saved.sentence},
+            dense=dense,
+            dense_config=None if dense_config is None else os.path.realpath(dense_config),
+            shipped_by=family.shipped_by,
+            figures=saved._asdict(),
+            command=command,
+        )
+        _add_projections(temporary, len(earlier.steps), plan)
+        write_record(written, record, checksums, read_card(source.path))
         if verify is not None:
             verify(temporary)
     return saved
@@ -140,33 +130,6 @@ def _check_tensors(source: Checkpoint, written: Checkpoint, target: Path) -> Non
 def _outside_mixers(source: Checkpoint) -> dict[str, tuple[int, ...]]:
     mixers = below_mixers(source.config, source.tensors)
     return {name: shape for name, shape in source.shapes.items() if name not in mixers}
-
-
-def read_record(folder: Path) -> dict:
-    """Return what a checkpoint folder records of its pruning: ``dense``, ``steps``; empty if it was never pruned.
-
-    Raises:
-        KeyreduceError: the record is damaged.
-    """
-    path = folder / RECORD_NAME
-    record = read_json(path) if path.is_file() else {}
-    steps = record.get("steps", [])
-    has_steps = isinstance(steps, list) and all(isinstance(step, dict) and "inputs" in step for step in steps)
-    if not has_steps or not isinstance(record.get("dense", ""), str):
-        raise KeyreduceError(f"{path} is damaged: it does not say what was pruned; remove it, or prune again")
-    return record
-
-
-def _write_card(folder: Path, config: dict, record: dict, saved: Savings) -> None:
-    try:
-        card = model_card(config, record, saved).encode()
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        # The steps before this one came with the source.
-        raise KeyreduceError(f"the source's {RECORD_NAME} is damaged; remove it, or prune the dense model") from error
-    try:
-        (folder / "README.md").write_bytes(card)
-    except OSError as error:
-        raise KeyreduceError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 def _add_projections(folder: Path, step: int, plan: Plan) -> None:

@@ -6,16 +6,15 @@ from pathlib import Path
 
 import torch
 
+from keyreduce.checkpoint.card import read_card, write_record
 from keyreduce.checkpoint.folder import open_folder
+from keyreduce.checkpoint.record import Record
 from keyreduce.checkpoint.rewrite import rewrite
 from keyreduce.checkpoint.source import Checkpoint
-from keyreduce.outputs import appearing, read_json, write_json
+from keyreduce.families import family_of
+from keyreduce.outputs import appearing
 from keyreduce.recovery.layers import Recovered
 from keyreduce.recovery.modes import MODES, TRAINING_MODES
-from keyreduce.recovery.record import read_repairs
-from keyreduce.workspace import RECORD_NAME
-
-_CARD_NAME = "README.md"
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def write_recovered(
     """Write the pruned checkpoint with the tensors that recovery changed.
 
     ``keyreduce.json`` gets an entry in ``repairs``: what the recovery was made from, after how many pruning steps, and
-    its figures. The model card gets a line.
+    its figures. The model card is made from it.
 
     Args:
         pruned: the checkpoint that was recovered.
@@ -64,30 +63,17 @@ def write_recovered(
     Raises:
         KeyreduceError: see :func:`keyreduce.checkpoint.rewrite.rewrite`; or the target exists.
     """
-    path = pruned.path / RECORD_NAME
-    record = read_json(path) if path.is_file() else {}
-    entry = {
-        "inputs": inputs,
-        "after_step": len(record.get("steps", [])),
-        "tokens": recovered.tokens,
-        "seconds": seconds,
-        **({"command": command} if command else {}),
-        **({"layers": {str(layer): one for layer, one in recovered.layers.items()}} if recovered.layers else {}),
-        **(figures or {}),
-    }
-    record = record | {"repairs": [*read_repairs(pruned.path), entry]}
+    layers = {str(layer): one for layer, one in recovered.layers.items()}
+    record = Record.read(pruned.path).with_recovery(
+        inputs,
+        {"tokens": recovered.tokens, "seconds": seconds, **({"layers": layers} if layers else {}), **(figures or {})},
+        summary=(MODES | TRAINING_MODES).get(inputs["mode"], ""),
+        shipped_by=family_of(pruned.config).shipped_by,
+        command=command,
+    )
+    edits = {name: [Replace(tensor)] for name, tensor in recovered.tensors.items()}
     with appearing(target, folder=True, overwrite=overwrite) as temporary:
-        rewrite(pruned, temporary, edits={name: [Replace(tensor)] for name, tensor in recovered.tensors.items()})
-        write_json(temporary / RECORD_NAME, record | {"identity": open_folder(temporary).identity})
-        card = temporary / _CARD_NAME
-        if card.is_file():
-            mode = inputs["mode"]
-            summary, kind = (MODES | TRAINING_MODES).get(mode, ""), "" if mode in TRAINING_MODES else "calibration "
-            share = inputs.get("repeats")
-            rest = f", {share:.1%} of the rows random tokens that repeat" if share else ""
-            told = f"- {mode}: {summary}; {recovered.tokens:,} tokens of {kind}text{rest}"
-            before = card.read_text(encoding="utf-8")
-            heading = "" if "## Repair\n" in before else "\n## Repair\n\n"
-            card.write_text(f"{before.rstrip()}\n{heading}{told}\n", encoding="utf-8")
+        checksums = rewrite(pruned, temporary, edits=edits)
+        write_record(open_folder(temporary), record, checksums, read_card(pruned.path))
         if finish is not None:
             finish(temporary)

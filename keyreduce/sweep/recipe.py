@@ -64,7 +64,7 @@ _NOT_IN_RECIPES = {
     *("model", "compressed", "base", "work", "pruned", "output", "plot", "overwrite", "unrelated", "config", "teacher"),
     *("text", "dataset", "dataset_config", "split", "heldout", "calibration", "seed", "device", "dtype", "jobs"),
     *("method", "set", "ratio", "keep", "variance", "recover", "verify", "max_shard_size"),
-    *("mode", "gradients", "mixer", "forward", "decode", "train_step", "scaling"),
+    *("push_to_hub", "mode", "gradients", "mixer", "forward", "decode", "train_step", "scaling"),
 }
 # Fields of requests that have another name in a recipe.
 _NAMES = {"method": "methods", "per_seed": "calibration.per_seed", "ratio": "ratios", "recover": "repairs"}

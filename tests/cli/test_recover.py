@@ -197,7 +197,7 @@ def test_what_was_recovered_can_be_pruned_and_recovered_again(keyreduce, pruned)
     record = json.loads(Path("end/keyreduce.json").read_text())
     assert [entry["after_step"] for entry in record["repairs"]] == [1, 2]
     assert Path(record["dense"]) == dense
-    assert Path("end/README.md").read_text().count("## Repair") == 1
+    assert Path("end/README.md").read_text().count("## Recovery") == 1
 
 
 def test_held_out_text_is_measured_on_all_three(keyreduce, pruned):

@@ -22,6 +22,22 @@ def edit(folder, change) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def forget_checksums(folder) -> None:
+    record = json.loads((folder / "keyreduce.json").read_text())
+    del record["checksums"]
+    (folder / "keyreduce.json").write_text(json.dumps(record))
+
+
+def test_a_record_without_checksums_does_not_vouch_for_every_byte(keyreduce, pruned):
+    whole = keyreduce("verify")
+    assert "to the last byte" in whole.out
+    assert keyreduce("verify", "--json").json()["checksums_compared"]
+    forget_checksums(pruned)
+    result = keyreduce("verify")
+    assert result.code == 0 and "without checksums" in result.out and "to the last byte" not in result.out
+    assert not keyreduce("verify", "--json").json()["checksums_compared"]
+
+
 def test_a_pruned_checkpoint_is_what_its_record_says(keyreduce, pruned):
     found = keyreduce("verify", "--json").json()
     digest = hashlib.sha256((pruned / "model.safetensors").read_bytes()).hexdigest()
@@ -57,6 +73,9 @@ def test_sums_find_what_else_changed(keyreduce, pruned):
     # The same numbers in another file.
     tensors = load_file(pruned / "model.safetensors")
     save_file(tensors, pruned / "model.safetensors", metadata={"format": "pt", "note": "packed again"})
+    result = keyreduce("verify")
+    assert result.code == 2 and "model.safetensors is not what was written" in result.err
+    forget_checksums(pruned)
     result = keyreduce("verify")
     assert result.code == 2 and "differs from SHA256SUMS" in result.err
     (pruned / "SHA256SUMS").write_text("nonsense")

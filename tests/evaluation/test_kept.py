@@ -6,6 +6,7 @@ Shapes: H key heads, W value heads, K key channels, V value channels.
 import numpy as np
 import pytest
 
+from keyreduce.checkpoint.record import Record
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.kept import is_cut_of, kept_channels
 from keyreduce.families import MixerSizes
@@ -50,7 +51,7 @@ def test_steps_are_put_together(num_steps):
         sizes = MixerSizes(**cut["after"])
     # A step of another kind, and one that leaves the layer alone.
     steps[1:1] = [{"inputs": {}}, {"inputs": {}, "layers": {}}]
-    (layer, kept), *others = kept_channels({"steps": steps}).items()
+    (layer, kept), *others = kept_channels(Record(steps=steps)).items()
     assert (layer, others) == (3, [])
     assert (kept.before, kept.after) == (dense, sizes)
     found = [[9 * head + channel for channel in kept.key[place]] for place, head in enumerate(kept.key_heads)]
@@ -66,20 +67,20 @@ def test_projected_keys_have_no_channels(projected):
         cut = draw_cut(sizes, rng, projects=number == projected)
         steps.append({"inputs": {}, "layers": {"0": cut}})
         sizes = MixerSizes(**cut["after"])
-    kept = kept_channels({"steps": steps})[0]
+    kept = kept_channels(Record(steps=steps))[0]
     assert kept.key is None
     assert len(kept.key_heads) == 1
     assert [len(channels) for channels in kept.value] == [6, 6]
 
 
 def test_a_model_that_was_never_pruned():
-    assert kept_channels({}) == {}
+    assert kept_channels(Record()) == {}
 
 
 def test_whether_two_models_are_those_of_a_record():
     rng, dense, other = np.random.default_rng(0), MixerSizes(3, 6, 8, 8), MixerSizes(3, 6, 8, 4)
     cut = draw_cut(dense, rng)
-    kept, pruned = kept_channels({"steps": [{"inputs": {}, "layers": {"1": cut}}]}), MixerSizes(**cut["after"])
+    kept, pruned = kept_channels(Record(steps=({"inputs": {}, "layers": {"1": cut}},))), MixerSizes(**cut["after"])
     assert is_cut_of(kept, {0: other, 1: dense}, {0: other, 1: pruned})
     assert not is_cut_of(kept, {0: other, 1: dense}, {0: dense, 1: pruned})
     assert not is_cut_of(kept, {0: other, 1: other}, {0: other, 1: pruned})
@@ -91,16 +92,16 @@ def test_whether_two_models_are_those_of_a_record():
 @pytest.mark.parametrize(
     "damage",
     [
-        {"steps": [{"layers": []}]},
-        {"steps": [{"layers": {"zero": {}}}]},
-        {"steps": [{"layers": {"0": {}}}]},
-        {"steps": [{"layers": {"0": {"before": {"key_heads": 1}}}}]},
-        {"steps": [1]},
+        [{"layers": []}],
+        [{"layers": {"zero": {}}}],
+        [{"layers": {"0": {}}}],
+        [{"layers": {"0": {"before": {"key_heads": 1}}}}],
+        [1],
     ],
 )
 def test_damaged_records_are_refused(damage):
     with pytest.raises(KeyreduceError, match=r"keyreduce\.json is damaged"):
-        kept_channels(damage)
+        kept_channels(Record(steps=damage))
 
 
 def test_a_record_whose_steps_do_not_fit_is_refused():
@@ -108,4 +109,4 @@ def test_a_record_whose_steps_do_not_fit_is_refused():
     cut = draw_cut(sizes, rng)
     cut["heads"], cut["key"], cut["value"] = [2], [list(range(8))], [list(range(8))] * 2
     with pytest.raises(KeyreduceError, match=r"keyreduce\.json is damaged"):
-        kept_channels({"steps": [{"layers": {"0": cut}}] * 2})
+        kept_channels(Record(steps=({"layers": {"0": cut}},) * 2))

@@ -15,11 +15,11 @@ from tiny_models import FAMILIES as MODELS
 from tiny_models import tensors_of
 from transformers import AutoModelForCausalLM
 
+from keyreduce.checkpoint.card import model_card
 from keyreduce.checkpoint.folder import open_folder
+from keyreduce.checkpoint.record import Record
 from keyreduce.families import FAMILIES
-from keyreduce.pruning.card import model_card
 from keyreduce.pruning.methods import METHODS
-from keyreduce.pruning.savings import Savings
 
 REPOSITORY = Path(__file__).parents[2]
 SIZES = {
@@ -45,17 +45,19 @@ def table_of(card: str) -> dict[str, list[str]]:
 def drawn_card(**changes) -> str:
     """Return a card of one step that no checkpoint has, with parts of its record changed."""
     sizes = {"key_heads": 2, "value_heads": 2, "head_k_dim": 8, "head_v_dim": 8}
-    step = {"inputs": {"method": "l2"}, "layers": {"0": {"before": sizes, "after": sizes | {"head_k_dim": 4}}}}
-    record = {"dense": "/models/some", "versions": {"keyreduce": "0.1.0"}, "steps": [step]}
+    layers = {"0": {"before": sizes, "after": sizes | {"head_k_dim": 4}}}
+    figures = {"state_bytes_per_sequence": [3 * 2**30, 3 * 2**19], "mixer_parameters": [20, 16]}
+    step = {"inputs": {"method": "l2"}, "layers": layers, "ran": {"key": "l2"}, "figures": figures}
     step |= changes.pop("step", {})
-    saved = Savings((3 * 2**30, 3 * 2**19), (20, 16), (40, 36))
-    return model_card({"model_type": "delta_net"}, record | changes, saved)
+    source_card = changes.pop("source_card", "")
+    record = {"dense": "/models/some", "versions": {"keyreduce": "0.1.0"}, "steps": (step,)} | changes
+    return model_card(Record(**record), {"model_type": "delta_net"}, source_card)
 
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_the_hub_reads_its_front_matter(tiny_folder, pruned, model_type):
     card = ModelCard(card_of(pruned(tiny_folder(model_type), 5)))
-    assert card.data["library_name"] == "transformers"
+    assert (card.data["library_name"], card.data["pipeline_tag"]) == ("transformers", "text-generation")
     assert card.data.tags == ["keyreduce", "pruned", "linear-attention", model_type]
     assert card.data.base_model is None  # a folder of this machine is none
     assert model_type.replace("_", r"\_") in card.text.split("\n## ")[0]
@@ -97,10 +99,12 @@ def test_layers_that_differ_are_a_range(tiny_folder, pruned):
 
 def test_each_step_is_told(tiny_folder, pruned):
     once = pruned(tiny_folder("delta_net"), 9, method="l2", name="once")
-    card = card_of(pruned(once, 4, method="rrqr", name="twice"))
+    folders = tiny_folder("delta_net"), pruned(once, 4, method="rrqr", name="twice")
+    card = card_of(folders[1])
     assert "in 2 steps" in card and "in 1 step." in card_of(once)
     assert table_of(card)["key channels a head"] == ["16", "4"]
-    assert "model parameters (last step)" in table_of(card)
+    dense, end = (sum(tensor.numel() for tensor in tensors_of(folder).values()) for folder in folders)
+    assert table_of(card)["model parameters"] == [f"{dense:,}", f"{end:,}"]
     places = [card.index(METHODS[name].citation) for name in ("l2", "rrqr")]
     assert places == sorted(places)
     assert all(METHODS[name].summary in card for name in ("l2", "rrqr"))
@@ -123,7 +127,8 @@ def test_how_it_was_made():
     [
         {"dense": HOSTILE},
         {"dense": f"owner/{HOSTILE}"},
-        {"step": {"inputs": {"method": HOSTILE, "target": HOSTILE, "keep": {HOSTILE: 1}, "seed": HOSTILE}}},
+        {"step": {"inputs": {"target": HOSTILE, "keep": {HOSTILE: 1}, "seed": HOSTILE}, "ran": {"key": HOSTILE}}},
+        {"versions": {"keyreduce": HOSTILE}},
         {"step": {"command": HOSTILE}},
         {"step": {"inputs": {"method": "l2", "calibration": {"text": HOSTILE}}}},
     ],
@@ -139,6 +144,13 @@ def test_text_of_a_record_stays_text(changes):
     outside_code = re.sub(r"```.*?```|`[^`\n]*`", "", told.replace("\\`", ""), flags=re.DOTALL)
     assert "`" not in outside_code
     assert not re.search(r"(?<!\\)<b>|(?<!\\)\[a", outside_code)
+
+
+def test_each_target_says_which_method_ran(tiny_folder, pruned):
+    card = card_of(pruned(tiny_folder("delta_net"), 9, method="auto", value=8, head=1))
+    for target, name in (("key", "rrqr"), ("value", "energy"), ("head", "wanda")):
+        assert f"- method for {target}: {name} ({METHODS[name].summary}; {METHODS[name].citation})" in card
+    assert "auto" not in card.split("## How to load it")[0]
 
 
 RUN_SNIPPETS = """

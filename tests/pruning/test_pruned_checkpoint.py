@@ -15,9 +15,10 @@ from tiny_models import FAMILIES, VOCABULARY, build, draw_tokens, edit_config, e
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from keyreduce.checkpoint.folder import open_folder
+from keyreduce.checkpoint.record import Record
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import FAMILIES as TABLES
-from keyreduce.pruning.prune import plan_edits, read_record, write_pruned
+from keyreduce.pruning.prune import plan_edits, write_pruned
 from keyreduce.pruning.savings import savings
 
 REPOSITORY = Path(__file__).parents[2]
@@ -41,19 +42,23 @@ def test_the_record_says_what_was_done(tiny_folder, tmp_path):
     plan = plan_of(source, {"key": 5}, "rrqr")
     told = []
     returned = write_pruned(source, plan, tmp_path / "pruned", dense="tiny", progress=told.append)
-    record = read_record(tmp_path / "pruned")
+    record = Record.read(tmp_path / "pruned")
     assert returned == savings(source, open_folder(tmp_path / "pruned"))
     assert sum(told) == sum(tensor.nbytes for tensor in tensors_of(tmp_path / "pruned").values())
-    (step,) = record["steps"]
-    assert record["dense"] == "tiny"
-    assert record["versions"]["torch"] == torch.__version__
+    (step,) = record.steps
+    assert (record.dense, record.dense_identity, record.shipped_by) == ("tiny", source.identity, "fla")
+    assert record.versions["torch"] == torch.__version__
+    assert record.identity == open_folder(tmp_path / "pruned").identity
+    assert step["ran"] == {"key": "rrqr"}
+    assert step["methods"]["rrqr"]["options"] == {"f": 1.5, "permute": False}
+    assert step["figures"] == {name: list(values) for name, values in returned._asdict().items()}
     assert step["inputs"] == {"source": source.identity, "method": "rrqr", "targets": ["key"]}
     assert step["smaller"] == returned.sentence
     layer = step["layers"]["1"]
     assert (layer["before"]["head_k_dim"], layer["after"]["head_k_dim"]) == (16, 5)
     assert layer["key"] == plan.layers[1].key_HR.tolist()
     assert len(layer["report"]["key"]["rho"]) == 2
-    assert read_record(source.path) == {}
+    assert Record.read(source.path) == Record()
 
 
 @pytest.mark.parametrize("damaged", ["model.layers.1.attn.k_proj.weight", "model.layers.1.mlp.up_proj.weight"])
@@ -62,9 +67,10 @@ def test_what_was_written_is_held_against_the_table_and_the_source(tiny_folder, 
     from keyreduce.pruning import prune
 
     def rewrite(source, target, **options):
-        rewritten(source, target, **options)
+        checksums = rewritten(source, target, **options)
         more = {"left over": {damaged.replace("weight", "more"): torch.ones(2)}}.get(case, {damaged: torch.ones(2)})
         edit_tensors(target, lambda tensors: tensors.pop(damaged) if case == "missing" else tensors.update(more))
+        return checksums
 
     rewritten = prune.rewrite
     monkeypatch.setattr(prune, "rewrite", rewrite)
@@ -96,10 +102,10 @@ def test_a_pruned_model_can_be_pruned_again(tiny_folder, pruned, model_type):
     source = tiny_folder(model_type)
     once = pruned(source, 9, method="l2", name="once")
     twice = pruned(once, 4, method="l2", name="twice")
-    record = read_record(twice)
-    assert record["dense"] == str(source)
-    assert [step["layers"]["0"]["after"]["head_k_dim"] for step in record["steps"]] == [9, 4]
-    assert record["steps"][1]["inputs"]["source"] == open_folder(once).identity
+    record = Record.read(twice)
+    assert record.dense == str(source)
+    assert [step["layers"]["0"]["after"]["head_k_dim"] for step in record.steps] == [9, 4]
+    assert record.steps[1]["inputs"]["source"] == open_folder(once).identity
     # Rows keep their norms, so two steps keep what one does.
     expected, found = tensors_of(pruned(source, 4, method="l2", name="at once")), tensors_of(twice)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -133,7 +139,7 @@ def test_hybrid_models_keep_their_softmax_layers(tmp_path, pruned):
     before, after = tensors_of(source), tensors_of(target)
     assert [len(after[f"model.layers.{layer}.attn.k_proj.weight"]) for layer in range(3)] == [10, 32, 10]
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if "layers.1." in name)
-    assert read_record(target)["steps"][0]["layers"].keys() == {"0", "2"}
+    assert Record.read(target).steps[0]["layers"].keys() == {"0", "2"}
     assert config_of(target)["attn"] == config_of(source)["attn"]
 
 
@@ -188,7 +194,7 @@ def test_a_weight_that_is_not_finite_is_named(tiny_copy, pruned, name):
 def test_a_damaged_record_is_refused(tmp_path, record):
     (tmp_path / "keyreduce.json").write_text(record)
     with pytest.raises(KeyreduceError, match=r"keyreduce\.json"):
-        read_record(tmp_path)
+        Record.read(tmp_path)
 
 
 FRESH = """

@@ -18,7 +18,7 @@ from keyreduce.data.text import FileText
 from keyreduce.errors import KeyreduceError
 from keyreduce.models.loading import load_model
 from keyreduce.recovery.layers import recover_checkpoint, recover_layers
-from keyreduce.recovery.modes import Steps, make_steps
+from keyreduce.recovery.modes import MODES, Steps, make_steps
 from keyreduce.recovery.repeats import with_repeats
 from keyreduce.recovery.writing import write_recovered
 
@@ -255,5 +255,7 @@ def test_the_record_and_the_card_tell_of_the_recovery(pruned_pair, recovered):
     assert (record["steps"], record["dense"]) == (before["steps"], before["dense"])
     assert record["identity"] == open_folder(folder).identity != before["identity"]
     card = (folder / "README.md").read_text()
-    assert card.startswith((pruned / "README.md").read_text().rstrip())
-    assert "## Repair" in card and "least-squares" in card
+    # The card is that of the pruned checkpoint, and a section more.
+    told = card.split("## Recovery\n")[1].split("## How to load it")[0]
+    assert card.replace(f"## Recovery\n{told}", "") == (pruned / "README.md").read_text()
+    assert told.strip() == f"- least-squares: {MODES['least-squares']}; 1,280 tokens of text"

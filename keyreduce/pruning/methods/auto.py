@@ -27,4 +27,5 @@ AUTO = Method(
     citation="keyreduce's README",
     select={target: _select(target, method) for target, method in BEST.items()},
     needs_statistics=True,
+    parts=BEST,
 )

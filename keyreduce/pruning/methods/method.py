@@ -105,6 +105,7 @@ class Method:
         check: raises KeyreduceError if the value of an option is invalid.
         moments: for a method that projects, ``(statistics, **options) -> [H, K, K]``; the eigenvalues are the variance
             that decides the rank, if a share of the variance is to be kept.
+        parts: for a method that only chooses among others, target -> the one that runs.
         version: raised when the method chooses otherwise than before, so that older outputs are not taken for its own.
         unfit: returns the reason why a model with some config cannot be pruned by it, or None.
     """
@@ -118,6 +119,7 @@ class Method:
     options: Mapping[str, object] = field(default_factory=dict)
     check: Callable[[Mapping[str, object]], None] = lambda options: None
     moments: Callable[..., torch.Tensor] | None = None
+    parts: Mapping[str, Method] = field(default_factory=dict)
     unfit: Callable[[Mapping], str | None] = lambda config: None
     version: int = 1
 

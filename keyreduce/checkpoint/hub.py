@@ -1,0 +1,31 @@
+"""A checkpoint folder sent to the hub."""
+
+from pathlib import Path
+
+from keyreduce.errors import KeyreduceError, reason
+
+
+def push_to_hub(folder: Path, name: str) -> str:
+    """Upload a checkpoint folder, and return the address of its repository.
+
+    The repository is made where there is none, public or private as the hub has it for that owner. What is there
+    already is replaced file by file.
+
+    Args:
+        folder: the folder, with its model card and its record. The record holds the command lines as they were typed.
+        name: ``owner/name``, or a name alone for that of the user who is logged in.
+
+    Raises:
+        KeyreduceError: the hub did not take it: nobody is logged in, the name is not to be had, or there is no network.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        repository = api.create_repo(name, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository.repo_id, folder_path=folder, commit_message="Upload a checkpoint made with keyreduce"
+        )
+    except Exception as error:  # its client lets through what its HTTP library raises, whichever that is
+        raise KeyreduceError(f"`push_to_hub` {name}: the hub did not take {folder}: {reason(error)}") from error
+    return str(repository)
