@@ -89,7 +89,7 @@ def check_mixers(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Pat
         if len(pieces) > 1 and all(shapes.get(piece) for piece in pieces):
             found = (sum(shapes[piece][0] for piece in pieces), *found[1:])
             wanted = (sum(expected[piece].shape[0] for piece in pieces), *wanted[1:])
-        if name in shapes and found != wanted:
+        if name in shapes and found != wanted and tuple(shapes[name]) != tensor.shape:
             reshaped[name] = (shapes[name], tensor.shape)
     refuse_faults(
         path,

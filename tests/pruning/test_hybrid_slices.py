@@ -225,7 +225,7 @@ def test_convolutions_that_are_no_division_of_what_the_config_says_are_refused(t
     folder = hybrid_models.store(hybrid_models.build("olmo_hybrid"), tmp_path / "saved")
     name = "model.layers.0.linear_attn.q_conv1d.weight"
     edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name][1:].contiguous()}))
-    with pytest.raises(KeyreduceError, match=r"q_conv1d.weight' .* is \[15, 1, 4\], which is not what config.json"):
+    with pytest.raises(KeyreduceError, match=r"of another shape: \S*q_conv1d.weight \[15, 1, 4\] for \[16, 1, 4\]$"):
         plan_of(open_folder(folder), {"key": 5})
 
 
