@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from keyreduce.benchmarking.roofline import Roofline
 from keyreduce.benchmarking.metrics import compare, metrics
+from keyreduce.benchmarking.roofline import Roofline
 from keyreduce.benchmarking.timed_models import TimedModel, check_memory
 from keyreduce.benchmarking.timing import copies_past_cache, interleave, peak_memory, rotated
 from keyreduce.benchmarking.work import Work, mixer_work, model_work, training_work
