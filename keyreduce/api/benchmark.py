@@ -142,7 +142,8 @@ def run(request: BenchmarkRequest, reporter: Reporter = Reporter()) -> Benchmark
         with explained_out_of_memory("loading the models"):
             models = _models(request, device, dtype, reporter)
         with reporter.progress("timing", total_rounds(device=device, **rounds), "rounds") as progress:
-            inputs = rounds | {"batch_size": request.batch_size, "max_batch_size": most, "seed": request.seed}
+            inputs: dict[str, Any] = {**rounds, "batch_size": request.batch_size, "seed": request.seed}
+            inputs["max_batch_size"] = most
             report = benchmark_report(models, **inputs, progress=progress)
         write_json(output, report, overwrite=True)
         if request.plot is not None:
