@@ -2,14 +2,13 @@
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from keyreduce.api import evaluate
 from keyreduce.api.evaluate import EvaluateRequest
-from keyreduce.api.request import Result
+from keyreduce.api.many import ManyResult
 from keyreduce.cli import eval as command
 from keyreduce.cli.console import Console
 from keyreduce.errors import KeyreduceError
@@ -104,7 +103,7 @@ def test_recall_is_measured_of_both_models(keyreduce, tiny_folder, eval_tiny):
         (("--stride", 0), "--stride"),
         (("--recall", "mqar,memory"), "--recall is 'memory'; take one of mqar, needle"),
         (("--recall", "mqar,mqar"), "--recall names nothing, or one thing twice"),
-        (("--recall", "mqar", "--recall-lengths", "64,x"), "'64,x' is not a whole number"),
+        (("--recall", "mqar", "--recall-lengths", "64,x"), "--recall-lengths has 'x', where whole numbers with commas between them belong"),
         (("--recall", "mqar", "--recall-lengths", "64,64"), "--recall-lengths names nothing, or one thing twice"),
         (("--recall", "mqar", "--recall-pairs", "0"), "--recall-pairs is 0; it is at least 1"),
         (("--recall", "mqar", "--recall-pairs", "17", "--recall-lengths", "64"), "no --recall-lengths has room for"),
@@ -153,7 +152,7 @@ def test_a_folder_of_models_or_one(monkeypatch, eval_tiny):
 
 
 def test_many_models_in_a_table(monkeypatch, capsys):
-    """What is printed of the result; how it is made stands in ``tests/evaluation/test_many.py``."""
+    """What is printed of the result; how it is made is in ``tests/api/test_many.py``."""
     monkeypatch.setenv("COLUMNS", "120")
     costs = {"perplexity_per_token": 4.0, "perplexity_per_word": 9.0, "bits_per_byte": 2.0, "perplexity_increase": 1.0}
     models = [
@@ -162,12 +161,7 @@ def test_many_models_in_a_table(monkeypatch, capsys):
         {"name": "b", "state": "failed", "message": "it is too large", "figures": {}},
     ]
 
-    @dataclass(frozen=True, kw_only=True)
-    class Made(Result):
-        models: list[dict]
-        output: Path
-
-    made = Made(models=models, output=Path("eval.json"))
+    made = ManyResult(base=Path("many"), text={}, models=models, output=Path("eval.json"))
     monkeypatch.setattr(evaluate, "run", lambda request, reporter: made)
     with pytest.raises(KeyreduceError, match="1 of 3 models could not be measured, b among them: it is too large"):
         command.show(EvaluateRequest(base=Path("many")), Console(as_json=True))
