@@ -18,7 +18,7 @@ from keyreduce.models.loading import LoadedModel, prepare_backend, silenced
 class ModuleCheckpoint(Checkpoint):
     """A model's tensors as the library would save them: under their names in files, and in their pieces.
 
-    Reading copies to the CPU what is on another device. The model itself is never changed.
+    Reading copies to the CPU. The model itself is never changed.
     """
 
     shards = None
@@ -38,7 +38,8 @@ class ModuleCheckpoint(Checkpoint):
     def read(self, name: str) -> torch.Tensor:
         if name not in self._state:
             raise KeyreduceError(f"the model has no tensor {name!r}")
-        return self._state[name].detach().cpu().contiguous()
+        # A copy: the pruned model must not share memory with this one.
+        return self._state[name].detach().to("cpu", copy=True).contiguous()
 
     def ranges(self, name: str) -> None:
         return None
@@ -82,7 +83,7 @@ def rebuilt(model: PreTrainedModel, config: Mapping, tensors: Mapping[str, torch
     for name, parameter in new.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     new.config.dtype = model.config.dtype
-    new.config.name_or_path = model.config.name_or_path
+    new.name_or_path = new.config.name_or_path = model.name_or_path
     if model.generation_config is not None:
         new.generation_config = model.generation_config
     return new.to(model.device).train(model.training)

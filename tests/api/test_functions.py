@@ -25,6 +25,11 @@ TEXTS = ["Keys are written, values are read. " * 12, "What a state holds is of l
 AMOUNT = {"num_batches": 4, "batch_size": 2, "seq_len": 24}
 
 
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
     """The same texts as a file."""
