@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from keyreduce.api import options
-from keyreduce.api.request import Request, Result, option
+from keyreduce.api.request import Result, option
 from keyreduce.errors import KeyreduceError
 from keyreduce.reporting import Reporter
 
@@ -16,22 +16,16 @@ if TYPE_CHECKING:
     from keyreduce.benchmarking.timed_models import TimedModel
 
 _KINDS = "What to time"
-_MOST = 10**9
 _PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkRequest(Request):
+class BenchmarkRequest(options.OfRun, options.OfPair):
     """Time the dense and the pruned model side by side, on the same input.
 
     One mixer layer stands for all: where a model's layers differ in size, it is the first.
     """
 
-    model: str | None = options.dense_model()
-    compressed: str | None = options.compressed()
-    unrelated: bool = options.unrelated()
-    work: Path = options.work()
-    pruned: Path | None = options.pruned()
     mixer: bool = option(False, help="One mixer layer: the default.", panel=_KINDS)
     forward: bool = option(False, help="The whole model, reading a prompt.", panel=_KINDS)
     decode: bool = option(False, help="One token at a time, through the cache.", panel=_KINDS)
@@ -42,11 +36,9 @@ class BenchmarkRequest(Request):
         metavar="K,K,...",
         commas=True,
         minimum=1,
-        maximum=_MOST,
+        maximum=options.MOST,
     )
-    config: Path | None = option(
-        None, help="For --scaling: a config.json, or a folder that holds it.", metavar="PATH"
-    )
+    config: Path | None = option(None, help="For --scaling: a config.json, or a folder that holds it.", metavar="PATH")
     batch_size: int = options.batch_size(4, help="Sequences in the input, but for --decode.")
     seq_len: tuple[int, ...] = option(
         (1024,),
@@ -54,7 +46,7 @@ class BenchmarkRequest(Request):
         metavar="T,T,...",
         commas=True,
         minimum=1,
-        maximum=_MOST,
+        maximum=options.MOST,
     )
     decode_batch_sizes: tuple[int, ...] = option(
         (),
@@ -62,29 +54,23 @@ class BenchmarkRequest(Request):
         metavar="B,B,...",
         commas=True,
         minimum=1,
-        maximum=_MOST,
+        maximum=options.MOST,
         shown_default="1,32,256 on a GPU, 1,8 on a CPU",
     )
     scopes: tuple[Literal["model", "mixer", "operator"], ...] = option(
-        ("model", "mixer", "operator"),
-        help="For --decode: what to time.",
-        metavar="model,mixer,operator",
-        commas=True,
+        ("model", "mixer", "operator"), help="For --decode: what to time.", metavar="model,mixer,operator", commas=True
     )
     max_batch_size: int | None = option(
         None,
         help="For --decode: where the search for the largest batch that fits ends; 0: no search.",
         minimum=0,
-        maximum=_MOST,
+        maximum=options.MOST,
         shown_default="65536 on a GPU, 32 on a CPU",
     )
-    rounds: int = option(30, help="Timed calls of each model, taken in turns.", minimum=1, maximum=_MOST)
-    output: Path | None = options.figures()
+    rounds: int = option(30, help="Timed calls of each model, taken in turns.", minimum=1, maximum=options.MOST)
+    output: Path | None = options.output(help="The figures as JSON.", metavar="FILE")
     plot: Path | None = option(None, help="Also draw the figures, into a .png file.", metavar="FILE")
-    seed: int = options.seed()
-    device: str | None = options.device()
     dtype: options.Dtype | None = options.dtype()
-    overwrite: bool = options.overwrite()
 
     @property
     def kinds(self) -> list[str]:
@@ -121,12 +107,11 @@ def run(request: BenchmarkRequest, reporter: Reporter = Reporter()) -> Benchmark
     from keyreduce.benchmarking.timed_models import explained_out_of_memory
     from keyreduce.devices import pick_device, pick_dtype
     from keyreduce.outputs import appearing, claimed, refuse_existing, write_json
-    from keyreduce.workspace import Workspace
 
     _check(request)
     for path in (request.output, request.plot):
         refuse_existing(path, request.overwrite)
-    output = request.output or Workspace(request.work).benchmark
+    output = request.output or request.workspace.benchmark
     device = pick_device(request.device)
     dtype = pick_dtype(request.dtype, device)
     on_gpu, kinds = device.type == "cuda", request.kinds
@@ -168,12 +153,9 @@ def _models(
 ) -> "list[TimedModel]":
     from keyreduce.api.pair import load_pair
     from keyreduce.benchmarking.timed_models import random_models, timed_models
-    from keyreduce.workspace import Workspace
 
     if not request.scaling:
-        workspace = Workspace(request.work, request.pruned)
-        given = (request.model, request.compressed, workspace, device, dtype)
-        return timed_models(load_pair(reporter, *given, with_tokenizer=False, unrelated=request.unrelated))
+        return timed_models(load_pair(request, reporter, device, dtype, with_tokenizer=False))
     whole = request.kinds != ["mixer"]
     return random_models(_config(request), request.scaling, device, dtype, whole=whole, seed=request.seed)
 

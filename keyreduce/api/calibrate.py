@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from keyreduce.api import options
-from keyreduce.api.request import Request, Result, option
+from keyreduce.api.request import Result, option
 from keyreduce.reporting import Reporter
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateRequest(Request):
+class CalibrateRequest(options.OfRun, options.OfText):
     """Run text through the model and keep statistics: one small file, for every method and every ratio.
 
     Under torchrun the batches are shared out among the processes.
@@ -23,10 +23,6 @@ class CalibrateRequest(Request):
     model: str | None = options.model()
     work: Path = options.work()
     output: Path | None = options.output(help="The calibration file.", metavar="FILE")
-    text: tuple[Path, ...] = options.text()
-    dataset: str | None = options.dataset()
-    dataset_config: str | None = options.dataset_config()
-    split: str | None = options.split()
     num_batches: int = options.num_batches(16)
     batch_size: int = options.batch_size(4)
     seq_len: int = options.seq_len(512)
@@ -37,10 +33,7 @@ class CalibrateRequest(Request):
         shown_default="the whole model on the device",
     )
     config: Path | None = options.config()
-    seed: int = options.seed()
-    device: str | None = options.device()
     dtype: options.Dtype | None = options.dtype()
-    overwrite: bool = options.overwrite()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +73,6 @@ def run(request: CalibrateRequest, reporter: Reporter = Reporter()) -> Calibrate
     from keyreduce.calibration.run import Settings, calibrate, describe_inputs
     from keyreduce.checkpoint.find import find_model, model_name
     from keyreduce.checkpoint.folder import open_folder
-    from keyreduce.data.text import text_source
     from keyreduce.devices import pick_device, pick_dtype
     from keyreduce.families import family_of
     from keyreduce.outputs import claimed, is_already_made
@@ -90,7 +82,7 @@ def run(request: CalibrateRequest, reporter: Reporter = Reporter()) -> Calibrate
     processes = Processes.of_torchrun()
     settings = Settings(request.num_batches, request.batch_size, request.seq_len, request.seed)
     settings.check(gradients=request.gradients)
-    text = text_source(request.text, request.dataset, request.dataset_config, request.split, default="calibration")
+    text = request.text_source("calibration")
     source = open_folder(find_model(request.model, config=request.config))
     family_of(source.config)
     device = pick_device(processes.device(request.device))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeGuard
 
 from keyreduce.api import options
-from keyreduce.api.request import Request, Result, option
+from keyreduce.api.request import Result, option
 from keyreduce.errors import KeyreduceError, UnknownArchitecture
 from keyreduce.reporting import Reporter
 
@@ -18,7 +18,7 @@ _ALGORITHM = 1  # to be raised when what is written changes
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertRequest(Request):
+class ConvertRequest(options.AfterPrune):
     """Convert a checkpoint; which way is read from what the source is."""
 
     source: str | None = option(
@@ -32,8 +32,6 @@ class ConvertRequest(Request):
     destination: Path | None = option(
         None, help="Where to write.", metavar="DST", is_argument=True, shown_default="dcp or hf in --work"
     )
-    work: Path = options.work()
-    pruned: Path | None = options.pruned()
     config: Path | None = options.config()
     step: int = option(0, help="A DCP is written into a folder step-N.", minimum=0)
     layout: Literal["auto", "flat", "nested"] = option(
@@ -49,7 +47,7 @@ class ConvertRequest(Request):
         "any.",
     )
     push_to_hub: str | None = options.push_to_hub()
-    overwrite: bool = options.overwrite()
+    overwrite: bool = option(False, help="Replace what is at DST.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +127,8 @@ def _open(request: ConvertRequest) -> "tuple[Checkpoint, str]":
     from keyreduce.checkpoint.find import find_dcp, find_model
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.checkpoint.record import Record
-    from keyreduce.workspace import Workspace
 
-    path = latest(Workspace(request.work, request.pruned)) if request.source is None else Path(request.source)
+    path = latest(request.workspace) if request.source is None else Path(request.source)
     if request.source is None and not path.is_dir():
         raise KeyreduceError(f"there is no pruned model at {path}; run keyreduce prune, or name a `source`")
     dcp = find_dcp(path) if os.path.isdir(path) else None
@@ -150,11 +147,12 @@ def _open(request: ConvertRequest) -> "tuple[Checkpoint, str]":
 
 
 def _target(request: ConvertRequest, source: "Checkpoint") -> Path:
-    from keyreduce.workspace import Workspace
 
-    workspace = Workspace(request.work)
-    return (request.destination or workspace.hf) if _is_dcp(source) else (
-        (request.destination or workspace.dcp) / f"step-{request.step}"
+    workspace = request.workspace
+    return (
+        (request.destination or workspace.hf)
+        if _is_dcp(source)
+        else ((request.destination or workspace.dcp) / f"step-{request.step}")
     )
 
 

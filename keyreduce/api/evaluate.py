@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from keyreduce.api import options
 from keyreduce.api.pair import load_pair
-from keyreduce.api.request import Request, Result, option
+from keyreduce.api.request import Result, option
 from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import claimed, refuse_existing, write_json
 from keyreduce.processes import Processes, command_line
 from keyreduce.reporting import Reporter
-from keyreduce.workspace import Workspace
 
 if TYPE_CHECKING:
     from keyreduce.api.many import ManyResult
@@ -23,14 +22,13 @@ if TYPE_CHECKING:
     from keyreduce.evaluation.recall import RecallSettings
     from keyreduce.models.loading import LoadedModel
 
-_MOST = 10**9
 _RECALL = "Recall"
 _TASKS = "Tasks of lm-evaluation-harness"
 _MANY = "Many models"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateRequest(Request):
+class EvaluateRequest(options.OfRun, options.OfText, options.OfPair):
     """Measure held-out perplexity, and recall, of the dense and of the pruned model.
 
     Text is taken in its own order: --seed draws what --recall asks, and nothing else.
@@ -38,15 +36,7 @@ class EvaluateRequest(Request):
     Under torchrun the batches are shared out, and the figures stay the same.
     """
 
-    model: str | None = options.dense_model()
     compressed: str | None = options.compressed(instead_of=("base",))
-    unrelated: bool = options.unrelated()
-    work: Path = options.work()
-    pruned: Path | None = options.pruned()
-    text: tuple[Path, ...] = options.text()
-    dataset: str | None = options.dataset()
-    dataset_config: str | None = options.dataset_config()
-    split: str | None = options.split()
     num_batches: int = options.num_batches(8, help="Batches to measure on; 0 takes all the text.", minimum=0)
     batch_size: int = options.batch_size(4)
     seq_len: int = options.seq_len(1024, minimum=2)
@@ -75,7 +65,7 @@ class EvaluateRequest(Request):
         panel=_RECALL,
         commas=True,
         minimum=1,
-        maximum=_MOST,
+        maximum=options.MOST,
     )
     recall_pairs: tuple[int, ...] = option(
         (1, 4, 16, 64),
@@ -84,10 +74,10 @@ class EvaluateRequest(Request):
         panel=_RECALL,
         commas=True,
         minimum=1,
-        maximum=_MOST,
+        maximum=options.MOST,
     )
     recall_probes: int = option(
-        16, help="Sequences for each length and number of pairs.", panel=_RECALL, minimum=1, maximum=_MOST
+        16, help="Sequences for each length and number of pairs.", panel=_RECALL, minimum=1, maximum=options.MOST
     )
     tasks: tuple[str, ...] = option(
         (),
@@ -100,12 +90,7 @@ class EvaluateRequest(Request):
     )
     include_path: Path | None = option(None, help="A folder with tasks of your own.", metavar="DIR", panel=_TASKS)
     num_fewshot: int | None = option(
-        None,
-        help="Examples before a question.",
-        metavar="N",
-        panel=_TASKS,
-        minimum=0,
-        shown_default="the task's own",
+        None, help="Examples before a question.", metavar="N", panel=_TASKS, minimum=0, shown_default="the task's own"
     )
     limit: float | None = option(
         None,
@@ -113,7 +98,7 @@ class EvaluateRequest(Request):
         metavar="N",
         panel=_TASKS,
         minimum=0,
-        maximum=_MOST,
+        maximum=options.MOST,
         shown_default="all",
     )
     base: Path | None = option(
@@ -132,11 +117,8 @@ class EvaluateRequest(Request):
         minimum=1,
         shown_default="one a GPU; on a CPU 1",
     )
-    output: Path | None = options.figures()
-    seed: int = options.seed()
-    device: str | None = options.device()
+    output: Path | None = options.output(help="The figures as JSON.", metavar="FILE")
     dtype: options.Dtype | None = options.dtype()
-    overwrite: bool = options.overwrite()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -207,7 +189,7 @@ def run(request: EvaluateRequest, reporter: Reporter = Reporter()) -> "EvaluateR
         from keyreduce.api.many import run as run_many
 
         return run_many(request, reporter)
-    target = request.output or Workspace(request.work, request.pruned).evaluation
+    target = request.output or request.workspace.evaluation
     with contextlib.ExitStack() as stack:
 
         def measure() -> dict:
@@ -236,23 +218,13 @@ def _check(request: EvaluateRequest) -> "tuple[RecallSettings | None, Tasks | No
 
 def _measure(request: EvaluateRequest, target: Path, processes: Processes, reporter: Reporter) -> dict:
     """Return what this process's share of the batches gives, as a JSON object."""
-    from keyreduce.data.text import text_source
     from keyreduce.devices import pick_device, pick_dtype
     from keyreduce.evaluation.recall import RecallProbes
 
     recall, tasks = _check(request)
-    text = text_source(request.text, request.dataset, request.dataset_config, request.split, default="heldout")
+    text = request.text_source("heldout")
     device = pick_device(processes.device(request.device))
-    models = load_pair(
-        reporter,
-        request.model,
-        request.compressed,
-        Workspace(request.work, request.pruned),
-        device,
-        pick_dtype(request.dtype, device),
-        each=True,
-        unrelated=request.unrelated,
-    )
+    models = load_pair(request, reporter, device, pick_dtype(request.dtype, device), each=True)
     entries: list[dict[str, Any]] = []
     for label, loaded in models.items():
         entry: dict[str, Any] = {"label": label, "folder": str(loaded.folder)}

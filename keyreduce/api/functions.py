@@ -1,8 +1,8 @@
 """The Python API: what ``import keyreduce`` gives. Models are folders, or modules in memory.
 
-A module is one of fla's or transformers' language models, on any device. The dense one is never changed, and what is made
-in memory is, bit by bit, what the commands make of folders. Settings that a function does not name itself are the fields
-of its request (:class:`keyreduce.api.prune.PruneRequest` and the like), with the same defaults.
+A module is one of fla's or transformers' language models, on any device. The dense one is never changed, and what is
+made in memory is, bit by bit, what the commands make of folders. Settings that a function does not name itself are the
+fields of its request (:class:`keyreduce.api.prune.PruneRequest` and the like), with the same defaults.
 """
 
 import contextlib
@@ -99,9 +99,7 @@ def prune(
     model: Model, *, output: None = None, statistics: Statistics | None = None, **settings: Any
 ) -> PreTrainedModel: ...
 @overload
-def prune(
-    model: str | Path, *, output: str | Path, statistics: Statistics | None = None, **settings: Any
-) -> Path: ...
+def prune(model: str | Path, *, output: str | Path, statistics: Statistics | None = None, **settings: Any) -> Path: ...
 def prune(
     model: Model,
     *,

@@ -13,7 +13,6 @@ from keyreduce.api.tasks import LOG_NAME, do_tasks, on_this_machine, write_task
 from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import claimed, read_json, refuse_existing, refuse_unwritable, write_json
 from keyreduce.reporting import Reporter
-from keyreduce.workspace import Workspace
 
 _COSTS = ("perplexity_per_token", "perplexity_per_word", "bits_per_byte")
 _INPUTS = "inputs"
@@ -66,15 +65,14 @@ def run(request: EvaluateRequest, reporter: Reporter = Reporter()) -> ManyResult
             measured does not stop the others: see :meth:`ManyResult.refuse_failed`.
     """
     from keyreduce.checkpoint.find import find_checkpoints
-    from keyreduce.data.text import text_source
     from keyreduce.devices import pick_device
 
     if request.base is None:
         raise KeyreduceError("`base` is missing; it is a folder of checkpoints")
-    workspace = Workspace(request.work, request.pruned)
+    workspace = request.workspace
     target, results = request.output or workspace.evaluation, workspace.root / "eval"
     refuse_existing(request.output, request.overwrite)
-    text = text_source(request.text, request.dataset, request.dataset_config, request.split, default="heldout")
+    text = request.text_source("heldout")
     models, dense = find_checkpoints(request.base), "dense"
     while dense in models:
         dense += "-model"

@@ -1,10 +1,18 @@
-"""The settings that several requests share, each declared once. A request calls what it has: ``seed: int = seed()``."""
+"""The settings that several requests share, each declared once: in a base class, or by a function that fields call."""
 
-from typing import Any, Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from keyreduce.api.request import option
+from keyreduce.api.request import Request, option
+from keyreduce.workspace import Workspace
+
+if TYPE_CHECKING:
+    from keyreduce.data.stdlib import Split
+    from keyreduce.data.text import TextSource
 
 DEFAULT_WORK = "keyreduce-out"
+MOST = 10**9  # beyond any text, and far below where counting itself fails
 MOST_SEED = 2**32 - 1
 Dtype = Literal["float32", "bfloat16", "float16"]
 _MODEL = "Hugging Face folder, DCP folder, name on the hub, or name of a shipped model."
@@ -14,11 +22,6 @@ _TEXT = "Text"
 def model(*, help: str = _MODEL, shown_default: str = "delta-net-5m") -> Any:
     """A model to begin with."""
     return option(None, help=help, env="BASE_MODEL_DIR", metavar="PATH|NAME", shown_default=shown_default)
-
-
-def dense_model() -> Any:
-    """The model that a pruned one is compared with."""
-    return model(shown_default="what the pruned model was made from")
 
 
 def compressed(
@@ -35,19 +38,9 @@ def compressed(
     )
 
 
-def unrelated() -> Any:
-    """Whether the dense model may be another one than the pruned model was made from."""
-    return option(False, help="Allow a dense model that the pruned one was not made from.")
-
-
 def work() -> Any:
     """The work folder."""
     return option(DEFAULT_WORK, help="Where commands find each other's files.", env="KEYREDUCE_WORK", metavar="DIR")
-
-
-def pruned() -> Any:
-    """Where prune wrote, for the commands after it: the environment may say so, as it does to prune."""
-    return option(None, help="Where prune wrote.", env="OUTPUT_DIR", metavar="DIR", hidden=True)
 
 
 def config() -> Any:
@@ -57,55 +50,19 @@ def config() -> Any:
     )
 
 
-def text(*, help: str | None = None) -> Any:
-    """Files and folders of text."""
-    return option(
-        (),
-        help=help or ".txt, .md, .py, .jsonl or .parquet (field or column 'text'), or a folder of them; may be repeated.",
-        metavar="FILE|FOLDER",
-        panel=_TEXT,
-        shown_default="the Python standard library's source",
-    )
-
-
-def dataset() -> Any:
-    """A dataset by name."""
-    return option(None, help="A name for datasets, streamed.", metavar="NAME", panel=_TEXT)
-
-
-def dataset_config() -> Any:
-    """The configuration of a dataset."""
-    return option(None, help="Its configuration.", metavar="C", panel=_TEXT)
-
-
-def split() -> Any:
-    """The split of a dataset."""
-    return option(None, help="Its split.", metavar="S", panel=_TEXT, shown_default="train")
-
-
 def num_batches(default: int, *, help: str = "Batches to run.", minimum: int = 1) -> Any:
     """How many batches of text."""
-    return option(default, help=help, env="NUM_BATCHES", minimum=minimum, maximum=10**9)
+    return option(default, help=help, env="NUM_BATCHES", minimum=minimum, maximum=MOST)
 
 
 def batch_size(default: int, *, help: str = "Rows in a batch.") -> Any:
     """How many rows in a batch."""
-    return option(default, help=help, minimum=1, maximum=10**9)
+    return option(default, help=help, minimum=1, maximum=MOST)
 
 
 def seq_len(default: int, *, minimum: int = 1) -> Any:
     """How many tokens in a row."""
-    return option(default, help="Tokens in a row.", minimum=minimum, maximum=10**9)
-
-
-def seed() -> Any:
-    """The seed."""
-    return option(0, help="Seed of everything that is drawn.", minimum=0, maximum=MOST_SEED)
-
-
-def device() -> Any:
-    """What to compute on."""
-    return option(None, help="cpu, cuda, cuda:1, ...", metavar="DEVICE", shown_default="a GPU if there is one")
+    return option(default, help="Tokens in a row.", minimum=minimum, maximum=MOST)
 
 
 def dtype() -> Any:
@@ -133,16 +90,6 @@ def output(*, help: str, metavar: str = "DIR", shown_default: str = "in --work",
     return option(None, help=help, metavar=metavar, shown_default=shown_default, env=env)
 
 
-def figures() -> Any:
-    """Where to write figures."""
-    return output(help="The figures as JSON.", metavar="FILE")
-
-
-def overwrite() -> Any:
-    """Whether to replace what is there."""
-    return option(False, help="Replace what is at --output.")
-
-
 def push_to_hub() -> Any:
     """A repository on the hub that gets the result."""
     return option(
@@ -151,3 +98,63 @@ def push_to_hub() -> Any:
         metavar="OWNER/NAME",
         shown_default="not uploaded",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AfterPrune(Request):
+    """The settings of commands that find what prune wrote."""
+
+    work: Path = work()
+    # The environment may say where that is, as it does to prune.
+    pruned: Path | None = option(None, help="Where prune wrote.", env="OUTPUT_DIR", metavar="DIR", hidden=True)
+
+    @property
+    def workspace(self) -> Workspace:
+        """The work folder."""
+        return Workspace(self.work, self.pruned)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfPair(AfterPrune):
+    """The settings of commands that compare a dense with a pruned model; see :func:`keyreduce.api.pair.load_pair`."""
+
+    model: str | None = model(shown_default="what the pruned model was made from")
+    compressed: str | None = compressed()
+    unrelated: bool = option(False, help="Allow a dense model that the pruned one was not made from.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfText(Request):
+    """The settings that say what text is taken."""
+
+    text: tuple[Path, ...] = option(
+        (),
+        help=".txt, .md, .py, .jsonl or .parquet (field or column 'text'), or a folder of them; may be repeated.",
+        metavar="FILE|FOLDER",
+        panel=_TEXT,
+        shown_default="the Python standard library's source",
+    )
+    dataset: str | None = option(None, help="A name for datasets, streamed.", metavar="NAME", panel=_TEXT)
+    dataset_config: str | None = option(None, help="Its configuration.", metavar="C", panel=_TEXT)
+    split: str | None = option(None, help="Its split.", metavar="S", panel=_TEXT, shown_default="train")
+
+    def text_source(self, default: "Split") -> "TextSource":
+        """Return the text; ``default`` is the part of the standard library's source that is taken if none is named.
+
+        Raises:
+            KeyreduceError: there is no such text, or the fields contradict each other.
+        """
+        from keyreduce.data.text import text_source
+
+        return text_source(self.text, self.dataset, self.dataset_config, self.split, default=default)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfRun(Request):
+    """The settings of commands that compute and write."""
+
+    seed: int = option(0, help="Seed of everything that is drawn.", minimum=0, maximum=MOST_SEED)
+    device: str | None = option(
+        None, help="cpu, cuda, cuda:1, ...", metavar="DEVICE", shown_default="a GPU if there is one"
+    )
+    overwrite: bool = option(False, help="Replace what is at --output.")

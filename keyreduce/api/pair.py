@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from keyreduce.api.options import OfPair
 from keyreduce.errors import KeyreduceError
 from keyreduce.reporting import Reporter
 from keyreduce.workspace import Workspace
@@ -30,44 +31,43 @@ def latest(workspace: Workspace) -> Path:
 
 
 def load_pair(
+    request: OfPair,
     reporter: Reporter,
-    model: str | None,
-    compressed: str | None,
-    workspace: Workspace,
     device: "torch.device",
     dtype: "torch.dtype",
     *,
     with_tokenizer: bool = True,
     each: bool = False,
-    unrelated: bool,
 ) -> "dict[str, LoadedModel]":
     """Load the models to compare, labelled ``dense`` and ``pruned``, or the dense one alone where nothing was pruned.
 
     Args:
+        request: names them. The dense model is by default the one that the pruned model says it was made from, and the
+            pruned one what :func:`latest` finds, labelled ``recovered`` if it was recovered.
         reporter: is told where there is no pruned model.
-        model: the dense model; None is the one that the pruned model says it was made from.
-        compressed: the pruned model; None is what :func:`latest` finds, labelled ``recovered`` if it was recovered.
-        workspace: where to look for pruned models.
         device: where to put them.
         dtype: what to compute in.
         with_tokenizer: whether their tokenizers are needed.
         each: whether a recovered model comes after the pruned one instead of replacing it.
-        unrelated: whether the dense model may be another one than the pruned model was made from.
 
     Raises:
         KeyreduceError: one of them does not load, there is no telling which one is the dense one, or the pruned model
-            was not made from it.
+            was not made from it, and the request does not allow that.
     """
     from keyreduce.checkpoint.find import find_model
     from keyreduce.models.loading import load_model
 
+    workspace, compressed = request.workspace, request.compressed
     others = {} if compressed is None else {"pruned": find_model(compressed)}
     if compressed is None and (found := latest(workspace)).is_dir():
         is_recovered = found == workspace.recovered
         others = {"pruned": workspace.pruned} if not is_recovered or (each and workspace.pruned.is_dir()) else {}
         others |= {"recovered": found} if is_recovered else {}
     *_, cut = others.values() or (None,)
-    dense = find_model(model) if cut is None else find_dense(model, cut, compressed, unrelated=unrelated)
+    if cut is None:
+        dense = find_model(request.model)
+    else:
+        dense = find_dense(request.model, cut, compressed, unrelated=request.unrelated)
     folders = {"dense": dense, **others}
     models = {
         label: load_model(folder, device, dtype, with_tokenizer=with_tokenizer) for label, folder in folders.items()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from keyreduce.api import options
-from keyreduce.api.request import Request, Result, option
+from keyreduce.api.request import Result, option
 from keyreduce.errors import KeyreduceError
 from keyreduce.pruning.budget import DEFAULT_RATIO
 from keyreduce.pruning.methods import METHODS, method_named, registered_elsewhere
@@ -18,7 +18,6 @@ from keyreduce.serving.engines import EngineName
 if TYPE_CHECKING:
     from keyreduce.calibration.statistics import Statistics
     from keyreduce.checkpoint.source import Checkpoint
-    from keyreduce.data.text import TextSource
     from keyreduce.pruning.budget import Budget
     from keyreduce.pruning.methods import Method
     from keyreduce.pruning.plan import Plan
@@ -33,7 +32,7 @@ _OF_METHODS = "Options of single methods"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneRequest(Request):
+class PruneRequest(options.OfRun, options.OfText):
     """Remove channels or heads, and write a checkpoint that fla and transformers load unchanged.
 
     A method that needs calibration statistics runs keyreduce calibrate first, where they are missing; --device and the
@@ -114,17 +113,10 @@ class PruneRequest(Request):
         help=f"Win quality back before it appears, as keyreduce recover --mode does: {' or '.join(MODES)}.",
         shown_default="left as it is cut",
     )
-    text: tuple[Path, ...] = options.text()
-    dataset: str | None = options.dataset()
-    dataset_config: str | None = options.dataset_config()
-    split: str | None = options.split()
     config: Path | None = options.config()
     dtype: options.Dtype | None = options.cast_to()
     max_shard_size: str | None = options.max_shard_size()
-    seed: int = options.seed()
-    device: str | None = options.device()
     push_to_hub: str | None = options.push_to_hub()
-    overwrite: bool = options.overwrite()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,9 +156,7 @@ class PruneResult(Result):
     repair: dict | None = None
 
 
-def run(
-    request: PruneRequest, reporter: Reporter = Reporter(), statistics: "Statistics | None" = None
-) -> PruneResult:
+def run(request: PruneRequest, reporter: Reporter = Reporter(), statistics: "Statistics | None" = None) -> PruneResult:
     """Prune a checkpoint, or leave the one that was made from the same inputs.
 
     Args:
@@ -192,7 +182,7 @@ def run(
     if request.dtype is None and source.shards is None:
         source.refuse_other_dtype()
     cut.check(source)
-    text = _text(request)
+    text = request.text_source("calibration")
     target = request.output or Workspace(request.work).pruned
     refuse_source(target, Path(request.model) if request.model and os.path.isdir(request.model) else source.path)
     inputs = {
@@ -336,12 +326,6 @@ class Cut:
             for layer, sizes in before.items()
         }
         check_engine(self.engine, family, before, after)
-
-
-def _text(request: PruneRequest) -> "TextSource":
-    from keyreduce.data.text import text_source
-
-    return text_source(request.text, request.dataset, request.dataset_config, request.split, default="calibration")
 
 
 def _recorded_inputs(folder: Path) -> dict | None:

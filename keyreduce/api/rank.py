@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 from keyreduce.api import options
 from keyreduce.api.pair import load_pair
-from keyreduce.api.request import Request, Result, option
+from keyreduce.api.request import Result, option
 from keyreduce.outputs import claimed, refuse_existing, write_json
 from keyreduce.reporting import Reporter
-from keyreduce.workspace import Workspace
 
 if TYPE_CHECKING:
     from keyreduce.data.text import TextSource
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankRequest(Request):
+class RankRequest(options.OfRun, options.OfText, options.OfPair):
     """Measure how much of its rank each head's state uses along the sequence, and draw it.
 
     Rank utilisation is the stable rank of the state as a share of the largest rank it could have. The pictures also
@@ -28,25 +27,13 @@ class RankRequest(Request):
     nothing here.
     """
 
-    model: str | None = options.dense_model()
-    compressed: str | None = options.compressed()
-    unrelated: bool = options.unrelated()
-    work: Path = options.work()
-    pruned: Path | None = options.pruned()
-    text: tuple[Path, ...] = options.text()
-    dataset: str | None = options.dataset()
-    dataset_config: str | None = options.dataset_config()
-    split: str | None = options.split()
     num_batches: int = options.num_batches(4, help="Batches to measure on; 0 takes all the text.", minimum=0)
     batch_size: int = options.batch_size(4)
     seq_len: int = options.seq_len(1024)
-    every: int = option(64, help="Look at the states after so many tokens each.", minimum=1, maximum=10**9)
-    output: Path | None = options.figures()
+    every: int = option(64, help="Look at the states after so many tokens each.", minimum=1, maximum=options.MOST)
+    output: Path | None = options.output(help="The figures as JSON.", metavar="FILE")
     plot: Path | None = options.output(help="The pictures, as PNG; --overwrite replaces them too.", metavar="FOLDER")
-    seed: int = options.seed()
-    device: str | None = options.device()
     dtype: options.Dtype | None = options.dtype()
-    overwrite: bool = options.overwrite()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,22 +72,19 @@ def run(request: RankRequest, reporter: Reporter = Reporter()) -> RankResult:
             state holds NaN or inf, or an output cannot be written or holds other files.
     """
     from keyreduce.checkpoint.folder import open_folder
-    from keyreduce.data.text import text_source
     from keyreduce.devices import pick_device, pick_dtype
     from keyreduce.evaluation.picture_folder import draw_folder, refuse_other_files
 
-    workspace = Workspace(request.work, request.pruned)
+    workspace = request.workspace
     target, folder = request.output or workspace.rank, request.plot or workspace.rank_pictures
     refuse_existing(request.output, request.overwrite)
     refuse_existing(request.plot, request.overwrite)
     refuse_other_files(folder)
     with claimed(target, folder=False), claimed(folder, folder=True):
-        text = text_source(request.text, request.dataset, request.dataset_config, request.split, default="heldout")
+        text = request.text_source("heldout")
         device = pick_device(request.device)
         dtype = pick_dtype(request.dtype, device)
-        models = load_pair(
-            reporter, request.model, request.compressed, workspace, device, dtype, unrelated=request.unrelated
-        )
+        models = load_pair(request, reporter, device, dtype)
         kept = _kept(models, reporter)
         positions, entries = _measure(request, text, models, kept, reporter)
         with reporter.progress("drawing", None, "pictures"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keyreduce.api import options
-from keyreduce.api.request import Request, Result, option
+from keyreduce.api.request import Result, option
 from keyreduce.errors import KeyreduceError
 from keyreduce.processes import Processes, command_line
 from keyreduce.recovery.modes import (
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from keyreduce.recovery.layers import Recovered
 
 _MODE_HELP = "\n\n".join(f"{name}: {summary}" for name, summary in (MODES | TRAINING_MODES).items())
-_TEXT = "Text"
 _OF_RECONSTRUCT = "Options of --mode reconstruct"
 _OF_TRAINING = "Options of --mode lora and full"
 _OF_LORA = "Options of --mode lora"
@@ -52,7 +51,7 @@ def _setting(name: str, panel: str, *, help: str, shown_default: str | None = No
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecoverRequest(Request):
+class RecoverRequest(options.OfRun, options.OfText, options.AfterPrune):
     """Win quality back after pruning. Sizes and config stay as pruned.
 
     least-squares and reconstruct go layer by layer, from the bottom up, in float32: each is fitted to what the dense
@@ -82,20 +81,14 @@ class RecoverRequest(Request):
         metavar="PATH|NAME",
         shown_default="lora and full learn from the text alone",
     )
-    unrelated: bool = options.unrelated()
-    work: Path = options.work()
-    pruned: Path | None = options.pruned()
+    unrelated: bool = option(False, help="Allow a dense model that the pruned one was not made from.")
     output: Path | None = options.output(help="The recovered checkpoint.")
-    text: tuple[Path, ...] = options.text()
-    dataset: str | None = options.dataset()
-    dataset_config: str | None = options.dataset_config()
-    split: str | None = options.split()
     heldout: tuple[Path, ...] = option(
         (),
         help="Other text, to measure perplexity on before and after; refused where it shares a document with the text "
         "that the model is recovered on. May be repeated.",
         metavar="FILE|FOLDER",
-        panel=_TEXT,
+        panel="Text",
         shown_default="not measured",
     )
     num_batches: int = options.num_batches(32)
@@ -133,9 +126,7 @@ class RecoverRequest(Request):
     temperature: float | None = _setting(
         "temperature", _OF_TRAINING, help="What the logits of teacher and model are divided by, to compare them."
     )
-    warmup: float | None = _setting(
-        "warmup", _OF_TRAINING, help="Share of the steps in which the learning rate rises."
-    )
+    warmup: float | None = _setting("warmup", _OF_TRAINING, help="Share of the steps in which the learning rate rises.")
     micro_batch: int | None = _setting(
         "micro_batch",
         _OF_TRAINING,
@@ -173,10 +164,7 @@ class RecoverRequest(Request):
         panel=_OF_LORA,
         shown_default="the projections of q, k and v",
     )
-    seed: int = options.seed()
-    device: str | None = options.device()
     push_to_hub: str | None = options.push_to_hub()
-    overwrite: bool = options.overwrite()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -317,9 +305,7 @@ class _Models(NamedTuple):
         is_teacher = trains and request.teacher is None and request.distill_weight is not None
         if is_teacher or not trains or (request.heldout and dense_name):
             field = "teacher" if trains else "model"
-            dense = open_folder(
-                find_dense(name, pruned.path, compressed, unrelated=request.unrelated, field=field)
-            )
+            dense = open_folder(find_dense(name, pruned.path, compressed, unrelated=request.unrelated, field=field))
         teacher = dense if is_teacher else None
         if trains and request.teacher is not None:
             teacher = open_folder(find_model(request.teacher))
@@ -344,25 +330,23 @@ class _Recovery:
     def of(cls, request: RecoverRequest, processes: Processes, reporter: Reporter) -> "_Recovery":
         """Check a request, and find what it names."""
         from keyreduce.calibration.run import Settings
-        from keyreduce.data.text import text_source
         from keyreduce.devices import pick_device
         from keyreduce.outputs import refuse_source
         from keyreduce.recovery.repeats import check_repeats
-        from keyreduce.workspace import Workspace
 
         given, trains = request.settings, request.mode in TRAINING_MODES
         repeats = REPEATS if trains else given.pop("repeats", REPEATS)
         how = make_training(request.mode, given) if trains else make_steps(request.mode, given)
         check_repeats(repeats)
         device = pick_device(processes.device(request.device))
-        workspace = Workspace(request.work, request.pruned)
+        workspace = request.workspace
         if request.compressed is None and not workspace.pruned.is_dir():
             raise KeyreduceError(
                 f"there is no pruned model at {workspace.pruned}; run keyreduce prune, or name one with `compressed`"
             )
         compressed, target = request.compressed or str(workspace.pruned), request.output or workspace.recovered
         default = "train" if trains else "calibration"
-        text = text_source(request.text, request.dataset, request.dataset_config, request.split, default=default)
+        text = request.text_source(default)
         models = _Models.of(request, compressed)
         sources = [Path(compressed)] if os.path.isdir(compressed) else []
         for source in (*sources, *(model.path for model in models[:3] if model is not None)):

@@ -118,11 +118,9 @@ class Spec(NamedTuple):
             raise KeyreduceError(f"`{self.name}` is {value!r}, where {wanted} belong{'' if self.is_many else 's'}")
         if self.choices and value not in self.choices:
             raise KeyreduceError(f"`{self.name}` is {value!r}; take one of {', '.join(self.choices)}")
-        least, most = self.option.minimum, self.option.maximum
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if not (least is None or value >= least) or not (most is None or value <= most):
-                bounds = [f"{word} {bound:,}" for word, bound in (("at least", least), ("at most", most)) if bound is not None]
-                raise KeyreduceError(f"`{self.name}` is {value}; it is {' and '.join(bounds)}")
+        for word, bound, sign in (("at least", self.option.minimum, 1), ("at most", self.option.maximum, -1)):
+            if bound is not None and sign * value < sign * bound:
+                raise KeyreduceError(f"`{self.name}` is {value}; it is {word} {bound:,}")
         return value
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keyreduce.api import options
-from keyreduce.api.request import Request, Result, option
+from keyreduce.api.request import Result, option
 from keyreduce.errors import KeyreduceError, UnknownArchitecture
 from keyreduce.reporting import Reporter
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyRequest(Request):
+class VerifyRequest(options.AfterPrune):
     """Read every value of a checkpoint: are all finite, all there, and those that were written?"""
 
     path: str | None = option(
@@ -25,8 +25,6 @@ class VerifyRequest(Request):
         is_argument=True,
         shown_default="what prune or recover wrote into --work",
     )
-    work: Path = options.work()
-    pruned: Path | None = options.pruned()
     config: Path | None = options.config()
     write_sums: bool = option(False, help="Note the files' hashes in the folder, as SHA256SUMS, for later and others.")
     load: bool = option(False, help="Build the library's model of its config, and compare all tensors with it.")
@@ -74,9 +72,8 @@ def run(request: VerifyRequest, reporter: Reporter = Reporter()) -> VerifyResult
     from keyreduce.checkpoint.memory import freed_tensors_returned
     from keyreduce.checkpoint.record import Record
     from keyreduce.checkpoint.verify import check_finite, check_sums, compare_sums, hash_files, read_sums, write_sums
-    from keyreduce.workspace import Workspace
 
-    found = request.path or str(latest(Workspace(request.work, request.pruned)))
+    found = request.path or str(latest(request.workspace))
     if request.path is None and not os.path.isdir(found):
         raise KeyreduceError(f"there is no pruned model at {found}; run keyreduce prune, or name a `path`")
     with freed_tensors_returned():

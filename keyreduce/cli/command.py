@@ -26,9 +26,8 @@ def add_command(
     def callback(context: typer.Context, json: bool, debug: bool, **values: Any) -> None:
         errors.begin_command({field.name: field.flag for field in fields.values()}, show_tracebacks=debug)
         for field in fields.values():
-            if _is_overruled(context, field):
-                values[field.name] = field.default
-            elif values[field.name] is None and field.is_many and field.default is not dataclasses.MISSING:
+            is_unset = values[field.name] is None and field.is_many
+            if field.default is not dataclasses.MISSING and (is_unset or _is_overruled(context, field)):
                 values[field.name] = field.default
         show(request(**values), Console(as_json=json))
 

@@ -9,11 +9,7 @@ from keyreduce.cli.console import Console
 if TYPE_CHECKING:
     from keyreduce.api.many import ManyResult
 
-_TITLES = {
-    "perplexity_per_token": "perplexity",
-    "perplexity_increase": "over dense",
-    "bits_per_byte": "bits per byte",
-}
+_TITLES = {"perplexity_per_token": "perplexity", "perplexity_increase": "over dense", "bits_per_byte": "bits per byte"}
 
 
 def show(request: evaluate.EvaluateRequest, console: Console) -> None:

@@ -15,8 +15,8 @@ def show(request: verify.VerifyRequest, console: Console) -> None:
         console.say("it is what its keyreduce.json describes, to the last byte")
     elif result.is_recorded:
         console.say(
-            "its config and samples of its weights are what its keyreduce.json describes; an earlier version wrote that, "
-            "without checksums, so that other changes would not be found"
+            "its config and samples of its weights are what its keyreduce.json describes; an earlier version wrote "
+            "that, without checksums, so that other changes would not be found"
         )
     else:
         console.say("it has no record of what was written, to compare with")

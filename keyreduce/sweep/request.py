@@ -52,7 +52,7 @@ class SweepRequest(Request):
         minimum=0,
         maximum=options.MOST_SEED,
     )
-    device: str | None = options.device()
+    device: str | None = option(None, help="cpu, cuda, ...", metavar="DEVICE", shown_default="a GPU if there is one")
     dtype: options.Dtype | None = options.dtype()
     launcher: Literal["processes", "ray"] = option(
         "processes",
@@ -87,7 +87,7 @@ class TableRequest(Request):
     )
     work: Path = options.work()
     output: Path | None = options.output(help="Where to write.", shown_default="the folder of the sweep")
-    overwrite: bool = options.overwrite()
+    overwrite: bool = option(False, help="Replace what is at --output.")
 
 
 @dataclass(frozen=True, kw_only=True)
