@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from keyreduce.api.evaluate import EvaluateRequest
 from tiny_models import build, edit_config, edit_tensors, save
 
 from keyreduce.api import many, tasks
+from keyreduce.api.evaluate import EvaluateRequest
 from keyreduce.api.many import ManyResult, metrics_of
 from keyreduce.checkpoint.dcp import write_dcp
 from keyreduce.checkpoint.find import find_checkpoints
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.errors import KeyreduceError
-from keyreduce.jobs import Job, Outcome
+from keyreduce.processes import Job, Outcome
 
 SEPARATOR = 256
 
