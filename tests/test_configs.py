@@ -11,12 +11,6 @@ from transformers import AutoConfig
 from keyreduce.api.prune import Cut
 from keyreduce.checkpoint.shards import TensorSpec
 from keyreduce.families import family_of
-<<<<<<< HEAD
-from keyreduce.pruning.methods import method_named
-from keyreduce.pruning.planning import check_method
-=======
-from keyreduce.models.skeleton import describe
->>>>>>> 029a539 (Sweeps and eval --base send requests as JSON to processes of their own; recipes hold fields of requests)
 from keyreduce.sweep.recipe import read_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"

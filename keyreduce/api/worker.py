@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -88,6 +89,7 @@ def _do_step(verb: str, content: dict, reporter: Reporter) -> dict:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half made is removed
     try:
         do_folders([Path(argument) for argument in sys.argv[1:]])
     except KeyboardInterrupt:

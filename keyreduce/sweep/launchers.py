@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ def _ray(jobs: int | None, on_any_gpu: bool) -> tuple[Launch, int]:
 
     try:
         # On the cluster that RAY_ADDRESS names or that this machine is part of; without one, on this machine alone.
-        ray.init(ignore_reinit_error=True, log_to_driver=False, include_dashboard=False, logging_level="error")
+        ray.init(ignore_reinit_error=True, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise KeyreduceError(f"Ray does not start: {reason(error)}") from error
     resources = ray.cluster_resources()
@@ -52,6 +53,7 @@ def _ray(jobs: int | None, on_any_gpu: bool) -> tuple[Launch, int]:
 def _run_on_ray(jobs: Sequence[Job], *, workers: int, needs: dict) -> list[Outcome]:
     """Run jobs as Ray tasks, several at a time; where a task fails as such, its error is the outcome of its job."""
     import ray
+    from ray.exceptions import RayError
 
     # Modules are found where this process found them; on other machines keyreduce is installed.
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
@@ -66,7 +68,7 @@ def _run_on_ray(jobs: Sequence[Job], *, workers: int, needs: dict) -> list[Outco
             job = running.pop(done)
             try:
                 outcomes[id(job)] = ray.get(done)
-            except ray.exceptions.RayError as error:
+            except RayError as error:
                 outcomes[id(job)] = Outcome(job, 1, 0.0, reason(error))
     finally:
         for reference in running:

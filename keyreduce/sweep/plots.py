@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -19,7 +21,7 @@ _MARKERS = "osD^vPXp<>hd"
 _LINES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 _LEGEND_INCHES = 2.3
 _LOGARITHMIC_FROM = 3.0  # times as much at the top as at the bottom
-_DENSE = {"color": "0.35", "marker": "*", "markersize": 11, "linestyle": ""}
+_DENSE: dict[str, Any] = {"color": "0.35", "marker": "*", "markersize": 11, "linestyle": ""}
 _AXES = {
     "mixer": "mixer layer, times as fast as dense",
     "forward": "whole model, times as fast as dense",
@@ -107,7 +109,7 @@ class _Style:
     def color(self, label: str) -> str:
         return _COLORS[self.labels.index(label) % len(_COLORS)]
 
-    def marker(self, label: str) -> dict:
+    def marker(self, label: str) -> dict[str, Any]:
         return {"marker": _MARKERS[self.labels.index(label) % len(_MARKERS)], "markersize": 6}
 
     def line(self, repair: str):
@@ -125,7 +127,7 @@ class _Style:
         if len(self.repairs) > 1 or self.repairs != [NO_REPAIR]:
             for repair in self.repairs:
                 word = "no repair" if repair == NO_REPAIR else repair
-                look = {"linestyle": self.line(repair)}
+                look: dict[str, Any] = {"linestyle": self.line(repair)}
                 if front:
                     look = {"linestyle": "", "marker": "o", "fillstyle": self.fill(repair)}
                 handles.append(Line2D([], [], color="black", label=word, **look))
@@ -137,11 +139,11 @@ class _Style:
         return handles
 
 
-def _panels(rows: int, columns: int, style: _Style, *, front: bool = False) -> tuple[Canvas, Sequence[Sequence[Axes]]]:
+def _panels(rows: int, columns: int, style: _Style, *, front: bool = False) -> tuple[Canvas, Any]:
     handles = style.legend(front=front)
     height = max(3.6 * rows, 0.25 * len(handles) + 0.6)
-    figure = Canvas(figsize=(4.6 * columns + _LEGEND_INCHES, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    figure = Canvas(figsize=(4.6 * columns + _LEGEND_INCHES, height), layout=layout)
     panels = figure.subplots(rows, columns, squeeze=False)
     figure.legend(handles=handles, loc="outside right center", fontsize=9, frameon=False)
     for axes in panels.flat:

@@ -34,11 +34,11 @@ repairs = ["none", "least-squares"]
 
 import contextlib
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from keyreduce.api.benchmark import BenchmarkRequest
 from keyreduce.api.calibrate import CalibrateRequest
@@ -51,12 +51,11 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.pruning.methods import method_named
 from keyreduce.recovery.repeats import check_repeats
 
-R = TypeVar("R", bound=Request)
 NO_REPAIR = "none"
 """What a recipe calls a pruned model that is left as it is cut."""
 
 _KINDS = ("mixer", "forward", "decode")
-_SIZES = ("num_batches", "batch_size", "seq_len")
+SIZES = ("num_batches", "batch_size", "seq_len")
 _LISTS = ("ratios", "methods", "repairs")
 _TABLES = ("calibration", "heldout", "recover", "benchmark")
 # Fields of requests that a recipe does not say: the sweep fills them in, or they have no place in one.
@@ -98,13 +97,12 @@ class Combination(NamedTuple):
     @property
     def label(self) -> str:
         """The method, with all settings that differ from the defaults."""
-        cut = Cut.of(self.request)
-        changed = {name: value for name, value in cut.options.items() if value != cut.method.options[name]}
-        for name, field in specs(PruneRequest).items():
-            value = getattr(self.request, name)
-            if name not in _NOT_IN_RECIPES | {"target", *changed} and name not in cut.options and value != field.default:
-                changed[name] = value
-        return f"{cut.method.name} ({', '.join(map(_words, changed, changed.values()))})" if changed else cut.method.name
+        cut, fields = Cut.of(self.request), specs(PruneRequest)
+        others = [name for name in _known(PruneRequest) if name != "target" and name not in cut.options]
+        values = {**cut.options, **{name: getattr(self.request, name) for name in others}}
+        defaults = {**cut.method.options, **{name: fields[name].default for name in others}}
+        changed = [_words(name, value) for name, value in values.items() if value != defaults[name]]
+        return f"{cut.method.name} ({', '.join(changed)})" if changed else cut.method.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,25 +164,27 @@ def read_recipe(path: Path) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise KeyreduceError(f"{path} is not valid TOML: {error}") from None
     with named(path):
-        _check_keys("", content, ("models", "seeds", "convert", *_TABLES, "prune"))
+        _checked("", content, ("models", "seeds", "convert", *_TABLES, "prune"))
         tables = {name: content.pop(name, {}) for name in _TABLES}
-        for name, table in tables.items():
-            _check_table(name, table)
+        calibration = _checked("calibration", tables["calibration"], [*_known(CalibrateRequest), "per_seed"])
         lists = content.pop("prune", None)
         if not isinstance(lists, list) or not lists:
             raise KeyreduceError(f"prune is {lists!r}, where at least one [[prune]] table belongs")
-        calibration = tables["calibration"]
         head = _Head.of_json(content | {"per_seed": calibration.pop("per_seed", False)})
         check_seeds("seeds", head.seeds)
-    sizes = {name: calibration[name] for name in _SIZES if name in calibration}
-    recover = _request(path, "recover", RecoverRequest, sizes | tables["recover"])
+    with named(path, "calibration"):
+        calibrate = CalibrateRequest.of_json(calibration)
+    with named(path, "heldout"):
+        evaluate = EvaluateRequest.of_json(_checked("heldout", tables["heldout"], _known(EvaluateRequest)))
     with named(path, "recover"):
+        sizes = {name: getattr(calibrate, name) for name in SIZES}
+        recover = RecoverRequest.of_json(sizes | _checked("recover", tables["recover"], _known(RecoverRequest)))
         check_repeats(recover.repeats or 0.0)
     return Recipe(
         path=path,
         **vars(head),
-        calibration=_request(path, "calibration", CalibrateRequest, calibration),
-        heldout=_request(path, "heldout", EvaluateRequest, tables["heldout"]),
+        calibration=calibrate,
+        heldout=evaluate,
         recover=recover,
         benchmark=_benchmark(path, tables["benchmark"]) if tables["benchmark"] else None,
         combinations=[combination for table in lists for combination in _combinations(path, table)],
@@ -212,15 +212,14 @@ def check_seeds(name: str, seeds: tuple[int, ...]) -> None:
         raise KeyreduceError(f"`{name}` is {told}; give at least one seed, and each of them once")
 
 
-def _check_table(name: str, table: object) -> None:
+def _checked(name: str, table: Any, known: Iterable[str]) -> dict[str, Any]:
+    """Return what a recipe holds under ``name``, if it is a table and has no other keys than ``known``."""
     if not isinstance(table, dict):
         raise KeyreduceError(f"{name} is {table!r}, where a table belongs")
-
-
-def _check_keys(table: str, content: Mapping, known: Iterable[str]) -> None:
-    for name in content:
-        if name not in known:
-            raise KeyreduceError(f"{table}{name} is unknown; known are {', '.join(known)}")
+    for key in table:
+        if key not in known:
+            raise KeyreduceError(f"{name}{'.' if name else ''}{key} is unknown; known are {', '.join(known)}")
+    return table
 
 
 def _known(kind: type[Request]) -> list[str]:
@@ -228,43 +227,36 @@ def _known(kind: type[Request]) -> list[str]:
     return [name for name in specs(kind) if name not in _NOT_IN_RECIPES]
 
 
-def _request(path: Path, name: str, kind: type[R], table: Mapping) -> R:
-    with named(path, name):
-        _check_keys(f"{name}.", table, _known(kind))
-        return kind.of_json(table)
-
-
-def _benchmark(path: Path, table: Mapping) -> BenchmarkRequest:
+def _benchmark(path: Path, table: Any) -> BenchmarkRequest:
     with named(path, "benchmark"):
-        _check_keys("benchmark.", table, ["kinds", *_known(BenchmarkRequest)])
-        kinds = table.get("kinds")
+        settings = dict(_checked("benchmark", table, ["kinds", *_known(BenchmarkRequest)]))
+        kinds = settings.pop("kinds", None)
         if not isinstance(kinds, list) or not kinds or any(kind not in _KINDS for kind in kinds):
             raise KeyreduceError(f"`kinds` is {kinds!r}; give a list of some of {', '.join(_KINDS)}")
-        settings = {name: value for name, value in table.items() if name != "kinds"}
-        # Nothing in a table shows the largest batch, and the search for it takes long.
-        settings = {"decode_batch_sizes": [8], "max_batch_size": 0, **settings, **dict.fromkeys(kinds, True)}
-        return BenchmarkRequest.of_json(settings)
+        # The tables do not show the largest batch, and the search for it takes long.
+        defaults = {"decode_batch_sizes": [8], "max_batch_size": 0}
+        return BenchmarkRequest.of_json({**defaults, **settings, **dict.fromkeys(kinds, True)})
 
 
-def _combinations(path: Path, table: object) -> list[Combination]:
+def _combinations(path: Path, table: Any) -> list[Combination]:
     with named(path, "prune"):
-        _check_table("a [[prune]]", table)
-        _check_keys("prune.", table, [*_LISTS, *_known(PruneRequest)])
-        ratios, methods, repairs = ({"repairs": [NO_REPAIR], **table}.get(name) for name in _LISTS)
-        for name, values in zip(_LISTS, (ratios, methods, repairs), strict=True):
-            if not isinstance(values, list) or not values:
-                raise KeyreduceError(f"`{name}` is {values!r}, where a list with at least one value belongs")
-        shared = {name: value for name, value in table.items() if name not in _LISTS}
-        chosen = [shared | _method(method) for method in methods]
+        shared = {"repairs": [NO_REPAIR], **_checked("prune", table, [*_LISTS, *_known(PruneRequest)])}
+        ratios, methods, repairs = (_filled(name, shared.pop(name, None)) for name in _LISTS)
         requests = [
             PruneRequest.of_json(fields | {"ratio": ratio, "recover": None if repair == NO_REPAIR else repair})
-            for fields in chosen
+            for fields in (shared | _method(method) for method in methods)
             for ratio in ratios
             for repair in repairs
         ]
         for request in requests:
             Cut.of(request)  # which refuses options that the method does not take
         return [Combination(request) for request in requests]
+
+
+def _filled(name: str, values: Any) -> list:
+    if not isinstance(values, list) or not values:
+        raise KeyreduceError(f"`{name}` is {values!r}, where a list with at least one value belongs")
+    return values
 
 
 def _method(given: object) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from keyreduce.api import options
 from keyreduce.api.request import Request, Result, option
@@ -165,8 +165,7 @@ def sweep(request: SweepRequest, reporter: Reporter = Reporter()) -> SweepResult
         failures = run_sweep(
             runs,
             root,
-            about=_about(recipe, calibration, heldout, device, dtype)
-            | {"launcher": request.launcher, "jobs": workers},
+            about=_about(recipe, calibration, heldout, device, dtype) | {"launcher": request.launcher, "jobs": workers},
             launch=launch,
             workers=workers,
             keep_checkpoints=request.keep_checkpoints,
@@ -209,19 +208,17 @@ def _about(
     recipe: "Recipe", calibration: "TextSource", heldout: "TextSource", device: "torch.device", dtype: "torch.dtype"
 ) -> dict:
     """Return what the record of a sweep says of its recipe, its texts, and where it runs."""
+    from keyreduce.sweep.recipe import SIZES
+
     timing = None
     if recipe.benchmark is not None:
         names = ("kinds", "batch_size", "rounds", "decode_batch_sizes")
         timing = {name: getattr(recipe.benchmark, name) for name in names} | {"seq_len": max(recipe.benchmark.seq_len)}
-    sizes = ("num_batches", "batch_size", "seq_len")
-    seeds = recipe.seeds if recipe.per_seed else recipe.seeds[:1]
-    texts = {
-        name: {"text": text.describe(), **{size: getattr(settings, size) for size in sizes}}
-        for name, text, settings in (
-            ("calibration", calibration, recipe.calibration),
-            ("heldout", heldout, recipe.heldout),
-        )
+    texts = {"calibration": (calibration, recipe.calibration), "heldout": (heldout, recipe.heldout)}
+    about: dict[str, Any] = {
+        name: {"text": text.describe(), **{size: getattr(settings, size) for size in SIZES}}
+        for name, (text, settings) in texts.items()
     }
-    texts["calibration"]["seed"] = list(seeds)
-    about = {"recipe": str(recipe.path), "device": str(device), "dtype": str(dtype).removeprefix("torch.")}
-    return {**about, **texts, "timing": timing}
+    about["calibration"]["seed"] = [*(recipe.seeds if recipe.per_seed else recipe.seeds[:1])]
+    where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    return {"recipe": str(recipe.path), **where, **about, "timing": timing}

@@ -54,11 +54,8 @@ def plan_sweep(
             with named(recipe.path, "prune"):
                 Cut.of(combination.request).check(source)
         models.append(Model(_short(name, recipe.models), model_name(name), source.identity))
-    texts = [
-        Texts(tuple(map(os.path.realpath, text.describe().get("paths", ()))), text.identity)
-        for text in (calibration, heldout)
-    ]
-    return Planner(recipe, *texts, str(device), str(dtype).removeprefix("torch."), root).runs(models)
+    dtype_name = str(dtype).removeprefix("torch.")
+    return Planner(recipe, _text(calibration), _text(heldout), str(device), dtype_name, root).runs(models)
 
 
 def run_sweep(
@@ -96,7 +93,8 @@ def run_sweep(
     remove = [] if keep_checkpoints else [CUT_NAME, CHECKPOINT_NAME, DCP_NAME]
     keep = {f"{CHECKPOINT_NAME}/{RECORD_NAME}": RECORD_NAME}
     with claimed(root / SWEEP_NAME, folder=False):
-        record = {**about, "versions": _versions(), "runs": [run.to_json() for run in runs]}
+        versions = {"keyreduce": __version__, "python": platform.python_version(), "torch": torch.__version__}
+        record = {**about, "versions": versions, "runs": [run.to_json() for run in runs]}
         write_json(root / SWEEP_NAME, record, overwrite=True)
         for stage in ([run for run in runs if run.kind != PRUNED], [run for run in runs if run.kind == PRUNED]):
             waiting = []
@@ -118,11 +116,11 @@ def run_sweep(
     return failures
 
 
+def _text(text: TextSource) -> Texts:
+    return Texts(tuple(Path(os.path.realpath(path)) for path in text.describe().get("paths", ())), text.identity)
+
+
 def _short(name: str, names: Sequence[str]) -> str:
     """Return what tables call a model: the last part of its path, where no other model has the same."""
     last = Path(name).name or name
     return last if [Path(other).name for other in names].count(last) == 1 else name
-
-
-def _versions() -> dict:
-    return {"keyreduce": __version__, "python": platform.python_version(), "torch": torch.__version__}

@@ -44,7 +44,7 @@ class Texts(NamedTuple):
         identity: hash of what it is made from.
     """
 
-    paths: tuple[str, ...]
+    paths: tuple[Path, ...]
     identity: str
 
 

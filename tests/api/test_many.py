@@ -16,7 +16,7 @@ from keyreduce.checkpoint.dcp import write_dcp
 from keyreduce.checkpoint.find import find_checkpoints
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.errors import KeyreduceError
-from keyreduce.jobs import Job, Outcome
+from keyreduce.processes import Job, Outcome
 
 SEPARATOR = 256
 
@@ -55,7 +55,12 @@ def calls(monkeypatch) -> Callable[[], list[EvaluateRequest]]:
             tasks.write_failure(folder, "it is too large")
             return
         if not config.get("silent"):
-            entry = {"label": "dense", "folder": request.model, "predictions": 9, "perplexity_per_token": config["cost"]}
+            entry = {
+                "label": "dense",
+                "folder": request.model,
+                "predictions": 9,
+                "perplexity_per_token": config["cost"],
+            }
             request.output.write_text(json.dumps({"models": [entry]}))
         (folder / "result.json").write_text("{}")
 
@@ -116,7 +121,10 @@ def test_what_is_done_is_kept(base, tmp_path, calls, measure):
     result = measure(seed=5)
     assert states(result) == {"deep/a": "measured", "b": "measured"}
     assert [entry["name"] for entry in result.models] == ["deep/a", "b"]  # the best first
-    assert [entry["figures"] for entry in result.models] == [{"perplexity_per_token": 4.0}, {"perplexity_per_token": 8.0}]
+    assert [entry["figures"] for entry in result.models] == [
+        {"perplexity_per_token": 4.0},
+        {"perplexity_per_token": 8.0},
+    ]
     assert result.to_json() == json.loads((tmp_path / "work" / "eval.json").read_text())
     result.refuse_failed()
     folder = tmp_path / "work" / "eval"
@@ -190,7 +198,7 @@ def test_one_that_fails_leaves_the_others(base, tmp_path, calls, measure):
     assert "model.safetensors" in damaged["message"] and "log" not in damaged
     assert not any("result" in entry for entry in result.models[2:])
     assert {Path(request.model).name for request in calls()} == {"a", "b", "fails", "silent"}
-    with pytest.raises(KeyreduceError, match="3 of 5 models could not be measured, damaged among them: .*safetensors"):
+    with pytest.raises(KeyreduceError, match=r"3 of 5 models could not be measured, damaged among them: .*safetensors"):
         result.refuse_failed()
     edit_config(base / "fails", fails=False, cost=1.0)
     assert measure().models[0]["name"] == "fails"

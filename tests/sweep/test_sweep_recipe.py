@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-
 from keyreduce.api.benchmark import BenchmarkRequest
-from keyreduce.api.calibrate import CalibrateRequest
 from keyreduce.api.evaluate import EvaluateRequest
+
+from keyreduce.api.calibrate import CalibrateRequest
 from keyreduce.api.recover import RecoverRequest
 from keyreduce.errors import KeyreduceError
 from keyreduce.pruning.methods import METHODS
@@ -73,7 +73,11 @@ def test_a_recipe(read):
     assert recipe.needs_gradients
     assert not read(GOOD.replace('"taylor", form = "squared"', '"pca"')).needs_gradients
     assert read(GOOD.replace('"rrqr"', '{ method = "rrqr", f = 2 }')).combinations[0].label == "rrqr (f 2)"
-    whole = read(GOOD.replace('"rrqr"', '{ method = "rrqr", permute = true }').replace("ratios = [0.25", "multiple_of = 8\nratios = [0.25"))
+    whole = read(
+        GOOD.replace('"rrqr"', '{ method = "rrqr", permute = true }').replace(
+            "ratios = [0.25", "multiple_of = 8\nratios = [0.25"
+        )
+    )
     assert whole.combinations[0].label == "rrqr (permute, multiple of 8)"
     assert whole.combinations[0].request.multiple_of == 8
 
@@ -111,7 +115,11 @@ def test_all_fields_of_timing_and_recovery(read):
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("models =", "model =", "model is unknown; known are models, seeds, convert, calibration, heldout, recover, benchmark, prune"),
+        (
+            "models =",
+            "model =",
+            "model is unknown; known are models, seeds, convert, calibration, heldout, recover, benchmark, prune",
+        ),
         ('["one", "two"]', "[true]", "models is True, where names belong"),
         ("[heldout]", "[held_out]", "held_out is unknown"),
         ("num_batches = 3", "num_batches = -1", "heldout.num_batches is -1; it is at least 0"),
@@ -122,7 +130,11 @@ def test_all_fields_of_timing_and_recovery(read):
         ("seq_len = 7", "seq_len = 7\nrepeats = 1", "recover.repeats is 1; it is a share of the rows"),
         ('target = "key"', 'target = "query"', "prune.target is 'query'; take one of key, value, head"),
         ('target = "key"', "target = 1", "prune.target is '1'; take one of key, value, head"),
-        ('target = "key"', 'target = "key"\nratio = 1', "prune.ratio is unknown; known are ratios, methods, repairs, target"),
+        (
+            'target = "key"',
+            'target = "key"\nratio = 1',
+            "prune.ratio is unknown; known are ratios, methods, repairs, target",
+        ),
         ("[0.25, 0.5]", "0.25", "prune.ratios is 0.25, where a list with at least one value belongs"),
         ("[0.25, 0.5]", "[]", "prune.ratios is [], where a list"),
         ("[0.25, 0.5]", "[nan]", "prune.ratios is 'nan'; give a number"),
@@ -157,7 +169,11 @@ def test_all_fields_of_timing_and_recovery(read):
         ('kinds = ["mixer"]', 'kinds = ["train"]', "benchmark.kinds is ['train']; give a list of some of mixer"),
         ('kinds = ["mixer"]', 'kinds = "mixer"', "benchmark.kinds is 'mixer'; give a list of some of mixer"),
         ('kinds = ["mixer"]', 'kinds = ["mixer"]\nrounds = 0', "benchmark.rounds is 0; it is at least 1"),
-        ('kinds = ["mixer"]', 'kinds = ["mixer"]\ndecode_batch_sizes = [0]', "decode_batch_sizes is 0; it is at least 1"),
+        (
+            'kinds = ["mixer"]',
+            'kinds = ["mixer"]\ndecode_batch_sizes = [0]',
+            "decode_batch_sizes is 0; it is at least 1",
+        ),
         ('kinds = ["mixer"]', 'kinds = ["mixer"]\ndecode_batch_sizes = ["8"]', "is '8', where whole numbers belong"),
     ],
 )
@@ -173,7 +189,7 @@ def test_prune_is_a_list_of_tables(read):
     head = GOOD[: GOOD.index("[[prune]]")]
     refused = {
         "prune = []": r"prune is \[\], where at least one \[\[prune\]\] table belongs",
-        "prune = [1]": r"a \[\[prune\]\] is 1, where a table belongs",
+        "prune = [1]": "prune is 1, where a table belongs",
         "prune = {}": r"prune is \{\}, where at least one",
         "": "prune is None, where at least one",
     }
