@@ -31,7 +31,6 @@ from commands import (
 
 from keyreduce.api import convert, prune
 
-
 # What is added to everything that writes, there in a thread beside the writing, and to `verify`.
 CHECKSUMS = """import pathlib, sys
 from keyreduce.checkpoint.checksums import checksum
