@@ -119,3 +119,12 @@ def test_a_dcp_and_a_folder_that_nobody_recorded(keyreduce, pruned, tiny_folder)
 def test_the_record_has_the_command_line(keyreduce, pruned):
     step = json.loads((pruned / "keyreduce.json").read_text())["steps"][-1]
     assert step["command"].startswith("keyreduce prune --method l2 --ratio 0.5 --model ")
+
+
+def test_what_prune_wrote_elsewhere_is_found(keyreduce, tiny_folder, monkeypatch):
+    monkeypatch.setenv("OUTPUT_DIR", "elsewhere")
+    assert keyreduce("prune", "--method", "l2", "--ratio", 0.5, "--model", tiny_folder("delta_net")).code == 0
+    assert keyreduce("verify", "--json").json()["verified"].endswith("elsewhere")
+    converted = keyreduce("convert-dcp", "--json").json()
+    again = keyreduce("convert-dcp", "--json").json()
+    assert again == converted | {"made": False} and converted["source"].endswith("elsewhere")
