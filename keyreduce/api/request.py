@@ -119,7 +119,7 @@ class Spec(NamedTuple):
         if self.choices and value not in self.choices:
             raise KeyreduceError(f"`{self.name}` is {value!r}; take one of {', '.join(self.choices)}")
         for word, bound, sign in (("at least", self.option.minimum, 1), ("at most", self.option.maximum, -1)):
-            if bound is not None and sign * value < sign * bound:
+            if bound is not None and not sign * value >= sign * bound:  # also where it is NaN
                 raise KeyreduceError(f"`{self.name}` is {value}; it is {word} {bound:,}")
         return value
 
