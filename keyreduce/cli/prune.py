@@ -20,13 +20,13 @@ def show(request: prune.PruneRequest, console: Console) -> None:
     """Prune, and print what became smaller, and where such sizes run."""
     result = prune.run(request, console)
     if result.made:
-        _print_cut(result, console)
+        _print_cut(Path(request.model or result.dense).name, result, console)
     if result.pushed:
         console.say(f"uploaded to {result.pushed}")
     console.finish(result, result.pruned)
 
 
-def _print_cut(result: prune.PruneResult, console: Console) -> None:
+def _print_cut(name: str, result: prune.PruneResult, console: Console) -> None:
     rows = []
     changes = any(before != after for before, after in (getattr(result, name) for name in _SIZES))
     for name, label in _SIZES.items():
@@ -36,7 +36,7 @@ def _print_cut(result: prune.PruneResult, console: Console) -> None:
         smaller = 1 - _mean(after) / _mean(before)
         rows.append((label, _written(name, before), _written(name, after), f"{100 * smaller:.1f}%"))
     console.table(
-        f"{Path(result.dense).name}, pruned with {result.method}", ("", "before", "after", "smaller by"), rows
+        f"{name}, pruned with {result.method}", ("", "before", "after", "smaller by"), rows
     )
     console.say(result.smaller)
     if result.suited_engines:

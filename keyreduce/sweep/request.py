@@ -146,8 +146,10 @@ def sweep(request: SweepRequest, reporter: Reporter = Reporter()) -> SweepResult
     from keyreduce.api.tasks import LOG_NAME
     from keyreduce.data.text import text_source
     from keyreduce.devices import pick_device, pick_dtype
+    from keyreduce.outputs import refuse_unwritable
     from keyreduce.sweep.launchers import launcher_named
     from keyreduce.sweep.recipe import check_seeds, read_recipe
+    from keyreduce.sweep.record import SWEEP_NAME
     from keyreduce.sweep.run import plan_sweep, run_sweep
     from keyreduce.workspace import Workspace
 
@@ -159,6 +161,7 @@ def sweep(request: SweepRequest, reporter: Reporter = Reporter()) -> SweepResult
     calibration = text_source(request.calibration, default="calibration")
     heldout = text_source(request.heldout, default="heldout")
     root = Path(os.path.realpath(request.output or Workspace(request.work).sweep))
+    refuse_unwritable(root / SWEEP_NAME, folder=False)
     runs = plan_sweep(recipe, root, calibration=calibration, heldout=heldout, device=device, dtype=dtype)
     launch, workers = launcher_named(request.launcher, jobs=request.jobs, device=str(device))
     with reporter.progress("sweeping", len(runs), "runs") as progress:

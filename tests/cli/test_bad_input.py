@@ -85,9 +85,9 @@ def refused(keyreduce, snapshot):
         (("--multiple-of", "0"), "--multiple-of is 0"),
         (("--method", "wandaa"), "there is no method 'wandaa'; did you mean wanda?"),
         (("--method", "zzz"), "take one of auto, rrqr, wanda, taylor, pca, l1, l2, magnitude, energy, random"),
-        (("--target", "query"), "there is no target 'query'; take key, value, head, or several with commas"),
+        (("--target", "query"), "--target is 'query'; take one of key, value, head"),
         (("--target", "key,key"), "--target key,key names a target twice"),
-        (("--target", ""), "there is no target ''"),
+        (("--target", ""), "--target is ''"),
         (("--method", "pca", "--target", "value"), "--method pca is for --target key alone; for value take another"),
         (
             ("--method", "rrqr", "--target", "key,head"),
@@ -106,12 +106,12 @@ def refused(keyreduce, snapshot):
         (("--method", "pca", "--variance", "0.9", "--rank", "3"), "leave --ratio (or PRUNING_RATIO) and --keep out"),
         (("--method", "pca", "--variance", "0"), "--variance is 0; it is the share to keep"),
         (("--method", "pca", "--variance", "1.5"), "--variance is 1.5; it is the share to keep"),
-        (("--allocate", "evenly"), "--allocate is 'evenly'; take uniform or energy"),
+        (("--allocate", "evenly"), "--allocate is 'evenly'; take one of uniform, energy"),
         (("--allocate", "energy"), "a delta_net config says one head_k_dim for all layers"),
-        (("--allocate", "energy", "--target", "head"), "--allocate energy shares out key channels"),
-        (("--seed", "-1"), "Invalid value for '--seed'"),
-        (("--seed", "9" * 30), "Invalid value for '--seed'"),
-        (("--dtype", "float13"), "dtype 'float13' is unknown; take one of float32, bfloat16, float16"),
+        (("--allocate", "energy", "--target", "head"), "--allocate energy distributes key channels"),
+        (("--seed", "-1"), "--seed is -1; it is at least 0"),
+        (("--seed", "9" * 30), "it is at most 4,294,967,295"),
+        (("--dtype", "float13"), "--dtype is 'float13'; take one of float32, bfloat16, float16"),
         (("--device", "meta"), "device 'meta' cannot be used here"),
         (("--nonsense",), "No such option: --nonsense"),
         (("more",), "unexpected extra argument"),
@@ -220,7 +220,7 @@ def test_activations_that_overflow(refused, tiny_copy):
     folder = tiny_copy()
     edit_tensors(folder, lambda tensors: tensors[QUERY].fill_(3e38))
     assert "activations of layer 1 hold NaN or inf" in refused(*CALIBRATE, "--model", folder, notes=1)
-    assert "are NaN or inf" in refused(*EVAL, "--model", folder, notes=1)
+    assert "hold NaN or inf" in refused(*EVAL, "--model", folder, notes=1)
 
 
 def test_text(refused, tiny_folder, tmp_path):
@@ -279,12 +279,13 @@ def test_sums_without_gradients(refused, keyreduce, tiny_folder):
     assert "run keyreduce calibrate --gradients --overwrite" in line
 
 
-def test_a_ratio_of_the_environment_beside_another_amount(refused, tiny_folder, monkeypatch):
-    monkeypatch.setenv("PRUNING_RATIO", "0.5")
+@pytest.mark.parametrize("variable", ["PRUNING_RATIO", "KEYREDUCE_PRUNING_RATIO"])
+def test_an_amount_on_the_command_line_overrules_one_of_the_environment(keyreduce, tiny_folder, monkeypatch, variable):
+    monkeypatch.setenv(variable, "0.5")
     model = ("--model", tiny_folder("delta_net"))
-    assert "either --ratio (or PRUNING_RATIO) or --keep, not both" in refused(*PRUNE, *model, "--keep", 4)
-    line = refused("prune", *model, "--method", "pca", "--variance", 0.9)
-    assert "leave --ratio (or PRUNING_RATIO) and --keep out" in line
+    assert keyreduce(*PRUNE, *model, "--json").json()["head_k_dim"] == [16, 8]
+    assert keyreduce(*PRUNE, *model, "--keep", 4, "--output", "four", "--json").json()["head_k_dim"] == [16, 4]
+    assert keyreduce(*PRUNE, *model, "--ratio", 0.25, "--output", "b", "--json").json()["head_k_dim"] == [16, 12]
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(refused, tiny_folder, tmp_path, monkeypatch):
@@ -400,6 +401,6 @@ def test_debug_shows_the_traceback(monkeypatch, keyreduce):
 
     keyreduce("prune", "--keep", 0)
     monkeypatch.setattr("sys.argv", ["keyreduce", "prune", "--keep", "0", "--debug"])
-    with pytest.raises(KeyreduceError, match="--keep is 0"):
+    with pytest.raises(KeyreduceError, match="`keep` is 0"):
         main()
     assert errors.show_tracebacks

@@ -60,7 +60,7 @@ def test_bare_prune_calibrates_first_and_says_so(keyreduce, tiny_folder, monkeyp
     monkeypatch.setenv("BASE_MODEL_DIR", str(tiny_folder(model_type)))
     result = keyreduce("prune", "--json")
     assert result.json()["method"] == "auto"
-    assert f"there are no calibration sums at {WORK / 'calibration.safetensors'}: calibrating first" in result.err
+    assert f"there are no calibration statistics at {WORK / 'calibration.safetensors'}: calibrating first" in result.err
     assert f"calibrating {model_type} on cpu (float32)" in result.err
     assert "32,768 tokens, 2 layers" in result.err
     # The sums serve the next method and the next ratio too.
@@ -75,7 +75,7 @@ def test_tables_go_to_stdout_and_nothing_to_stderr(keyreduce, tiny_folder):
     assert (result.code, result.err) == (0, "calibrating delta_net on cpu (float32)\n")
     assert result.out.startswith("wrote keyreduce-out/calibration.safetensors: 512 tokens, 2 layers")
     for arguments, told in [
-        (("prune", "--keep", 8, *model), ("50.0%", "its sizes suit: fla; fla, 16-bit training; vLLM (Triton); SGLang")),
+        (("prune", "--keep", 8, *model), ("50.0%", "its sizes suit: fla; fla, 16-bit training; SGLang")),
         (("convert-dcp",), ("wrote keyreduce-out/dcp/step-0: a distributed checkpoint, flat, of 31 tensors",)),
         (BENCHMARK, ("head_k_dim", "2.00x", "wrote keyreduce-out/benchmark.json")),
         (EVAL, ("perplexity per token", "508 predictions in rows of 128 tokens", "wrote keyreduce-out/eval.json")),
