@@ -103,7 +103,7 @@ def test_recall_is_measured_of_both_models(keyreduce, tiny_folder, eval_tiny):
         (("--stride", 0), "--stride"),
         (("--recall", "mqar,memory"), "--recall is 'memory'; take one of mqar, needle"),
         (("--recall", "mqar,mqar"), "--recall names nothing, or one thing twice"),
-        (("--recall", "mqar", "--recall-lengths", "64,x"), "--recall-lengths has 'x', where whole numbers with commas between them belong"),
+        (("--recall", "mqar", "--recall-lengths", "64,x"), "--recall-lengths has 'x', where whole numbers with commas"),
         (("--recall", "mqar", "--recall-lengths", "64,64"), "--recall-lengths names nothing, or one thing twice"),
         (("--recall", "mqar", "--recall-pairs", "0"), "--recall-pairs is 0; it is at least 1"),
         (("--recall", "mqar", "--recall-pairs", "17", "--recall-lengths", "64"), "no --recall-lengths has room for"),
