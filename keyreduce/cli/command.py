@@ -27,7 +27,7 @@ def add_command(
         errors.begin_command({field.name: field.flag for field in fields.values()}, show_tracebacks=debug)
         for field in fields.values():
             is_unset = values[field.name] is None and field.is_many
-            if field.default is not dataclasses.MISSING and (is_unset or _is_overruled(context, field)):
+            if field.default is not dataclasses.MISSING and (is_unset or _is_overruled(context, field, [*fields])):
                 values[field.name] = field.default
         show(request(**values), Console(as_json=json))
 
@@ -44,11 +44,23 @@ def add_command(
     app.command(name)(callback)
 
 
-def _is_overruled(context: typer.Context, field: Spec) -> bool:
-    """Whether the environment gave this value, and the command line one that says the same in another way."""
-    sources = {name: context.get_parameter_source(name) for name in (field.name, *field.option.instead_of)}
-    own, *others = (source.name if source is not None else "" for source in sources.values())
-    return own == "ENVIRONMENT" and "COMMANDLINE" in others
+def _is_overruled(context: typer.Context, field: Spec, names: list[str]) -> bool:
+    """Return whether the environment gave this value, and something else says the same in another way.
+
+    That is an option of the command line; or another variable, of those that the environment gives the last declared.
+    """
+    if _source(context, field.name) != "ENVIRONMENT":
+        return False
+    later = names[names.index(field.name) :]
+    return any(
+        _source(context, other) == "COMMANDLINE" or (other in later and _source(context, other) == "ENVIRONMENT")
+        for other in field.option.instead_of
+    )
+
+
+def _source(context: typer.Context, name: str) -> str:
+    source = context.get_parameter_source(name)
+    return "" if source is None else source.name
 
 
 def _default(field: Spec) -> Any:
