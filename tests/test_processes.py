@@ -13,7 +13,7 @@ import pytest
 
 from keyreduce import processes
 from keyreduce.errors import KeyreduceError
-from keyreduce.evaluation.perplexity import Perplexity, RowCost
+from keyreduce.evaluation.perplexity import Perplexity
 from keyreduce.processes import Job, Processes, gpus, keyreduce_command, last_line, run_jobs, torchrun_rank
 
 REPOSITORY = Path(__file__).parents[1]
@@ -198,10 +198,13 @@ def test_an_error_in_between_ends_the_children(tmp_path):
         raise RuntimeError("stop")
 
     forever = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    log = tmp_path / "logs" / "long.log"
+    once_it_runs = f"import os, time\nwhile not os.stat({str(log)!r}).st_size: time.sleep(0.01)"
+    log.parent.mkdir()
+    log.touch()
     with pytest.raises(RuntimeError, match="stop"):
-        run_jobs([job(tmp_path, "long", forever), job(tmp_path, "short", "")], workers=2, progress=fail)
-    told = (tmp_path / "logs" / "long.log").read_text().split()
-    assert not told or not is_alive(int(told[0]))
+        run_jobs([job(tmp_path, "long", forever), job(tmp_path, "short", once_it_runs)], workers=2, progress=fail)
+    assert not is_alive(int(log.read_text().split()[0]))
 
 
 def test_the_last_line_of_a_log(tmp_path):
@@ -281,7 +284,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
 
 
 def test_the_order_of_rows_changes_no_digit_of_the_sum():
-    rows = [RowCost(nats, 1, 2, 3) for nats in (1e16, 1.0, 0.1, 3e-9, 1e16 / 3)]
+    rows = [Perplexity(nats, 1, 2, 3) for nats in (1e16, 1.0, 0.1, 3e-9, 1e16 / 3)]
     sums = {Perplexity.of(rows[start:] + rows[:start]).nats for start in range(len(rows))}
     assert sums == {math.fsum(row.nats for row in rows)}
     assert Perplexity.of(rows).words == 15
