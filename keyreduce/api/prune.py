@@ -351,7 +351,9 @@ def _statistics(request: PruneRequest, source: "Checkpoint", gradients: bool, re
         reporter.note(f"there are no calibration statistics at {path}: calibrating first")
         shared = ("model", "config", "text", "dataset", "dataset_config", "split", "device")
         given = {name: getattr(request, name) for name in shared}
-        calibrate.run(calibrate.CalibrateRequest(output=path, gradients=gradients, **given), reporter)
+        made = calibrate.run(calibrate.CalibrateRequest(output=path, gradients=gradients, **given), reporter)
+        if made is not None:
+            reporter.note(f"wrote {path}: {made.tokens:,} tokens, {made.layers} layers")
     check_calibration(source, read_record(path)["model"])
     statistics = read_statistics(path)
     try:

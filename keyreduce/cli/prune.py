@@ -26,7 +26,7 @@ def show(request: prune.PruneRequest, console: Console) -> None:
     console.finish(result, result.pruned)
 
 
-def _print_cut(name: str, result: prune.PruneResult, console: Console) -> None:
+def _print_cut(model: str, result: prune.PruneResult, console: Console) -> None:
     rows = []
     changes = any(before != after for before, after in (getattr(result, name) for name in _SIZES))
     for name, label in _SIZES.items():
@@ -36,7 +36,7 @@ def _print_cut(name: str, result: prune.PruneResult, console: Console) -> None:
         smaller = 1 - _mean(after) / _mean(before)
         rows.append((label, _written(name, before), _written(name, after), f"{100 * smaller:.1f}%"))
     console.table(
-        f"{name}, pruned with {result.method}", ("", "before", "after", "smaller by"), rows
+        f"{model}, pruned with {result.method}", ("", "before", "after", "smaller by"), rows
     )
     console.say(result.smaller)
     if result.suited_engines:
