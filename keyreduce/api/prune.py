@@ -431,14 +431,15 @@ def _result(source: "Checkpoint", folder: Path, *, made: bool) -> PruneResult:
     inputs = record.steps[-1]["inputs"]
     suited, unsuited = suited_engines(family, set(layers[1]))
     repairs = record.repairs
+    figures: dict[str, Any] = {name: [_alike(name, sizes) for sizes in layers] for name in MixerSizes._fields}
+    figures |= {name: list(values) for name, values in saved._asdict().items()}
     return PruneResult(
         pruned=folder,
         made=made,
         dense=record.dense or "",
         method=inputs["method"],
         target=inputs["target"],
-        **{name: [_alike(name, sizes) for sizes in layers] for name in MixerSizes._fields},
-        **{name: list(values) for name, values in saved._asdict().items()},
+        **figures,
         smaller=saved.sentence,
         suited_engines=suited,
         unsuited_engines=unsuited,

@@ -19,9 +19,11 @@ class Edit(Protocol):
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape that a tensor of ``shape`` will have: headers are written before data."""
+        ...
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the changed tensor, of that shape."""
+        ...
 
 
 class EditedTensors:

@@ -36,7 +36,6 @@ class ShardWriter:
         self.path = path
         self._pending = deque(tensors)
         self._header = _format_header(tensors, metadata or {})
-        self._file: io.FileIO | None = None
 
     def __enter__(self) -> "ShardWriter":
         with writing(self.path):

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -116,7 +116,7 @@ def make_spec(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorSpec
     return TensorSpec(name, _NAMES[dtype], shape)
 
 
-def torch_layout(spec: TensorSpec) -> dict[str, object]:
+def torch_layout(spec: TensorSpec) -> dict[str, Any]:
     """Return ``dtype`` and ``size`` of a tensor as torch has them: :func:`make_spec` the other way round.
 
     Raises:

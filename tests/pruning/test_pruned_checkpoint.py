@@ -18,7 +18,7 @@ from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.record import Record
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import FAMILIES as TABLES
-from keyreduce.pruning.prune import plan_edits, write_pruned
+from keyreduce.pruning.prune import write_pruned
 from keyreduce.pruning.savings import savings
 
 REPOSITORY = Path(__file__).parents[2]
