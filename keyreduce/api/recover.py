@@ -393,7 +393,7 @@ class _Recovery:
         from keyreduce.outputs import claimed
         from keyreduce.recovery.layers import Recovered
         from keyreduce.recovery.training.picture import draw_losses
-        from keyreduce.recovery.training.run import discard, train
+        from keyreduce.recovery.training.run import train
 
         assert isinstance(self.how, Training)
         teacher, folder = self.models.teacher, self.target.with_name(f"{self.target.name}.training")
@@ -428,7 +428,7 @@ class _Recovery:
                     shutil.copytree(folder / "runs", made / "runs")  # tensorboard's
 
             self._write(Recovered(trained.tensors, trained.tokens, {}), seconds, figures, finish)
-            discard(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _say(self, doing: str, how: str) -> None:
         name, tokens = self.models.pruned.path.name, self.settings.tokens

@@ -32,11 +32,9 @@ def collect(
     """Run batches of tokens through a model and gather the statistics of its mixers.
 
     Args:
-        loaded: the model.
         batches: LongTensors ``[B, T]`` without padding.
         progress: called after each batch with its number of tokens.
-        gradients: whether to gather :class:`keyreduce.calibration.statistics.TaylorStatistics` too, from the same
-            forward passes.
+        gradients: whether to gather ``TaylorStatistics`` too, from the same forward passes.
         add: sums a tensor over all processes, in place, if the batches are distributed. Gradients need it before the
             end, since not all of their statistics are sums over rows.
 

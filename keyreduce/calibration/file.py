@@ -24,11 +24,8 @@ def write_statistics(statistics: Statistics, path: Path, *, overwrite: bool = Fa
         KeyreduceError: it exists and ``overwrite`` is false, or it cannot be written.
     """
     record = {"model": statistics.model, "tokens": statistics.tokens, "inputs": statistics.inputs}
-    tensors = {
-        f"layers.{layer}.{name}": tensor
-        for layer, layer_statistics in statistics.layers.items()
-        for name, tensor in layer_statistics.tensors().items()
-    }
+    layers = statistics.layers.items()
+    tensors = {f"layers.{layer}.{name}": one for layer, sums in layers for name, one in sums.tensors().items()}
     specs = [make_spec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
     with (
         appearing(path, folder=False, overwrite=overwrite) as temporary,
@@ -74,10 +71,10 @@ def read_statistics(path: Path) -> Statistics:
     gradients = any(name.startswith(TAYLOR) for names in tensors.values() for name in names)
     expected = LayerStatistics.names(gradients=gradients)
     for layer, found in tensors.items():
-        if found.keys() != expected:
+        if wrong := ", ".join(sorted(found.keys() ^ expected)):
             raise KeyreduceError(
-                f"{path} was made by another version of keyreduce (layer {layer} differs in "
-                f"{', '.join(sorted(found.keys() ^ expected))}); calibrate again with `overwrite`"
+                f"{path} was made by another version of keyreduce (layer {layer} differs in {wrong}); "
+                "calibrate again with `overwrite`"
             )
     layers = {layer: LayerStatistics.of_tensors(tensors[layer]) for layer in sorted(tensors)}
     return Statistics(record["model"], record["tokens"], layers, record["inputs"])

@@ -18,11 +18,7 @@ def projection_name(family: Family, layer: int, projection: str) -> str:
 def projection_weight(family: Family, sizes: MixerSizes, projection: str, weight: torch.Tensor) -> torch.Tensor:
     """Return a projection's part of a weight, with one row for each channel: ``[H * K, D]`` or ``[W * V, D]``.
 
-    Args:
-        family: its table says where in the weight the projection is.
-        sizes: the mixer's sizes.
-        projection: a key of `PROJECTIONS`.
-        weight: the tensor of :func:`projection_name`, or another one of its shape.
+    ``weight`` is the tensor of :func:`projection_name`, or another one of its shape.
     """
     axes = family.tensors[_short_name(family, projection)]
     if projection == "output":
@@ -33,9 +29,6 @@ def projection_weight(family: Family, sizes: MixerSizes, projection: str, weight
 
 def _short_name(family: Family, projection: str) -> str:
     channels, hidden = (1, 0) if projection == "output" else (0, 1)
-    (name,) = [
-        name
-        for name, axes in family.tensors.items()
-        if len(axes) == 2 and PROJECTIONS[projection] in parts_of(axes[channels]) and axes[hidden] is Part.HIDDEN
-    ]
+    matrices = {name: axes for name, axes in family.tensors.items() if len(axes) == 2 and axes[hidden] is Part.HIDDEN}
+    (name,) = (name for name, axes in matrices.items() if PROJECTIONS[projection] in parts_of(axes[channels]))
     return name

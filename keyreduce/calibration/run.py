@@ -32,16 +32,10 @@ class Settings(NamedTuple):
     seed: int = 0
 
     def check(self, *, gradients: bool = False) -> None:
-        """Refuse settings that no text could meet.
-
-        Raises:
-            KeyreduceError: a number is below 1 or beyond any text, or with ``gradients`` rows have no token to predict.
-        """
-        for name in ("num_batches", "batch_size", "seq_len"):
-            if getattr(self, name) < 1:
-                raise KeyreduceError(f"`{name}` is {getattr(self, name)}; it is at least 1")
-            if getattr(self, name) > _MOST:
-                raise KeyreduceError(f"`{name}` is {getattr(self, name)}; it is at most {_MOST:,}")
+        """Raise KeyreduceError for numbers that no text could meet, or rows too short for ``gradients``."""
+        for name, number in self._asdict().items():
+            if name != "seed" and not 1 <= number <= _MOST:
+                raise KeyreduceError(f"`{name}` is {number}; it is at least 1 and at most {_MOST:,}")
         if gradients and self.seq_len < 2:
             raise KeyreduceError("`seq_len` is 1; `gradients` need at least 2, to predict one from the other")
 
@@ -80,9 +74,6 @@ def calibrate(
     """Load the model, run the text through it, and return the statistics.
 
     Args:
-        source: the checkpoint.
-        text: documents to draw rows from.
-        settings: the number of rows and their length.
         device, dtype: where and in what dtype to run the model; the statistics are float64 in any case.
         gradients: whether to gather ``TaylorStatistics`` too, from a backward pass for each batch.
         offload: where layers that are not running are kept: "disk", "cpu", or "auto" for wherever there is room.
@@ -112,7 +103,7 @@ def calibrate_loaded(
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda message: None,
 ) -> Statistics:
-    """Run the text through a model that is loaded from ``source``; see :func:`calibrate` for the rest."""
+    """Do what :func:`calibrate` does with a model that is loaded from ``source`` already."""
     rows = token_rows(text.documents(settings.seed), loaded.tokenizer, settings.seq_len)
     first_row = next(rows)
     if len(first_row) < settings.seq_len:

@@ -53,12 +53,7 @@ class TaylorStatistics:
         return cls(**_zeros([field.name for field in fields(cls)], sizes, device))
 
     def of(self, form: str, part: str) -> torch.Tensor:
-        """Return the statistics of one form for one projection.
-
-        Args:
-            form: "signed", "squared" or "element".
-            part: "query" or "key" (``[H, K]``), "value" or "output" (``[W, V]``).
-        """
+        """Return one form, "signed" and the like, for the query, key (``[H, K]``), value or output (``[W, V]``)."""
         return getattr(self, f"{form}_{part}_{'HK' if part in ('query', 'key') else 'WV'}")
 
 
@@ -163,11 +158,7 @@ class Statistics:
     inputs: dict
 
     def check_finite(self) -> None:
-        """Refuse statistics that hold NaN or inf.
-
-        Raises:
-            KeyreduceError: names the first of them and its layer.
-        """
+        """Raise KeyreduceError where statistics hold NaN or inf; it names the first of them and its layer."""
         for layer, statistics in self.layers.items():
             for name, tensor in statistics.tensors().items():
                 if not is_finite(tensor):
@@ -178,9 +169,7 @@ class Statistics:
                     )
 
 
-def _zeros(
-    names: Iterable[str], sizes: MixerSizes, device: torch.device, hidden: int = 0
-) -> dict[str, torch.Tensor]:
+def _zeros(names: Iterable[str], sizes: MixerSizes, device: torch.device, hidden: int = 0) -> dict[str, torch.Tensor]:
     """Name -> zeros of the shape that the name ends in."""
     size_of = dict(zip("HWKV", sizes, strict=True)) | {"D": hidden}
     shapes = {name: [size_of[axis] for axis in name.rsplit("_", 1)[1]] for name in names}

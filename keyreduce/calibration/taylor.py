@@ -41,11 +41,9 @@ def differentiating(
     It runs the model forward without gradients, then block by block forward and backward; a sample of the squared form
     is a row. Memory does not depend on the number of batches: beside the model it holds the inputs of all blocks, one
     block's activations, one row's logits, and the summed gradient of the four projections of each mixer in float32
-    (float64 for a float64 model), on the CPU if the weight is not on the device. When the block ends, ``requires_grad``
-    of each parameter is restored.
+    (float64 for a float64 model), on the CPU if the weight is not on the device.
 
     Args:
-        model, family: the model.
         layers: layer number -> statistics to add to; complete when the block has ended.
         folder: its checkpoint, for weights that are offloaded to the disk.
         add: sums a tensor over all processes, in place; called at the end.

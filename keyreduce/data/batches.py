@@ -30,19 +30,11 @@ def document_tokens(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast
         yield torch.tensor(before + encoded["input_ids"], dtype=torch.long)
 
 
-def token_rows(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, row_length: int
-) -> Iterator[torch.Tensor]:
-    """Yield rows of tokens cut from all documents joined, each document preceded by the separator.
+def token_rows(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, row_length: int) -> Iterator[torch.Tensor]:
+    """Yield rows (LongTensors) of ``row_length`` token ids, cut from all documents joined, each after a separator.
 
-    Args:
-        documents: texts, taken one at a time.
-        tokenizer: a fast tokenizer; documents are encoded whole, without its own special tokens.
-        row_length: T, at least 1.
-
-    Returns:
-        LongTensors of T token ids. The last incomplete row is dropped, unless there is no other: then it is yielded
-        as it is, shorter than T, and the caller tells the user.
+    Documents are taken one at a time and encoded whole, without the tokenizer's special tokens. The last incomplete row
+    is dropped, unless there is no other: then it is yielded as it is, shorter, and the caller tells the user.
     """
     if row_length < 1:
         raise ValueError(f"row_length is {row_length}; a row has at least one token")
@@ -59,15 +51,10 @@ def token_rows(
         yield rest_N
 
 
-def batches(
-    rows: Iterable[torch.Tensor], batch_size: int, num_batches: int | None = None
-) -> Iterator[torch.Tensor]:
+def batches(rows: Iterable[torch.Tensor], batch_size: int, num_batches: int | None = None) -> Iterator[torch.Tensor]:
     """Yield LongTensors (B, T) of ``batch_size`` rows each, the last one of fewer where rows run out.
 
-    Args:
-        rows: LongTensors of equal length T; no more of them are drawn than are needed.
-        batch_size: B, at least 1.
-        num_batches: stop after so many; None takes all rows.
+    No more rows, which have equal length T, are drawn than are needed for ``num_batches``; None takes all.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; a batch has at least one row")

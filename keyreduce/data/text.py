@@ -22,10 +22,7 @@ class TextSource(ABC):
     """Documents, streamed, and what identifies them."""
 
     def documents(self, seed: int | None = None) -> Iterator[str]:
-        """Return a stream of documents, none of them empty.
-
-        Args:
-            seed: shuffle with it, holding at most 1,000 documents in memory; None keeps the order of the source.
+        """Return a stream of the documents that are not empty, shuffled with a seed by way of 1,000 in memory.
 
         Raises:
             KeyreduceError: a document cannot be read, or there is not one character of text.
@@ -36,20 +33,22 @@ class TextSource(ABC):
     def describe(self) -> dict:
         """Return what the text is, as a JSON object for records and tables."""
 
-    @property
-    @abstractmethod
+    @cached_property
     def identity(self) -> str:
         """A string that two sources share when they hold the same text in the same order."""
+        return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
+
+    def _content(self) -> dict:
+        return self.describe()
 
     @abstractmethod
     def _stream(self, seed: int | None) -> Iterator[str]: ...
 
-    def _not_empty(self, documents: Iterable[str]) -> Iterator[str]:
+    def _not_empty(self, documents: Iterator[str]) -> Iterator[str]:
         is_empty = True
-        for document in documents:
-            if document:
-                is_empty = False
-                yield document
+        for document in filter(None, documents):
+            is_empty = False
+            yield document
         if is_empty:
             described = ", ".join(f"{name} {value}" for name, value in self.describe().items())
             raise KeyreduceError(f"the text is empty ({described}); give other text with `text` or `dataset`")
@@ -64,22 +63,18 @@ class StdlibText(TextSource):
     def describe(self) -> dict:
         return {"kind": "stdlib", "split": self.split, "python": platform.python_version()}
 
-    @cached_property
-    def identity(self) -> str:
+    def _content(self) -> dict:
         hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in stdlib_files(self.split)]
-        return _digest({**self.describe(), "files": hashes})
+        return {**self.describe(), "files": hashes}
 
     def _stream(self, seed: int | None) -> Iterator[str]:
         return _shuffled(stdlib_documents(self.split), seed)
 
 
 class FileText(TextSource):
-    """Files, and folders of them, searched recursively.
+    """Files, and those of folders at any depth.
 
     A .jsonl line is a document (its field ``text``), so is a .parquet row (its column ``text``); any other file is one.
-
-    Args:
-        paths: files or folders.
 
     Raises:
         KeyreduceError: a path is missing, a file's suffix is not supported, or a folder holds no supported file.
@@ -92,10 +87,9 @@ class FileText(TextSource):
     def describe(self) -> dict:
         return {"kind": "files", "paths": [str(path) for path in self.paths], "files": len(self._files)}
 
-    @cached_property
-    def identity(self) -> str:
+    def _content(self) -> dict:
         files = [[name, path.stat().st_size, _sampled_hash(path)] for path, name in self._files.items()]
-        return _digest({"kind": "files", "files": files})
+        return {"kind": "files", "files": files}
 
     def _stream(self, seed: int | None) -> Iterator[str]:
         files = list(self._files)
@@ -112,10 +106,6 @@ class DatasetText(TextSource):
 
     def describe(self) -> dict:
         return {"kind": "dataset", "name": self.name, "config": self.config, "split": self.split}
-
-    @property
-    def identity(self) -> str:
-        return _digest(self.describe())
 
     def _stream(self, seed: int | None) -> Iterator[str]:
         import datasets
@@ -141,10 +131,9 @@ class DocumentText(TextSource):
     def describe(self) -> dict:
         return {"kind": "documents", "documents": len(self._documents)}
 
-    @cached_property
-    def identity(self) -> str:
+    def _content(self) -> dict:
         hashes = [hashlib.sha256(document.encode(errors="surrogatepass")).hexdigest() for document in self._documents]
-        return _digest({"kind": "documents", "documents": hashes})
+        return {"kind": "documents", "documents": hashes}
 
     def _stream(self, seed: int | None) -> Iterator[str]:
         return _shuffled(self._documents, seed)
@@ -158,10 +147,7 @@ def text_source(
     *,
     default: Split,
 ) -> TextSource:
-    """Return the text that a command's ``text``, ``dataset``, ``dataset_config`` and ``split`` ask for.
-
-    Args:
-        default: the split of the standard library's source that is taken when none of them is given.
+    """Return the text that a request's fields ask for; without any, the ``default`` split of the standard library.
 
     Raises:
         KeyreduceError: the options contradict each other, or a path is refused by `FileText`.
@@ -232,13 +218,8 @@ def _read_parquet(path: Path) -> Iterator[str]:
         raise KeyreduceError(f"{path} is not a parquet file, or is truncated") from None
 
 
-_READERS: dict[str, Callable[[Path], Iterator[str]]] = {
-    ".txt": _read_plain,
-    ".md": _read_plain,
-    ".py": _read_plain,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
+_READERS: dict[str, Callable[[Path], Iterator[str]]] = dict.fromkeys((".txt", ".md", ".py"), _read_plain)
+_READERS |= {".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
 def _text_of(row: object, where: str) -> str:
@@ -266,14 +247,9 @@ def _shuffled(documents: Iterable[str], seed: int | None) -> Iterator[str]:
 
 def _sampled_hash(path: Path) -> str:
     """Hash the beginning, the middle and the end of a file, which may be larger than one wants to read."""
-    size = path.stat().st_size
-    digest = hashlib.sha256()
+    size, digest = path.stat().st_size, hashlib.sha256()
     with path.open("rb") as file:
         for start in (0, (size - _SAMPLE_BYTES) // 2, size - _SAMPLE_BYTES):
             file.seek(max(start, 0))
             digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def _digest(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -21,7 +21,6 @@ def by_energy(
     heads. Channels go to the layer where that is largest; each layer has at least ``multiple_of``.
 
     Args:
-        statistics: layer -> its statistics.
         keep: layer -> how many channels a head would keep, multiples of ``multiple_of``.
         multiple_of: the step in which channels are distributed.
     """
@@ -54,10 +53,8 @@ def by_variance(
 
     Args:
         family: if its config has a size for each layer, each gets its own rank; otherwise all get the same.
-        statistics: layer -> its statistics.
         variance: the share, above 0 and at most 1.
         method: the method that projects; its ``moments`` define the variance.
-        options: the method's options.
         multiple_of: ranks are rounded up to a multiple, or down to the largest one that a head has.
     """
     assert method.moments is not None  # the budget was checked

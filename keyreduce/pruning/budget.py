@@ -56,12 +56,9 @@ class Budget:
         allocate: str = "uniform",
         multiple_of: int = 1,
     ) -> Budget:
-        """Return the budget that amounts give; without any a quarter goes.
+        """Return the budget for ``key``, ``value``, ``head`` or several; without any amount a quarter goes.
 
-        Args:
-            targets: ``key``, ``value``, ``head``, each at most once.
-            ratio, keep: one number for all targets or one for each, as they are written.
-            variance, allocate, multiple_of: see the attributes.
+        ``ratio`` and ``keep`` are one number for all targets or one for each, as they are written.
 
         Raises:
             KeyreduceError: they say something impossible, or two different things.
@@ -103,7 +100,7 @@ class Budget:
         return {"target": ",".join(self.targets), "keep": keep}
 
     def check(self, config: Mapping, method: Method) -> None:
-        """Refuse, before any work, a budget that the model or the method does not allow.
+        """Check, before any work, that the model and the method allow this budget.
 
         Raises:
             KeyreduceError: see :func:`keep_count`; or the layers would differ in a size for which the config has one
@@ -131,13 +128,7 @@ class Budget:
     def numbers(
         self, config: Mapping, statistics: Statistics | None, method: Method, options: Mapping[str, object]
     ) -> dict[str, dict[int, int]]:
-        """Return target -> layer -> how many stay.
-
-        Args:
-            config: the model's config.
-            statistics: the calibration statistics, if :attr:`needs_statistics`.
-            method: the method that will choose.
-            options: the method's options.
+        """Return target -> layer -> how many stay, from statistics only if :attr:`needs_statistics`.
 
         Raises:
             KeyreduceError: see :func:`keep_count`.
@@ -163,12 +154,10 @@ class Budget:
 
 
 def parse_amounts(field: str, amounts: Sequence[str], targets: Sequence[str]) -> dict[str, Fraction | None]:
-    """Return what ``ratio`` or ``keep`` says for each target: one number for all, or one for each.
-
-    Numbers are taken as they are written: in binary, 10 * (1 - 0.9) is a little less than 1.
+    """Return what ``ratio`` or ``keep`` says for each target, exactly: in binary, 10 * (1 - 0.9) is less than 1.
 
     Raises:
-        KeyreduceError: it holds something else.
+        KeyreduceError: it holds neither one number for all targets nor one for each.
     """
     if not amounts:
         return dict.fromkeys(targets)
@@ -192,8 +181,6 @@ def keep_count(
     """Return how many channels of a head, or key heads of a layer, stay.
 
     Args:
-        target: "key", "value" or "head".
-        available: how many there are.
         ratio: the share to remove; ``floor(available * (1 - ratio))`` stay, at least 1.
         keep: the number to keep, instead of a ratio.
         multiple_of: round channels to the nearest multiple (up when two are equally near), at least one multiple.

@@ -1,6 +1,6 @@
 """Check that a pruned checkpoint computes what it should: what the dense model with masked channels computes.
 
-The weights of the masked dense model are those of each edit's :meth:`keyreduce.pruning.tensor_edits.MixerEdit.masked`,
+The weights of the masked dense model are those of each edit's :meth:`keyreduce.pruning.edits.MixerEdit.masked`,
 so that both models hold the same numbers, rounding included, and their logits differ only by the order in which float32
 adds. Its delta-rule operators get zeros in place of dropped channels: after convolution and activation, with which a
 projection need not commute. The value channels of dropped heads are zero too.
@@ -27,9 +27,9 @@ from keyreduce.families import Part, family_of
 from keyreduce.models.loading import prepare_backend
 from keyreduce.models.meta import language_model
 from keyreduce.models.operators import operands, replaced_by_layer
+from keyreduce.pruning.edits import Fill
 from keyreduce.pruning.plan import LayerCut, Plan
 from keyreduce.pruning.prune import plan_edits
-from keyreduce.pruning.tensor_edits import Fill, MixerEdit
 
 # fla gives sequences of up to 64 tokens to its recurrent operators, and longer ones to its chunked ones.
 TOKENS = (32, 96)
@@ -43,13 +43,6 @@ def check_logits(source: Checkpoint, pruned: Path, plan: Plan, *, device: torch.
 
     The tolerance is 1e-3 of the logits' standard deviation: both models hold the same numbers, whatever dtype they were
     rounded to, and run in float32.
-
-    Args:
-        source: the checkpoint that was pruned.
-        pruned: the folder of the pruned checkpoint.
-        plan: the plan by which it was pruned.
-        device: the device to run both models on.
-        seed: the seed of the random tokens.
 
     Returns:
         The largest difference, as :func:`compare_logits` returns it.
@@ -80,11 +73,8 @@ def compare_logits(
     """Run the masked dense model and the pruned one, one after the other, on random tokens.
 
     Args:
-        source: the checkpoint that was pruned.
-        pruned: the folder of the pruned checkpoint.
-        plan: the plan by which it was pruned.
-        device: the device to run both models on.
-        dtype: the dtype to compute in.
+        source, pruned, plan: the dense checkpoint, the folder of the pruned one, and the plan that leads to it.
+        device, dtype: where, and in what, both models compute.
         tokens: for each batch, the number of tokens in a row.
         seed: the seed of the random tokens.
 
@@ -100,9 +90,8 @@ def compare_logits(
     model = _load(cut.config, {name: cut.read(name) for name in cut.tensors}, device, dtype, pruned)
     _match_eps(model, plan)
     generator = torch.Generator().manual_seed(seed)
-    batches = [
-        torch.randint(model.config.vocab_size, (_ROWS, length), generator=generator).to(device) for length in tokens
-    ]
+    shapes = [(_ROWS, length) for length in tokens]
+    batches = [torch.randint(model.config.vocab_size, shape, generator=generator).to(device) for shape in shapes]
     found = [model(batch, use_cache=False).logits.cpu() for batch in batches]
     del model
     model = _load(source.config, _masked_weights(source, plan, cut), device, dtype, source.path)
@@ -137,10 +126,9 @@ def _match_eps(model: PreTrainedModel, plan: Plan) -> None:
         for name, axes in family.tensors.items():
             norm = getattr(mixer, name.split(".")[0], None)
             if Part.SHARED_VALUE in axes and norm is not None:
-                before, after = cut.before, cut.after
                 field = "eps" if hasattr(norm, "eps") else "variance_epsilon"
-                ratio = before.head_k_dim * before.head_v_dim / (after.head_k_dim * after.head_v_dim)
-                setattr(norm, field, getattr(norm, field) * ratio)
+                before, after = (sizes.head_k_dim * sizes.head_v_dim for sizes in (cut.before, cut.after))
+                setattr(norm, field, getattr(norm, field) * (before / after))
 
 
 def _masked_weights(source: Checkpoint, plan: Plan, cut: Checkpoint) -> dict[str, torch.Tensor]:
@@ -149,7 +137,6 @@ def _masked_weights(source: Checkpoint, plan: Plan, cut: Checkpoint) -> dict[str
     for name in source.tensors:
         tensor, changes = source.read(name), edits.get(name, ())
         for edit in changes:
-            assert isinstance(edit, MixerEdit)
             tensor = edit.masked(tensor)
         # Weights that were cast to another dtype in the pruned checkpoint are rounded alike.
         rounded = name in cut.tensors and not any(isinstance(edit, Fill) for edit in changes)

@@ -41,13 +41,9 @@ class LayerCut:
     @classmethod
     def of_nothing(cls, sizes: MixerSizes) -> "LayerCut":
         """Return the cut that leaves a layer unchanged."""
-        return cls(
-            sizes,
-            sizes,
-            torch.arange(sizes.key_heads),
-            torch.arange(sizes.head_k_dim).expand(sizes.key_heads, -1),
-            torch.arange(sizes.head_v_dim).expand(sizes.value_heads, -1),
-        )
+        key_HK = torch.arange(sizes.head_k_dim).expand(sizes.key_heads, -1)
+        value_WV = torch.arange(sizes.head_v_dim).expand(sizes.value_heads, -1)
+        return cls(sizes, sizes, torch.arange(sizes.key_heads), key_HK, value_WV)
 
     @property
     def value_heads_W(self) -> torch.Tensor:
@@ -55,7 +51,7 @@ class LayerCut:
         return value_heads_of(self.before, self.heads_H)
 
     def to_json(self) -> dict:
-        """Return the cut as a JSON object, without the projection, which is written to a file of its own."""
+        """Return the cut as a JSON object, without the projection, which has a file of its own."""
         return {
             "before": self.before._asdict(),
             "after": self.after._asdict(),
@@ -82,11 +78,6 @@ class Plan:
     layers: Mapping[int, LayerCut]
     ran: Mapping[str, str] = field(default_factory=dict)
     methods: Mapping[str, Mapping] = field(default_factory=dict)
-
-    @property
-    def before(self) -> dict[int, MixerSizes]:
-        """Layer -> its sizes before the cut."""
-        return {layer: cut.before for layer, cut in self.layers.items()}
 
     @property
     def after(self) -> dict[int, MixerSizes]:

@@ -1,11 +1,12 @@
 """Statistics and weights to a plan: a method, asked layer by layer. Memory stays at one layer's projections."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
 from keyreduce.calibration.projections import projection_name, projection_weight
-from keyreduce.calibration.statistics import LayerStatistics, Statistics
+from keyreduce.calibration.statistics import Statistics
 from keyreduce.checkpoint.rewrite import is_finite
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
@@ -18,11 +19,10 @@ from keyreduce.pruning.plan import LayerCut, Plan, value_heads_of
 
 
 def check_method(source: Checkpoint, method: Method, targets: list[str]) -> None:
-    """Refuse what a method cannot do, before any work.
+    """Check that a method can prune these targets of a model, before any work.
 
     Raises:
-        KeyreduceError: it does not choose one of the targets, or cannot prune this model, or nothing can; or the model
-            is quantised.
+        KeyreduceError: it does not choose one of the targets, it or nothing can prune this model, or that is quantised.
     """
     if not family_of(source.config).mixer_layers(source.config):
         raise KeyreduceError(f"{source.path} has no layer with a recurrent state, so there is nothing to prune")
@@ -31,8 +31,7 @@ def check_method(source: Checkpoint, method: Method, targets: list[str]) -> None
         if target not in method.select:
             known = " and ".join(f"`target` {name}" for name in method.select)
             raise KeyreduceError(f"`method` {method.name} is for {known} alone; for {target} take another method")
-    unfit = method.unfit(source.config)
-    if unfit is not None:
+    if unfit := method.unfit(source.config):
         raise KeyreduceError(unfit)
 
 
@@ -42,9 +41,8 @@ def check_options(method: Method, given: Mapping[str, object]) -> dict[str, obje
     Raises:
         KeyreduceError: it takes no such option, or not this value.
     """
-    for name in given:
-        if name not in method.options:
-            raise KeyreduceError(f"`method` {method.name} takes no `{name}`; leave it out, or take another method")
+    if unknown := [name for name in given if name not in method.options]:
+        raise KeyreduceError(f"`method` {method.name} takes no `{unknown[0]}`; leave it out, or take another method")
     chosen = {**method.options, **given}
     method.check(chosen)
     return chosen
@@ -85,19 +83,16 @@ def make_plan(
     """Choose what stays.
 
     Args:
-        source: the checkpoint to prune.
-        method: how to choose.
         keep: target -> layer -> how many of each group stay. Where all do, there is nothing to choose.
         seed: for methods that draw; each layer and target draws from its own stream.
-        statistics: the calibration sums, if the method needs them.
+        statistics: the calibration statistics, if the method needs them.
         inputs: what the plan is recorded to be made from.
         options: of the method, where they are not its defaults.
         progress: called with 1 after each layer.
 
     Raises:
-        KeyreduceError: the method cannot do that, the statistics are of another model or lack what it needs, the
-            weights are not of the shapes that the config says, a weight that the method reads is NaN or inf, or what
-            it returns is no choice of that many.
+        KeyreduceError: the method cannot do that, the statistics are of another model or lack what it needs, weights
+            are not of the config's shapes, one that the method reads is NaN or inf, or it chooses another number.
     """
     check_method(source, method, list(keep))
     family = family_of(source.config, source.tensors)
@@ -108,8 +103,8 @@ def make_plan(
     options = {**method.options, **(options or {})}
     cuts = {}
     for layer, sizes in layers.items():
-        sums = None if statistics is None else statistics.layers[layer]
-        view = _view(source, family, layer, sizes, sums)
+        projection = partial(_projection, source, family, layer, sizes)
+        view = LayerView(sizes, None if statistics is None else statistics.layers[layer], projection)
         numbers = {target: number_of[layer] for target, number_of in keep.items()}
         chosen = {}
         for target, number in numbers.items():
@@ -122,26 +117,18 @@ def make_plan(
         if progress is not None:
             progress(1)
     ran = {target: method.parts.get(target, method) for target in keep}
-    methods = {
-        one.name: {
-            "summary": one.summary,
-            "citation": one.citation,
-            "options": options if one is method else dict(one.options),
-        }
-        for one in ran.values()
-    }
+    methods = {}
+    for one in ran.values():
+        chosen_options = options if one is method else dict(one.options)
+        methods[one.name] = {"summary": one.summary, "citation": one.citation, "options": chosen_options}
     return Plan(inputs, cuts, {target: one.name for target, one in ran.items()}, methods)
 
 
 def check_calibration(source: Checkpoint, calibrated: str) -> None:
-    """Refuse sums that belong to another model.
-
-    Args:
-        source: the checkpoint that is to be pruned.
-        calibrated: the identity of the checkpoint that was calibrated.
+    """Check that a checkpoint is the one whose identity is ``calibrated``.
 
     Raises:
-        KeyreduceError: they differ.
+        KeyreduceError: it is another one.
     """
     if calibrated != source.identity:
         raise KeyreduceError(
@@ -151,26 +138,15 @@ def check_calibration(source: Checkpoint, calibrated: str) -> None:
 
 
 def _check_selection(method: Method, target: str, selection: Selection, sizes: MixerSizes, keep: int) -> None:
-    """Refuse what would make a checkpoint that its config does not describe; methods come from anywhere."""
+    """Check what a method chose, since methods come from anywhere."""
     groups = {"key": sizes.key_heads, "value": sizes.value_heads, "head": 1}[target]
-    channels = getattr(sizes, SIZE_OF[target])
-    kept_GR, projection_HKR = selection.kept_GR, selection.projection_HKR
+    channels, kept_GR, projection_HKR = getattr(sizes, SIZE_OF[target]), selection.kept_GR, selection.projection_HKR
     if kept_GR is None:
-        fits = (
-            target == "key"
-            and projection_HKR is not None
-            and projection_HKR.shape == (groups, channels, keep)
-            and bool(projection_HKR.isfinite().all())
-        )
+        fits = target == "key" and projection_HKR is not None and projection_HKR.shape == (groups, channels, keep)
+        fits = fits and bool(projection_HKR.isfinite().all())
     else:
-        fits = (
-            projection_HKR is None
-            and kept_GR.dtype == torch.int64
-            and kept_GR.shape == (groups, keep)
-            and bool((kept_GR.diff(dim=1) > 0).all())
-            and 0 <= int(kept_GR.min())
-            and int(kept_GR.max()) < channels
-        )
+        fits = projection_HKR is None and kept_GR.dtype == torch.int64 and kept_GR.shape == (groups, keep)
+        fits = fits and bool((kept_GR.diff(dim=1) > 0).all()) and bool(((kept_GR >= 0) & (kept_GR < channels)).all())
     if not fits:
         raise KeyreduceError(
             f"method {method.name} is wrong: for {target} it must return {groups} ascending rows of {keep} of "
@@ -183,7 +159,7 @@ def _stream(seed: int, layer: int, target: str) -> int:
     return seed * 3_000_017 + layer * 3 + list(SIZE_OF).index(target)
 
 
-def _cut(before: MixerSizes, after: MixerSizes, chosen: Mapping) -> LayerCut:
+def _cut(before: MixerSizes, after: MixerSizes, chosen: Mapping[str, Selection]) -> LayerCut:
     """What stays of a layer, from a method's choices; channels were chosen in every head, also in those that go."""
     whole = LayerCut.of_nothing(before)
     heads_H = chosen["head"].kept_GR[0] if "head" in chosen else whole.heads_H
@@ -202,18 +178,13 @@ def _cut(before: MixerSizes, after: MixerSizes, chosen: Mapping) -> LayerCut:
     )
 
 
-def _view(
-    source: Checkpoint, family: Family, layer: int, sizes: MixerSizes, sums: LayerStatistics | None
-) -> LayerView:
-    def projection(word: str) -> torch.Tensor:
-        name = projection_name(family, layer, word)
-        # Of a weight that holds several projections, the others are not looked at.
-        weight = projection_weight(family, sizes, word, source.read(name)).float()
-        if not is_finite(weight):
-            raise KeyreduceError(f"tensor {name!r} of {source.path} holds NaN or inf: the checkpoint is damaged")
-        return weight.contiguous()
-
-    return LayerView(sizes, sums, projection)
+def _projection(source: Checkpoint, family: Family, layer: int, sizes: MixerSizes, word: str) -> torch.Tensor:
+    name = projection_name(family, layer, word)
+    # Of a weight that holds several projections, the others are not looked at.
+    weight = projection_weight(family, sizes, word, source.read(name)).float()
+    if not is_finite(weight):
+        raise KeyreduceError(f"tensor {name!r} of {source.path} holds NaN or inf: the checkpoint is damaged")
+    return weight.contiguous()
 
 
 def _check_statistics(source: Checkpoint, method: Method, statistics: Statistics, layers: list[int]) -> None:

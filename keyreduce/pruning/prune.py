@@ -11,13 +11,13 @@ import torch
 from keyreduce.checkpoint.card import read_card, write_record
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.record import Record
-from keyreduce.checkpoint.rewrite import Edit, rewrite
+from keyreduce.checkpoint.rewrite import rewrite
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
 from keyreduce.families.mixer_tensors import below_mixers, check_mixers, refuse_faults
 from keyreduce.outputs import appearing
-from keyreduce.pruning.edits import layer_edits
+from keyreduce.pruning.edits import MixerEdit, layer_edits
 from keyreduce.pruning.plan import Plan
 from keyreduce.pruning.savings import Savings, savings
 from keyreduce.workspace import PROJECTIONS_NAME
@@ -26,11 +26,10 @@ ALGORITHM = 1
 """Raised when a cut comes out otherwise than before, so that older outputs are not taken for the same."""
 
 
-def plan_edits(source: Checkpoint, plan: Plan) -> dict[str, list[Edit]]:
+def plan_edits(source: Checkpoint, plan: Plan) -> dict[str, list[MixerEdit]]:
     """Return tensor name -> its edits, for a whole checkpoint."""
-    family = family_of(source.config, source.tensors)
-    shapes = source.shapes
-    edits: dict[str, list[Edit]] = {}
+    family, shapes = family_of(source.config, source.tensors), source.shapes
+    edits: dict[str, list[MixerEdit]] = {}
     for layer, cut in plan.layers.items():
         edits |= layer_edits(family, layer, cut, shapes, source.read)
     return edits
@@ -50,12 +49,12 @@ def write_pruned(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Savings:
-    """Write the checkpoint that a plan leaves of ``source``; it appears whole or not at all.
+    """Write the checkpoint that a plan leaves of ``source``, whole or not at all, and return what the cut saves.
+
+    The record is written beside it as ``keyreduce.json``, and the model card that is made from it as ``README.md``.
+    Projections, if any, are in ``keyreduce.npz``, by step and layer.
 
     Args:
-        source: the checkpoint to prune.
-        plan: what stays.
-        target: the folder to make.
         dense: the model as the user called it, by which later commands find what the pruned one is compared with.
             A checkpoint that was pruned already keeps the name of the one that never was.
         dense_config: the config that the user named for it, for the same purpose.
@@ -63,14 +62,7 @@ def write_pruned(
         max_shard_size: the most bytes in a shard of several tensors; None keeps the source's shards.
         command: the command line that asked for it, for the record.
         verify: called with the finished folder before it appears; what it raises keeps it from doing so.
-        overwrite: whether an existing one is replaced.
         progress: called with bytes written.
-
-    The record is written beside it as ``keyreduce.json``, and the model card that is made from it as ``README.md``.
-    Projections, if any, are in ``keyreduce.npz``, by step and layer.
-
-    Returns:
-        What the cut saves.
 
     Raises:
         KeyreduceError: see :func:`keyreduce.checkpoint.rewrite.rewrite`; or the target exists, or what was written
@@ -116,7 +108,7 @@ def _with_flat_rope(config: dict) -> dict:
 
 
 def _check_tensors(source: Checkpoint, written: Checkpoint, target: Path) -> None:
-    """Refuse mixers that are not those of the config, and other tensors that are not those of the source."""
+    """Check the mixers against the config, and all other tensors against the source."""
     check_mixers(written.config, written.shapes, target)
     found, wanted = _outside_mixers(written), _outside_mixers(source)
     refuse_faults(
@@ -133,7 +125,7 @@ def _outside_mixers(source: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def _add_projections(folder: Path, step: int, plan: Plan) -> None:
-    """Write the projections of this step, beside those of the steps before it, which came along with the source."""
+    """Add the projections of this step to those of earlier ones, which came along with the source."""
     added = {
         f"steps.{step}.layers.{layer}.projection_HKR": cut.projection_HKR.float().numpy()
         for layer, cut in plan.layers.items()

@@ -51,8 +51,7 @@ class StrongRRQR:
 
     Attributes:
         kept_R: int64, ascending.
-        rho: the largest rho_ij, from a fresh factorisation at the end; 0.0 if every channel is kept. If the rank of A
-            is below the number of kept channels, this is the rho of A with the tiny diagonal matrix below it.
+        rho: the largest rho_ij at the end, of A with the tiny diagonal matrix below it; 0.0 if every channel is kept.
         swaps: how many exchanges were made after the pivoted Cholesky factorisation.
         smallest_kept: the smallest singular value of R11, in A's units; 0.0 if a column of zeros had to be kept.
         largest_dropped: the largest singular value of R22; 0.0 if nothing is dropped. Both are resolved down to about
@@ -69,12 +68,9 @@ class StrongRRQR:
 def strong_rrqr(gram_KK: np.ndarray, keep: int, *, f: float = 1.5) -> StrongRRQR:
     """Choose ``keep`` columns of A, given ``A^T A``, such that no exchange grows their volume by more than f.
 
-    Starts from pivoted Cholesky (QR with column pivoting, computed from the Gram matrix) and makes the exchange with
-    the largest rho while that is above f. The volume |det R11| grows with every exchange, so the loop ends. If rounding
-    errors exceed the growth, it ends there, and the returned ``rho`` is above f.
-
-    Ties go to the lower channel: the lower one is kept first, and of identical columns (identical rows of the Gram
-    matrix, columns of zeros included) the lowest are kept, whatever the order of the exchanges.
+    Starts from pivoted Cholesky and makes the exchange with the largest rho while that is above f. |det R11| grows with
+    every exchange, so the loop ends; where rounding errors exceed the growth, it ends with a ``rho`` above f. Ties go
+    to the lower channel, and of identical columns (zeros included) the lowest are kept.
 
     Args:
         gram_KK: the Gram matrix of A, whose rows are tokens and whose columns are channels: symmetric, finite.
@@ -128,10 +124,9 @@ class Tableau(NamedTuple):
 
 
 def factorise(gram_KK: np.ndarray, keep: int, kept_R: np.ndarray | None = None) -> Tableau:
-    """Return the tableau of a choice of columns, by default of the choice of pivoted Cholesky.
+    """Return the tableau of a choice of columns, by default that of pivoted Cholesky, where ties go to the lowest.
 
-    That takes, step by step, the column with the largest remaining squared norm, and the lowest in a tie. LAPACK's
-    dpstrf cannot be used: it reorders channels as it pivots, so that ties no longer go to the lower one.
+    LAPACK's dpstrf reorders channels as it pivots, so that ties would no longer go to the lower one.
 
     Raises:
         LinAlgError: the Gram matrix is not safely positive definite.
@@ -224,7 +219,7 @@ def _reveal(gram_KK: np.ndarray, keep: int, bound: float) -> tuple[Tableau, int]
 def _exchange_until(tableau: Tableau, bound: float) -> tuple[np.ndarray, int]:
     """Exchange until rho is within the bound, at most K times, since rounding errors add up.
 
-    Returns the kept channels and the number of exchanges.
+    Returns the kept channels, and how many exchanges were made.
     """
     matrix_SS, channel_S, keep = tableau.matrix_SS.copy(), tableau.channel_S.copy(), tableau.keep
     for tried in range(len(channel_S)):

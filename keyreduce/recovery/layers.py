@@ -43,12 +43,7 @@ class Recovered(NamedTuple):
 
 
 def check_pair(dense: Mapping, pruned: Mapping, names: tuple[str, str]) -> None:
-    """Refuse two models of which one cannot have been pruned from the other.
-
-    Args:
-        dense: the config of the dense model.
-        pruned: the config of the pruned model.
-        names: what messages call the two.
+    """Check that one config can have been pruned from the other; messages call the models by ``names``.
 
     Raises:
         KeyreduceError: they differ in architecture, hidden size, number of layers or vocabulary.
@@ -78,12 +73,7 @@ def recover_checkpoint(
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda message: None,
 ) -> Recovered:
-    """Recover a pruned checkpoint: load both models in float32, and do what :func:`recover_layers` does.
-
-    Args:
-        dense: the checkpoint of the dense model, a Hugging Face folder.
-        pruned: the checkpoint of the pruned model, a Hugging Face folder.
-        text, settings, steps, device, repeats, progress, note: see :func:`recover_layers`.
+    """Load two models of Hugging Face folders in float32, and do what :func:`recover_layers` does, which see.
 
     Raises:
         KeyreduceError: a model does not load or cannot be written back, or see :func:`recover_layers`.
@@ -128,15 +118,11 @@ def recover_layers(
     gradient steps four times; one block of one model at a time is on ``device``.
 
     Args:
-        dense: the dense model, in float32 on the CPU and in evaluation mode. Its tokenizer is the one that is used, and
-            its weights stay as they are.
-        pruned: the pruned model, in float32 on the CPU and in evaluation mode.
+        dense, pruned: the models, in float32 on the CPU and in evaluation mode. The tokenizer is the dense one's.
         dtypes: parameter of the pruned model -> the dtype that it will be kept in. A layer is rounded to it as soon as
             it is recovered, so that the layers above make up for the rounding too.
-        text: the text to run through the models.
-        settings: how much of it.
+        settings: how much text to take.
         steps: the gradient steps that follow the least squares in each layer; None takes none.
-        device: where blocks run.
         repeats: the share of the rows that are not text (:mod:`keyreduce.recovery.repeats`).
         progress: called with 1 after each layer.
         note: called with a message where the text is shorter than was asked for.
@@ -173,7 +159,6 @@ def _recover_streams(
     seed: int,
     progress: Callable[[int], None] | None,
 ) -> dict[int, dict[str, float]]:
-    """Recover the model of one stream; both streams begin before their first block and end behind the last one."""
     config = pruned.model.config.to_dict()
     mixers, figures = set(pruned.family.mixer_layers(config)), {}
     for layer in range(round(pruned.family.num_layers.read(config))):
@@ -197,7 +182,7 @@ def _recover_streams(
 
 
 def _missing(given: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> float:
-    """Return the share of the targets' squares that is missing; ``[B, T, D]`` for each batch, in both."""
+    """Return the share of the targets' squares that is missing."""
     pairs = zip(given, targets, strict=True)
     missing = sum(float((target.double() - one.double()).square().sum()) for one, target in pairs)
     energy = sum(float(target.double().square().sum()) for target in targets)
@@ -205,7 +190,7 @@ def _missing(given: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> 
 
 
 def _written_dtypes(loaded: LoadedModel, source: Checkpoint, *, whole: bool) -> dict[str, torch.dtype]:
-    """Return parameter -> its dtype in the checkpoint, where files may name and divide parameters in their own way."""
+    """Return parameter -> its dtype in the checkpoint, whose files may name and divide parameters in another way."""
     in_files = file_tensors(loaded.model, source) if whole else dict(mixer_tensors(loaded.model, source))
     # The first piece of a parameter begins where the parameter does.
     dtypes = {tensor.data_ptr(): TORCH_DTYPES[source.tensors[name].dtype] for name, tensor in in_files.items()}

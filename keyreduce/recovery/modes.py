@@ -1,7 +1,7 @@
 """The modes of recovery: what each one does, its settings and their defaults. Nothing heavy is imported here."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, Literal, NamedTuple
 
 from keyreduce.errors import KeyreduceError
@@ -84,70 +84,45 @@ class Training(NamedTuple):
     def describe(self, mode: str, *, is_distilled: bool) -> dict:
         """Return the settings that the result depends on, for the record; others only fit it to a machine."""
         left_out = {"micro_batch", "gradient_checkpointing", "shard", "save_every"}
-        left_out |= set(self._fields) - _TAKEN[mode]
         left_out |= set() if is_distilled else {"distill_weight", "temperature"}
         described = self._asdict() | {"lora_targets": list(self.lora_targets)}
-        return {name.removeprefix("lora_"): value for name, value in described.items() if name not in left_out}
+        names = [name for name in self._fields if name in _TAKEN[mode] - left_out]
+        return {name.removeprefix("lora_"): described[name] for name in names}
 
 
-_TAKEN: dict[str, set[str]] = {
-    LEAST_SQUARES: {"repeats"},
-    RECONSTRUCT: {"repeats", *Steps._fields},
-    LORA: {*Training._fields},
-    FULL: {name for name in Training._fields if not name.startswith("lora_")},
-}
+_TAKEN: dict[str, set[str]] = {LEAST_SQUARES: {"repeats"}, RECONSTRUCT: {"repeats", *Steps._fields}}
+_TAKEN |= {LORA: {*Training._fields}, FULL: {name for name in Training._fields if not name.startswith("lora_")}}
 """Mode -> the names of its settings."""
 SETTINGS = tuple(dict.fromkeys(("repeats", *Steps._fields, *Training._fields)))
 """The names of the settings that not all modes have."""
 
 
-def refuse_settings(mode: str, names: Iterable[str]) -> None:
-    """Refuse settings that a mode does not have.
-
-    Raises:
-        KeyreduceError: names the first one, and the modes that have it.
-    """
-    for name in names:
-        if name not in _TAKEN[mode]:
-            others = " or ".join(other for other, taken in _TAKEN.items() if name in taken)
-            raise KeyreduceError(f"`mode` {mode} takes no `{name}`; leave it out, or take `mode` {others}")
-
-
 def make_steps(mode: str, given: Mapping[str, Any]) -> Steps | None:
-    """Return the gradient steps of a layer-wise mode; None where it takes none.
-
-    Args:
-        mode: one of :data:`MODES`.
-        given: fields of :class:`Steps` that are to differ from its defaults.
+    """Return the gradient steps of a mode of :data:`MODES`, from fields of :class:`Steps`; None where it takes none.
 
     Raises:
         KeyreduceError: the mode has no such setting, or the learning rate is not above 0.
     """
-    refuse_settings(mode, given)
-    steps = Steps(**given)
-    _check_positive(lr=steps.lr)
-    return steps if mode == RECONSTRUCT else None
+    _check(mode, given)
+    return Steps(**given) if mode == RECONSTRUCT else None
 
 
 def make_training(mode: str, given: Mapping[str, Any]) -> Training:
-    """Return the settings of a mode that trains.
-
-    Args:
-        mode: one of :data:`TRAINING_MODES`.
-        given: fields of :class:`Training` that are to differ from its defaults.
+    """Return the settings of a mode of :data:`TRAINING_MODES`, from fields of :class:`Training`.
 
     Raises:
         KeyreduceError: the mode has no such setting, or a number is out of its bounds.
     """
-    refuse_settings(mode, given)
-    training = Training(**{"lr": RATES[mode], **given})
-    _check_positive(lr=training.lr, temperature=training.temperature, lora_alpha=training.lora_alpha)
-    if not 0 <= training.warmup < 1:
-        raise KeyreduceError(f"`warmup` is {training.warmup:g}; it is a share of the steps, at least 0 and below 1")
-    return training
+    _check(mode, given)
+    return Training(**{"lr": RATES[mode], **given})
 
 
-def _check_positive(**numbers: float) -> None:
-    for name, number in numbers.items():
-        if not 0 < number < math.inf:
-            raise KeyreduceError(f"`{name}` is {number:g}; it is above 0")
+def _check(mode: str, given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if name not in _TAKEN[mode]:
+            others = " or ".join(other for other, taken in _TAKEN.items() if name in taken)
+            raise KeyreduceError(f"`mode` {mode} takes no `{name}`; leave it out, or take `mode` {others}")
+        if name in ("lr", "temperature", "lora_alpha") and not 0 < value < math.inf:
+            raise KeyreduceError(f"`{name}` is {value:g}; it is above 0")
+        if name == "warmup" and not 0 <= value < 1:
+            raise KeyreduceError(f"`warmup` is {value:g}; it is a share of the steps, at least 0 and below 1")

@@ -10,7 +10,7 @@ _SHORTEST = 40  # characters; a licence line or an empty stub may be in both
 
 
 def refuse_overlap(calibration: TextSource, heldout: TextSource) -> None:
-    """Refuse a held-out text that shares a document with the calibration text.
+    """Check that a held-out text shares no document with the calibration text.
 
     Documents of at least 40 characters are compared as a whole (a file is one document, unless it holds rows); parts of
     documents and changed ones are not recognised. The documents of a named dataset are not compared, since all of it
@@ -21,17 +21,16 @@ def refuse_overlap(calibration: TextSource, heldout: TextSource) -> None:
     """
     if calibration.identity == heldout.identity:
         raise KeyreduceError("calibration and held-out text are the same; give different ones")
-    if isinstance(calibration, DatasetText) or isinstance(heldout, DatasetText):
-        return
-    if isinstance(calibration, StdlibText) and isinstance(heldout, StdlibText):
+    kinds = {type(calibration), type(heldout)}
+    if DatasetText in kinds or kinds == {StdlibText}:
         return
     seen = set(_digests(calibration))
     count = sum(digest in seen for digest in _digests(heldout))
     if count:
-        raise KeyreduceError(
-            f"{count:,} document{'s' if count > 1 else ''} of the held-out text "
-            f"{'are' if count > 1 else 'is'} in the calibration text too; give different ones"
+        documents = (
+            f"{count:,} documents of the held-out text are" if count > 1 else "1 document of the held-out text is"
         )
+        raise KeyreduceError(f"{documents} in the calibration text too; give different ones")
 
 
 def _digests(text: TextSource) -> Iterator[bytes]:

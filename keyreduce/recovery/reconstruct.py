@@ -20,20 +20,15 @@ from keyreduce.recovery.streams import Stream
 def reconstruct(
     pruned: Stream, layer: int, targets: Sequence[torch.Tensor], settings: Steps, *, seed: int
 ) -> dict[str, float]:
-    """Fit a layer, in place.
+    """Fit a layer, in place, and return its error, averaged over the first and over the last sixteenth of the steps.
 
     The error of a token is the squared difference, divided by the mean square of what the dense model gives for it: the
     norm that follows divides by the same.
 
     Args:
         pruned: the pruned model's stream before the layer, whose block is on the device, in float32.
-        layer: the number of the layer.
-        targets: what its mixer or its block (see ``settings.scope``) is to give, ``[B, T, D]`` for each batch.
-        settings: the number of steps, the learning rate and the scope.
+        targets: what the mixer or the block (see ``settings.scope``) is to give, ``[B, T, D]`` for each batch.
         seed: the seed of the order of batches.
-
-    Returns:
-        Figures for the record: the error, averaged over the first and the last sixteenth of the steps.
 
     Raises:
         KeyreduceError: the error is NaN or inf.
@@ -48,8 +43,7 @@ def reconstruct(
     optimizer = torch.optim.Adam(parameters, lr=settings.lr, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, settings.steps))
     generator = torch.Generator().manual_seed(seed)
-    errors: list[torch.Tensor] = []
-    order: list[int] = []
+    errors, order = [], []
     try:
         with torch.enable_grad():
             for _ in range(settings.steps):
@@ -57,10 +51,8 @@ def reconstruct(
                 place = order.pop()
                 hidden_BTD = pruned.hidden[place].to(pruned.device)
                 target_BTD = targets[place].to(pruned.device)
-                if settings.scope == "mixer":
-                    _, output_BTD = pruned.see_mixer(layer, hidden_BTD)
-                else:
-                    output_BTD = pruned.run(layer, hidden_BTD)
+                of_mixer = settings.scope == "mixer"
+                output_BTD = pruned.see_mixer(layer, hidden_BTD)[1] if of_mixer else pruned.run(layer, hidden_BTD)
                 error = relative_error(output_BTD, target_BTD)
                 optimizer.zero_grad(set_to_none=True)
                 error.backward()

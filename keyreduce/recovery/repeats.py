@@ -18,11 +18,7 @@ from keyreduce.errors import KeyreduceError
 
 
 def check_repeats(share: float) -> None:
-    """Refuse a number that is no share of the rows.
-
-    Raises:
-        KeyreduceError: it is not from 0 up to, but not including, 1.
-    """
+    """Raise KeyreduceError for a share that is not from 0 up to, but not including, 1."""
     if not 0 <= share < 1:
         raise KeyreduceError(f"`repeats` is {share:g}; it is a share of the rows, at least 0 and below 1")
 
@@ -37,8 +33,7 @@ def with_repeats(
     Args:
         rows: LongTensors of T token ids.
         share: the share of the rows to replace, at least 0 and below 1.
-        tokens_S: the token ids to draw from (LongTensor); where there are none, all rows stay.
-        seed: the seed of the periods and the tokens.
+        tokens_S: the token ids to draw from; where there are none, all rows stay.
     """
     periods, drawn = random.Random(seed), torch.Generator().manual_seed(seed)
     share = share if len(tokens_S) else 0.0

@@ -14,7 +14,6 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from keyreduce.calibration.projections import projection_name
@@ -28,12 +27,9 @@ class _Enough(Exception):
 
 @dataclass
 class Stream:
-    """A model, and its hidden states between two blocks.
+    """A model on the CPU, and its hidden states between two blocks, which run on ``device``.
 
     Attributes:
-        model: the model, on the CPU.
-        family: its table.
-        device: where blocks run.
         hidden: the input of the next block, ``[B, T, D]`` on the CPU for each batch.
         arguments: (block, shape of the batch) -> the other arguments that the model gives to the block.
     """
@@ -46,7 +42,7 @@ class Stream:
 
     def block(self, layer: int) -> nn.Module:
         """Return the block of a layer: mixer, MLP and their norms."""
-        return self.model.get_submodule(_block_path(self.family, layer))
+        return self.model.get_submodule(self.family.mixer.format(layer=layer).rpartition(".")[0])
 
     def mixer(self, layer: int) -> nn.Module:
         """Return the mixer of a layer."""
@@ -59,27 +55,21 @@ class Stream:
 
     def run(self, layer: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """Return the output ``[B, T, D]`` of a layer's block for a batch; both are on the device."""
-        found = self.block(layer)(hidden_BTD, **self.arguments[layer, tuple(hidden_BTD.shape[:2])])
-        return found[0] if isinstance(found, tuple) else found
+        return _first(self.block(layer)(hidden_BTD, **self.arguments[layer, tuple(hidden_BTD.shape[:2])]))
 
     def see_mixer(self, layer: int, hidden_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run a block up to the end of its mixer.
-
-        Returns:
-            The input of the mixer's output projection, ``[B, T, C]``, and the output of the mixer, ``[B, T, D]``.
-        """
+        """Return the input ``[B, T, C]`` of the mixer's output projection, and the mixer's output ``[B, T, D]``."""
         seen = {}
 
         def at_projection(module, args):
             seen["input"] = args[0]
 
         def at_mixer(module, args, output):
-            seen["output"] = output[0] if isinstance(output, tuple) else output
+            seen["output"] = _first(output)
             raise _Enough
 
         projection_hook = self.projection(layer).register_forward_pre_hook(at_projection)
-        mixer_hook = self.mixer(layer).register_forward_hook(at_mixer)
-        with _hooks(projection_hook, mixer_hook), contextlib.suppress(_Enough):
+        with projection_hook, self.mixer(layer).register_forward_hook(at_mixer), contextlib.suppress(_Enough):
             self.run(layer, hidden_BTD)
         return seen["input"].reshape(*hidden_BTD.shape[:2], -1), seen["output"]
 
@@ -87,26 +77,22 @@ class Stream:
     def advance(self, layer: int, *, keep_mixer: bool = False) -> list[torch.Tensor]:
         """Replace the hidden states by the output of a layer's block, which is on the device.
 
-        Args:
-            layer: the number of the layer.
-            keep_mixer: whether to return the outputs of its mixer too.
-
         Returns:
-            The outputs of its mixer, ``[B, T, D]`` on the CPU for each batch; an empty list without ``keep_mixer``.
+            With ``keep_mixer``, the outputs of its mixer, ``[B, T, D]`` on the CPU for each batch; else an empty list.
         """
         kept: list[torch.Tensor] = []
 
         def at_mixer(module, args, output):
-            kept.append((output[0] if isinstance(output, tuple) else output).cpu())
+            kept.append(_first(output).cpu())
 
-        with _hooks(*([self.mixer(layer).register_forward_hook(at_mixer)] if keep_mixer else [])):
+        with self.mixer(layer).register_forward_hook(at_mixer) if keep_mixer else contextlib.nullcontext():
             for place, hidden_BTD in enumerate(self.hidden):
                 self.hidden[place] = self.run(layer, hidden_BTD.to(self.device)).cpu()
         return kept
 
     @contextlib.contextmanager
     def on_device(self, layer: int) -> Iterator[None]:
-        """Keep a layer's block on the device while the ``with`` statement runs."""
+        """Have a layer's block on the device while the ``with`` statement runs."""
         block = self.block(layer).to(self.device)
         try:
             yield
@@ -118,13 +104,7 @@ class Stream:
 def open_stream(
     model: PreTrainedModel, family: Family, batches: Sequence[torch.Tensor], device: torch.device
 ) -> Stream:
-    """Return a model's stream before its first block.
-
-    Args:
-        model: a causal language model on the CPU.
-        family: its table.
-        batches: LongTensors ``[B, T]``.
-        device: where blocks will run.
+    """Return a causal language model's stream before its first block, of batches ``[B, T]`` of token ids.
 
     Raises:
         KeyreduceError: more than hidden states passes from block to block, or blocks take arguments without names.
@@ -171,14 +151,5 @@ def open_stream(
     return stream
 
 
-def _block_path(family: Family, layer: int) -> str:
-    return family.mixer.format(layer=layer).rpartition(".")[0]
-
-
-@contextlib.contextmanager
-def _hooks(*handles: RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _first(output: torch.Tensor | tuple) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output

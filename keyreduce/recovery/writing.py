@@ -9,7 +9,7 @@ import torch
 from keyreduce.checkpoint.card import read_card, write_record
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.record import Record
-from keyreduce.checkpoint.rewrite import rewrite
+from keyreduce.checkpoint.rewrite import Edit, rewrite
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.families import family_of
 from keyreduce.outputs import appearing
@@ -18,17 +18,15 @@ from keyreduce.recovery.modes import MODES, TRAINING_MODES
 
 
 @dataclass(frozen=True)
-class Replace:
-    """Put other numbers into a tensor; an :class:`keyreduce.checkpoint.rewrite.Edit`."""
+class Replace(Edit):
+    """Put other numbers into a tensor, whose shape stays."""
 
     tensor: torch.Tensor
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape, which stays."""
         return shape
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the other numbers."""
         return self.tensor
 
 
@@ -50,23 +48,21 @@ def write_recovered(
     its figures. The model card is made from it.
 
     Args:
-        pruned: the checkpoint that was recovered.
-        recovered: what recovery gave.
-        target: the folder to make.
         inputs: what the recovery was made from; equal inputs give an equal result, up to rounding.
         seconds: how long it took.
         command: the command line that asked for it.
-        overwrite: whether an existing one is replaced.
         figures: other figures for the record.
         finish: called with the folder before it appears, to add files to it.
 
     Raises:
         KeyreduceError: see :func:`keyreduce.checkpoint.rewrite.rewrite`; or the target exists.
     """
-    layers = {str(layer): one for layer, one in recovered.layers.items()}
+    made = {"tokens": recovered.tokens, "seconds": seconds}
+    if recovered.layers:
+        made["layers"] = {str(layer): one for layer, one in recovered.layers.items()}
     record = Record.read(pruned.path).with_recovery(
         inputs,
-        {"tokens": recovered.tokens, "seconds": seconds, **({"layers": layers} if layers else {}), **(figures or {})},
+        {**made, **(figures or {})},
         summary=(MODES | TRAINING_MODES).get(inputs["mode"], ""),
         shipped_by=family_of(pruned.config).shipped_by,
         command=command,

@@ -15,11 +15,11 @@ from tiny_models import draw_tokens, edit_config, edit_tensors, tensors_of
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import FAMILIES, MixerSizes, family_of
-from keyreduce.pruning.budget import SIZE_OF, Budget
+from keyreduce.pruning.budget import SIZE_OF
+from keyreduce.pruning.edits import Narrow
 from keyreduce.pruning.masked import check_logits
 from keyreduce.pruning.methods import METHODS
 from keyreduce.pruning.planning import check_method
-from keyreduce.pruning.tensor_edits import Narrow
 
 CPU, TOLERANCE = torch.device("cpu"), 2e-4
 EXACT = [("kda", {"key": 5}), ("kda", {"head": 1}), ("kda", {"key": 5, "head": 1}), ("kimi_linear", {"head": 1})]

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from keyreduce.families import FAMILIES, MixerSizes
-from keyreduce.pruning.edits import layer_edits
+from keyreduce.pruning.edits import Divide, Fill, Narrow, Project, Scale, Select, layer_edits
 from keyreduce.pruning.plan import LayerCut
-from keyreduce.pruning.tensor_edits import Divide, Fill, Narrow, Project, Scale, Select
 
 BEFORE = MixerSizes(key_heads=3, value_heads=6, head_k_dim=3, head_v_dim=2)
 # Channel c of head h is row 3 h + c; value channel c of value head w is row 2 w + c.

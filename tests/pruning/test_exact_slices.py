@@ -82,7 +82,7 @@ def test_each_target_makes_a_difference(tmp_path, model_type, targets):
     dense, tokens = build(model_type, {"num_heads": 4} | GROUPED.get(model_type, {})), draw_tokens(2, 9)
     source = store(dense, tmp_path / "source")
     plan = plan_of(source, dict.fromkeys(targets, 2))
-    before, after = plan.before[0], plan.after[0]
+    before, after = plan.layers[0].before, plan.after[0]
     assert {name for name, size in SIZE_OF.items() if getattr(before, size) != getattr(after, size)} == {*targets}
     whole = dense(tokens).logits
     with masked(dense, plan):

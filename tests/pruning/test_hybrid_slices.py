@@ -54,7 +54,7 @@ def assert_sizes(model, plan) -> None:
 def test_sliced_is_masked(tmp_path, dense, model_type, targets):
     source, tokens = dense(model_type), draw_tokens(2, 70)
     plan = plan_of(source, {target: KEEP[target] for target in targets})
-    before, after = plan.before[0], plan.after[0]
+    before, after = plan.layers[0].before, plan.after[0]
     assert {name for name, size in SIZE_OF.items() if getattr(before, size) != getattr(after, size)} == {*targets}
     assert sorted(plan.layers) == [0, 2]
     sliced = load(cut(source, plan, tmp_path / "cut"), torch.float32, eps=EPS)

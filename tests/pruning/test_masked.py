@@ -76,7 +76,7 @@ def test_wrong_checkpoints_do_not(tmp_path, model_type, fault):
         elif fault == "heads of v":
             tensors[first + "v_proj.weight"] = swapped(tensors[first + "v_proj.weight"], 0, 1, 6)
         elif fault == "unscaled output":
-            tensors[first + "o_proj.weight"] *= (6 / plan.before[0].head_v_dim) ** 0.5
+            tensors[first + "o_proj.weight"] *= (6 / plan.layers[0].before.head_v_dim) ** 0.5
         else:
             tensors[first + "o_proj.weight"][0, 0] = float("nan")
 

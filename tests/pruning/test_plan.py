@@ -41,7 +41,6 @@ def test_a_plan_is_json():
         "value": [list(range(8))] * 4,
         "report": {"key": {"rho": [1.25, 1.5]}},
     }
-    assert plan.before == {0: BEFORE, 10: BEFORE}
     assert plan.after == {0: AFTER, 10: BEFORE}
 
 

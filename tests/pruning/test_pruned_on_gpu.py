@@ -5,6 +5,7 @@ Rows of up to 64 tokens take the recurrent kernels, which know float32; the chun
 
 import pytest
 import torch
+from cuts import budget_of
 from tiny_models import FAMILIES, build, draw_tokens, save
 from transformers import AutoModelForCausalLM
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from keyreduce.recovery.ridge import CAUTIOUS, NormalEquations, fit
+from keyreduce.recovery.least_squares import CAUTIOUS, NormalEquations, fit
 
 
 def draw(rows: int, inputs: int, outputs: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

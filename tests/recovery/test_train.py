@@ -19,13 +19,11 @@ from keyreduce.models import miscompiled
 from keyreduce.models.loading import load_model
 from keyreduce.recovery.modes import make_training
 from keyreduce.recovery.training import checks, run
-from keyreduce.recovery.training import rows as rows_module
-from keyreduce.recovery.training.checks import refuse_other_vocabulary
-from keyreduce.recovery.training.distillation import teacher_loss, text_loss
+from keyreduce.recovery.training import trainer as trainer_module
+from keyreduce.recovery.training.checks import Needs, refuse_other_vocabulary
 from keyreduce.recovery.training.lora import add_lora, find_targets, merge_lora
-from keyreduce.recovery.training.memory import Needs
-from keyreduce.recovery.training.rows import Rows
 from keyreduce.recovery.training.run import train
+from keyreduce.recovery.training.trainer import Rows, teacher_loss, text_loss
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(num_batches=8, batch_size=4, seq_len=32)
@@ -74,7 +72,7 @@ def test_the_loss_falls_in_every_family(model_type, mode, trained, tmp_path):
     folder = save(build(model_type, initializer_range=0.05), tmp_path / "student")
     told = []
     result = trained(folder, mode, note=told.append, settings=SETTINGS._replace(num_batches=12))
-    assert result.steps == list(range(1, 13))
+    assert list(result.logged) == list(range(1, 13))
     assert result.losses[0] == pytest.approx(math.log(264), abs=0.5)
     # Additions to q, k and v alone have little to say while embeddings are random.
     assert result.losses[-1] < result.losses[0] - (0.5 if mode == "full" else 0.005)
@@ -208,7 +206,7 @@ def test_a_student_comes_to_say_what_its_teacher_says(trained, student, tmp_path
 
 def test_rows_are_the_text_once_and_then_once_more(text, monkeypatch):
     tokenizer = load_model(Path(run.__file__).parents[2] / "models/shipped/delta-net-5m", CPU, torch.float32).tokenizer
-    monkeypatch.setattr(rows_module, "_SHUFFLE_BUFFER", 20)
+    monkeypatch.setattr(trainer_module, "_SHUFFLE_BUFFER", 20)
     rows = Rows(text, tokenizer, 50, seed=0)
     stream = iter(rows)
     whole = [256, *text.paths[0].read_bytes()]

@@ -8,7 +8,7 @@ from accelerate import PartialState
 
 from keyreduce.calibration.run import Settings
 from keyreduce.recovery.modes import make_training
-from keyreduce.recovery.training.arguments import trainer_arguments
+from keyreduce.recovery.training.trainer import trainer_arguments
 
 
 def test_one_process_trains_on_one_gpu_of_several(tmp_path, monkeypatch):

@@ -8,8 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from keyreduce.errors import KeyreduceError, reason
 from keyreduce.pruning.methods.auto import AUTO
-from keyreduce.pruning.methods.energy import ENERGY
-from keyreduce.pruning.methods.magnitude import MAGNITUDE
+from keyreduce.pruning.methods.energy import ENERGY, MAGNITUDE
 from keyreduce.pruning.methods.method import TARGETS, LayerView, Method, Selection, all_targets, highest, ranked
 from keyreduce.pruning.methods.pca import PCA
 from keyreduce.pruning.methods.random import RANDOM

@@ -1,31 +1,29 @@
-"""Energies of activations: sums of squares over the calibration tokens.
+"""Energies of activations (sums of squares over the calibration tokens), and norms, which are their roots.
 
 ``score_hc = sum_t q_thc^2 + k_thc^2`` with q and k as the operator receives them, before they are normalised: the kept
 channels hold the most of the squared Frobenius norm of the stacked queries and keys. A value channel's score is the
 same sum over the output projection's input, which unlike v includes the effect of the decay and the output gate. A
-head's score is the energy of what its value heads add to the mixer's output.
+head's score is the energy of what its value heads add to the mixer's output. The scores of ``magnitude`` are
+``||q_hc|| + ||k_hc||`` and the roots of the other two, whose choice is that of ``energy``. Hu et al., "Network
+Trimming", arXiv:1607.03250, were the first to prune by the size of activations.
 """
 
 from keyreduce.pruning.methods.method import LayerView, Method, ranked
 
 
-def query_energy(layer: LayerView):
-    """Return the energy of q, ``[H, K]``."""
+def _query(layer: LayerView):
     return layer.statistics.query_gram_HKK.diagonal(dim1=-2, dim2=-1)
 
 
-def key_energy(layer: LayerView):
-    """Return the energy of k, ``[H, K]``."""
+def _key(layer: LayerView):
     return layer.statistics.key_gram_HKK.diagonal(dim1=-2, dim2=-1)
 
 
-def value_energy(layer: LayerView):
-    """Return the energy of the output projection's input, ``[W, V]``."""
+def _value(layer: LayerView):
     return layer.statistics.output_gram_WVV.diagonal(dim1=-2, dim2=-1)
 
 
-def head_energy(layer: LayerView):
-    """Return the energy that the value heads of each key head add to the mixer's output, ``[1, H]``."""
+def _head(layer: LayerView):
     return layer.in_groups(layer.statistics.output_energy_W)[None]
 
 
@@ -33,10 +31,17 @@ ENERGY = Method(
     name="energy",
     summary="sums of squared activations",
     citation="baseline",
+    select={"key": ranked(lambda layer: _query(layer) + _key(layer)), "value": ranked(_value), "head": ranked(_head)},
+    needs_statistics=True,
+)
+MAGNITUDE = Method(
+    name="magnitude",
+    summary="norms of the activations",
+    citation="Hu et al., arXiv:1607.03250",
     select={
-        "key": ranked(lambda layer: query_energy(layer) + key_energy(layer)),
-        "value": ranked(value_energy),
-        "head": ranked(head_energy),
+        "key": ranked(lambda layer: _query(layer).sqrt() + _key(layer).sqrt()),
+        "value": ranked(lambda layer: _value(layer).sqrt()),
+        "head": ranked(lambda layer: _head(layer).sqrt()),
     },
     needs_statistics=True,
 )

@@ -28,7 +28,6 @@ class LayerView:
     """One layer as a method sees it: the weights of its projections, read when they are first used, and its statistics.
 
     Attributes:
-        sizes: the layer's sizes.
         optional_statistics: the calibration statistics, or None if the method does not declare that it needs them.
         projection: returns the weight of the "query", "key", "value" or "output" projection, float32; its rows are the
             projection's channels, so that the weight of the output projection is transposed.

@@ -1,6 +1,8 @@
-"""Checks that a training passes before it loads its models."""
+"""Checks that a training passes before it loads its models, so that one that cannot fit is refused before the work."""
 
 import importlib.util
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from transformers import AutoTokenizer, TrainingArguments
@@ -14,22 +16,50 @@ from keyreduce.models.file_tensors import rehearse_writing
 from keyreduce.models.miscompiled import refuse_wrong_gradients
 from keyreduce.recovery.modes import LORA, Training
 from keyreduce.recovery.training.lora import find_targets
-from keyreduce.recovery.training.memory import Needs, refuse_without_room
+
+_FLOAT = 4
+_MOMENTS = 2
+_LOGIT_COPIES = 3  # the logits, their logarithms in float32, and the gradient
+
+
+class Needs(NamedTuple):
+    """What one process has to hold in memory, whatever the kernels; activations are not counted.
+
+    Attributes:
+        weights: the number of the student's parameters.
+        trained: the number of parameters that are trained, low-rank additions included; each has a gradient and Adam's
+            two moments.
+        teacher: the number of the teacher's parameters, 0 without one.
+        logits: rows x tokens x vocabulary of a micro-batch.
+        weight_bytes: bytes of a weight that is not trained.
+        shards: the number of processes that weights, gradients and moments are distributed among.
+    """
+
+    weights: int
+    trained: int
+    teacher: int
+    logits: int
+    weight_bytes: int = _FLOAT
+    shards: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """The least number of bytes."""
+        frozen = max(self.weights - self.trained, 0) * self.weight_bytes
+        student = frozen + self.trained * _FLOAT * (2 + _MOMENTS)
+        logits = self.logits * _FLOAT * (_LOGIT_COPIES + (1 if self.teacher else 0))
+        return student // self.shards + self.teacher * self.weight_bytes + logits
 
 
 def refuse_without_extra() -> None:
-    """Refuse to train where packages that it needs are not installed.
-
-    Raises:
-        KeyreduceError: names the missing packages.
-    """
+    """Raise KeyreduceError where packages that training needs are not installed."""
     missing = [name for name in ("accelerate", "peft") if importlib.util.find_spec(name) is None]
     if missing:
         raise KeyreduceError(f"training needs {' and '.join(missing)}: pip install 'keyreduce[train]'")
 
 
 def refuse_other_vocabulary(student: Checkpoint, teacher: Checkpoint) -> None:
-    """Refuse a teacher whose vocabulary is not the student's.
+    """Check that a teacher has the student's vocabulary.
 
     Raises:
         KeyreduceError: the vocabularies differ in size or in the numbers of their tokens, or a tokenizer does not load.
@@ -54,15 +84,7 @@ def check(
     training: Training,
     arguments: TrainingArguments,
 ) -> list[str]:
-    """Refuse, before weights are loaded, a training that cannot be done.
-
-    Args:
-        pruned: the checkpoint that is to be trained.
-        teacher: the checkpoint of its teacher, or None.
-        settings: the number of batches, rows and tokens.
-        mode: ``lora`` or ``full``.
-        training: how the model is trained.
-        arguments: the same settings as Trainer's arguments.
+    """Check, before weights are loaded, that a training can be done; ``arguments`` are its settings as Trainer's.
 
     Returns:
         The names of the layers that get low-rank additions; an empty list in mode ``full``.
@@ -86,7 +108,7 @@ def check(
     needs = Needs(
         weights=weights,
         trained=added if mode == LORA else weights,
-        teacher=0 if teacher is None else sum(_numbers(spec.shape) for spec in teacher.tensors.values()),
+        teacher=0 if teacher is None else sum(torch.Size(spec.shape).numel() for spec in teacher.tensors.values()),
         logits=micro * row,
         weight_bytes=4 if arguments.device.type == "cpu" or training.shard else 2,
         shards=arguments.world_size if training.shard else 1,
@@ -99,9 +121,20 @@ def check(
         "`mode` lora `micro_batch` 1 without a teacher": smaller._replace(trained=added, teacher=0),
         "`shard` over 8 processes": smaller._replace(shards=8),
     }
-    refuse_without_room(needs, available_memory(arguments.device), options)
+    _refuse_without_room(needs, available_memory(arguments.device), options)
     return targets
 
 
-def _numbers(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
+def _refuse_without_room(needs: Needs, room: int, options: Mapping[str, Needs]) -> None:
+    """Refuse what takes more than ``room`` bytes, and name those of the other settings in ``options`` that fit."""
+    if needs.nbytes <= room:
+        return
+    fitting = [f"{name} ({_gib(other.nbytes)})" for name, other in options.items() if other.nbytes <= room]
+    instead = f"these fit: {'; '.join(fitting)}" if fitting else "take a larger device, or more of them with `shard`"
+    raise KeyreduceError(
+        f"training takes at least {_gib(needs.nbytes)} without activations, and {_gib(room)} are free; {instead}"
+    )
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:,.2f} GiB"

@@ -19,19 +19,21 @@ _ATTENDED = {Part.QUERY, Part.KEY, Part.VALUE}
 
 
 def find_targets(model: PreTrainedModel, family: Family, asked: Sequence[str]) -> list[str]:
-    """Return the names of the linear layers that get an addition.
-
-    Args:
-        model: the model.
-        family: its family, whose table says which projections of its mixers make q, k and v.
-        asked: what the names of the layers end in, such as ``q_proj``; if empty, the projections of q, k and v.
+    """Return the linear layers whose names end in one of ``asked``; without, the projections that make q, k and v.
 
     Raises:
         KeyreduceError: one of ``asked`` is the end of no linear layer's name, or the family has no such projection.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found: set[str] = set()
+    for end in asked:
+        matching = {name for name in linear if f".{name}".endswith(f".{end}")}
+        if not matching:
+            ends = sorted({name.rpartition(".")[2] for name in linear})
+            raise KeyreduceError(f"`lora_targets` {end} matches no linear layer; there are {', '.join(ends)}")
+        found |= matching
     if asked:
-        return _ending_in(asked, linear)
+        return sorted(found)
     projections = [
         name.removesuffix(".weight")
         for name, axes in family.tensors.items()
@@ -42,17 +44,6 @@ def find_targets(model: PreTrainedModel, family: Family, asked: Sequence[str]) -
     if not wanted & set(linear):
         raise KeyreduceError(f"{family.model_type} has no projection of q, k or v; name others with `lora_targets`")
     return sorted(wanted & set(linear))
-
-
-def _ending_in(asked: Sequence[str], names: Sequence[str]) -> list[str]:
-    found: set[str] = set()
-    for end in asked:
-        matching = {name for name in names if f".{name}".endswith(f".{end}")}
-        if not matching:
-            ends = sorted({name.rpartition(".")[2] for name in names})
-            raise KeyreduceError(f"`lora_targets` {end} matches no linear layer; there are {', '.join(ends)}")
-        found |= matching
-    return sorted(found)
 
 
 def add_lora(model: PreTrainedModel, targets: Sequence[str], settings: Training, seed: int) -> nn.Module:

@@ -7,14 +7,7 @@ import numpy as np
 
 
 def draw_losses(tokens: Sequence[int], losses: Sequence[float], label: str, target: Path) -> None:
-    """Draw the losses, and their running mean, against the number of tokens into a PNG file.
-
-    Args:
-        tokens: the numbers of tokens after which the loss was logged, ascending.
-        losses: the losses, nats per token.
-        label: the name of the loss.
-        target: the file to write.
-    """
+    """Draw losses (nats per token), and their running mean, against the tokens seen before each into a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

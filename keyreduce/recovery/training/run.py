@@ -7,14 +7,12 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging as their_logging
 
 from keyreduce.calibration.run import Settings
 from keyreduce.checkpoint.rewrite import is_finite
@@ -22,14 +20,12 @@ from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
 from keyreduce.models.file_tensors import changed_tensors
-from keyreduce.models.loading import LoadedModel, load_model, prepare_backend
+from keyreduce.models.loading import LoadedModel, load_model, prepare_backend, silenced
 from keyreduce.outputs import read_json, write_json
 from keyreduce.recovery.modes import LORA, Training
-from keyreduce.recovery.training.arguments import trainer_arguments
 from keyreduce.recovery.training.checks import check, refuse_other_vocabulary, refuse_without_extra
 from keyreduce.recovery.training.lora import add_lora, merge_lora
-from keyreduce.recovery.training.rows import Rows
-from keyreduce.recovery.training.trainer import DivergedError, ProgressReport, RecoveryTrainer
+from keyreduce.recovery.training.trainer import DivergedError, ProgressReport, RecoveryTrainer, Rows, trainer_arguments
 
 _INPUTS_NAME = "recipe.json"
 
@@ -41,28 +37,30 @@ class Trained(NamedTuple):
         tensors: name -> the tensors that changed, in the dtypes of the pruned checkpoint.
         tokens: the number of tokens that it used.
         passes: the number of passes through the text that were begun.
-        steps: the steps at which the loss was logged.
-        losses: the loss at these steps, nats per token.
+        logged: step -> its loss, nats per token.
         trained: the number of trained parameters.
     """
 
     tensors: dict[str, torch.Tensor]
     tokens: int
     passes: int
-    steps: list[int]
-    losses: list[float]
+    logged: dict[int, float]
     trained: int
+
+    @property
+    def losses(self) -> list[float]:
+        """The losses that were logged, in order."""
+        return list(self.logged.values())
 
     def figures(self, tokens_per_step: int) -> dict:
         """Return the figures for the record; the first and last loss are means over a twentieth of the log each."""
         few = max(1, len(self.losses) // 20)
-        pairs = zip(self.steps, self.losses, strict=True)
         return {
             "trained_parameters": self.trained,
             "passes": self.passes,
             "loss_first": sum(self.losses[:few]) / few,
             "loss_last": sum(self.losses[-few:]) / few,
-            "losses": [[step * tokens_per_step, round(loss, 6)] for step, loss in pairs],
+            "losses": [[step * tokens_per_step, round(loss, 6)] for step, loss in self.logged.items()],
         }
 
 
@@ -81,24 +79,18 @@ def train(
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda message: None,
 ) -> Trained | None:
-    """Train a pruned model; under ``torchrun`` every process calls this.
+    """Train a pruned model; under ``torchrun`` every process calls this, and all but the first get None.
 
     Args:
         pruned: the checkpoint to begin with, a Hugging Face folder.
         teacher: the model to learn from, or None to learn from the text alone.
-        text: the text to train on.
         settings: ``num_batches`` steps of ``batch_size`` rows of ``seq_len`` tokens, of all processes together.
         mode: ``lora`` or ``full``.
-        training: how the model is trained.
-        device: the CPU, or a GPU.
         folder: where checkpoints go; a training whose checkpoints are there already is resumed.
         inputs: what the result depends on, as a JSON object; checkpoints from other inputs are refused.
         overwrite: whether these are removed instead.
         progress: called with a number of tokens after each step.
         note: called with messages about the progress.
-
-    Returns:
-        The result; None in all processes but the first.
 
     Raises:
         KeyreduceError: models do not load or belong together, there is too little memory, the text does not fill a row,
@@ -108,7 +100,8 @@ def train(
     refuse_without_extra()
     if settings.seq_len < 2:
         raise KeyreduceError("`seq_len` is 1; training needs at least 2, to predict one token from the other")
-    with _quiet():
+    with silenced(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of what transformers will change
         arguments = trainer_arguments(settings, training, device, folder)
         device = arguments.device
         prepare_backend(device, gradients=training.kernels == "torch")
@@ -141,14 +134,8 @@ def train(
         if arguments.process_index:
             return None
         final = _final(pruned, mode, training, targets, state)
-    steps, losses = _logged(trainer)
-    return Trained(dict(_changed(final, pruned)), settings.tokens, rows.passes, steps, losses, trained)
-
-
-def _logged(trainer: RecoveryTrainer) -> tuple[list[int], list[float]]:
-    """Return the steps at which the loss was logged, and the loss there."""
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return [int(entry["step"]) for entry in log], [entry["loss"] for entry in log]
+    logged = {int(entry["step"]): entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+    return Trained(dict(_changed(final, pruned)), settings.tokens, rows.passes, logged, trained)
 
 
 def _trained_state(trainer: RecoveryTrainer, checkpoint: str | None, folder: Path) -> Mapping[str, Any]:
@@ -168,25 +155,6 @@ def _trained_state(trainer: RecoveryTrainer, checkpoint: str | None, folder: Pat
     return state
 
 
-def discard(folder: Path) -> None:
-    """Remove the checkpoints of a training that has ended or is not to be resumed."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from printing progress bars, remarks and warnings about its own future changes."""
-    verbosity = their_logging.get_verbosity()
-    their_logging.set_verbosity_error()
-    their_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        their_logging.set_verbosity(verbosity)
-
-
 def _load(source: Checkpoint, training: Training, device: torch.device, *, is_frozen: bool) -> LoadedModel:
     """Return a model in float32, or in bfloat16 if it is frozen and on a GPU, where training computes in bfloat16."""
     dtype = torch.bfloat16 if is_frozen and device.type != "cpu" else torch.float32
@@ -197,10 +165,6 @@ def _checkpoint_to_resume(folder: Path, inputs: dict, overwrite: bool, *, is_fir
     """Return the last complete checkpoint of a training from the same inputs, or None; all processes call this.
 
     The first process removes other checkpoints and writes the inputs into the folder.
-
-    Raises:
-        KeyreduceError: the folder holds checkpoints from other inputs and ``overwrite`` is false, or some processes do
-            not see it, as on nodes without a common file system.
     """
     from accelerate import PartialState
     from accelerate.utils import gather_object
@@ -215,19 +179,18 @@ def _checkpoint_to_resume(folder: Path, inputs: dict, overwrite: bool, *, is_fir
             "or another output"
         )
     if is_first and not is_same:
-        discard(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         write_json(folder / _INPUTS_NAME, inputs)
     newest = max(complete if is_same else (), key=lambda one: int(one.name.rpartition("-")[2]), default=None)
     PartialState().wait_for_everyone()
     if not all(gather_object([_is_from(folder, inputs)])):
         if is_first and newest is None:
-            discard(folder)
+            shutil.rmtree(folder, ignore_errors=True)
         raise KeyreduceError(f"not all processes see {folder}: put `output` on a file system that all nodes share")
     return newest and str(newest)
 
 
 def _is_from(folder: Path, inputs: dict) -> bool:
-    """Return whether a folder holds checkpoints of a training from these inputs."""
     path = folder / _INPUTS_NAME
     return path.is_file() and read_json(path) == json.loads(json.dumps(inputs))
 
@@ -235,13 +198,7 @@ def _is_from(folder: Path, inputs: dict) -> bool:
 def _final(
     pruned: Checkpoint, mode: str, training: Training, targets: list[str], state: Mapping[str, Any]
 ) -> PreTrainedModel:
-    """Return the trained model in float32 on the CPU, with low-rank additions merged.
-
-    Args:
-        pruned: the checkpoint that the training began with.
-        mode, training, targets: what was trained.
-        state: the parameters after training, as :func:`_trained_state` returns them.
-    """
+    """Return the trained model in float32 on the CPU, with low-rank additions merged."""
     model = load_model(pruned.path, torch.device("cpu"), torch.float32, gradients=True).model
     if mode != LORA:
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
