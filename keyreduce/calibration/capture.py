@@ -6,6 +6,7 @@ in different ways on different paths, but the operator gets the same on all of t
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,20 +87,14 @@ def watching(
     output_names = {layer: projection_name(family, layer, "output") for layer in layers}
     running: list[LayerStatistics] = []
 
-    def before_mixer(statistics: LayerStatistics):
-        def hook(mixer, args, kwargs):
-            running[:] = [] if torch.is_grad_enabled() else [statistics]
-            if running:
-                statistics.add_input(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+    def before_mixer(statistics: LayerStatistics, mixer, args, kwargs) -> None:
+        running[:] = [] if torch.is_grad_enabled() else [statistics]
+        if running:
+            statistics.add_input(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
-        return hook
-
-    def before_output(statistics: LayerStatistics):
-        def hook(projection, args):
-            if running:
-                statistics.add_output(args[0])
-
-        return hook
+    def before_output(statistics: LayerStatistics, projection, args) -> None:
+        if running:
+            statistics.add_output(args[0])
 
     def watched(operator):
         def call(*args, **kwargs):
@@ -111,10 +106,10 @@ def watching(
 
     with contextlib.ExitStack() as undo:
         for layer, statistics in layers.items():
-            hook = mixers[layer].register_forward_pre_hook(before_mixer(statistics), with_kwargs=True)
-            undo.callback(hook.remove)
+            at_mixer, at_output = partial(before_mixer, statistics), partial(before_output, statistics)
+            undo.enter_context(mixers[layer].register_forward_pre_hook(at_mixer, with_kwargs=True))
             projection = model.get_submodule(output_names[layer].rpartition(".")[0])
-            undo.callback(projection.register_forward_pre_hook(before_output(statistics)).remove)
+            undo.enter_context(projection.register_forward_pre_hook(at_output))
         undo.enter_context(replaced_operators(family, mixers.values(), watched))
         yield layers
         for layer, statistics in layers.items():

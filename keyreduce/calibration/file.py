@@ -18,11 +18,7 @@ _UNUSED = {"query_sum_HK", "key_sum_HK", "unit_query_sum_HK", "unit_key_sum_HK",
 
 
 def write_statistics(statistics: Statistics, path: Path, *, overwrite: bool = False) -> None:
-    """Write a calibration file; it appears whole or not at all.
-
-    Raises:
-        KeyreduceError: it exists and ``overwrite`` is false, or it cannot be written.
-    """
+    """Write a calibration file, whole or not at all; KeyreduceError if it is there already, or cannot be written."""
     record = {"model": statistics.model, "tokens": statistics.tokens, "inputs": statistics.inputs}
     layers = statistics.layers.items()
     tensors = {f"layers.{layer}.{name}": one for layer, sums in layers for name, one in sums.tensors().items()}
@@ -55,8 +51,7 @@ def read_record(path: Path) -> dict:
 def read_statistics(path: Path) -> Statistics:
     """Read a calibration file; tensors are mapped into memory, and read from the file when they are first used.
 
-    Raises:
-        KeyreduceError: the file is missing, damaged, or not a calibration file.
+    Raises KeyreduceError as :func:`read_record` does.
     """
     record = read_record(path)
     tensors: dict[int, dict[str, torch.Tensor]] = {}

@@ -51,7 +51,8 @@ def differentiating(
     Raises:
         KeyreduceError: a row has a single token, so that there is nothing to predict, or its loss is NaN or inf.
     """
-    gradients = _Gradients(model, family, layers)
+    gradients, head = _Gradients(model, family, layers), model.get_output_embeddings()
+    assert head is not None  # the model is a causal language model
 
     def run(tokens_BT: torch.Tensor) -> None:
         if tokens_BT.shape[1] < 2:
@@ -60,7 +61,7 @@ def differentiating(
             hidden_BTD = model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
             inner_BTD = hidden_BTD.detach().requires_grad_()
             for row, tokens_T in enumerate(tokens_BT):
-                _loss(model.get_output_embeddings(), inner_BTD[row], tokens_T).backward()
+                _loss(head, inner_BTD[row], tokens_T).backward()
             hidden_BTD.backward(inner_BTD.grad)
 
     with contextlib.ExitStack() as undo:
@@ -167,7 +168,6 @@ def _zeros_like(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _loss(head: torch.nn.Module, hidden_TD: torch.Tensor, tokens_T: torch.Tensor) -> torch.Tensor:
-    """The mean cross entropy of a row's next-token predictions, in nats."""
     logits_TU = head(hidden_TD[None])[0]
     loss = F.cross_entropy(logits_TU[:-1].to(_wide(logits_TU)), tokens_T[1:].to(logits_TU.device))
     if not torch.isfinite(loss):

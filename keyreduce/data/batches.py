@@ -17,7 +17,7 @@ _BYTE_FALLBACK = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 def separator_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """Return the id of the token that goes before each document, or None where the tokenizer has none for that."""
     candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id)
-    return next((token_id for token_id in candidates if token_id is not None), None)
+    return next((token_id for token_id in candidates if isinstance(token_id, int)), None)
 
 
 def document_tokens(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[torch.Tensor]:

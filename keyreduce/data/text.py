@@ -1,21 +1,57 @@
-"""Where text comes from: files, a ``datasets`` name, or the default; always a stream of documents."""
+"""Where text comes from: files, a ``datasets`` name, or the default; always a stream of documents.
+
+The default is the source of the Python standard library on the machine that runs this. Every machine with Python has
+it, and nothing is redistributed. The split follows a hash of each file's relative path, so a file that is held out
+under one version of Python is held out under every other.
+"""
 
 import hashlib
 import json
+import os
 import platform
 import random
+import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
-from keyreduce.data.stdlib import Split, stdlib_documents, stdlib_files
 from keyreduce.errors import KeyreduceError
 
+Split = Literal["train", "calibration", "heldout"]
+# Installed packages are not the standard library, and not every machine has its test suite.
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 TEXT_FIELD = "text"
 _SHUFFLE_BUFFER = 1_000  # documents
 _SAMPLE_BYTES = 1 << 16
+
+
+def split_of(relative_path: str) -> Split:
+    """Return the split of a file, by its POSIX path below the library's folder: 8 of 10 parts train."""
+    part = int.from_bytes(hashlib.sha256(relative_path.encode()).digest()[:8], "big") % 10
+    return "calibration" if part == 8 else "heldout" if part == 9 else "train"
+
+
+def stdlib_files(split: Split) -> list[Path]:
+    """Return the ``*.py`` files of one split, sorted by their path below the library's folder."""
+    root = Path(sysconfig.get_path("stdlib"))
+    chosen = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
+        relative_paths = ((Path(folder) / name).relative_to(root).as_posix() for name in names if name.endswith(".py"))
+        chosen += [path for path in relative_paths if split_of(path) == split]
+    return [root / path for path in sorted(chosen)]
+
+
+def stdlib_documents(split: Split) -> Iterator[str]:
+    """Yield the text of each file of one split, in the order of `stdlib_files`; what is not UTF-8 is skipped."""
+    for path in stdlib_files(split):
+        try:
+            yield path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
 
 
 class TextSource(ABC):
@@ -58,7 +94,7 @@ class StdlibText(TextSource):
     """One split of the Python standard library's source, the default."""
 
     def __init__(self, split: Split):
-        self.split = split
+        self.split: Split = split
 
     def describe(self) -> dict:
         return {"kind": "stdlib", "split": self.split, "python": platform.python_version()}

@@ -128,11 +128,7 @@ class Budget:
     def numbers(
         self, config: Mapping, statistics: Statistics | None, method: Method, options: Mapping[str, object]
     ) -> dict[str, dict[int, int]]:
-        """Return target -> layer -> how many stay, from statistics only if :attr:`needs_statistics`.
-
-        Raises:
-            KeyreduceError: see :func:`keep_count`.
-        """
+        """Return target -> layer -> how many stay, from statistics only if :attr:`needs_statistics`."""
         from keyreduce.pruning.allocation import by_energy, by_variance
 
         if not self.needs_statistics:
@@ -154,10 +150,9 @@ class Budget:
 
 
 def parse_amounts(field: str, amounts: Sequence[str], targets: Sequence[str]) -> dict[str, Fraction | None]:
-    """Return what ``ratio`` or ``keep`` says for each target, exactly: in binary, 10 * (1 - 0.9) is less than 1.
+    """Return what ``ratio`` or ``keep`` says for each target; KeyreduceError unless one number for all or each.
 
-    Raises:
-        KeyreduceError: it holds neither one number for all targets nor one for each.
+    Fractions are exact: in binary, 10 * (1 - 0.9) is less than 1.
     """
     if not amounts:
         return dict.fromkeys(targets)
@@ -192,8 +187,7 @@ def keep_count(
         if not 0 <= ratio < 1:
             raise KeyreduceError(f"`ratio` is {float(ratio):g}; it is the share to remove, at least 0 and below 1")
         keep = Fraction(max(1, int(available * (1 - ratio))))
-    if keep is None:
-        raise ValueError("neither ratio nor keep is given")
+    assert keep is not None  # one of the two is given
     if not 1 <= keep <= available or int(keep) != keep:
         raise KeyreduceError(
             f"`keep` is {float(keep):g}; {_HOLDER[target]} of this model has 1 to {available} {_THINGS[target]} to keep"

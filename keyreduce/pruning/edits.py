@@ -219,8 +219,6 @@ def layer_edits(
 
 @dataclass(frozen=True)
 class _Mixer:
-    """The arguments of :func:`layer_edits`."""
-
     family: Family
     layer: int
     cut: LayerCut
@@ -228,7 +226,6 @@ class _Mixer:
     read: Callable[[str], torch.Tensor]
 
     def edits(self, name: str) -> list[MixerEdit]:
-        """The edits of one tensor, by its name below the mixer."""
         edits, shape = self._division(name), self.shapes[self.family.tensor_name(self.layer, name)]
         shape = edits[0].shape(shape) if edits else shape
         for axis, length in enumerate(shape):
@@ -293,7 +290,7 @@ class _Mixer:
 
     @property
     def _layouts(self) -> list[tuple[Mapping[Part, int], int]]:
-        """The lengths of the parts and the number of key heads, before and after."""
+        # The lengths of the parts and the number of key heads, before and after.
         return [(sizes.lengths, sizes.key_heads) for sizes in (self.cut.before, self.cut.after)]
 
     @property

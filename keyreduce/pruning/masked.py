@@ -15,6 +15,7 @@ Shapes: B rows, T tokens, G heads of C channels, H key heads, W value heads, K k
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -41,11 +42,8 @@ _TOLERANCE = 1e-3
 def check_logits(source: Checkpoint, pruned: Path, plan: Plan, *, device: torch.device, seed: int = 0) -> float:
     """Refuse a pruned checkpoint that does not compute what the masked dense model does.
 
-    The tolerance is 1e-3 of the logits' standard deviation: both models hold the same numbers, whatever dtype they were
-    rounded to, and run in float32.
-
-    Returns:
-        The largest difference, as :func:`compare_logits` returns it.
+    Both models run in float32 and hold the same numbers, whatever dtype these were rounded to, so that the tolerance
+    is 1e-3 of the logits' standard deviation. Returns the largest difference, as :func:`compare_logits` does.
 
     Raises:
         KeyreduceError: the logits differ by more, or a model does not load.
@@ -104,12 +102,12 @@ def compare_logits(
 def _load(
     config: Mapping, weights: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype, path: Path
 ) -> PreTrainedModel:
-    """Build a model with the given weights, without a tokenizer."""
     try:
         model_class, their_config = language_model(config)
-        model, report = model_class.from_pretrained(
+        made: Any = model_class.from_pretrained(
             None, config=their_config, state_dict=weights, dtype=dtype, output_loading_info=True
         )
+        model, report = made
         # fla's mixers load some parameters in float32, whatever dtype is asked for.
         model = model.to(device=device, dtype=dtype).eval()
     except Exception as error:
@@ -132,7 +130,6 @@ def _match_eps(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def _masked_weights(source: Checkpoint, plan: Plan, cut: Checkpoint) -> dict[str, torch.Tensor]:
-    """The weights of the masked dense model."""
     edits, weights = plan_edits(source, plan), {}
     for name in source.tensors:
         tensor, changes = source.read(name), edits.get(name, ())

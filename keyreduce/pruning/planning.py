@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -36,11 +37,7 @@ def check_method(source: Checkpoint, method: Method, targets: list[str]) -> None
 
 
 def check_options(method: Method, given: Mapping[str, object]) -> dict[str, object]:
-    """Return all options of a method, the given ones and the defaults of the others.
-
-    Raises:
-        KeyreduceError: it takes no such option, or not this value.
-    """
+    """Return the given options and the defaults of the others; KeyreduceError if one or its value is not taken."""
     if unknown := [name for name in given if name not in method.options]:
         raise KeyreduceError(f"`method` {method.name} takes no `{unknown[0]}`; leave it out, or take another method")
     chosen = {**method.options, **given}
@@ -49,11 +46,7 @@ def check_options(method: Method, given: Mapping[str, object]) -> dict[str, obje
 
 
 def read_options(method: Method, settings: Sequence[str]) -> dict[str, object]:
-    """Return the options that ``NAME=VALUE`` texts give, each of the type of its default.
-
-    Raises:
-        KeyreduceError: one is no such text, the method has no such option, or the value is of another type.
-    """
+    """Return the options that ``NAME=VALUE`` texts give, each of its default's type; KeyreduceError if one is not."""
     options = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
@@ -61,7 +54,7 @@ def read_options(method: Method, settings: Sequence[str]) -> dict[str, object]:
         if not equals or name not in method.options:
             known = ", ".join(f"{name}={default}" for name, default in method.options.items()) or "none"
             raise KeyreduceError(f"`set` {setting}: give NAME=VALUE; options of {method.name}: {known}")
-        kind = type(method.options[name])
+        kind: Any = type(method.options[name])
         try:
             options[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError):
@@ -125,11 +118,7 @@ def make_plan(
 
 
 def check_calibration(source: Checkpoint, calibrated: str) -> None:
-    """Check that a checkpoint is the one whose identity is ``calibrated``.
-
-    Raises:
-        KeyreduceError: it is another one.
-    """
+    """Raise KeyreduceError if ``calibrated`` is not the identity of this checkpoint."""
     if calibrated != source.identity:
         raise KeyreduceError(
             f"the calibration file was made from another model ({calibrated[:12]}) than {source.path} "
@@ -142,8 +131,12 @@ def _check_selection(method: Method, target: str, selection: Selection, sizes: M
     groups = {"key": sizes.key_heads, "value": sizes.value_heads, "head": 1}[target]
     channels, kept_GR, projection_HKR = getattr(sizes, SIZE_OF[target]), selection.kept_GR, selection.projection_HKR
     if kept_GR is None:
-        fits = target == "key" and projection_HKR is not None and projection_HKR.shape == (groups, channels, keep)
-        fits = fits and bool(projection_HKR.isfinite().all())
+        fits = (
+            target == "key"
+            and projection_HKR is not None
+            and projection_HKR.shape == (groups, channels, keep)
+            and bool(projection_HKR.isfinite().all())
+        )
     else:
         fits = projection_HKR is None and kept_GR.dtype == torch.int64 and kept_GR.shape == (groups, keep)
         fits = fits and bool((kept_GR.diff(dim=1) > 0).all()) and bool(((kept_GR >= 0) & (kept_GR < channels)).all())
@@ -159,8 +152,8 @@ def _stream(seed: int, layer: int, target: str) -> int:
     return seed * 3_000_017 + layer * 3 + list(SIZE_OF).index(target)
 
 
-def _cut(before: MixerSizes, after: MixerSizes, chosen: Mapping[str, Selection]) -> LayerCut:
-    """What stays of a layer, from a method's choices; channels were chosen in every head, also in those that go."""
+def _cut(before: MixerSizes, after: MixerSizes, chosen: Mapping) -> LayerCut:
+    # Channels were chosen in every head, also in those that go.
     whole = LayerCut.of_nothing(before)
     heads_H = chosen["head"].kept_GR[0] if "head" in chosen else whole.heads_H
     value_heads_W = value_heads_of(before, heads_H)

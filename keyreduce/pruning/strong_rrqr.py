@@ -126,10 +126,8 @@ class Tableau(NamedTuple):
 def factorise(gram_KK: np.ndarray, keep: int, kept_R: np.ndarray | None = None) -> Tableau:
     """Return the tableau of a choice of columns, by default that of pivoted Cholesky, where ties go to the lowest.
 
-    LAPACK's dpstrf reorders channels as it pivots, so that ties would no longer go to the lower one.
-
-    Raises:
-        LinAlgError: the Gram matrix is not safely positive definite.
+    LAPACK's dpstrf reorders channels as it pivots, so that ties would no longer go to the lower one. Raises LinAlgError
+    if the Gram matrix is not safely positive definite.
     """
     matrix_KK, log_pivots = gram_KK.copy(), 0.0
     # A view of the swept matrix: negative for kept channels, the remaining squared norm for the others.

@@ -43,11 +43,7 @@ class Recovered(NamedTuple):
 
 
 def check_pair(dense: Mapping, pruned: Mapping, names: tuple[str, str]) -> None:
-    """Check that one config can have been pruned from the other; messages call the models by ``names``.
-
-    Raises:
-        KeyreduceError: they differ in architecture, hidden size, number of layers or vocabulary.
-    """
+    """Raise KeyreduceError if one config cannot have been pruned from the other; messages use the models' names."""
     family = family_of(pruned)
     known = {
         "architecture": lambda config: family_of(config).model_type,

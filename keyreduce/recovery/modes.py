@@ -52,15 +52,12 @@ class Training(NamedTuple):
     """How the whole model is trained.
 
     Attributes:
-        lr: the highest learning rate; it rises during ``warmup`` and then falls to 0 along a cosine.
-        warmup: the share of the steps in which the learning rate rises.
+        lr, warmup: the highest learning rate; it rises in that share of the steps and then falls to 0 along a cosine.
         distill_weight: the share of the loss that compares the model with its teacher, if there is one; the rest is the
             loss on the text.
         temperature: what the logits of teacher and student are divided by.
-        lora_rank: the rank of the low-rank additions (Hu et al., arXiv:2106.09685).
-        lora_alpha: their scale times the rank.
-        lora_targets: the linear layers that get one, by the end of their names; if empty, the family's projections of
-            q, k and v.
+        lora_rank, lora_alpha: the rank of the low-rank additions, and their scale times the rank.
+        lora_targets: the ends of the names of layers that get one; if empty, those that project to q, k and v.
         micro_batch: rows that a device takes at a time; None takes its whole share of a batch.
         gradient_checkpointing: whether activations are computed a second time in the backward pass instead of kept.
         shard: whether processes share weights, gradients and optimizer state among them (FSDP).
@@ -98,20 +95,18 @@ SETTINGS = tuple(dict.fromkeys(("repeats", *Steps._fields, *Training._fields)))
 
 
 def make_steps(mode: str, given: Mapping[str, Any]) -> Steps | None:
-    """Return the gradient steps of a mode of :data:`MODES`, from fields of :class:`Steps`; None where it takes none.
+    """Return the gradient steps of a mode, from fields of :class:`Steps`; None where it takes none.
 
-    Raises:
-        KeyreduceError: the mode has no such setting, or the learning rate is not above 0.
+    Raises KeyreduceError if the mode has no such setting, or the learning rate is not above 0.
     """
     _check(mode, given)
     return Steps(**given) if mode == RECONSTRUCT else None
 
 
 def make_training(mode: str, given: Mapping[str, Any]) -> Training:
-    """Return the settings of a mode of :data:`TRAINING_MODES`, from fields of :class:`Training`.
+    """Return the settings of a mode that trains, from fields of :class:`Training`.
 
-    Raises:
-        KeyreduceError: the mode has no such setting, or a number is out of its bounds.
+    Raises KeyreduceError if the mode has no such setting, or a number is out of its bounds.
     """
     _check(mode, given)
     return Training(**{"lr": RATES[mode], **given})

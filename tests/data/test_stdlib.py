@@ -4,7 +4,7 @@ import sysconfig
 from pathlib import Path
 from typing import get_args
 
-from keyreduce.data.stdlib import Split, split_of, stdlib_documents, stdlib_files
+from keyreduce.data.text import Split, split_of, stdlib_documents, stdlib_files
 
 
 def test_splits_are_disjoint_and_their_union_is_the_library():

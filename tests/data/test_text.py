@@ -6,8 +6,7 @@ import pyarrow.parquet
 import pytest
 
 from keyreduce.data import text as text_module
-from keyreduce.data.stdlib import stdlib_documents
-from keyreduce.data.text import DatasetText, FileText, StdlibText, text_source
+from keyreduce.data.text import DatasetText, FileText, StdlibText, stdlib_documents, text_source
 from keyreduce.errors import KeyreduceError
 
 DOCUMENTS = ["one", "zwei é", "three\nlines\n", "四"]

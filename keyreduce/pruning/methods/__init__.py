@@ -40,11 +40,7 @@ def registered_elsewhere() -> dict[str, EntryPoint]:
 
 
 def method_named(name: str) -> Method:
-    """Return the method of that name.
-
-    Raises:
-        KeyreduceError: there is none (the nearest name is suggested), or one of another package does not load.
-    """
+    """Return the method of that name; KeyreduceError if there is none, or one of another package does not load."""
     if name in METHODS:
         return METHODS[name]
     others = registered_elsewhere()

@@ -39,11 +39,7 @@ class LayerView:
 
     @property
     def statistics(self) -> LayerStatistics:
-        """The layer's calibration statistics.
-
-        Raises:
-            KeyreduceError: the method does not declare that it needs them.
-        """
+        """The layer's calibration statistics; KeyreduceError if the method does not declare that it needs them."""
         if self.optional_statistics is None:
             raise KeyreduceError("a method that reads statistics must declare so, with needs_statistics=True")
         return self.optional_statistics
@@ -94,8 +90,7 @@ class Method:
 
     Attributes:
         name: the name by which users select it.
-        summary: one line for the help.
-        citation: its source.
+        summary, citation: one line for the help, and its source.
         select: target -> ``(layer, keep, generator, **options) -> Selection``. It depends on its arguments alone;
             ties break by lower index.
         needs_statistics: whether it reads ``LayerView.statistics``.
@@ -124,11 +119,7 @@ class Method:
 
 
 def highest(score_GC: torch.Tensor, keep: int) -> Selection:
-    """Keep the ``keep`` highest-scoring channels of each group.
-
-    Raises:
-        KeyreduceError: a score is NaN.
-    """
+    """Keep the ``keep`` highest-scoring channels of each group; KeyreduceError if a score is NaN."""
     if score_GC.isnan().any():
         raise KeyreduceError("a score of the method is NaN; is the calibration damaged, or the method wrong?")
     by_score_GC = score_GC.sort(dim=-1, descending=True, stable=True).indices

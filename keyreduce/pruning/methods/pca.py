@@ -39,16 +39,12 @@ def _unfit(config: Mapping) -> str | None:
     from keyreduce.families import Part, family_of
 
     if any(Part.DECAY in axes for axes in family_of(config).tensors.values()):
-        return (
-            "pca combines key channels, but in this architecture each decays at a rate of its own; "
-            "take a method that selects channels, such as rrqr"
-        )
-    if config.get("qk_norm", "l2") != "l2":
-        return (
-            f"pca rotates queries and keys, and qk_norm {config['qk_norm']!r} is not invariant to rotations; "
-            "take a method that selects channels, such as rrqr"
-        )
-    return None
+        why = "pca combines key channels, but in this architecture each decays at a rate of its own"
+    elif config.get("qk_norm", "l2") != "l2":
+        why = f"pca rotates queries and keys, and qk_norm {config['qk_norm']!r} is not invariant to rotations"
+    else:
+        return None
+    return f"{why}; take a method that selects channels, such as rrqr"
 
 
 PCA = Method(

@@ -59,11 +59,7 @@ def refuse_without_extra() -> None:
 
 
 def refuse_other_vocabulary(student: Checkpoint, teacher: Checkpoint) -> None:
-    """Check that a teacher has the student's vocabulary.
-
-    Raises:
-        KeyreduceError: the vocabularies differ in size or in the numbers of their tokens, or a tokenizer does not load.
-    """
+    """Raise KeyreduceError if a teacher's vocabulary is not the student's, or a tokenizer does not load."""
     sizes = [source.config.get("vocab_size") for source in (student, teacher)]
     told = f"{teacher.path} cannot teach {student.path}"
     if sizes[0] != sizes[1]:

@@ -84,23 +84,16 @@ def trainer_arguments(settings: Settings, training: Training, device: torch.devi
         # With several visible GPUs, Trainer would distribute each batch among threads (DataParallel). Here torchrun's
         # processes do that.
         made._n_gpu = 1
-    rows = _micro_batch(settings.batch_size, training.micro_batch, made.world_size)
-    made.per_device_train_batch_size = rows
-    made.gradient_accumulation_steps = settings.batch_size // made.world_size // rows
-    return made
-
-
-def _micro_batch(batch_size: int, micro_batch: int | None, processes: int) -> int:
-    """Return the number of rows that a device takes at a time."""
-    rows, rest = divmod(batch_size, processes)
+    rows, rest = divmod(settings.batch_size, made.world_size)
     if rest:
-        raise KeyreduceError(f"`batch_size` {batch_size} does not divide among {processes} processes")
-    micro = min(micro_batch or rows, rows)
+        raise KeyreduceError(f"`batch_size` {settings.batch_size} does not divide among {made.world_size} processes")
+    micro = min(training.micro_batch or rows, rows)
     if rows % micro:
         raise KeyreduceError(
             f"`micro_batch` {micro} does not divide the {rows} rows that each process takes of a batch"
         )
-    return micro
+    made.per_device_train_batch_size, made.gradient_accumulation_steps = micro, rows // micro
+    return made
 
 
 class Rows(torch.utils.data.IterableDataset):
