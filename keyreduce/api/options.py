@@ -8,8 +8,7 @@ from keyreduce.api.request import Request, option
 from keyreduce.workspace import Workspace
 
 if TYPE_CHECKING:
-    from keyreduce.data.stdlib import Split
-    from keyreduce.data.text import TextSource
+    from keyreduce.data.text import Split, TextSource
 
 DEFAULT_WORK = "keyreduce-out"
 MOST = 10**9  # beyond any text, and far below where counting itself fails

@@ -4,7 +4,6 @@ import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -135,7 +134,7 @@ def _add_projections(folder: Path, step: int, plan: Plan) -> None:
     if added:
         path = folder / PROJECTIONS_NAME
         try:
-            arrays: dict[str, Any] = dict(np.load(path, allow_pickle=False)) if path.is_file() else {}
+            earlier = dict(np.load(path, allow_pickle=False)) if path.is_file() else {}
         except (OSError, ValueError, zipfile.BadZipFile):
             raise KeyreduceError(f"the source's {PROJECTIONS_NAME} is damaged; remove it, or prune it again") from None
-        np.savez_compressed(path, **(arrays | added))
+        np.savez_compressed(path, **earlier, **added)  # pyright: ignore[reportArgumentType]  (no name is allow_pickle)

@@ -297,4 +297,4 @@ def test_kernels_whose_gradients_are_wrong_here_are_not_trained_on(trained, tmp_
     with pytest.raises(KeyreduceError, match=r"of the gated rule may be wrong.*, or take `kernels` torch$"):
         trained(gated, kernels="fla")
     assert not (tmp_path / "training").exists()
-    assert trained(gated, settings=SETTINGS._replace(num_batches=1)).steps == [1]
+    assert trained(gated, settings=SETTINGS._replace(num_batches=1)).logged.keys() == {1}
