@@ -153,7 +153,7 @@ class Job:
 
     Attributes:
         name: what messages call it.
-        argv: the command and its arguments; :func:`keyreduce_command` makes those of keyreduce itself.
+        argv: the command and its arguments.
         log: the file that gets its stdout and stderr; it is written anew, and its folder is made.
         env: environment variables of its own, over those that it inherits and those that :func:`run_jobs` sets.
     """
@@ -184,11 +184,6 @@ class Outcome:
     def ok(self) -> bool:
         """Whether the job did what it was to do."""
         return self.code == 0
-
-
-def keyreduce_command(*arguments: object) -> list[str]:
-    """Return what runs ``keyreduce`` with these arguments in a process of the same Python."""
-    return [sys.executable, "-m", "keyreduce", *map(str, arguments)]
 
 
 def gpus() -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 from keyreduce import processes
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.perplexity import Perplexity
-from keyreduce.processes import Job, Processes, gpus, keyreduce_command, last_line, run_jobs, torchrun_rank
+from keyreduce.processes import Job, Processes, gpus, last_line, run_jobs, torchrun_rank
 
 REPOSITORY = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("processes_worker.py")
@@ -219,7 +219,7 @@ def test_the_last_line_of_a_log(tmp_path):
 
 
 def test_keyreduce_itself_runs_as_a_job(tmp_path):
-    command = keyreduce_command("verify", tmp_path / "no model")
+    command = [sys.executable, "-m", "keyreduce", "verify", str(tmp_path / "no model")]
     environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "COLUMNS": "300"}
     (outcome,) = run_jobs([Job("verify", command, tmp_path / "log", environment)])
     assert outcome.code == 2 and "no model" in outcome.message

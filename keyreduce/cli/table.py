@@ -1,7 +1,7 @@
 """``keyreduce table``: what a sweep has found, as tables, pictures and a page."""
 
 from keyreduce.cli.console import Console
-from keyreduce.sweep.request import TableRequest, TableResult, table
+from keyreduce.sweep.request import SweepResult, TableRequest, table
 
 
 def show(request: TableRequest, console: Console) -> None:
@@ -11,7 +11,7 @@ def show(request: TableRequest, console: Console) -> None:
     console.finish(result)
 
 
-def print_table(result: TableResult, console: Console) -> None:
+def print_table(result: SweepResult, console: Console) -> None:
     """Print the tables as Markdown, and which files hold them."""
     from keyreduce.sweep.tables import markdown
 

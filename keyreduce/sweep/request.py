@@ -1,6 +1,7 @@
 """The requests of ``keyreduce sweep`` and ``keyreduce table``, and what carries them out."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -90,27 +91,6 @@ class TableRequest(Request):
     overwrite: bool = option(False, help="Replace what is at --output.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TableResult(Result):
-    """What a sweep has found.
-
-    Attributes:
-        sweep: its folder.
-        written: the files with tables and pictures.
-        results: what they show.
-    """
-
-    sweep: Path
-    written: list[Path]
-    results: "Results"
-
-    def to_json(self) -> dict:
-        """Return the folder, the files, and all numbers: see :func:`keyreduce.sweep.tables.as_json`."""
-        from keyreduce.sweep.tables import as_json
-
-        return {"sweep": str(self.sweep), "written": list(map(str, self.written)), **as_json(self.results)}
-
-
 class Failure(NamedTuple):
     """A run that has no result.
 
@@ -126,14 +106,26 @@ class Failure(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepResult(TableResult):
-    """What a sweep has found, and the runs that failed.
+class SweepResult(Result):
+    """What a sweep has found.
 
     Attributes:
-        failures: the runs that have no result.
+        sweep: its folder.
+        written: the files with tables and pictures.
+        results: what they show.
+        failures: the runs of this sweep that have no result.
     """
 
-    failures: list[Failure]
+    sweep: Path
+    written: list[Path]
+    results: "Results"
+    failures: Sequence[Failure] = ()
+
+    def to_json(self) -> dict:
+        """Return the folder, the files, and all numbers: see :func:`keyreduce.sweep.tables.as_json`."""
+        from keyreduce.sweep.tables import as_json
+
+        return {"sweep": str(self.sweep), "written": list(map(str, self.written)), **as_json(self.results)}
 
 
 def sweep(request: SweepRequest, reporter: Reporter = Reporter()) -> SweepResult:
@@ -180,7 +172,7 @@ def sweep(request: SweepRequest, reporter: Reporter = Reporter()) -> SweepResult
     return SweepResult(sweep=root, written=written, results=results, failures=told)
 
 
-def table(request: TableRequest, reporter: Reporter = Reporter()) -> TableResult:
+def table(request: TableRequest, reporter: Reporter = Reporter()) -> SweepResult:
     """Write the tables and pictures of what a sweep has so far.
 
     Raises:
@@ -196,7 +188,7 @@ def table(request: TableRequest, reporter: Reporter = Reporter()) -> TableResult
         for name in NAMES:
             refuse_existing(request.output / name, request.overwrite)
     results, written = _report(source, request.output or source)
-    return TableResult(sweep=source, written=written, results=results)
+    return SweepResult(sweep=source, written=written, results=results)
 
 
 def _report(source: Path, target: Path) -> "tuple[Results, list[Path]]":

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from keyreduce.api.benchmark import BenchmarkRequest
-from keyreduce.api.convert import ConvertRequest
-from keyreduce.api.evaluate import EvaluateRequest
 from tiny_models import build, edit_config, save
 
+from keyreduce.api.benchmark import BenchmarkRequest
 from keyreduce.api.calibrate import CalibrateRequest
+from keyreduce.api.convert import ConvertRequest
+from keyreduce.api.evaluate import EvaluateRequest
 from keyreduce.api.prune import PruneRequest
 from keyreduce.api.recover import RecoverRequest
 from keyreduce.data.text import text_source

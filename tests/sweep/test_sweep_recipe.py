@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from keyreduce.api.benchmark import BenchmarkRequest
-from keyreduce.api.evaluate import EvaluateRequest
 
+from keyreduce.api.benchmark import BenchmarkRequest
 from keyreduce.api.calibrate import CalibrateRequest
+from keyreduce.api.evaluate import EvaluateRequest
 from keyreduce.api.recover import RecoverRequest
 from keyreduce.errors import KeyreduceError
 from keyreduce.pruning.methods import METHODS
@@ -157,7 +157,7 @@ def test_all_fields_of_timing_and_recovery(read):
         ("models =", "seeds = []\nmodels =", "seeds is empty"),
         ("models =", "seeds = [true]\nmodels =", "seeds is True, where whole numbers belong"),
         ("models =", "seeds = [1, 1]\nmodels =", "seeds is 1, 1; give at least one seed, and each of them once"),
-        ("models =", "seeds = [-1]\nmodels =", "seeds is -1; it is at least 0 and at most 4,294,967,295"),
+        ("models =", "seeds = [-1]\nmodels =", "seeds is -1; it is at least 0"),
         ("models =", "convert = 1\nmodels =", "convert is 1, where true or false belongs"),
         ('repairs = ["none", "least-squares"]', "repairs = []", "prune.repairs is [], where a list"),
         ('"least-squares"', '"most-squares"', "prune.repairs is 'most-squares'; take one of least-squares"),

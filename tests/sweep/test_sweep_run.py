@@ -33,15 +33,7 @@ def runs_of(pruned: int) -> list[Run]:
         Run(CALIBRATION, "calibration", "calibration/a", {"number": -1}, STEPS, {"model": "a"}),
     ]
     others = [
-        Run(
-            PRUNED,
-            f"run {number}",
-            f"runs/{number}",
-            {"number": number},
-            STEPS,
-            {"model": "a"},
-            ("calibration/a",),
-        )
+        Run(PRUNED, f"run {number}", f"runs/{number}", {"number": number}, STEPS, {"model": "a"}, ("calibration/a",))
         for number in range(pruned)
     ]
     return [*first, *others]
