@@ -115,9 +115,8 @@ def test_a_writer_takes_what_was_announced_and_all_of_it(tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_a_user_error(tmp_path):
-    with pytest.raises(KeyreduceError, match="cannot write"):
-        with ShardWriter(tmp_path / "missing" / "x", []):
-            pass
+    with pytest.raises(KeyreduceError, match="cannot write"), ShardWriter(tmp_path / "missing" / "x", []):
+        pass
 
 
 def test_a_dtype_without_a_name_is_refused():
