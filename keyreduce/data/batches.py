@@ -20,9 +20,11 @@ def separator_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
     return next((token_id for token_id in candidates if isinstance(token_id, int)), None)
 
 
-def document_tokens(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[torch.Tensor]:
-    """Yield each document's token ids (LongTensor, N), its separator first."""
-    separator = separator_id(tokenizer)
+def document_tokens(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, *, separated: bool = True
+) -> Iterator[torch.Tensor]:
+    """Yield each document's token ids (LongTensor, N), its separator first if they are ``separated``."""
+    separator = separator_id(tokenizer) if separated else None
     before = [] if separator is None else [separator]
     for document in documents:
         # verbose=False: no warning about the model's maximum length, since the tokens are cut into rows afterwards.
@@ -30,8 +32,10 @@ def document_tokens(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast
         yield torch.tensor(before + encoded["input_ids"], dtype=torch.long)
 
 
-def token_rows(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, row_length: int) -> Iterator[torch.Tensor]:
-    """Yield rows (LongTensors) of ``row_length`` token ids, cut from all documents joined, each after a separator.
+def token_rows(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, row_length: int, *, separated: bool = True
+) -> Iterator[torch.Tensor]:
+    """Yield rows (LongTensors) of ``row_length`` token ids, cut from all documents joined, ``separated`` or not.
 
     Documents are taken one at a time and encoded whole, without the tokenizer's special tokens. The last incomplete row
     is dropped, unless there is no other: then it is yielded as it is, shorter, and the caller tells the user.
@@ -40,7 +44,7 @@ def token_rows(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, row
         raise ValueError(f"row_length is {row_length}; a row has at least one token")
     rest_N = torch.empty(0, dtype=torch.long)
     yielded = False
-    for tokens_N in document_tokens(documents, tokenizer):
+    for tokens_N in document_tokens(documents, tokenizer, separated=separated):
         rest_N = torch.cat([rest_N, tokens_N])
         complete = len(rest_N) // row_length
         for row_T in rest_N[: complete * row_length].view(complete, row_length):
