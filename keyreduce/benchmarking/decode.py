@@ -82,11 +82,9 @@ def capture(function: Callable[[], object], device: torch.device, reads: object 
     A cache replaces its tensors at every step. So each step of a recorded chain reads what the step before it wrote,
     and every replay starts from the same tensors: nothing needs to be copied back.
 
-    Args:
-        function: it must have run before on the device, so that all kernels are compiled and tuned.
-        device: a GPU.
-        reads: an object that holds the tensors that the function starts from. A replay reads them at their present
-            addresses, so they are kept as long as the recording, also where the function drops them.
+    The function must have run before, so that all kernels are compiled and tuned. ``reads`` holds the tensors that it
+    starts from. A replay reads them at their present addresses, so they are kept as long as the recording, also where
+    the function drops them.
 
     Raises:
         NotRecordedError: the function does what a graph cannot hold, such as waiting for the device; or it is a CPU.

@@ -50,33 +50,24 @@ def _largest_batch(timed: TimedModel, start: int, at_most: int, rounds: int) -> 
     while trial > fits:
         taken = _step(timed, trial, rounds)
         if isinstance(taken, str):
-            ended_by = taken
-            trial, fails = _smaller(fits, trial, is_first=fails is None), trial
+            ended_by, is_first, fails = taken, fails is None, trial
+            trial = fails - max(1, fails // 9) if is_first else (fits + fails) // 2
         else:
             fits, step = trial, taken
-            trial = _larger(fits, fails, step.room, at_most)
-            if fails is None and trial == fits < at_most:
+            if fails is not None:
+                trial = (fits + fails) // 2
+            elif max(step.room, fits) >= at_most:
+                trial = at_most
+            elif step.room > fits + fits // 8:
+                trial = step.room
+            else:
                 ended_by = "memory"
-        if fits == 0:
+                break
+        if fits == 0 or (fails is not None and fails - fits <= max(1, fits // 8)):
             break
     speed = None if step is None else fits / step.seconds
     entry = {"label": timed.label, "head_k_dim": timed.sizes.head_k_dim, "batch_size": fits}
     return entry | {"ended_by": ended_by, "tokens_per_second": speed}
-
-
-def _smaller(fits: int, failed: int, *, is_first: bool) -> int:
-    """Return the batch to try after one that failed; ``fits`` if the search is over."""
-    trial = failed - max(1, failed // 9) if is_first else fits + (failed - fits) // 2
-    return trial if failed - fits > max(1, fits // 8) else fits
-
-
-def _larger(fits: int, fails: int | None, room: int, at_most: int) -> int:
-    """Return the batch to try after one that fits; ``fits`` if the search is over."""
-    if fails is not None:
-        return fits + (fails - fits) // 2 if fails - fits > max(1, fits // 8) else fits
-    if room >= at_most:
-        return at_most
-    return room if room > fits + fits // 8 else fits
 
 
 @contextlib.contextmanager

@@ -27,8 +27,7 @@ class DecodeSteps(NamedTuple):
     """One or several decoding steps.
 
     Attributes:
-        run: a function that runs them.
-        count: the number of steps in one ``run``.
+        run: a function that runs ``count`` steps.
         reads: a function that returns an object with the tensors that the next ``run`` starts from.
         work: the operations and bytes of one step.
     """
@@ -61,8 +60,7 @@ def mixer_steps(timed: TimedModel, batch_size: int, seed: int) -> DecodeSteps:
     generator = torch.Generator().manual_seed(seed)
     work = mixer_work(timed, batch_size=batch_size, seq_len=1, cached=True)
     mixers = [copy.deepcopy(timed.mixer) for _ in range(copies_past_cache(work.bytes, timed.model.device))]
-    hidden_B1D = torch.randn(batch_size, 1, timed.hidden, generator=generator)
-    hidden_B1D = hidden_B1D.to(timed.model.device, timed.model.dtype)
+    hidden_B1D = torch.randn(batch_size, 1, timed.hidden, generator=generator).to(timed.model.device, timed.model.dtype)
     # The layers of fla and of transformers differ in the name of the argument and in the class of the cache.
     if "cache_params" in signature(timed.mixer.forward).parameters:
         keyword, caches = "cache_params", [DynamicCache(config=timed.model.config) for _ in mixers]
@@ -91,14 +89,13 @@ def _contents(cache: Cache) -> list[dict]:
 @torch.inference_mode()
 def operator_steps(timed: TimedModel, batch_size: int, seed: int) -> DecodeSteps:
     """Return one call of the delta-rule operator for each of several states, with the arguments of the mixer."""
-    last_call = ()
+    last_call: list = []
 
     def noting(operator):
         def call(*operands, initial_state=None, **arguments):
-            nonlocal last_call
             # A cache may write the next state over this one.
             state = None if initial_state is None else initial_state.clone()
-            last_call = operator, operands, arguments | {"initial_state": state}
+            last_call[:] = operator, operands, arguments | {"initial_state": state}
             return operator(*operands, initial_state=initial_state, **arguments)
 
         return call

@@ -28,7 +28,6 @@ class TimedModel:
     """A model to be timed, and its first delta-rule layer.
 
     Attributes:
-        label: the model's name in tables.
         model: the model, in evaluation mode. It may have fewer layers than ``config`` says, where one layer is timed.
         layer: the number of the first delta-rule layer. Other layers may have other sizes.
         config: the content of the whole model's config.json.
@@ -49,12 +48,10 @@ class TimedModel:
 
     @property
     def hidden(self) -> int:
-        """The hidden size."""
         return round(self.family.hidden.read(self.config))
 
     @property
     def vocabulary(self) -> int:
-        """The number of tokens in the vocabulary."""
         return cast(torch.nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
 
     @property
@@ -144,10 +141,9 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def check_memory(size: int, device: torch.device, what: str) -> None:
-    """Raise a KeyreduceError where fewer than ``size`` bytes are free.
+    """Raise a KeyreduceError where fewer than ``size`` bytes are free, before the work needs them.
 
-    It is checked before the work, since an operating system promises more memory than it has, and kills the process
-    that uses it.
+    An operating system promises more memory than it has, and kills the process that uses it.
     """
     if size > available_memory(device):
         raise KeyreduceError(_TOO_LARGE.format(what))

@@ -103,11 +103,7 @@ def interleave(
         warmup: the most calls of each function to warm it up.
         progress: called with 1 after each round; on CUDA once the round is queued.
     """
-    warmup_seconds = {}
-    for name, function in functions.items():
-        start = perf_counter()
-        _warm_up(function, device, warmup)
-        warmup_seconds[name] = perf_counter() - start
+    warmup_seconds = {name: _warm_up(function, device, warmup) for name, function in functions.items()}
     clocks: dict[str, list[Callable[[], float]]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
@@ -175,8 +171,9 @@ def _storages(values: object) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
-def _warm_up(function: Callable[[], object], device: torch.device, at_most: int) -> None:
-    fastest, steady = float("inf"), 0
+def _warm_up(function: Callable[[], object], device: torch.device, at_most: int) -> float:
+    """Return how many seconds it took."""
+    start, fastest, steady = perf_counter(), float("inf"), 0
     for _ in range(at_most):
         clock = _timed(function, device)
         if device.type == "cuda":
@@ -185,7 +182,8 @@ def _warm_up(function: Callable[[], object], device: torch.device, at_most: int)
         steady = 0 if seconds < fastest * (1 - _STEADY_WITHIN) else steady + 1
         fastest = min(fastest, seconds)
         if steady == _STEADY_CALLS:
-            return
+            break
+    return perf_counter() - start
 
 
 def _timed(function: Callable[[], object], device: torch.device) -> Callable[[], float]:

@@ -105,10 +105,8 @@ def run_tasks(
     """Run the tasks that :func:`find_tasks` found on a model, as ``lm_eval --model hf`` would, with its seeds.
 
     Args:
-        loaded, tasks: the model, on the device and in the dtype to use, and the tasks.
         num_fewshot: examples before each question; None leaves it to the task.
         limit: take only so many documents of each task, or that share of them where it is below 1.
-        batch_size: sequences that run at a time.
         command: the command line, for the record.
 
     Returns:

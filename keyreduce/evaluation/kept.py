@@ -28,8 +28,8 @@ def kept_channels(record: Record) -> dict[int, Kept]:
     """Combine the steps of a pruned checkpoint's record (``keyreduce.json``).
 
     Returns:
-        Layer -> what is kept of the dense model, from which the first step started. Layers that no step names are not
-        in it, so it is empty for an empty record.
+        Layer -> what is kept of the dense model, from which the first step started; layers that no step names are not
+        in it.
 
     Raises:
         KeyreduceError: the record is damaged.

@@ -38,13 +38,9 @@ def draw(symbols_S: torch.Tensor, length: int, pairs: int, number: int, generato
         tokens_T[: 2 * pairs : 2], tokens_T[1 : 2 * pairs : 2] = keys_N, values_N
         places_N = 2 * pairs + 2 * torch.multinomial(weights, pairs, generator=generator)
         tokens_T[places_N] = keys_N
-        yield Probe(tokens_T, places_N, values_N, _choices(values_N, rest, generator))
-
-
-def _choices(values_N: torch.Tensor, rest: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    rows = []
-    for value in values_N.tolist():
-        rivals = values_N[torch.randperm(len(values_N), generator=generator)]
-        others = rest[torch.randperm(len(rest), generator=generator)[:CHOICES]]
-        rows.append(choices(value, rivals.tolist(), others.tolist()))
-    return torch.stack(rows)
+        rows = []
+        for value in values_N.tolist():
+            rivals = values_N[torch.randperm(pairs, generator=generator)]
+            others = rest[torch.randperm(len(rest), generator=generator)[:CHOICES]]
+            rows.append(choices(value, rivals.tolist(), others.tolist()))
+        yield Probe(tokens_T, places_N, values_N, torch.stack(rows))

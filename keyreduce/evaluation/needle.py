@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from keyreduce.data.batches import separator_id, token_rows
+from keyreduce.data.batches import separator_ids, token_rows
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.probes import CHOICES, Probe, choices
@@ -56,8 +56,7 @@ class Wording(NamedTuple):
             raise KeyreduceError("the tokenizer has neither words nor letters as tokens; leave needle out of `recall`")
         parts = (f"\nThe password of the{space}", f" is{space}", ".\n")
         before, between, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
-        separator = separator_id(tokenizer)
-        return cls([] if separator is None else [separator], before, between, after, torch.tensor(alphabet), size)
+        return cls(separator_ids(tokenizer), before, between, after, torch.tensor(alphabet), size)
 
     def sentence(self, name: list[int], password: list[int]) -> list[int]:
         """Return the token ids of the sentence about one name."""

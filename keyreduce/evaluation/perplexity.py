@@ -130,26 +130,18 @@ def window_costs(
 
 
 def measure_rows(
-    model: torch.nn.Module,
-    token_batches: Iterable[torch.Tensor],
-    bytes_V: torch.Tensor,
-    *,
-    name: str,
-    progress: Callable[[int], None] | None = None,
+    model: torch.nn.Module, token_batches: Iterable[torch.Tensor], bytes_V: torch.Tensor, *, name: str
 ) -> Perplexity:
     """Return what it costs to predict each token of each row but the first; see `window_costs`.
 
     Batches are LongTensors (B, T) on the CPU, without padding. Words are not counted, since that takes the text.
     """
     batches = ([Window(tokens_T, torch.zeros_like(tokens_T), 1) for tokens_T in rows_BT] for rows_BT in token_batches)
-    return Perplexity.of(window_costs(model, batches, bytes_V, name=name, progress=progress))
+    return Perplexity.of(window_costs(model, batches, bytes_V, name=name))
 
 
 def chosen_stride(seq_len: int, stride: int | None, *, by_document: bool = False) -> int:
-    """Return how far apart windows start, where None asks for windows that do not overlap; see `text_costs`.
-
-    A KeyreduceError says that windows of that length cannot be that far apart.
-    """
+    """Return how far apart windows start (`text_costs`), or raise a KeyreduceError where they cannot be."""
     most, called = (seq_len - 1, "below") if by_document else (seq_len, "at most")
     stride = most if stride is None else stride
     if not 1 <= stride <= most:
@@ -169,10 +161,9 @@ def text_costs(
     processes: Processes = Processes(),
     progress: Callable[[int], None] | None = None,
 ) -> list[Perplexity]:
-    """Return the cost of each window of a text that runs in this process.
+    """Return the cost of each window of a text, which is taken in its own order, that runs in this process.
 
     Args:
-        loaded, text: the model, and the text, which is taken in its own order.
         seq_len: T, the tokens in a window.
         batch_size: windows that run at a time; it does not change the cost, but for rounding.
         num_rows: take only so many windows; None takes them all.

@@ -41,18 +41,11 @@ def refuse_other_files(folder: Path) -> None:
 
 
 def draw_folder(folder: Path, report: Mapping, kept: Mapping[int, Kept], dense: Checkpoint) -> list[str]:
-    """Draw all pictures of a report into a folder, and return their names.
+    """Draw all pictures of a report, which has what :func:`draw_curves` takes, and return their names.
 
-    The folder appears whole or not at all, and replaces an earlier one.
-
-    Args:
-        folder: the folder to make.
-        report: ``positions`` and ``models``, as :func:`draw_curves` takes them.
-        kept: layer -> what pruning kept of the dense model; empty where that is not known.
-        dense: the checkpoint whose convolution kernels are drawn.
-
-    Raises:
-        KeyreduceError: the folder cannot be written.
+    The folder appears whole or not at all, and replaces an earlier one; a KeyreduceError says that it cannot be
+    written. ``kept`` has what pruning kept of each layer; it is empty where that is not known. The convolution kernels
+    are those of the ``dense`` checkpoint.
     """
     with appearing(folder, folder=True, overwrite=True) as temporary:
 
@@ -181,10 +174,8 @@ def draw_kept_channels(kept: Mapping[int, Kept]) -> Figure:
 def draw_filters(layer: int, filters: Mapping[str, np.ndarray], kept: Kept | None = None) -> Figure:
     """Draw the convolution kernels of one layer: channels across, taps down, head under head.
 
-    Args:
-        layer: the number of the layer.
-        filters: name of a convolution -> its kernels ``[X, R, K]``, the oldest token's tap first.
-        kept: what pruning kept; a black bar above the taps of a channel then says that it was kept.
+    ``filters`` has the kernels ``[X, R, K]`` by the name of their convolution, the oldest token's tap first. Where
+    ``kept`` is given, a black bar above the taps of a channel says that it was kept.
     """
     taps = max(kernels_XRK.shape[2] for kernels_XRK in filters.values())
     rows = max(len(kernels_XRK) for kernels_XRK in filters.values()) * (taps + 2)

@@ -77,10 +77,9 @@ def measure_rank(
     """Run batches of tokens through a model, and measure its states on the way.
 
     Only the states of one layer at one position are in memory: the layer's own operator runs from one position to the
-    next and returns its state, which fla keeps in float32 or better in a model of any dtype.
-
-    Batches are LongTensors ``[B, T]`` without padding, all of the same T; `positions_of` says what ``every`` is, and
-    ``progress`` is called after each batch with its number of tokens.
+    next and returns its state, which fla keeps in float32 or better in a model of any dtype. Batches are LongTensors
+    ``[B, T]`` without padding, all of the same T; `positions_of` says what ``every`` is, and ``progress`` is called
+    after each batch with its number of tokens.
 
     Raises:
         KeyreduceError: there is no batch, or a state holds NaN or inf.

@@ -68,6 +68,7 @@ class RecallProbes:
         grid = [RecallCell(*cell) for cell in product(settings.kinds, settings.lengths, settings.pairs)]
         self.cells = [cell for cell in grid if self._fits(cell)]
         self.left_out = [cell for cell in grid if cell not in self.cells]
+        self.tokens = sum(cell.length for cell in self.cells) * settings.probes
         if not self.cells:
             raise KeyreduceError(
                 "no `recall_lengths` has room for any `recall_pairs`; give longer ones, or fewer pairs"
@@ -77,11 +78,6 @@ class RecallProbes:
     def wording(self) -> needle.Wording:
         """The sentence that is hidden in text."""
         return needle.Wording.of(self.loaded.tokenizer)
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens all probes have."""
-        return sum(cell.length for cell in self.cells) * self.settings.probes
 
     def _fits(self, cell: RecallCell) -> bool:
         if cell.kind == "mqar":

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from keyreduce.data.batches import separator_id
+from keyreduce.data.batches import separator_ids
 
 _SPACE = re.compile(r"\s+")
 
@@ -36,9 +36,8 @@ def words_per_token(document: str, ends_N: torch.Tensor) -> torch.Tensor:
     Words are counted as lm-evaluation-harness does for the word perplexity of its task wikitext: the pieces that
     ``re.split(r"\\s+", document)`` gives, an empty one before a space at the start or after one at the end included.
     A piece goes to the token that holds the first character of the space before it, or the document's first character.
-    So the numbers add up to what the harness counts, however the tokens are cut into windows.
-
-    ``ends_N`` says where in the document each token ends (LongTensor), not descending; there is at least one token.
+    So the numbers add up to what the harness counts, however the tokens are cut into windows. ``ends_N`` says where in
+    the document each token ends (LongTensor), not descending; there is at least one token.
     """
     begins = torch.tensor([0] + [space.start() for space in _SPACE.finditer(document)])
     places = torch.searchsorted(ends_N, begins, right=True).clamp_(max=len(ends_N) - 1)
@@ -47,8 +46,7 @@ def words_per_token(document: str, ends_N: torch.Tensor) -> torch.Tensor:
 
 def counted_tokens(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[torch.Tensor]:
     """Yield each document's token ids and the words that each begins (LongTensor, ``[2, N]``), its separator first."""
-    separator = separator_id(tokenizer)
-    before = [] if separator is None else [separator]
+    before = separator_ids(tokenizer)
     for document in documents:
         encoded = tokenizer(
             document, add_special_tokens=False, truncation=False, verbose=False, return_offsets_mapping=True
