@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -239,7 +239,7 @@ def _measure(request: EvaluateRequest, target: Path, processes: Processes, repor
         if tasks is not None:
             entry |= _task_metrics(request, label, loaded, tasks, target, reporter)
         entries.append(entry)
-    return {"text": text.describe(), "recall": recall and recall.describe(), "models": entries}
+    return {"text": text.describe(), "recall": recall and asdict(recall), "models": entries}
 
 
 def _row_costs(

@@ -73,7 +73,7 @@ def run(request: RankRequest, reporter: Reporter = Reporter()) -> RankResult:
     """
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.devices import pick_device, pick_dtype
-    from keyreduce.evaluation.picture_folder import draw_folder, refuse_other_files
+    from keyreduce.evaluation.pictures import draw_folder, refuse_other_files
 
     workspace = request.workspace
     target, folder = request.output or workspace.rank, request.plot or workspace.rank_pictures

@@ -8,51 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from keyreduce.benchmarking.graphs import NotRecordedError, capture
-from keyreduce.benchmarking.metrics import compare, metrics
-from keyreduce.benchmarking.roofline import Roofline
-from keyreduce.benchmarking.steps import STEPS, DecodeSteps
+from keyreduce.benchmarking.metrics import Roofline, compare, metrics
+from keyreduce.benchmarking.steps import STEPS
 from keyreduce.benchmarking.timed_models import TimedModel, check_memory
 from keyreduce.benchmarking.timing import RoundTimes, interleave, peak_memory
-from keyreduce.benchmarking.work import Work, mixer_work, model_work, operator_work
+from keyreduce.errors import reason
+
+
+class NotRecordedError(Exception):
+    """A function cannot be recorded as a CUDA graph; the message says why."""
 
 
 @torch.inference_mode()
 def time_decoding(
-    models: Sequence[TimedModel],
-    roofline: Roofline,
-    *,
-    batch_size: int,
-    scopes: Sequence[str],
-    rounds: int,
-    seed: int,
-    progress: Callable[[int], None] | None = None,
-) -> list[dict]:
-    """Time a decoding step of each model, in turns.
-
-    Args:
-        models: the models; the first is the one that the others are compared with.
-        roofline: the peak performance of the device.
-        batch_size: sequences that are decoded at once.
-        scopes: which of :data:`keyreduce.benchmarking.steps.STEPS` to time.
-        rounds: timed calls of each, eager and graph.
-        seed: of the inputs.
-        progress: called with 1 after each round: ``len(scopes) * rounds`` times, on CUDA twice as often.
-
-    Returns:
-        One entry for each scope and model, with ``scope``, ``label``, ``head_k_dim``, ``batch_size``;
-        ``floor_seconds``, the time in which a copy moves the bytes of a step; ``peak_memory_bytes`` and
-        ``peak_reserved_bytes``, beyond weights and states; ``eager`` and ``graph``, the metrics of one step
-        (:mod:`keyreduce.benchmarking.metrics`) with ``times_floor``, the latency divided by ``floor_seconds``.
-        ``graph`` is None on a CPU, and where a step cannot be recorded; ``graph_note`` says why.
-    """
-    needed = sum(3 * timed.family.state_bytes(timed.config) for timed in models)
-    check_memory(batch_size * needed, models[0].model.device, f"decoding {batch_size} sequences")
-    settings = {"batch_size": batch_size, "rounds": rounds, "seed": seed, "progress": progress}
-    return [entry for scope in scopes for entry in _time_scope(models, roofline, scope, **settings)]
-
-
-def _time_scope(
     models: Sequence[TimedModel],
     roofline: Roofline,
     scope: str,
@@ -60,23 +28,40 @@ def _time_scope(
     batch_size: int,
     rounds: int,
     seed: int,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[dict]:
+    """Time a decoding step of each model, in turns, for a scope of :data:`keyreduce.benchmarking.steps.STEPS`.
+
+    ``progress`` is called with 1 after each round: ``rounds`` times, on CUDA twice as often.
+
+    Returns:
+        One entry for each model, with ``scope``, ``label``, ``head_k_dim``, ``batch_size``;
+        ``floor_seconds``, the time in which a copy moves the bytes of a step; ``peak_memory_bytes`` and
+        ``peak_reserved_bytes``, beyond weights and states; ``eager`` and ``graph``, the metrics of one step
+        (:mod:`keyreduce.benchmarking.metrics`) with ``times_floor``, the latency divided by ``floor_seconds``.
+        ``graph`` is None on a CPU, and where a step cannot be recorded; ``graph_note`` says why.
+    """
+    needed = sum(3 * timed.family.state_bytes(timed.config) for timed in models)
     device = models[0].model.device
+    check_memory(batch_size * needed, device, f"decoding {batch_size} sequences")
     steps = {timed.label: STEPS[scope](timed, batch_size, seed) for timed in models}
-    runs = {label: step.run for label, step in steps.items()}
-    ways = {"eager": _of_one_step(interleave(runs, device, rounds=rounds, progress=progress), steps)}
-    memory = {label: peak_memory(run, device) for label, run in runs.items()}
+
+    def times_of_one_step(functions: Mapping[str, Callable[[], object]]) -> dict[str, RoundTimes]:
+        timings = interleave(functions, device, rounds=rounds, progress=progress)
+        return {label: timing.divided(steps[label].count) for label, timing in timings.items()}
+
+    ways = {"eager": times_of_one_step({label: step.run for label, step in steps.items()})}
+    memory = {label: peak_memory(step.run, device) for label, step in steps.items()}
     graph_note = None
     try:
         graphs = {label: capture(step.run, device, step.reads()) for label, step in steps.items()}
     except NotRecordedError as error:
         graph_note = str(error)
     else:
-        ways["graph"] = _of_one_step(interleave(graphs, device, rounds=rounds, progress=progress), steps)
+        ways["graph"] = times_of_one_step(graphs)
     entries = []
     for timed in models:
-        work = _work(timed, scope, batch_size)
+        work = steps[timed.label].work
         floor = work.bytes / roofline.bytes_per_second
         entry = {"scope": scope, "label": timed.label, "head_k_dim": timed.sizes.head_k_dim}
         entry |= {"batch_size": batch_size, "floor_seconds": floor}
@@ -91,13 +76,34 @@ def _time_scope(
     return entries
 
 
-def _of_one_step(timings: Mapping[str, RoundTimes], steps: Mapping[str, DecodeSteps]) -> dict[str, RoundTimes]:
-    return {label: timing.divided(steps[label].count) for label, timing in timings.items()}
+def capture(function: Callable[[], object], device: torch.device, reads: object = None) -> Callable[[], None]:
+    """Record the kernels that a function launches as a CUDA graph, and return a function that launches them all.
 
+    A cache replaces its tensors at every step. So each step of a recorded chain reads what the step before it wrote,
+    and every replay starts from the same tensors: nothing needs to be copied back.
 
-def _work(timed: TimedModel, scope: str, batch_size: int) -> Work:
-    if scope == "model":
-        return model_work(timed.model, timed.family, batch_size=batch_size, seq_len=1, cached=True)
-    if scope == "mixer":
-        return mixer_work(timed.mixer, timed.hidden, timed.sizes, batch_size=batch_size, seq_len=1, cached=True)
-    return operator_work(timed.sizes, batch_size=batch_size, item=timed.model.dtype.itemsize)
+    The function must have run before, so that all kernels are compiled and tuned. ``reads`` holds the tensors that it
+    starts from. A replay reads them at their present addresses, so they are kept as long as the recording, also where
+    the function drops them.
+
+    Raises:
+        NotRecordedError: the function does what a graph cannot hold, such as waiting for the device; or it is a CPU.
+        torch.OutOfMemoryError: there is no memory for a second set of the tensors that the function makes.
+    """
+    if device.type != "cuda":
+        raise NotRecordedError("CUDA graphs are for a GPU")
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.inference_mode(), torch.cuda.graph(graph):
+            kept = (reads, function())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # Operators raise all kinds of errors here; if it is the device that has failed, this raises again.
+        torch.cuda.synchronize(device)
+        raise NotRecordedError(reason(error)) from error
+
+    def replay(kept: object = kept) -> None:
+        graph.replay()
+
+    return replay

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from keyreduce.benchmarking.metrics import compare, metrics
-from keyreduce.benchmarking.roofline import Roofline
+from keyreduce.benchmarking.metrics import Roofline, compare, metrics
 from keyreduce.benchmarking.timed_models import TimedModel, check_memory
 from keyreduce.benchmarking.timing import copies_past_cache, interleave, peak_memory, rotated
-from keyreduce.benchmarking.work import Work, mixer_work, model_work, training_work
+from keyreduce.benchmarking.work import mixer_work, model_work, training_work
 
 _INPUTS = 4
 
@@ -27,23 +26,12 @@ def time_passes(
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[dict]:
-    """Time all models on the same random inputs, in turns.
+    """Time all models, which have one hidden size, on the same random inputs, in turns.
 
-    Args:
-        models: the models, of one hidden size; the first is the one that the others are compared with.
-        roofline: the peak performance of the device.
-        kind: "mixer" is a forward pass of the first delta-rule mixer layer on hidden states; "forward" is a prefill of
-            the model that fills a cache; "train_step" is forward, backward and AdamW, whose state is twice as large as
-            the model. It changes the weights.
-        batch_size: B.
-        seq_len: T.
-        rounds: timed calls of each model.
-        seed: the seed of the inputs.
-        progress: called with 1 after each round.
-
-    Returns:
-        One entry for each model (:mod:`keyreduce.benchmarking.metrics`). The operations of a training step are counted
-        as three times those of a forward pass with all logits, and so are its bytes.
+    The kind "mixer" is a forward pass of the first delta-rule mixer layer on hidden states; "forward" is a prefill of
+    the model that fills a cache; "train_step" is forward, backward and AdamW, whose state is twice as large as the
+    model. It changes the weights. Returned is one entry for each model (:mod:`keyreduce.benchmarking.metrics`);
+    ``progress`` is called with 1 after each round.
     """
     first, tokens = models[0], batch_size * seq_len
     device, dtype = first.model.device, first.model.dtype
@@ -58,43 +46,27 @@ def time_passes(
     else:
         shape = (batch_size, seq_len)
         inputs = [torch.randint(first.vocabulary, shape, generator=generator).to(device) for _ in range(_INPUTS)]
-    make = {"mixer": _mixer_pass, "forward": _prefill, "train_step": _training}[kind]
+    make, work_of = _KINDS[kind]
     calls = {timed.label: rotated(make(timed), inputs) for timed in models}
     timings = interleave(calls, device, rounds=rounds, progress=progress)
     entries = []
     for timed in models:
         entry = {"label": timed.label, "head_k_dim": timed.sizes.head_k_dim}
         entry |= {"batch_size": batch_size, "seq_len": seq_len}
-        memory, work = peak_memory(calls[timed.label], device), _work(timed, kind, batch_size, seq_len)
+        memory = peak_memory(calls[timed.label], device)
+        work = work_of(timed, batch_size=batch_size, seq_len=seq_len)
         entries.append(entry | metrics(timings[timed.label], work, roofline, tokens=tokens, memory=memory))
         timed.model.eval()
     compare(entries, list(timings.values()))
     return entries
 
 
-def _work(timed: TimedModel, kind: str, batch_size: int, seq_len: int) -> Work:
-    shape: dict[str, int] = {"batch_size": batch_size, "seq_len": seq_len}
-    if kind == "mixer":
-        return mixer_work(timed.mixer, timed.hidden, timed.sizes, cached=False, **shape)
-    if kind == "forward":
-        return model_work(timed.model, timed.family, cached=False, **shape)
-    return training_work(timed.model, timed.family, **shape)
-
-
 def _mixer_pass(timed: TimedModel) -> Callable[[torch.Tensor], object]:
-    @torch.inference_mode()
-    def call(hidden_BTD: torch.Tensor) -> object:
-        return timed.mixer(hidden_states=hidden_BTD)
-
-    return call
+    return torch.inference_mode()(lambda hidden_BTD: timed.mixer(hidden_states=hidden_BTD))
 
 
 def _prefill(timed: TimedModel) -> Callable[[torch.Tensor], object]:
-    @torch.inference_mode()
-    def call(tokens_BT: torch.Tensor) -> object:
-        return timed.model(input_ids=tokens_BT, use_cache=True, logits_to_keep=1)
-
-    return call
+    return torch.inference_mode()(lambda tokens_BT: timed.model(input_ids=tokens_BT, use_cache=True, logits_to_keep=1))
 
 
 def _training(timed: TimedModel) -> Callable[[torch.Tensor], object]:
@@ -108,3 +80,10 @@ def _training(timed: TimedModel) -> Callable[[torch.Tensor], object]:
         optimizer.zero_grad(set_to_none=True)
 
     return call
+
+
+_KINDS = {
+    "mixer": (_mixer_pass, mixer_work),
+    "forward": (_prefill, model_work),
+    "train_step": (_training, training_work),
+}

@@ -1,15 +1,15 @@
 """The largest batch that a model can decode, and its speed at that batch: where a smaller state gains most."""
 
 import contextlib
-from collections.abc import Sequence
-from typing import NamedTuple
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from keyreduce.benchmarking.steps import model_steps
 from keyreduce.benchmarking.timed_models import TimedModel, is_out_of_memory
 from keyreduce.benchmarking.timing import interleave, peak_memory
-from keyreduce.benchmarking.tuning import tuned_once_for_any_batch
 from keyreduce.devices import available_memory
 
 # Messages of CUDA when a launch grid is larger than it allows.
@@ -19,12 +19,7 @@ _SPARE = 0.03
 
 
 class _Step(NamedTuple):
-    """A decoding step that fits.
-
-    Attributes:
-        seconds: the median latency.
-        room: the batch that would fill the memory, extrapolated from the memory that this step used.
-    """
+    """A step that fits: its median latency, and the batch that would fill the memory, extrapolated from this one."""
 
     seconds: float
     room: int
@@ -32,18 +27,12 @@ class _Step(NamedTuple):
 
 @torch.inference_mode()
 def time_largest_batch(models: Sequence[TimedModel], *, start: int, at_most: int, rounds: int) -> list[dict]:
-    """Find the largest batch that fits for each model, to within an eighth, and time a decoding step of it.
+    """Find the largest batch from ``start`` to ``at_most`` that fits, to within an eighth, and time a decoding step.
 
     fla compiles some kernels again for each batch size, so few sizes are tried. The memory that one step used is
     extrapolated to the next batch to try. If that does not fit, a batch smaller by a ninth is tried, and then the
     search continues by bisection. Steps are launched by Python, since such large batches keep the device busy. All
     models stay on the device meanwhile.
-
-    Args:
-        models: the models.
-        start: the first batch that is tried.
-        at_most: the largest batch that is tried.
-        rounds: timed steps of each batch.
 
     Returns:
         One entry for each model, with ``label``; ``head_k_dim``; ``batch_size``, 0 if ``start`` does not fit;
@@ -61,33 +50,52 @@ def _largest_batch(timed: TimedModel, start: int, at_most: int, rounds: int) -> 
     while trial > fits:
         taken = _step(timed, trial, rounds)
         if isinstance(taken, str):
-            ended_by = taken
-            trial, fails = _smaller(fits, trial, is_first=fails is None), trial
+            ended_by, is_first, fails = taken, fails is None, trial
+            trial = fails - max(1, fails // 9) if is_first else (fits + fails) // 2
         else:
             fits, step = trial, taken
-            trial = _larger(fits, fails, step.room, at_most)
-            if fails is None and trial == fits < at_most:
+            if fails is not None:
+                trial = (fits + fails) // 2
+            elif max(step.room, fits) >= at_most:
+                trial = at_most
+            elif step.room > fits + fits // 8:
+                trial = step.room
+            else:
                 ended_by = "memory"
-        if fits == 0:
+                break
+        if fits == 0 or (fails is not None and fails - fits <= max(1, fits // 8)):
             break
     speed = None if step is None else fits / step.seconds
     entry = {"label": timed.label, "head_k_dim": timed.sizes.head_k_dim, "batch_size": fits}
     return entry | {"ended_by": ended_by, "tokens_per_second": speed}
 
 
-def _smaller(fits: int, failed: int, *, is_first: bool) -> int:
-    """Return the batch to try after one that failed; ``fits`` if the search is over."""
-    trial = failed - max(1, failed // 9) if is_first else fits + (failed - fits) // 2
-    return trial if failed - fits > max(1, fits // 8) else fits
+@contextlib.contextmanager
+def tuned_once_for_any_batch() -> Iterator[None]:
+    """Within the block, let fla's norms keep the kernel variant that was best for the first batch size.
 
+    They tune again whenever the number of rows, in thousands, changes (``NB`` in their keys), which takes some 15
+    seconds for each batch size that a search tries. A norm is a small part of a step.
+    """
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import KernelInterface
 
-def _larger(fits: int, fails: int | None, room: int, at_most: int) -> int:
-    """Return the batch to try after one that fits; ``fits`` if the search is over."""
-    if fails is not None:
-        return fits + (fails - fits) // 2 if fails - fits > max(1, fits // 8) else fits
-    if room >= at_most:
-        return at_most
-    return room if room > fits + fits // 8 else fits
+    changed: dict[Any, list[str]] = {}
+    for name, module in list(sys.modules.items()):
+        kernels = vars(module).values() if name.startswith("fla.") else ()
+        kernel: Any
+        for kernel in [value for value in kernels if isinstance(value, KernelInterface)]:
+            while not isinstance(kernel, Autotuner) and hasattr(kernel, "fn"):
+                kernel = kernel.fn  # heuristics wrap it
+            if isinstance(kernel, Autotuner) and "NB" in kernel.keys:
+                changed[kernel] = kernel.keys
+    for kernel, keys in changed.items():
+        kernel.keys = [key for key in keys if key != "NB"]
+    try:
+        yield
+    finally:
+        for kernel, keys in changed.items():
+            kernel.keys = keys
 
 
 def _step(timed: TimedModel, batch_size: int, rounds: int) -> _Step | str:

@@ -1,4 +1,4 @@
-"""The metrics of one timing as JSON, the same for every kind of measurement.
+"""The metrics of one timing as JSON, the same for every kind of measurement, and the roofline they are measured by.
 
 An entry has ``label``, ``head_k_dim``, ``batch_size``, ``seq_len``, and:
 ``tokens_per_second``, at the median latency; ``latency_seconds``, the median and its 95% interval;
@@ -10,34 +10,43 @@ model after the first also has ``speedup``, the first one's time divided by its 
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from keyreduce.benchmarking.roofline import Roofline
-from keyreduce.benchmarking.timing import PeakMemory, RoundTimes, ratio
+import torch
+
+from keyreduce.benchmarking.timing import PeakMemory, RoundTimes, interleave, ratio
 from keyreduce.benchmarking.work import Work
 
 
-def summary(median: float, interval: tuple[float, float]) -> dict[str, float]:
-    """Return a median and its interval as JSON."""
-    low, high = interval
-    return {"median": median, "low": low, "high": high}
+class Roofline(NamedTuple):
+    """Bytes per second that a copy reads and writes, and floating-point operations per second of a matrix product."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+
+@torch.inference_mode()
+def measure_roofline(device: torch.device, dtype: torch.dtype, *, rounds: int = 5) -> Roofline:
+    """Return the median speed of a copy that is larger than any cache, and of a square matrix product in ``dtype``.
+
+    A copy of n bytes moves 2n: it reads them and writes them.
+    """
+    size, side = (1 << 30, 8192) if device.type == "cuda" else (128 << 20, 1024)
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    functions = {"copy": lambda: target.copy_(source), "product": lambda: left @ right}
+    timings = interleave(functions, device, rounds=rounds, warmup=5)
+    return Roofline(2 * size / timings["copy"].median, 2 * side**3 / timings["product"].median)
 
 
 def metrics(
     timing: RoundTimes, work: Work, roofline: Roofline, *, tokens: int, memory: PeakMemory | None = None
 ) -> dict:
-    """Return the metrics of one timing.
-
-    Args:
-        timing: the latencies of the call.
-        work: its operations and bytes.
-        roofline: the peak performance of the device.
-        tokens: how many tokens the call processes.
-        memory: its peak memory, where that was measured.
-    """
+    """Return the metrics of a call that processes so many tokens, with its peak memory where that was measured."""
     bytes_per_second, flops_per_second = work.bytes / timing.median, work.flops / timing.median
     entry = {
         "tokens_per_second": tokens / timing.median,
-        "latency_seconds": summary(timing.median, timing.interval),
+        "latency_seconds": _summary(timing.median, timing.interval),
         "warmup_seconds": timing.warmup_seconds,
         "gigabytes_per_second": bytes_per_second / 1e9,
         "bandwidth_share": bytes_per_second / roofline.bytes_per_second,
@@ -52,6 +61,10 @@ def metrics(
 def compare(entries: Sequence[dict], timings: Sequence[RoundTimes]) -> None:
     """Add to each entry but the first its ratios to the first; ``timings`` are in the order of the entries."""
     for entry, timing in zip(entries[1:], timings[1:], strict=True):
-        entry["speedup"] = summary(*ratio(timings[0], timing))
+        entry["speedup"] = _summary(*ratio(timings[0], timing))
         if entry.get("peak_memory_bytes"):
             entry["memory_ratio"] = entries[0]["peak_memory_bytes"] / entry["peak_memory_bytes"]
+
+
+def _summary(median: float, interval: tuple[float, float]) -> dict[str, float]:
+    return {"median": median, "low": interval[0], "high": interval[1]}

@@ -6,13 +6,12 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 import keyreduce
 from keyreduce.benchmarking.decode import time_decoding
 from keyreduce.benchmarking.forward import time_passes
 from keyreduce.benchmarking.largest_batch import time_largest_batch
-from keyreduce.benchmarking.roofline import Roofline, measure_roofline
+from keyreduce.benchmarking.metrics import measure_roofline
 from keyreduce.benchmarking.timed_models import TimedModel, explained_out_of_memory
 from keyreduce.models.miscompiled import refuse_wrong_gradients
 
@@ -43,9 +42,8 @@ def benchmark_report(
         decode_batch_sizes: sequences that are decoded at once; each number is a measurement.
         max_batch_size: where the search for the largest batch that can be decoded ends; 0 for no search.
         scopes: what is timed when decoding, of ``model``, ``mixer`` and ``operator``.
-        rounds: timed calls of each model.
+        rounds: timed calls of each model; ``progress`` is called with 1 after each round.
         seed: of the random inputs.
-        progress: called with 1 after each round.
 
     Returns:
         A JSON object: ``settings``, which hardware, versions and inputs; ``ceilings``, the roofline of the device;
@@ -55,22 +53,28 @@ def benchmark_report(
     Raises:
         KeyreduceError: a measurement needs more memory than there is, or fla's kernels cannot train a model here.
     """
-    first = models[0].model
+    device, dtype = models[0].model.device, models[0].model.dtype
     if "train_step" in kinds:
         for timed in models:
-            refuse_wrong_gradients(timed.family, timed.config, first.device, ", or leave `train_step` out")
+            refuse_wrong_gradients(timed.family, timed.config, device, ", or leave `train_step` out")
     inputs = {"kinds": list(kinds), "batch_size": batch_size, "seq_len": list(seq_lens)}
     inputs |= {"decode_batch_sizes": list(decode_batch_sizes), "rounds": rounds, "seed": seed}
     with explained_out_of_memory("measuring what the device can do"):
-        roofline = measure_roofline(first.device, first.dtype)
-    report: dict = {"settings": _environment(first) | inputs}
+        roofline = measure_roofline(device, dtype)
+    report: dict = {"settings": _environment(device, dtype) | inputs}
     report |= {"ceilings": roofline._asdict(), "models": _descriptions(models)}
     common: dict[str, Any] = {"rounds": rounds, "seed": seed, "progress": progress}
     for kind in (kind for kind in _ORDER if kind in kinds):
+        report[kind] = entries = []
         if kind == "decode":
-            report[kind] = _time_decoding(models, roofline, decode_batch_sizes, scopes=scopes, **common)
-        else:
-            report[kind] = _time_passes(models, roofline, kind, batch_size, seq_lens, **common)
+            for number in decode_batch_sizes:
+                with explained_out_of_memory(f"decoding {number} sequences"):
+                    for scope in scopes:
+                        entries += time_decoding(models, roofline, scope, batch_size=number, **common)
+            continue
+        for seq_len in seq_lens:
+            with explained_out_of_memory(f"a batch of {batch_size} x {seq_len} tokens"):
+                entries += time_passes(models, roofline, kind, batch_size=batch_size, seq_len=seq_len, **common)
     if "decode" in kinds and max_batch_size:
         few, start = min(rounds, _LARGEST_BATCH_ROUNDS), max(decode_batch_sizes)
         report["largest_batch"] = time_largest_batch(models, start=start, at_most=max_batch_size, rounds=few)
@@ -93,31 +97,11 @@ def total_rounds(
     return rounds * sum(decode if kind == "decode" else len(seq_lens) for kind in kinds)
 
 
-def _time_passes(
-    models: Sequence[TimedModel], roofline: Roofline, kind: str, batch_size: int, seq_lens: Sequence[int], **common: Any
-) -> list[dict]:
-    entries = []
-    for seq_len in seq_lens:
-        with explained_out_of_memory(f"a batch of {batch_size} x {seq_len} tokens"):
-            entries += time_passes(models, roofline, kind, batch_size=batch_size, seq_len=seq_len, **common)
-    return entries
-
-
-def _time_decoding(
-    models: Sequence[TimedModel], roofline: Roofline, batch_sizes: Sequence[int], **common: Any
-) -> list[dict]:
-    entries = []
-    for batch_size in batch_sizes:
-        with explained_out_of_memory(f"decoding {batch_size} sequences"):
-            entries += time_decoding(models, roofline, batch_size=batch_size, **common)
-    return entries
-
-
 def _descriptions(models: Sequence[TimedModel]) -> list[dict]:
     """Return the sizes of the models; of all but the first also the state's size, as a factor of reduction."""
     dense, *others = (timed.describe() for timed in models)
-    ratios = ({"state_ratio": dense["state_bytes_per_sequence"] / one["state_bytes_per_sequence"]} for one in others)
-    return [dense, *(one | ratio for one, ratio in zip(others, ratios, strict=True))]
+    name = "state_bytes_per_sequence"
+    return [dense, *(one | {"state_ratio": dense[name] / one[name]} for one in others)]
 
 
 def _warmup_seconds(entry: dict) -> float:
@@ -125,21 +109,13 @@ def _warmup_seconds(entry: dict) -> float:
     return sum(launch["warmup_seconds"] for launch in launches if launch)
 
 
-def _environment(model: PreTrainedModel) -> dict:
-    return {
-        "device": _device_name(model.device),
-        "device_type": model.device.type,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "versions": {
-            "keyreduce": keyreduce.__version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "flash-linear-attention")},
-        },
-    }
-
-
-def _device_name(device: torch.device) -> str:
+def _environment(device: torch.device, dtype: torch.dtype) -> dict:
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    processor = platform.processor() or platform.machine()
-    return f"{processor} CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+        name = torch.cuda.get_device_name(device)
+    else:
+        processor = platform.processor() or platform.machine()
+        name = f"{processor} CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+    versions = {"keyreduce": keyreduce.__version__, "python": platform.python_version()}
+    versions |= {library: version(library) for library in ("torch", "transformers", "flash-linear-attention")}
+    dtype_name = str(dtype).removeprefix("torch.")
+    return {"device": name, "device_type": device.type, "dtype": dtype_name, "versions": versions}

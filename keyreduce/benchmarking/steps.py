@@ -7,9 +7,8 @@ in the cache of the device when its turn comes.
 Shapes: B sequences, D hidden.
 """
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from inspect import signature
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from transformers import Cache, DynamicCache
 
 from keyreduce.benchmarking.timed_models import TimedModel
 from keyreduce.benchmarking.timing import copies_past_cache
-from keyreduce.benchmarking.work import mixer_work
+from keyreduce.benchmarking.work import Work, mixer_work, model_work, operator_work
 from keyreduce.models.operators import replaced_operators
 
 _TOKENS = 4
@@ -28,14 +27,15 @@ class DecodeSteps(NamedTuple):
     """One or several decoding steps.
 
     Attributes:
-        run: a function that runs them.
-        count: the number of steps in one ``run``.
+        run: a function that runs ``count`` steps.
         reads: a function that returns an object with the tensors that the next ``run`` starts from.
+        work: the operations and bytes of one step.
     """
 
     run: Callable[[], object]
     count: int
     reads: Callable[[], object]
+    work: Work
 
 
 @torch.inference_mode()
@@ -50,18 +50,24 @@ def model_steps(timed: TimedModel, batch_size: int, seed: int) -> DecodeSteps:
         for _ in range(_TOKENS):
             model(input_ids=tokens_B1, past_key_values=cache, use_cache=True)
 
-    return DecodeSteps(run, _TOKENS, lambda: _contents(cache))
+    work = model_work(timed, batch_size=batch_size, seq_len=1, cached=True)
+    return DecodeSteps(run, _TOKENS, lambda: _contents(cache), work)
 
 
 @torch.inference_mode()
 def mixer_steps(timed: TimedModel, batch_size: int, seed: int) -> DecodeSteps:
     """Return one step for each of several copies of the mixer, each with a cache of its own."""
     generator = torch.Generator().manual_seed(seed)
-    work = mixer_work(timed.mixer, timed.hidden, timed.sizes, batch_size=batch_size, seq_len=1, cached=True)
+    work = mixer_work(timed, batch_size=batch_size, seq_len=1, cached=True)
     mixers = [copy.deepcopy(timed.mixer) for _ in range(copies_past_cache(work.bytes, timed.model.device))]
-    hidden_B1D = torch.randn(batch_size, 1, timed.hidden, generator=generator)
-    hidden_B1D = hidden_B1D.to(timed.model.device, timed.model.dtype)
-    keyword, caches = _empty_caches(timed, len(mixers))
+    hidden_B1D = torch.randn(batch_size, 1, timed.hidden, generator=generator).to(timed.model.device, timed.model.dtype)
+    # The layers of fla and of transformers differ in the name of the argument and in the class of the cache.
+    if "cache_params" in signature(timed.mixer.forward).parameters:
+        keyword, caches = "cache_params", [DynamicCache(config=timed.model.config) for _ in mixers]
+    else:
+        from fla.models.utils import Cache as FlaCache
+
+        keyword, caches = "past_key_values", [FlaCache() for _ in mixers]
 
     @torch.inference_mode()
     def run() -> None:
@@ -69,16 +75,7 @@ def mixer_steps(timed: TimedModel, batch_size: int, seed: int) -> DecodeSteps:
             mixer(hidden_states=hidden_B1D, use_cache=True, **{keyword: cache})
 
     run()
-    return DecodeSteps(run, len(mixers), lambda: [_contents(cache) for cache in caches])
-
-
-def _empty_caches(timed: TimedModel, count: int) -> tuple[str, list[Cache]]:
-    """Return the name of the mixer's cache argument, and caches for it; fla's and transformers' layers differ."""
-    if "cache_params" in signature(timed.mixer.forward).parameters:
-        return "cache_params", [DynamicCache(config=timed.model.config) for _ in range(count)]
-    from fla.models.utils import Cache as TheirCache
-
-    return "past_key_values", [TheirCache() for _ in range(count)]
+    return DecodeSteps(run, len(mixers), lambda: [_contents(cache) for cache in caches], work)
 
 
 def _contents(cache: Cache) -> list[dict]:
@@ -92,9 +89,20 @@ def _contents(cache: Cache) -> list[dict]:
 @torch.inference_mode()
 def operator_steps(timed: TimedModel, batch_size: int, seed: int) -> DecodeSteps:
     """Return one call of the delta-rule operator for each of several states, with the arguments of the mixer."""
-    with _last_call(timed) as calls:
+    last_call: list = []
+
+    def noting(operator):
+        def call(*operands, initial_state=None, **arguments):
+            # A cache may write the next state over this one.
+            state = None if initial_state is None else initial_state.clone()
+            last_call[:] = operator, operands, arguments | {"initial_state": state}
+            return operator(*operands, initial_state=initial_state, **arguments)
+
+        return call
+
+    with replaced_operators(timed.family, [timed.mixer], noting):
         mixer_steps(timed, batch_size, seed).run()
-    ((operator, operands, arguments),) = calls
+    operator, operands, arguments = last_call
     first = arguments["initial_state"]
     count = copies_past_cache(2 * first.numel() * first.element_size(), first.device, at_most=256)
     states = [first, *(first.clone() for _ in range(count - 1))]
@@ -104,29 +112,8 @@ def operator_steps(timed: TimedModel, batch_size: int, seed: int) -> DecodeSteps
         # All results are kept until the end: a new state at the address of the last one would stay in the cache.
         return [operator(*operands, **arguments | {"initial_state": state}) for state in states]
 
-    return DecodeSteps(run, count, lambda: states)
+    work = operator_work(timed.sizes, batch_size=batch_size, item=timed.model.dtype.itemsize)
+    return DecodeSteps(run, count, lambda: states, work)
 
 
-STEPS: dict[str, Callable[[TimedModel, int, int], DecodeSteps]] = {
-    "model": model_steps,
-    "mixer": mixer_steps,
-    "operator": operator_steps,
-}
-
-
-@contextlib.contextmanager
-def _last_call(timed: TimedModel) -> Iterator[list]:
-    """Yield a list that holds the last operator that the mixer called within the block, with its arguments."""
-    calls: list = []
-
-    def noting(operator):
-        def call(*operands, initial_state=None, **arguments):
-            # A cache may write the next state over this one.
-            state = None if initial_state is None else initial_state.clone()
-            calls[:] = [(operator, operands, arguments | {"initial_state": state})]
-            return operator(*operands, initial_state=initial_state, **arguments)
-
-        return call
-
-    with replaced_operators(timed.family, [timed.mixer], noting):
-        yield calls
+STEPS = {"model": model_steps, "mixer": mixer_steps, "operator": operator_steps}

@@ -1,6 +1,7 @@
 """The models of a benchmark: from checkpoints, or random ones of several key sizes made from one config."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from keyreduce.families.table import MixerSizes
 from keyreduce.models.loading import LoadedModel, prepare_backend
 from keyreduce.models.meta import build_model
 
+_OUT_OF_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|invalid storage size|storage size calculation over"
+)
 _TOO_LARGE = "{} needs more memory than there is; take a smaller batch size or sequence length"
 
 
@@ -24,9 +28,7 @@ class TimedModel:
     """A model to be timed, and its first delta-rule layer.
 
     Attributes:
-        label: the model's name in tables.
         model: the model, in evaluation mode. It may have fewer layers than ``config`` says, where one layer is timed.
-        family: the table of its architecture.
         layer: the number of the first delta-rule layer. Other layers may have other sizes.
         config: the content of the whole model's config.json.
         folder: the folder of the checkpoint; None if the weights are random.
@@ -46,12 +48,10 @@ class TimedModel:
 
     @property
     def hidden(self) -> int:
-        """The hidden size."""
         return round(self.family.hidden.read(self.config))
 
     @property
     def vocabulary(self) -> int:
-        """The number of tokens in the vocabulary."""
         return cast(torch.nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
 
     @property
@@ -60,11 +60,7 @@ class TimedModel:
         return self.family.sizes(self.config, self.layer)
 
     def describe(self) -> dict:
-        """Return the sizes as JSON.
-
-        ``state_bytes_per_sequence`` counts all layers, in float32. ``layers_alike`` says whether all delta-rule layers
-        have the sizes of the first.
-        """
+        """Return the sizes as JSON; ``state_bytes_per_sequence`` counts all layers, in float32."""
         return {
             "label": self.label,
             "folder": None if self.folder is None else str(self.folder),
@@ -87,27 +83,26 @@ def timed_models(models: Mapping[str, LoadedModel]) -> list[TimedModel]:
         config = loaded.model.config.to_dict()
         layer = _first_layer(loaded.family, config, str(loaded.folder))
         made.append(TimedModel(label, loaded.model, loaded.family, layer, config, loaded.folder))
-        _check_alike(made[0], made[-1])
+        first, other = made[0], made[-1]
+        for name, ours, theirs in (
+            ("hidden size", first.hidden, other.hidden),
+            ("device", first.model.device, other.model.device),
+            ("dtype", first.model.dtype, other.model.dtype),
+        ):
+            if ours != theirs:
+                raise KeyreduceError(
+                    f"{first.label} and {label} differ in {name} ({ours} and {theirs}), so their mixers cannot be "
+                    f"compared on the same input; give models of one {name}"
+                )
     return made
 
 
 def random_models(
-    config: Mapping,
-    key_sizes: Sequence[int],
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    whole: bool,
-    seed: int,
+    config: Mapping, key_sizes: Sequence[int], device: torch.device, dtype: torch.dtype, *, whole: bool, seed: int
 ) -> list[TimedModel]:
-    """Return models with random weights that differ in ``head_k_dim`` alone.
+    """Return models of a config.json with random weights, one for each ``head_k_dim`` of ``key_sizes``.
 
-    Args:
-        config: the content of a config.json.
-        key_sizes: the ``head_k_dim`` of each model.
-        device, dtype: of the weights.
-        whole: whether they have all layers; else only those up to the first delta-rule layer.
-        seed: of the weights.
+    They have all layers if they are to be ``whole``, else only those up to the first delta-rule layer.
 
     Raises:
         KeyreduceError: the config cannot express such a size, or no model can be made from it.
@@ -131,11 +126,7 @@ def random_models(
 
 @contextlib.contextmanager
 def explained_out_of_memory(what: str) -> Iterator[None]:
-    """Raise an allocator's error as one line that says what was being done.
-
-    Raises:
-        KeyreduceError: the block needed more memory than there is.
-    """
+    """Raise an allocator's error within the block as a KeyreduceError, one line that says what was being done."""
     try:
         yield
     except RuntimeError as error:
@@ -146,22 +137,13 @@ def explained_out_of_memory(what: str) -> Iterator[None]:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether an error says that the CPU or GPU has no memory left."""
-    words = (
-        "can't allocate memory",
-        "not enough memory",
-        "invalid storage size",
-        "storage size calculation overflowed",
-    )
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)
+    return isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error).lower()) is not None
 
 
 def check_memory(size: int, device: torch.device, what: str) -> None:
-    """Check before the work that ``size`` bytes are free.
+    """Raise a KeyreduceError where fewer than ``size`` bytes are free, before the work needs them.
 
     An operating system promises more memory than it has, and kills the process that uses it.
-
-    Raises:
-        KeyreduceError: they are not.
     """
     if size > available_memory(device):
         raise KeyreduceError(_TOO_LARGE.format(what))
@@ -176,21 +158,6 @@ def _first_layers(family: Family, config: Mapping, count: int) -> dict:
         if isinstance(part.get("layer_types"), list):
             part["layer_types"] = part["layer_types"][:count]
     return cut
-
-
-def _check_alike(first: TimedModel, other: TimedModel) -> None:
-    properties = {
-        "hidden size": lambda timed: timed.hidden,
-        "device": lambda timed: timed.model.device,
-        "dtype": lambda timed: timed.model.dtype,
-    }
-    for name, read in properties.items():
-        ours, theirs = read(first), read(other)
-        if ours != theirs:
-            raise KeyreduceError(
-                f"{first.label} and {other.label} differ in {name} ({ours} and {theirs}), so their mixers cannot be "
-                f"compared on the same input; give models of one {name}"
-            )
 
 
 def _first_layer(family: Family, config: Mapping, name: str) -> int:

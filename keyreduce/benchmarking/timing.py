@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from scipy.stats import binom
@@ -19,17 +19,10 @@ _STEADY_WITHIN = 0.05
 _CONFIDENCE = 0.95
 _CPU_CACHE = 32 << 20
 
-_Mark = float | torch.cuda.Event
-
 
 @dataclass(frozen=True)
 class RoundTimes:
-    """The latencies of one function.
-
-    Attributes:
-        seconds: the time of each round.
-        warmup_seconds: the time of the calls before them, in which kernels are compiled and tuned.
-    """
+    """The latency of each round, and of all calls before them together, in which kernels are compiled and tuned."""
 
     seconds: tuple[float, ...]
     warmup_seconds: float = field(default=0.0, compare=False)
@@ -47,7 +40,9 @@ class RoundTimes:
         above it, so the binomial distribution gives the two rounds, in order of time, between which the median lies.
         Fewer than 6 rounds cannot give 95%; the interval is then their whole range.
         """
-        return _median_interval(self.seconds)
+        ordered = sorted(self.seconds)
+        place = max(int(binom.ppf((1 - _CONFIDENCE) / 2, len(ordered), 0.5)) - 1, 0)
+        return ordered[place], ordered[-1 - place]
 
     def divided(self, steps: int) -> "RoundTimes":
         """Return the times of one step, where each round ran ``steps`` of them."""
@@ -55,11 +50,9 @@ class RoundTimes:
 
 
 class PeakMemory(NamedTuple):
-    """The most bytes that a call held, beyond those that were held before it.
+    """The most bytes that a call held, beyond those before it: of tensors, and of blocks that the allocator took.
 
-    Attributes:
-        allocated: bytes of tensors.
-        reserved: bytes that PyTorch's allocator took from the device for them; None on a CPU, where it is not counted.
+    ``reserved`` is None on a CPU, where it is not counted.
     """
 
     allocated: int
@@ -87,8 +80,8 @@ def ratio(a: RoundTimes, b: RoundTimes) -> tuple[float, tuple[float, float]]:
     Disturbances usually hit a round of ``a`` and the round of ``b`` beside it alike, so this varies less than the
     ratio of the medians. Both must have the same number of rounds, from one :func:`interleave`.
     """
-    ratios = [ours / theirs for ours, theirs in zip(a.seconds, b.seconds, strict=True)]
-    return statistics.median(ratios), _median_interval(ratios)
+    ratios = RoundTimes(tuple(ours / theirs for ours, theirs in zip(a.seconds, b.seconds, strict=True)))
+    return ratios.median, ratios.interval
 
 
 def interleave(
@@ -105,32 +98,21 @@ def interleave(
     device's time between events is taken, and the host waits for the device only after the last round.
 
     Args:
-        functions: name -> function.
-        device: the device that the functions run on.
+        functions: name -> function, which runs on ``device``.
         rounds: timed calls of each function, at least 1.
         warmup: the most calls of each function to warm it up.
         progress: called with 1 after each round; on CUDA once the round is queued.
-
-    Returns:
-        Name -> times, in the order given.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds is {rounds}; there is at least one")
-    warmup_seconds = {}
-    for name, function in functions.items():
-        start = perf_counter()
-        _warm_up(function, device, warmup)
-        warmup_seconds[name] = perf_counter() - start
-    marks = {name: [] for name in functions}
+    warmup_seconds = {name: _warm_up(function, device, warmup) for name, function in functions.items()}
+    clocks: dict[str, list[Callable[[], float]]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            marks[name].append(_marks_around(function, device))
+            clocks[name].append(_timed(function, device))
         if progress is not None:
             progress(1)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    seconds = {name: tuple(_seconds(*pair) for pair in pairs) for name, pairs in marks.items()}
-    return {name: RoundTimes(times, warmup_seconds[name]) for name, times in seconds.items()}
+    return {name: RoundTimes(tuple(clock() for clock in clocks[name]), warmup_seconds[name]) for name in functions}
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> PeakMemory:
@@ -189,40 +171,30 @@ def _storages(values: object) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
-def _warm_up(function: Callable[[], object], device: torch.device, at_most: int) -> None:
-    fastest, steady = float("inf"), 0
+def _warm_up(function: Callable[[], object], device: torch.device, at_most: int) -> float:
+    """Return how many seconds it took."""
+    start, fastest, steady = perf_counter(), float("inf"), 0
     for _ in range(at_most):
-        pair = _marks_around(function, device)
+        clock = _timed(function, device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds = _seconds(*pair)
+        seconds = clock()
         steady = 0 if seconds < fastest * (1 - _STEADY_WITHIN) else steady + 1
         fastest = min(fastest, seconds)
         if steady == _STEADY_CALLS:
-            return
+            break
+    return perf_counter() - start
 
 
-def _marks_around(function: Callable[[], object], device: torch.device) -> tuple[_Mark, _Mark]:
-    start = _mark(device)
-    function()
-    return start, _mark(device)
-
-
-def _mark(device: torch.device) -> _Mark:
+def _timed(function: Callable[[], object], device: torch.device) -> Callable[[], float]:
+    """Call a function, and return one that says how many seconds it took, on CUDA once the device has done it."""
     if device.type != "cuda":
-        return perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-def _seconds(start: _Mark, end: _Mark) -> float:
-    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-        return start.elapsed_time(end) / 1000
-    return cast(float, end) - cast(float, start)
-
-
-def _median_interval(values: Sequence[float]) -> tuple[float, float]:
-    ordered = sorted(values)
-    place = max(int(binom.ppf((1 - _CONFIDENCE) / 2, len(ordered), 0.5)) - 1, 0)
-    return ordered[place], ordered[-1 - place]
+        before = perf_counter()
+        function()
+        seconds = perf_counter() - before
+        return lambda: seconds
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record(torch.cuda.current_stream(device))
+    function()
+    end.record(torch.cuda.current_stream(device))
+    return lambda: start.elapsed_time(end) / 1000

@@ -18,7 +18,7 @@ from typing import NamedTuple, cast
 import torch
 from transformers import PreTrainedModel
 
-from keyreduce.families import Family
+from keyreduce.benchmarking.timed_models import TimedModel
 from keyreduce.families.table import MixerSizes
 
 _CHUNK = 64
@@ -31,22 +31,15 @@ class Work(NamedTuple):
     bytes: float
 
 
-def mixer_work(
-    mixer: torch.nn.Module, hidden: int, sizes: MixerSizes, *, batch_size: int, seq_len: int, cached: bool
-) -> Work:
-    """Return the work of one mixer layer on ``[batch_size, seq_len]`` tokens.
+def mixer_work(timed: TimedModel, *, batch_size: int, seq_len: int, cached: bool = False) -> Work:
+    """Return the work of the mixer layer on ``[batch_size, seq_len]`` tokens.
 
-    Args:
-        mixer: the layer.
-        hidden: the hidden size of the model.
-        sizes: the sizes of the layer.
-        batch_size, seq_len: the shape of the input.
-        cached: whether a state is read before and written after.
+    Where it is ``cached``, its state is read before and written after.
     """
-    tokens, item = batch_size * seq_len, next(mixer.parameters()).element_size()
-    states = 2 * batch_size * 4 * sizes.state_elements if cached else 0
-    flops = tokens * (2 * _linear_weights(mixer) + _delta_rule_flops(sizes, seq_len))
-    return Work(flops, _parameter_bytes(mixer) + 2 * tokens * hidden * item + states)
+    tokens, item = batch_size * seq_len, next(timed.mixer.parameters()).element_size()
+    states = 2 * batch_size * 4 * timed.sizes.state_elements if cached else 0
+    flops = tokens * (2 * _linear_weights(timed.mixer) + _delta_rule_flops(timed.sizes, seq_len))
+    return Work(flops, _parameter_bytes(timed.mixer) + 2 * tokens * timed.hidden * item + states)
 
 
 def operator_work(sizes: MixerSizes, *, batch_size: int, item: int) -> Work:
@@ -56,11 +49,12 @@ def operator_work(sizes: MixerSizes, *, batch_size: int, item: int) -> Work:
     return Work(batch_size * _delta_rule_flops(sizes, 1), moved)
 
 
-def model_work(model: PreTrainedModel, family: Family, *, batch_size: int, seq_len: int, cached: bool) -> Work:
+def model_work(timed: TimedModel, *, batch_size: int, seq_len: int, cached: bool = False) -> Work:
     """Return the work of a whole model on ``[batch_size, seq_len]`` tokens, with logits of one token per sequence.
 
     The embedding is not counted in the bytes, unless the head shares it.
     """
+    model, family = timed.model, timed.family
     config = model.config.to_dict()
     head_VD, tokens = _head_weight(model), batch_size * seq_len
     rules = sum(_delta_rule_flops(sizes, seq_len) for sizes in family.layer_sizes(config).values())
@@ -72,10 +66,10 @@ def model_work(model: PreTrainedModel, family: Family, *, batch_size: int, seq_l
     return Work(flops, _parameter_bytes(model) - unread + states)
 
 
-def training_work(model: PreTrainedModel, family: Family, *, batch_size: int, seq_len: int) -> Work:
+def training_work(timed: TimedModel, *, batch_size: int, seq_len: int) -> Work:
     """Return the work of a training step: three times that of a forward pass with all logits."""
-    forward = model_work(model, family, batch_size=batch_size, seq_len=seq_len, cached=False)
-    other_logits = 2 * (batch_size * seq_len - batch_size) * _head_weight(model).numel()
+    forward = model_work(timed, batch_size=batch_size, seq_len=seq_len)
+    other_logits = 2 * (batch_size * seq_len - batch_size) * _head_weight(timed.model).numel()
     return Work(3 * (forward.flops + other_logits), 3 * forward.bytes)
 
 

@@ -14,24 +14,28 @@ from transformers import PreTrainedTokenizerFast
 _BYTE_FALLBACK = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
-def separator_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """Return the id of the token that goes before each document, or None where the tokenizer has none for that."""
+def separator_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the id of the token that goes before each document, or no id where the tokenizer has none for that."""
     candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id)
-    return next((token_id for token_id in candidates if isinstance(token_id, int)), None)
+    return [token_id for token_id in candidates if isinstance(token_id, int)][:1]
 
 
-def document_tokens(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[torch.Tensor]:
-    """Yield each document's token ids (LongTensor, N), its separator first."""
-    separator = separator_id(tokenizer)
-    before = [] if separator is None else [separator]
+def document_tokens(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, *, separated: bool = True
+) -> Iterator[torch.Tensor]:
+    """Yield each document's token ids (LongTensor, N), its separator first if they are ``separated``."""
+    before = separator_ids(tokenizer) if separated else []
     for document in documents:
         # verbose=False: no warning about the model's maximum length, since the tokens are cut into rows afterwards.
         encoded = tokenizer(document, add_special_tokens=False, truncation=False, verbose=False)
         yield torch.tensor(before + encoded["input_ids"], dtype=torch.long)
 
 
-def token_rows(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, row_length: int) -> Iterator[torch.Tensor]:
-    """Yield rows (LongTensors) of ``row_length`` token ids, cut from all documents joined, each after a separator.
+def token_rows(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, row_length: int, *, separated: bool = True
+) -> Iterator[torch.Tensor]:
+    """Yield rows (LongTensors) of ``row_length`` token ids, cut from all documents joined, each after a separator if
+    they are ``separated``.
 
     Documents are taken one at a time and encoded whole, without the tokenizer's special tokens. The last incomplete row
     is dropped, unless there is no other: then it is yielded as it is, shorter, and the caller tells the user.
@@ -40,7 +44,7 @@ def token_rows(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, row
         raise ValueError(f"row_length is {row_length}; a row has at least one token")
     rest_N = torch.empty(0, dtype=torch.long)
     yielded = False
-    for tokens_N in document_tokens(documents, tokenizer):
+    for tokens_N in document_tokens(documents, tokenizer, separated=separated):
         rest_N = torch.cat([rest_N, tokens_N])
         complete = len(rest_N) // row_length
         for row_T in rest_N[: complete * row_length].view(complete, row_length):

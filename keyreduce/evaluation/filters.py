@@ -13,11 +13,7 @@ _WORDS = {Part.QUERY: "q", Part.KEY: "k", Part.VALUE: "v"}
 
 
 def filters_of(source: Checkpoint, layer: int) -> dict[str, torch.Tensor]:
-    """Return the learned kernels of one layer, the oldest token's tap first.
-
-    Args:
-        source: the checkpoint of the model.
-        layer: the number of a layer with a mixer.
+    """Return the learned kernels of a layer with a mixer, the oldest token's tap first.
 
     Returns:
         ``q``, ``k``, ``v`` (``kv`` where keys and values share a convolution) -> float32 ``[X, R, L]``. R is 1 where

@@ -51,13 +51,9 @@ class Tasks(NamedTuple):
 
 
 class TaskMetric(NamedTuple):
-    """One metric of a task.
+    """One metric of a task or group: its name, with the filter after a comma unless that is ``none``, and its value.
 
-    Attributes:
-        task: the task or group.
-        metric: the name of the metric, with the filter after a comma unless that is ``none``.
-        value: the value; None where it is not finite, or no number.
-        stderr: the standard error of the value, or None.
+    Value and standard error are None where they are not finite, or no numbers.
     """
 
     task: str
@@ -70,17 +66,22 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
     """Look up tasks by name, without reading their data or any model; it takes seconds.
 
     Args:
-        names: tasks, groups, tags, patterns such as ``mmlu_*``, or ``.yaml`` files. ``paper`` stands for the tasks of
-            the paper.
+        names: tasks, groups, tags, patterns such as ``mmlu_*``, or ``.yaml`` files; ``paper`` is for `PAPER_TASKS`.
         include_path: a folder with further tasks, which replace those of the harness that have the same name.
 
     Raises:
         KeyreduceError: the harness is not installed, there is no such folder or task, or torchrun runs several
             processes: the harness does not distribute the work on a model that it is given.
     """
-    _refuse_unable()
-    from lm_eval.tasks import TaskManager
-
+    if Processes.of_torchrun().number > 1:
+        raise KeyreduceError("`tasks` run in one process: leave out torchrun; `base` takes several models at a time")
+    try:
+        import lm_eval.models.huggingface  # noqa: F401
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise KeyreduceError(
+            f"`tasks` needs lm-evaluation-harness ({reason(error)}); pip install 'keyreduce[harness]'"
+        ) from error
     if include_path is not None and not include_path.is_dir():
         raise KeyreduceError(f"there is no folder {include_path} of tasks")
     with _quiet():
@@ -101,14 +102,11 @@ def run_tasks(
     batch_size: int = 1,
     command: str | None = None,
 ) -> dict:
-    """Run tasks on a model, as ``lm_eval --model hf`` would, with its seeds.
+    """Run the tasks that :func:`find_tasks` found on a model, as ``lm_eval --model hf`` would, with its seeds.
 
     Args:
-        loaded: the model, on the device and in the dtype to use.
-        tasks: what :func:`find_tasks` found.
         num_fewshot: examples before each question; None leaves it to the task.
         limit: take only so many documents of each task, or that share of them where it is below 1.
-        batch_size: sequences that run at a time.
         command: the command line, for the record.
 
     Returns:
@@ -119,12 +117,12 @@ def run_tasks(
         KeyreduceError: the harness stopped, as it does where the data of a task is not available; or a logit is NaN or
             inf.
     """
-    _refuse_unable()
     import lm_eval
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.models.huggingface import HFLM
 
-    provenance = _provenance(loaded, tasks, num_fewshot, limit, batch_size, command)
+    settings: dict[str, Any] = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
+    provenance = _provenance(loaded, {"tasks": list(tasks.names), **settings}, command)
     # A choice or a perplexity of the harness would hide logits that are not finite.
     hook = loaded.model.register_forward_hook(
         lambda module, arguments, output: refuse_not_finite(output.logits, f"the logits of {loaded.folder}")
@@ -141,11 +139,9 @@ def run_tasks(
                 model_args={"pretrained": str(loaded.folder), "dtype": str(loaded.model.dtype).removeprefix("torch.")},
                 tasks=list(tasks.names),
                 task_manager=tasks.manager,
-                num_fewshot=num_fewshot,
-                limit=limit,
-                batch_size=batch_size,
                 device=str(loaded.model.device),
                 evaluation_tracker=tracker,
+                **settings,
             )
             tracker.save_results_aggregated(results, results.pop("samples"))
             written = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
@@ -182,13 +178,11 @@ def task_metrics(results: dict) -> list[TaskMetric]:
 
 def main_metrics(found: Sequence[TaskMetric]) -> list[TaskMetric]:
     """Return one metric of each task: for a task of the paper the one that its tables show, else the first."""
-    by_task: dict[str, list[TaskMetric]] = {}
-    for metric in found:
-        by_task.setdefault(metric.task, []).append(metric)
-    return [
-        next((one for one in of_task if one.metric == PAPER_TASKS.get(task)), of_task[0])
-        for task, of_task in by_task.items()
-    ]
+    main = {}
+    for one in found:
+        if one.task not in main or one.metric == PAPER_TASKS.get(one.task):
+            main[one.task] = one
+    return list(main.values())
 
 
 def _number(value: object) -> float | None:
@@ -209,42 +203,13 @@ def _match(name: str, manager: "TaskManager") -> list[str]:
     )
 
 
-def _refuse_unable() -> None:
-    if Processes.of_torchrun().number > 1:
-        raise KeyreduceError("`tasks` run in one process: leave out torchrun; `base` takes several models at a time")
-    try:
-        import lm_eval
-        import lm_eval.models.huggingface  # noqa: F401
-    except ImportError as error:
-        raise KeyreduceError(
-            f"`tasks` needs lm-evaluation-harness ({reason(error)}); pip install 'keyreduce[harness]'"
-        ) from error
-
-
-def _provenance(
-    loaded: LoadedModel,
-    tasks: Tasks,
-    num_fewshot: int | None,
-    limit: float | None,
-    batch_size: int,
-    command: str | None,
-) -> dict:
-    dense = Record.read(loaded.folder).dense
-    return {
-        "model": str(loaded.folder),
-        "identity": open_folder(loaded.folder).identity,
-        **({"dense": dense} if dense is not None else {}),
-        "tasks": list(tasks.names),
-        "num_fewshot": num_fewshot,
-        "limit": limit,
-        "batch_size": batch_size,
-        "versions": {
-            "keyreduce": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in _LIBRARIES},
-        },
-        **({"command": command} if command else {}),
-    }
+def _provenance(loaded: LoadedModel, settings: dict, command: str | None) -> dict:
+    found = {"model": str(loaded.folder), "identity": open_folder(loaded.folder).identity}
+    if (dense := Record.read(loaded.folder).dense) is not None:
+        found["dense"] = dense
+    versions = {"keyreduce": __version__, "python": platform.python_version()}
+    versions |= {name: version(name) for name in _LIBRARIES}
+    return {**found, **settings, "versions": versions, **({"command": command} if command else {})}
 
 
 @contextlib.contextmanager

@@ -12,12 +12,8 @@ from keyreduce.workspace import RECORD_NAME
 class Kept(NamedTuple):
     """The heads and channels of one layer's mixer that pruning kept, by their numbers in the dense model.
 
-    Attributes:
-        before: the sizes of the dense mixer.
-        after: the sizes of the pruned mixer.
-        key_heads, value_heads: the kept heads, in the order in which the pruned model has them.
-        key: for each kept key head its kept channels; None where channels were projected.
-        value: for each kept value head its kept channels.
+    ``before`` and ``after`` are the sizes of the dense and the pruned mixer. Heads are in the order in which the pruned
+    model has them; ``key`` and ``value`` list the kept channels of each, and ``key`` is None where they were projected.
     """
 
     before: MixerSizes
@@ -31,12 +27,9 @@ class Kept(NamedTuple):
 def kept_channels(record: Record) -> dict[int, Kept]:
     """Combine the steps of a pruned checkpoint's record (``keyreduce.json``).
 
-    Args:
-        record: what ``keyreduce prune`` wrote beside the checkpoint, or an empty record.
-
     Returns:
-        Layer -> what is kept of the dense model, from which the first step started; layers that no step names are
-        not in it.
+        Layer -> what is kept of the dense model, from which the first step started; layers that no step names are not
+        in it.
 
     Raises:
         KeyreduceError: the record is damaged.
@@ -55,12 +48,7 @@ def kept_channels(record: Record) -> dict[int, Kept]:
 
 
 def is_cut_of(kept: Mapping[int, Kept], dense: Mapping[int, MixerSizes], pruned: Mapping[int, MixerSizes]) -> bool:
-    """Return whether two models have the sizes that the record of the pruned one says.
-
-    Args:
-        kept: what the record says (:func:`kept_channels`).
-        dense, pruned: layer -> sizes of the two models.
-    """
+    """Return whether two models have the sizes that the record of the pruned one says (:func:`kept_channels`)."""
     expected = {layer: (sizes, sizes) for layer, sizes in dense.items()}
     expected |= {layer: (one.before, one.after) for layer, one in kept.items()}
     return dense.keys() == pruned.keys() and expected == {layer: (dense[layer], pruned[layer]) for layer in dense}
@@ -76,14 +64,9 @@ def _after(earlier: Kept | None, cut: Mapping) -> Kept:
     key = None
     if earlier.key is not None and cut["key"] is not None:
         key = [_pick(earlier.key[head], cut["key"][place]) for place, head in enumerate(heads)]
-    return Kept(
-        before=earlier.before,
-        after=after,
-        key_heads=_pick(earlier.key_heads, heads),
-        value_heads=_pick(earlier.value_heads, value_heads),
-        key=key,
-        value=[_pick(earlier.value[head], cut["value"][place]) for place, head in enumerate(value_heads)],
-    )
+    value = [_pick(earlier.value[head], cut["value"][place]) for place, head in enumerate(value_heads)]
+    both_heads = _pick(earlier.key_heads, heads), _pick(earlier.value_heads, value_heads)
+    return Kept(earlier.before, after, *both_heads, key, value)
 
 
 def _pick(numbers: list[int], places: list[int]) -> list[int]:

@@ -23,17 +23,11 @@ def fits(length: int, pairs: int, symbols: int) -> bool:
 
 
 def draw(symbols_S: torch.Tensor, length: int, pairs: int, number: int, generator: torch.Generator) -> Iterator[Probe]:
-    """Yield ``number`` sequences of N questions each; values of other keys are the first of the wrong choices.
+    """Yield ``number`` sequences of T = ``length`` tokens and N = ``pairs`` questions each.
 
-    Args:
-        symbols_S: the token ids to draw from, each once.
-        length: T, at least 4 N.
-        pairs: N.
-        number: how many sequences.
-        generator: the source of all random numbers.
+    All tokens are drawn from ``symbols_S``, which holds each id once; values of other keys are the first of the wrong
+    choices. The sizes are to be such that `fits` says so.
     """
-    if not fits(length, pairs, len(symbols_S)):
-        raise ValueError(f"{pairs} pairs do not fit {length} tokens of {len(symbols_S)} symbols")
     # Questions stand at every other position, since a pair takes two.
     slots = torch.arange(1, (length - 2 * pairs) // 2 + 1, dtype=torch.float64)
     weights = slots ** (_POWER - 1)
@@ -44,13 +38,9 @@ def draw(symbols_S: torch.Tensor, length: int, pairs: int, number: int, generato
         tokens_T[: 2 * pairs : 2], tokens_T[1 : 2 * pairs : 2] = keys_N, values_N
         places_N = 2 * pairs + 2 * torch.multinomial(weights, pairs, generator=generator)
         tokens_T[places_N] = keys_N
-        yield Probe(tokens_T, places_N, values_N, _choices(values_N, rest, generator))
-
-
-def _choices(values_N: torch.Tensor, rest: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    rows = []
-    for value in values_N.tolist():
-        rivals = values_N[torch.randperm(len(values_N), generator=generator)]
-        others = rest[torch.randperm(len(rest), generator=generator)[:CHOICES]]
-        rows.append(choices(value, rivals.tolist(), others.tolist()))
-    return torch.stack(rows)
+        rows = []
+        for value in values_N.tolist():
+            rivals = values_N[torch.randperm(pairs, generator=generator)]
+            others = rest[torch.randperm(len(rest), generator=generator)[:CHOICES]]
+            rows.append(choices(value, rivals.tolist(), others.tolist()))
+        yield Probe(tokens_T, places_N, values_N, torch.stack(rows))

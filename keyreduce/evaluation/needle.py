@@ -8,15 +8,15 @@ Shapes: T tokens in a sequence, N in the haystack, A tokens in the alphabet, P t
 C choices.
 """
 
-import itertools
 import re
 from collections.abc import Iterator
+from itertools import cycle, islice
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from keyreduce.data.batches import document_tokens, separator_id
+from keyreduce.data.batches import separator_ids, token_rows
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.probes import CHOICES, Probe, choices
@@ -32,7 +32,6 @@ class Wording(NamedTuple):
 
     Attributes:
         separator: what stands before a document: one token or none.
-        before, between, after: the fixed parts of the sentence.
         alphabet_A: the tokens that names and passwords are made of (LongTensor).
         size: how many tokens a name and a password have.
     """
@@ -46,11 +45,7 @@ class Wording(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> "Wording":
-        """Return the wording in the tokens of a tokenizer.
-
-        Raises:
-            KeyreduceError: the tokenizer has neither words nor letters as tokens.
-        """
+        """Return the wording in a tokenizer's tokens; a KeyreduceError says that none are words or letters."""
         vocabulary = tokenizer.get_vocab()
         alphabet = sorted(token_id for token, token_id in vocabulary.items() if _WORD.fullmatch(token))
         size, space = 1, ""
@@ -61,8 +56,7 @@ class Wording(NamedTuple):
             raise KeyreduceError("the tokenizer has neither words nor letters as tokens; leave needle out of `recall`")
         parts = (f"\nThe password of the{space}", f" is{space}", ".\n")
         before, between, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
-        separator = separator_id(tokenizer)
-        return cls([] if separator is None else [separator], before, between, after, torch.tensor(alphabet), size)
+        return cls(separator_ids(tokenizer), before, between, after, torch.tensor(alphabet), size)
 
     def sentence(self, name: list[int], password: list[int]) -> list[int]:
         """Return the token ids of the sentence about one name."""
@@ -90,42 +84,20 @@ def draw(
     """Yield ``number`` sequences that ask for one password; each of its P tokens is chosen from C.
 
     The sentence that tells it stands at each of `DEPTHS` in turn, the others anywhere, and their passwords are the
-    first of the wrong choices. The text is taken in its own order, from the start again where it ends.
-
-    Raises:
-        KeyreduceError: the text is shorter than one haystack.
+    first of the wrong choices. The text is taken in its own order, from the start again where it ends. A KeyreduceError
+    says that it is shorter than one haystack.
     """
     size = wording.haystack(length, pairs)
-    if not size:
-        raise ValueError(f"{pairs} sentences do not fit {length} tokens")
-    haystacks = _haystacks(text, tokenizer, size, number)
-    for haystack_N, depth in zip(itertools.islice(itertools.cycle(haystacks), number), itertools.cycle(DEPTHS)):
-        yield _hide(haystack_N.tolist(), wording, depth, pairs, generator)
-
-
-def _haystacks(text: TextSource, tokenizer: PreTrainedTokenizerFast, size: int, number: int) -> list[torch.Tensor]:
-    """Cut at most ``number`` haystacks of ``size`` tokens from the documents, joined by line feeds.
-
-    A separator between them would make the model forget what was before.
-    """
+    # Documents are joined by line feeds: a separator would make the model forget what was before.
     documents = (document + "\n" for document in text.documents())
-    separators = 0 if separator_id(tokenizer) is None else 1
-    rest_N = torch.empty(0, dtype=torch.long)
-    found: list[torch.Tensor] = []
-    for tokens_N in document_tokens(documents, tokenizer):
-        *complete, rest_N = torch.cat([rest_N, tokens_N[separators:]]).split(size)
-        found += complete
-        if len(rest_N) == size:
-            found.append(rest_N)
-            rest_N = rest_N[:0]
-        if len(found) >= number:
-            break
-    if not found:
+    haystacks = list(islice(token_rows(documents, tokenizer, size, separated=False), number))
+    if not haystacks or len(haystacks[0]) < size:
         raise KeyreduceError(
-            f"the text has {len(rest_N)} tokens, too few for a haystack of {size}; "
+            f"the text has {sum(map(len, haystacks))} tokens, too few for a haystack of {size}; "
             "give more text, or smaller `recall_lengths`"
         )
-    return found[:number]
+    for haystack_N, depth in zip(islice(cycle(haystacks), number), cycle(DEPTHS)):
+        yield _hide(haystack_N.tolist(), wording, depth, pairs, generator)
 
 
 def _hide(haystack: list[int], wording: Wording, depth: float, pairs: int, generator: torch.Generator) -> Probe:
@@ -144,17 +116,10 @@ def _hide(haystack: list[int], wording: Wording, depth: float, pairs: int, gener
         tokens += wording.sentence(*names_and_passwords[2 * number : 2 * number + 2])
         start = places[number]
     tokens += [*haystack[start:], *wording.before, *name, *wording.between, *password[:-1]]
-    answers_P = torch.tensor(password)
-    rivals_NP = names_and_passwords[3::2]
-    choices_PC = torch.stack(
-        [
-            choices(answer, [rival[place] for rival in rivals_NP], _shuffled(wording.alphabet_A, generator))
-            for place, answer in enumerate(password)
-        ]
-    )
+    rows = []
+    for place, answer in enumerate(password):
+        rivals = [rival[place] for rival in names_and_passwords[3::2]]
+        others = wording.alphabet_A[torch.randperm(len(wording.alphabet_A), generator=generator)]
+        rows.append(choices(answer, rivals, others.tolist()))
     places_P = torch.arange(len(tokens) - len(password), len(tokens))
-    return Probe(torch.tensor(tokens), places_P, answers_P, choices_PC, depth)
-
-
-def _shuffled(alphabet_A: torch.Tensor, generator: torch.Generator) -> list[int]:
-    return alphabet_A[torch.randperm(len(alphabet_A), generator=generator)].tolist()
+    return Probe(torch.tensor(tokens), places_P, torch.tensor(password), torch.stack(rows), depth)

@@ -4,9 +4,9 @@ Shapes: B rows in a batch, T tokens in a row, V token ids.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +38,8 @@ class Perplexity(NamedTuple):
     @classmethod
     def of(cls, rows: "Iterable[Perplexity]") -> "Perplexity":
         """Sum over rows. The sum of nats is rounded once, so that the rows' order does not change it."""
-        rows = [cls(*row) for row in rows]
-        return cls(
-            nats=math.fsum(row.nats for row in rows),
-            predictions=sum(row.predictions for row in rows),
-            bytes=sum(row.bytes for row in rows),
-            words=sum(row.words for row in rows),
-        )
+        nats, *counts = zip(cls(0.0, 0, 0), *rows, strict=True)
+        return cls(math.fsum(nats), *map(sum, counts))
 
     @property
     def perplexity(self) -> float:
@@ -84,23 +79,25 @@ def _exponential(nats: float) -> float:
 
 
 @torch.no_grad()
-def finite_logits(model: torch.nn.Module, tokens_BT: torch.Tensor, name: str) -> torch.Tensor:
-    """Run a model on the device where it is, and return its logits ``[B, T, V]`` there, in its dtype.
+def row_logits(
+    model: torch.nn.Module, batches: Iterable[list[Any]], name: str, progress: Callable[[int], None] | None
+) -> Iterator[tuple[Any, torch.Tensor]]:
+    """Run batches of rows of one length through a model, and yield each row with its logits ``[T, V]``.
 
-    Raises:
-        KeyreduceError: a logit is NaN or inf; ``name`` is what the error calls the model.
+    Rows have ``tokens_T``; logits are on the model's device, in its dtype. ``progress`` is called after each batch with
+    its number of tokens. A KeyreduceError, which calls the model ``name``, says that a logit is NaN or inf.
     """
-    logits_BTV = model(input_ids=tokens_BT.to(next(model.parameters()).device), use_cache=False).logits
-    refuse_not_finite(logits_BTV, f"the logits of {name}")
-    return logits_BTV
+    for batch in batches:
+        tokens_BT = torch.stack([row.tokens_T for row in batch])
+        logits_BTV = model(input_ids=tokens_BT.to(next(model.parameters()).device), use_cache=False).logits
+        refuse_not_finite(logits_BTV, f"the logits of {name}")
+        yield from zip(batch, logits_BTV, strict=True)
+        if progress is not None:
+            progress(tokens_BT.numel())
 
 
 def refuse_not_finite(values: torch.Tensor, what: str) -> None:
-    """Refuse what a model computed where some of it is NaN or inf.
-
-    Raises:
-        KeyreduceError: ``values`` holds such a number; ``what`` is what the error calls them, in the plural.
-    """
+    """Raise a KeyreduceError if values of a model hold NaN or inf; ``what`` is their name, in the plural."""
     if not all(extreme.isfinite() for extreme in torch.aminmax(values)):
         raise KeyreduceError(
             f"{what} hold NaN or inf: the model is damaged, or its activations overflow this dtype "
@@ -116,67 +113,35 @@ def window_costs(
     name: str,
     progress: Callable[[int], None] | None = None,
 ) -> list[Perplexity]:
-    """Predict the scored tokens of each window, each from the tokens before it in the window.
+    """Return each window's cost of predicting its scored tokens: cross entropy in float32, summed in float64.
 
-    Args:
-        model: a causal language model, in evaluation mode.
-        window_batches: lists of windows that run together, in a list all of one length.
-        bytes_V: how many bytes each token id stands for, as `bytes_per_token` returns it. It may be shorter than the
-            model's vocabulary, which is often padded: no text holds the ids that it lacks.
-        name: what an error calls the model.
-        progress: called after each batch with its number of tokens.
-
-    Returns:
-        Each window's cost: cross entropy in float32, summed in float64.
-
-    Raises:
-        KeyreduceError: a logit is NaN or inf.
+    The windows of a list run together, so they are of one length. ``bytes_V``, as `bytes_per_token` returns it, may be
+    shorter than the model's vocabulary, which is often padded: no text holds the ids that it lacks. For the rest, and
+    for errors, see `row_logits`.
     """
     costs = []
-    for batch in window_batches:
-        tokens_BT = torch.stack([window.tokens_T for window in batch])
-        logits_BTV = finite_logits(model, tokens_BT, name)
-        # Row by row: with a large vocabulary, the logits may fit into memory and a float32 copy of them all may not.
-        for logits_TV, (tokens_T, words_T, first) in zip(logits_BTV, batch, strict=True):
-            targets = tokens_T[first:]
-            nats = F.cross_entropy(logits_TV[first - 1 : -1].float(), targets.to(logits_TV.device), reduction="none")
-            num_bytes, num_words = int(bytes_V[targets].sum()), int(words_T[first:].sum())
-            costs.append(Perplexity(nats.double().sum().item(), len(targets), num_bytes, num_words))
-        if progress is not None:
-            progress(tokens_BT.numel())
+    # Row by row: with a large vocabulary, the logits may fit into memory and a float32 copy of them all may not.
+    for (tokens_T, words_T, first), logits_TV in row_logits(model, window_batches, name, progress):
+        targets = tokens_T[first:]
+        nats = F.cross_entropy(logits_TV[first - 1 : -1].float(), targets.to(logits_TV.device), reduction="none")
+        num_bytes, num_words = int(bytes_V[targets].sum()), int(words_T[first:].sum())
+        costs.append(Perplexity(nats.double().sum().item(), len(targets), num_bytes, num_words))
     return costs
 
 
 def measure_rows(
-    model: torch.nn.Module,
-    token_batches: Iterable[torch.Tensor],
-    bytes_V: torch.Tensor,
-    *,
-    name: str,
-    progress: Callable[[int], None] | None = None,
+    model: torch.nn.Module, token_batches: Iterable[torch.Tensor], bytes_V: torch.Tensor, *, name: str
 ) -> Perplexity:
-    """Predict each token of each row but the first, from the tokens before it.
+    """Return what it costs to predict each token of each row but the first; see `window_costs`.
 
-    Args:
-        token_batches: LongTensors (B, T) on the CPU, without padding.
-        model, bytes_V, name, progress: see `window_costs`.
-
-    Returns:
-        The cost. Words are not counted, since that takes the text.
-
-    Raises:
-        KeyreduceError: a logit is NaN or inf.
+    Batches are LongTensors (B, T) on the CPU, without padding. Words are not counted, since that takes the text.
     """
     batches = ([Window(tokens_T, torch.zeros_like(tokens_T), 1) for tokens_T in rows_BT] for rows_BT in token_batches)
-    return Perplexity.of(window_costs(model, batches, bytes_V, name=name, progress=progress))
+    return Perplexity.of(window_costs(model, batches, bytes_V, name=name))
 
 
 def chosen_stride(seq_len: int, stride: int | None, *, by_document: bool = False) -> int:
-    """Return how far apart windows start, where None asks for windows that do not overlap; see `text_costs`.
-
-    Raises:
-        KeyreduceError: windows of that length cannot be that far apart.
-    """
+    """Return how far apart windows start (`text_costs`), or raise a KeyreduceError where they cannot be."""
     most, called = (seq_len - 1, "below") if by_document else (seq_len, "at most")
     stride = most if stride is None else stride
     if not 1 <= stride <= most:
@@ -196,11 +161,9 @@ def text_costs(
     processes: Processes = Processes(),
     progress: Callable[[int], None] | None = None,
 ) -> list[Perplexity]:
-    """Measure a model on text, which `windows` or `document_windows` cuts into windows.
+    """Return the cost of each window of a text, which is taken in its own order, that runs in this process.
 
     Args:
-        loaded: the model.
-        text: the text, taken in its own order.
         seq_len: T, the tokens in a window.
         batch_size: windows that run at a time; it does not change the cost, but for rounding.
         num_rows: take only so many windows; None takes them all.
@@ -209,30 +172,18 @@ def text_costs(
         processes: which process this is, and of how many; each runs its share of the batches.
         progress: called after each batch with its number of tokens.
 
-    Returns:
-        The cost of each window that ran here.
-
     Raises:
         KeyreduceError: windows cannot be that far apart, a logit is NaN or inf, or the text cannot be read.
     """
     stride = chosen_stride(seq_len, stride, by_document=by_document)
     cut = document_windows if by_document else windows
     taken = islice(cut(text.documents(), loaded.tokenizer, seq_len, stride), num_rows)
-    return window_costs(
-        loaded.model,
-        processes.own(equal_length_batches(taken, batch_size)),
-        bytes_per_token(loaded.tokenizer),
-        name=str(loaded.folder),
-        progress=progress,
-    )
+    batches, bytes_V = processes.own(equal_length_batches(taken, batch_size)), bytes_per_token(loaded.tokenizer)
+    return window_costs(loaded.model, batches, bytes_V, name=str(loaded.folder), progress=progress)
 
 
 def total(rows: Iterable[Perplexity]) -> Perplexity:
-    """Sum the rows of all processes.
-
-    Raises:
-        KeyreduceError: there is nothing to predict.
-    """
+    """Sum the rows of all processes, or raise a KeyreduceError if there is nothing to predict."""
     cost = Perplexity.of(rows)
     if not cost.predictions or not cost.bytes:
         raise KeyreduceError("the text leaves nothing to predict (one token, or special tokens alone); give other text")

@@ -7,6 +7,7 @@ Shapes: L layers, W value heads, P positions, X heads, R channels, K taps.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,16 +18,49 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.errors import KeyreduceError
+from keyreduce.evaluation.filters import filters_of
 from keyreduce.evaluation.kept import Kept
+from keyreduce.families import family_of
+from keyreduce.outputs import appearing
 
 BLUE, VERMILION, YELLOW, PALE, BLACK = "#0072B2", "#D55E00", "#F0E442", "#DDDDDD", "#000000"
 _LINES = ((BLUE, "-"), (VERMILION, "--"))
 _DPI = 150
+_OURS = re.compile(r"(rank-heat-map|rank-curves|kept-channels|filters-layer-\d+)\.png")
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG."""
-    figure.savefig(path, format="png", dpi=_DPI)
+def refuse_other_files(folder: Path) -> None:
+    """Raise a KeyreduceError if a folder, which is replaced as a whole, holds other files than our pictures."""
+    others = sorted(path.name for path in folder.iterdir() if not _OURS.fullmatch(path.name)) if folder.is_dir() else []
+    if others:
+        raise KeyreduceError(
+            f"{folder} holds other files, such as {others[0]!r}, and pictures would replace it; give another folder"
+        )
+
+
+def draw_folder(folder: Path, report: Mapping, kept: Mapping[int, Kept], dense: Checkpoint) -> list[str]:
+    """Draw all pictures of a report, which has what :func:`draw_curves` takes, and return their names.
+
+    The folder appears whole or not at all, and replaces an earlier one; a KeyreduceError says that it cannot be
+    written. ``kept`` has what pruning kept of each layer; it is empty where that is not known. The convolution kernels
+    are those of the ``dense`` checkpoint.
+    """
+    with appearing(folder, folder=True, overwrite=True) as temporary:
+
+        def save(figure: Figure, name: str) -> None:
+            figure.savefig(temporary / f"{name}.png", dpi=_DPI)
+
+        save(draw_heat_map(report["models"]), "rank-heat-map")
+        save(draw_curves(report["positions"], report["models"]), "rank-curves")
+        if kept:
+            save(draw_kept_channels(kept), "kept-channels")
+        for layer in family_of(dense.config).mixer_layers(dense.config):
+            filters = {name: kernels.numpy() for name, kernels in filters_of(dense, layer).items()}
+            if filters:
+                save(draw_filters(layer, filters, kept.get(layer)), f"filters-layer-{layer:02}")
+        return sorted(path.name for path in temporary.iterdir())
 
 
 def draw_heat_map(models: Sequence[Mapping]) -> Figure:
@@ -54,8 +88,11 @@ def draw_heat_map(models: Sequence[Mapping]) -> Figure:
         axes.imshow(percent_LW, cmap="cividis", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
         axes.set(title=model["label"], xlabel="value head")
         _whole_ticks(axes, range(heads), axis="x")
-        if cell >= 0.38:
-            _write_figures(axes, percent_LW, top)
+        for (row, column), percent in np.ndenumerate(percent_LW):
+            if cell >= 0.38 and np.isfinite(percent):
+                # The map is dark at its low end.
+                colour = "white" if percent < 0.55 * top else "black"
+                axes.text(column, row, f"{percent:.1f}", ha="center", va="center", fontsize=6.5, color=colour)
     panels[0].set_ylabel("layer")
     _whole_ticks(panels[0], layers, axis="y")
     label = "rank utilisation (%)\nmean along the sequence"
@@ -68,9 +105,7 @@ def draw_heat_map(models: Sequence[Mapping]) -> Figure:
 def draw_curves(positions: Sequence[int], models: Sequence[Mapping]) -> Figure:
     """Draw rank utilisation along the sequence, one panel for each layer: the mean over its heads, and their range.
 
-    Args:
-        positions: the positions along the sequence, in tokens.
-        models: as :func:`draw_heat_map` takes them, two at most.
+    Positions are in tokens; models are as :func:`draw_heat_map` takes them, two at most.
     """
     layers = _layers(models)
     columns = min(6, math.ceil(math.sqrt(len(layers))))
@@ -106,11 +141,7 @@ def draw_curves(positions: Sequence[int], models: Sequence[Mapping]) -> Figure:
 
 
 def draw_kept_channels(kept: Mapping[int, Kept]) -> Figure:
-    """Draw which key and value channels of the dense model are kept: one row for each head, layer by layer.
-
-    Args:
-        kept: layer -> what is kept, of at least one layer.
-    """
+    """Draw which key and value channels of the dense model are kept: one row for each head, layer by layer."""
     maps = {kind: {layer: _states(kind, one) for layer, one in kept.items()} for kind in ("key", "value")}
     colours = {"removed": PALE, "kept": BLUE, "head removed": VERMILION, "projected together": YELLOW}
     rows = max(sum(len(states_XR) for states_XR in by_layer.values()) for by_layer in maps.values())
@@ -143,10 +174,8 @@ def draw_kept_channels(kept: Mapping[int, Kept]) -> Figure:
 def draw_filters(layer: int, filters: Mapping[str, np.ndarray], kept: Kept | None = None) -> Figure:
     """Draw the convolution kernels of one layer: channels across, taps down, head under head.
 
-    Args:
-        layer: the number of the layer.
-        filters: name of a convolution -> its kernels ``[X, R, K]``, the oldest token's tap first.
-        kept: what pruning kept; a black bar above the taps of a channel then says that it was kept.
+    ``filters`` has the kernels ``[X, R, K]`` by the name of their convolution, the oldest token's tap first. Where
+    ``kept`` is given, a black bar above the taps of a channel says that it was kept.
     """
     taps = max(kernels_XRK.shape[2] for kernels_XRK in filters.values())
     rows = max(len(kernels_XRK) for kernels_XRK in filters.values()) * (taps + 2)
@@ -190,14 +219,6 @@ def _whole_ticks(axes: Axes, labels: Sequence[int], *, axis: str) -> None:
     """Label the positions 0, 1, ... of an axis; where labels would overlap, every second or third."""
     places = range(0, len(labels), math.ceil(len(labels) / 32))
     getattr(axes, f"set_{axis}ticks")(list(places), [str(labels[place]) for place in places])
-
-
-def _write_figures(axes: Axes, percent_LW: np.ndarray, top: float) -> None:
-    for (row, column), percent in np.ndenumerate(percent_LW):
-        if np.isfinite(percent):
-            # The map is dark at its low end.
-            colour = "white" if percent < 0.55 * top else "black"
-            axes.text(column, row, f"{percent:.1f}", ha="center", va="center", fontsize=6.5, color=colour)
 
 
 def _states(kind: str, kept: Kept) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from keyreduce.evaluation.perplexity import finite_logits
+from keyreduce.evaluation.perplexity import row_logits
 
 CHOICES = 8
 
@@ -37,12 +37,10 @@ class Answer(NamedTuple):
     """How well one question was answered.
 
     Attributes:
-        accuracy: 1 where no token has a higher logit than the right one; 1 / n where n tokens share the highest logit
-            with it.
+        accuracy: 1 where the right token has the highest logit of all; 1 / n where n tokens, itself included, share it.
         choice_accuracy: the same among the choices alone. A model that ignores the probe scores 1 / C on average.
-        rank: the rank of the right token in the vocabulary by its logit, 1 being the best; of tokens that tie, the
-            middle rank.
-        log_probability: the log-probability of the right token in nats.
+        rank: that of the right token in the vocabulary by its logit, 1 being the best; of a tie, the middle rank.
+        log_probability: that of the right token, in nats.
     """
 
     accuracy: float
@@ -54,10 +52,7 @@ class Answer(NamedTuple):
 def choices(answer: int, rivals: Iterable[int], others: Iterable[int]) -> torch.Tensor:
     """Return `CHOICES` different tokens (LongTensor, C): the answer, then its rivals, then others to fill up.
 
-    Args:
-        answer: the right token.
-        rivals: answers to other questions of the probe, which a model must tell apart from this one.
-        others: at least C other tokens.
+    Rivals answer other questions of the probe, so a model must tell them apart; others are at least C tokens.
     """
     distinct = dict.fromkeys(itertools.chain([answer], rivals, others))
     return torch.tensor(list(itertools.islice(distinct, CHOICES)))
@@ -70,15 +65,10 @@ def judge(logits_QV: torch.Tensor, answers_Q: torch.Tensor, choices_QC: torch.Te
     """
     logits_QV = logits_QV.double()
     right_Q1 = logits_QV.gather(1, answers_Q[:, None])
-    log_probabilities_Q = right_Q1[:, 0] - logits_QV.logsumexp(dim=1)
     above_Q, beside_Q = _rivals(logits_QV, right_Q1)
     choice_above_Q, choice_beside_Q = _rivals(logits_QV.gather(1, choices_QC), right_Q1)
-    columns = (
-        (above_Q == 0) / (1 + beside_Q),
-        (choice_above_Q == 0) / (1 + choice_beside_Q),
-        1 + above_Q + beside_Q / 2,
-        log_probabilities_Q,
-    )
+    accuracies = (above_Q == 0) / (1 + beside_Q), (choice_above_Q == 0) / (1 + choice_beside_Q)
+    columns = (*accuracies, 1 + above_Q + beside_Q / 2, right_Q1[:, 0] - logits_QV.logsumexp(dim=1))
     return [Answer(*row) for row in torch.stack([column.double() for column in columns], dim=1).tolist()]
 
 
@@ -87,36 +77,14 @@ def _rivals(logits_QC: torch.Tensor, right_Q1: torch.Tensor) -> tuple[torch.Tens
     return (logits_QC > right_Q1).sum(dim=1), (logits_QC == right_Q1).sum(dim=1) - 1
 
 
-@torch.no_grad()
 def ask(
-    model: torch.nn.Module,
-    probe_batches: Iterable[list[Probe]],
-    *,
-    name: str,
-    progress: Callable[[int], None] | None = None,
+    model: torch.nn.Module, batches: Iterable[list[Probe]], *, name: str, progress: Callable[[int], None] | None = None
 ) -> list[tuple[float | None, list[Answer]]]:
-    """Run probes through a model, and judge its answers.
-
-    Args:
-        model: a causal language model, in evaluation mode.
-        probe_batches: lists of probes that run together, in a list all of one length.
-        name: what an error calls the model.
-        progress: called after each batch with its number of tokens.
-
-    Returns:
-        For each probe its depth and its answers.
-
-    Raises:
-        KeyreduceError: a logit is NaN or inf.
-    """
+    """Run batches of probes through a model (`row_logits`), and return for each probe its depth and its answers."""
     answered = []
-    for batch in probe_batches:
-        tokens_BT = torch.stack([probe.tokens_T for probe in batch])
-        for logits_TV, probe in zip(finite_logits(model, tokens_BT, name), batch, strict=True):
-            logits_QV = logits_TV[probe.places_Q.to(logits_TV.device)].cpu()
-            answered.append((probe.depth, judge(logits_QV, probe.answers_Q, probe.choices_QC)))
-        if progress is not None:
-            progress(tokens_BT.numel())
+    for probe, logits_TV in row_logits(model, batches, name, progress):
+        logits_QV = logits_TV[probe.places_Q.to(logits_TV.device)].cpu()
+        answered.append((probe.depth, judge(logits_QV, probe.answers_Q, probe.choices_QC)))
     return answered
 
 
@@ -127,8 +95,7 @@ def average(probes: Iterable[list[Answer]]) -> dict:
     """
     probes = list(probes)
     answers = [answer for probe in probes for answer in probe]
-    means = {
-        name: math.fsum(answer[field] for answer in answers) / len(answers) for field, name in enumerate(Answer._fields)
-    }
+    columns = zip(Answer._fields, zip(*answers, strict=True), strict=True)
+    means = {name: math.fsum(column) / len(answers) for name, column in columns}
     all_right = sum(all(answer[0] == 1 for answer in probe) for probe in probes) / len(probes)
     return {"probes": len(probes), "answers": len(answers), **means, "all_right": all_right}

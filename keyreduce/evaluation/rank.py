@@ -7,32 +7,26 @@ one that holds all directions alike has 1.
 Shapes: B rows, T tokens, P positions, W value heads, K key channels, V value channels, M the smaller of K and V.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.perplexity import refuse_not_finite
-from keyreduce.families import Family, MixerSizes
+from keyreduce.families import MixerSizes
 from keyreduce.models.loading import LoadedModel
 from keyreduce.models.operators import replaced_by_layer
 
-_BY_TOKEN = ("q", "k", "v", "beta", "g")
-"""The operators' arguments that have an entry for each token, on axis 1."""
+_BY_TOKEN = ("q", "k", "v", "beta", "g")  # the operators' arguments that have an entry for each token, on axis 1
 
 
 @dataclass(frozen=True)
 class StateRank:
     """Rank utilisation of a model's states, averaged over sequences.
 
-    Attributes:
-        positions: the positions where the states were measured: after so many tokens.
-        sequences: how many sequences there were.
-        sizes: layer -> the sizes of its mixer.
-        utilisation: layer -> float64 ``[P, W]``: the rank utilisation of each value head, from 0 to 1.
+    States were measured after so many tokens as ``positions`` says. For each layer, ``sizes`` has those of its mixer,
+    and ``utilisation`` a float64 ``[P, W]``: the rank utilisation of each value head, from 0 to 1.
     """
 
     positions: tuple[int, ...]
@@ -43,8 +37,7 @@ class StateRank:
     def to_json(self, heads: Mapping[int, Sequence[int]]) -> list[dict]:
         """Return the layers as JSON objects: sizes, numbers of the heads, and each head's utilisation by position.
 
-        Args:
-            heads: layer -> the numbers of its value heads; the heads of other layers are numbered from 0.
+        ``heads`` gives the numbers of a layer's value heads; those of other layers are numbered from 0.
         """
         return [
             {
@@ -79,21 +72,14 @@ def positions_of(num_tokens: int, every: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def measure_rank(
-    loaded: LoadedModel,
-    batches: Iterable[torch.Tensor],
-    every: int,
-    progress: Callable[[int], None] | None = None,
+    loaded: LoadedModel, batches: Iterable[torch.Tensor], every: int, progress: Callable[[int], None] | None = None
 ) -> StateRank:
     """Run batches of tokens through a model, and measure its states on the way.
 
     Only the states of one layer at one position are in memory: the layer's own operator runs from one position to the
-    next and returns its state, which fla keeps in float32 or better in a model of any dtype.
-
-    Args:
-        loaded: the model.
-        batches: LongTensors ``[B, T]`` without padding, all of the same T.
-        every: how many tokens there are from one measured state to the next, 1 or more.
-        progress: called after each batch with its number of tokens.
+    next and returns its state, which fla keeps in float32 or better in a model of any dtype. Batches are LongTensors
+    ``[B, T]`` without padding, all of the same T; `positions_of` says what ``every`` is, and ``progress`` is called
+    after each batch with its number of tokens.
 
     Raises:
         KeyreduceError: there is no batch, or a state holds NaN or inf.
@@ -107,7 +93,7 @@ def measure_rank(
         refuse_not_finite(state_BWKV, f"the states of layer {layer} of {loaded.folder}")
         sums[layer][place] += rank_utilisation(state_BWKV).sum(dim=0)
 
-    with _looking(model, family, every, look):
+    with replaced_by_layer(model, family, sizes, _in_parts(every, look)):
         for tokens_BT in batches:
             found = positions_of(tokens_BT.shape[1], every)
             if not sums:
@@ -128,11 +114,8 @@ def measure_rank(
     return StateRank(positions, sequences, sizes, means)
 
 
-@contextlib.contextmanager
-def _looking(
-    model: PreTrainedModel, family: Family, every: int, look: Callable[[int, int, torch.Tensor], None]
-) -> Iterator[None]:
-    """While the block runs, operators go from position to position, and call ``look(layer, place, state)`` at each."""
+def _in_parts(every: int, look: Callable[[int, int, torch.Tensor], None]) -> Callable:
+    """Return what makes operators go from position to position, and call ``look(layer, place, state)`` at each."""
 
     def in_parts(operator, layer):
         def call(*operands, **arguments):
@@ -157,5 +140,4 @@ def _looking(
 
         return call
 
-    with replaced_by_layer(model, family, family.mixer_layers(model.config.to_dict()), in_parts):
-        yield
+    return in_parts

@@ -4,10 +4,10 @@ Everything is drawn from a seed, each cell of the grid from its own, so that a c
 """
 
 import hashlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice, product
 from typing import NamedTuple
 
 import torch
@@ -52,22 +52,11 @@ class RecallSettings:
                 option = "`recall`" if name == "kinds" else f"`recall_{name}`"
                 raise KeyreduceError(f"{option} names nothing, or one thing twice")
 
-    def grid(self) -> Iterator[RecallCell]:
-        """Yield all cells, whether or not they have room for their pairs."""
-        return itertools.starmap(RecallCell, itertools.product(self.kinds, self.lengths, self.pairs))
-
-    def describe(self) -> dict:
-        """Return the settings as a JSON object."""
-        return asdict(self)
-
 
 class RecallProbes:
     """The probes of one model's tokenizer; `cells` has those of the grid that have room for their pairs.
 
-    Args:
-        loaded: the model. What it never sees in text, such as special tokens, is in no probe.
-        text: haystacks.
-        settings: the grid, and the seed.
+    What the model never sees in text, such as special tokens, is in no probe; ``text`` is for haystacks.
 
     Raises:
         KeyreduceError: no cell of the grid has room for its pairs, or see `needle.Wording.of`.
@@ -76,8 +65,10 @@ class RecallProbes:
     def __init__(self, loaded: LoadedModel, text: TextSource, settings: RecallSettings):
         self.loaded, self.text, self.settings = loaded, text, settings
         self.symbols_S = text_token_ids(loaded.tokenizer, loaded.model.config.vocab_size)
-        self.cells = [cell for cell in settings.grid() if self._fits(cell)]
-        self.left_out = [cell for cell in settings.grid() if cell not in self.cells]
+        grid = [RecallCell(*cell) for cell in product(settings.kinds, settings.lengths, settings.pairs)]
+        self.cells = [cell for cell in grid if self._fits(cell)]
+        self.left_out = [cell for cell in grid if cell not in self.cells]
+        self.tokens = sum(cell.length for cell in self.cells) * settings.probes
         if not self.cells:
             raise KeyreduceError(
                 "no `recall_lengths` has room for any `recall_pairs`; give longer ones, or fewer pairs"
@@ -87,11 +78,6 @@ class RecallProbes:
     def wording(self) -> needle.Wording:
         """The sentence that is hidden in text."""
         return needle.Wording.of(self.loaded.tokenizer)
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens all probes have."""
-        return sum(cell.length for cell in self.cells) * self.settings.probes
 
     def _fits(self, cell: RecallCell) -> bool:
         if cell.kind == "mqar":
@@ -108,16 +94,9 @@ class RecallProbes:
         return needle.draw(self.text, self.loaded.tokenizer, self.wording, *amounts)
 
     def ask(
-        self,
-        *,
-        batch_size: int,
-        processes: Processes = Processes(),
-        progress: Callable[[int], None] | None = None,
+        self, *, batch_size: int, processes: Processes = Processes(), progress: Callable[[int], None] | None = None
     ) -> list[dict]:
-        """Run this process's share of the probes through the model.
-
-        Returns:
-            For each cell a JSON object: the cell, and ``answered``, what `probes.ask` returns.
+        """Return for each cell what this process's share of its probes gives, ``answered`` by `probes.ask`.
 
         Raises:
             KeyreduceError: a logit is NaN or inf, or the text is too short for a haystack.
@@ -125,7 +104,7 @@ class RecallProbes:
         found = []
         for cell in self.cells:
             probes = self.draw(cell)
-            batches = iter(lambda: list(itertools.islice(probes, batch_size)), [])  # noqa: B023 (used up before the next one)
+            batches = iter(lambda: list(islice(probes, batch_size)), [])  # noqa: B023 (used up before the next one)
             answered = ask(self.loaded.model, processes.own(batches), name=str(self.loaded.folder), progress=progress)
             found.append({**cell._asdict(), "answered": answered})
         return found

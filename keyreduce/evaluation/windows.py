@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from keyreduce.data.batches import separator_id
+from keyreduce.data.batches import separator_ids
 
 _SPACE = re.compile(r"\s+")
 
@@ -36,11 +36,8 @@ def words_per_token(document: str, ends_N: torch.Tensor) -> torch.Tensor:
     Words are counted as lm-evaluation-harness does for the word perplexity of its task wikitext: the pieces that
     ``re.split(r"\\s+", document)`` gives, an empty one before a space at the start or after one at the end included.
     A piece goes to the token that holds the first character of the space before it, or the document's first character.
-    So the numbers add up to what the harness counts, however the tokens are cut into windows.
-
-    Args:
-        document: the text.
-        ends_N: for each token, where in ``document`` it ends (LongTensor), not descending; at least one token.
+    So the numbers add up to what the harness counts, however the tokens are cut into windows. ``ends_N`` says where in
+    the document each token ends (LongTensor), not descending; there is at least one token.
     """
     begins = torch.tensor([0] + [space.start() for space in _SPACE.finditer(document)])
     places = torch.searchsorted(ends_N, begins, right=True).clamp_(max=len(ends_N) - 1)
@@ -49,8 +46,7 @@ def words_per_token(document: str, ends_N: torch.Tensor) -> torch.Tensor:
 
 def counted_tokens(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[torch.Tensor]:
     """Yield each document's token ids and the words that each begins (LongTensor, ``[2, N]``), its separator first."""
-    separator = separator_id(tokenizer)
-    before = [] if separator is None else [separator]
+    before = separator_ids(tokenizer)
     for document in documents:
         encoded = tokenizer(
             document, add_special_tokens=False, truncation=False, verbose=False, return_offsets_mapping=True
@@ -70,18 +66,10 @@ def windows(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, length
     before it in its window cannot be scored: with ``stride = length``, where windows are the rows of
     :func:`keyreduce.data.batches.token_rows`, the first of each; else the first of all.
 
-    Args:
-        documents: texts, taken one at a time.
-        tokenizer: a fast tokenizer; documents are encoded whole, without its own special tokens.
-        length: T, at least 2.
-        stride: 1 to ``length``.
-
-    Returns:
-        Windows of ``length`` tokens. What is left at the end is dropped, unless there is no other window: then it is
-        one, shorter than ``length``.
+    Documents are encoded whole, one at a time, without the tokenizer's own special tokens. Windows have T = ``length``
+    tokens, at least 2; the stride is 1 to T. What is left at the end is dropped, unless there is no other window: then
+    it is one, shorter than T.
     """
-    if not 1 <= stride <= length:
-        raise ValueError(f"stride is {stride}; it is at least 1 and at most the length of a window, {length}")
     rest = torch.empty((2, 0), dtype=torch.long)
     first, is_first = 1, True
     for counted in counted_tokens(documents, tokenizer):
@@ -101,18 +89,9 @@ def document_windows(
 
     They are those of lm-evaluation-harness's ``loglikelihood_rolling`` with ``max_seq_len = length - 1`` and
     ``context_len = length - stride``: of a document the first window scores all it has, a further one ``stride`` tokens
-    more, and the last one what is left. No separator is scored.
-
-    Args:
-        documents, tokenizer: see `windows`.
-        length: the most tokens in a window, at least 2.
-        stride: 1 to ``length - 1``.
-
-    Returns:
-        Windows of ``length`` tokens, or of a whole document where that is shorter.
+    more, and the last one what is left. No separator is scored. Windows have ``length`` tokens, at least 2, or those of
+    a whole document where that is shorter; the stride is 1 to ``length - 1``.
     """
-    if not 1 <= stride < length:
-        raise ValueError(f"stride is {stride}; it is at least 1 and below the length of a window, {length}")
     for counted in counted_tokens(documents, tokenizer):
         scored, total = 1, counted.shape[1]
         while scored < total:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import build
 
-from keyreduce.benchmarking.roofline import Roofline
+from keyreduce.benchmarking.metrics import Roofline
 from keyreduce.benchmarking.timed_models import TimedModel, timed_models
 from keyreduce.families import FAMILIES
 from keyreduce.models.loading import LoadedModel

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from keyreduce.benchmarking import decode
-from keyreduce.benchmarking.decode import time_decoding
-from keyreduce.benchmarking.graphs import NotRecordedError, capture
+from keyreduce.benchmarking.decode import NotRecordedError, capture
 from keyreduce.benchmarking.steps import STEPS, mixer_steps, model_steps, operator_steps
 from keyreduce.benchmarking.timed_models import random_models, timed_models
 from keyreduce.benchmarking.timing import PeakMemory, RoundTimes
@@ -14,6 +13,10 @@ from keyreduce.errors import KeyreduceError
 CPU = torch.device("cpu")
 MODEL_TYPES = ("delta_net", "delta_net_2", "gated_deltanet")
 SETTINGS = {"batch_size": 3, "scopes": tuple(STEPS), "rounds": 3, "seed": 0}
+
+
+def time_decoding(models, roofline, *, scopes, **settings) -> list[dict]:
+    return [entry for scope in scopes for entry in decode.time_decoding(models, roofline, scope, **settings)]
 
 
 @pytest.fixture(params=[*MODEL_TYPES, "qwen3_next"])

@@ -22,7 +22,7 @@ def test_a_prefill_fills_a_cache_and_computes_one_row_of_logits(pair, roofline):
     assert all(outputs.past_key_values.get_seq_length() == 70 for outputs in returned)
     assert len({tuple(kwargs["input_ids"].flatten().tolist()) for kwargs in asked}) == 4
     for entry, timed in zip(entries, pair, strict=True):
-        work = model_work(timed.model, timed.family, batch_size=2, seq_len=70, cached=False)
+        work = model_work(timed, batch_size=2, seq_len=70)
         seconds = entry["latency_seconds"]["median"]
         assert entry["compute_share"] == pytest.approx(work.flops / seconds / 1e9)
         assert entry["tokens_per_second"] == pytest.approx(140 / seconds)
@@ -36,7 +36,7 @@ def test_a_step_of_training_is_forward_backward_and_optimizer(pair, roofline):
     assert all(not torch.equal(tensor, before[name]) for name, tensor in pair[0].model.named_parameters())
     assert not pair[0].model.training
     head = 2 * 2 * 69 * pair[0].model.lm_head.weight.numel()
-    work = model_work(pair[0].model, pair[0].family, batch_size=2, seq_len=70, cached=False)
+    work = model_work(pair[0], batch_size=2, seq_len=70)
     for entry, flops in ((forward[0], work.flops), (train[0], 3 * (work.flops + head))):
         assert entry["teraflops"] == pytest.approx(flops / entry["latency_seconds"]["median"] / 1e12)
     assert train[0]["peak_memory_bytes"] > forward[0]["peak_memory_bytes"]

@@ -4,6 +4,7 @@ import torch
 from keyreduce.benchmarking import largest_batch
 from keyreduce.benchmarking.largest_batch import _Step, time_largest_batch
 from keyreduce.benchmarking.steps import DecodeSteps
+from keyreduce.benchmarking.work import Work
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def device_that_holds(monkeypatch):
             tried.append(batch_size)
             if batch_size > sequences:
                 raise error or torch.OutOfMemoryError("CUDA out of memory")
-            return DecodeSteps(lambda: None, 4, list)
+            return DecodeSteps(lambda: None, 4, list, Work(1, 1))
 
         monkeypatch.setattr(largest_batch, "model_steps", make)
         return tried

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from keyreduce.benchmarking import report as module
+from keyreduce.benchmarking.metrics import Roofline, measure_roofline
 from keyreduce.benchmarking.plot import plot_report
 from keyreduce.benchmarking.report import benchmark_report, total_rounds
-from keyreduce.benchmarking.roofline import Roofline, measure_roofline
 from keyreduce.benchmarking.timing import RoundTimes
 from keyreduce.errors import KeyreduceError
 
@@ -80,7 +80,7 @@ def test_the_roofline_is_that_of_a_copy_and_a_product(monkeypatch):
         assert torch.isfinite(functions["product"]()).all()
         return {"copy": RoundTimes((0.5,)), "product": RoundTimes((2.0,))}
 
-    monkeypatch.setattr("keyreduce.benchmarking.roofline.interleave", interleave)
+    monkeypatch.setattr("keyreduce.benchmarking.metrics.interleave", interleave)
     roofline = measure_roofline(torch.device("cpu"), torch.float32)
     assert ran == ["copy", "product"]
     assert roofline == (2 * (128 << 20) / 0.5, 2 * 1024**3 / 2.0)

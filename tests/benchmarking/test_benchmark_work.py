@@ -56,11 +56,11 @@ def test_mixer_counts_linear_layers_and_the_delta_rule(loaded, seq_len, in_chunk
         per_head = counted(one_token, torch.ones(shape), *(torch.ones(size) for size in (shape[0], *shape)))
     linear = [part for part in timed.mixer.modules() if isinstance(part, torch.nn.Linear)]
     per_token = sum(counted(part, torch.ones(1, part.in_features)) for part in linear)
-    work = mixer_work(timed.mixer, 32, sizes, batch_size=2, seq_len=seq_len, cached=False)
+    work = mixer_work(timed, batch_size=2, seq_len=seq_len, cached=False)
     assert work.flops == 2 * seq_len * (per_token + sizes.value_heads * per_head)
     weights = sum(parameter.numel() for parameter in timed.mixer.parameters())
     assert work.bytes == 4 * (weights + 2 * 2 * seq_len * 32)
-    cached = mixer_work(timed.mixer, 32, sizes, batch_size=2, seq_len=seq_len, cached=True)
+    cached = mixer_work(timed, batch_size=2, seq_len=seq_len, cached=True)
     assert cached.bytes - work.bytes == 2 * 2 * 4 * sizes.state_elements
 
 
@@ -71,7 +71,7 @@ def test_model_counts_the_head_once_a_sequence_and_the_table_only_where_it_is_th
     head = model.lm_head.weight.numel()
     layers = sum(part.weight.numel() for part in model.model.modules() if isinstance(part, torch.nn.Linear))
     rules = 2 * 2 * 6 * 16 * 16  # two layers of two heads
-    work = model_work(model, timed.family, batch_size=3, seq_len=seq_len, cached=True)
+    work = model_work(timed, batch_size=3, seq_len=seq_len, cached=True)
     assert work.flops == 3 * seq_len * (2 * layers + rules) + 3 * 2 * head
     # The head is read either way; tied, it is the table of the embedding as well, which is counted no second time.
     weights = sum(parameter.numel() for parameter in model.model.parameters()) - (not tied) * head

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton.testing
 
-from keyreduce.benchmarking.roofline import Roofline
+from keyreduce.benchmarking.metrics import Roofline
 from keyreduce.benchmarking.timed_models import random_models
 
 REPOSITORY = Path(__file__).parents[2]

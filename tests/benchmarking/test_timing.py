@@ -66,11 +66,6 @@ def test_warm_up_is_bounded(machine):
     assert machine.calls == ["a"] * 8 + ["b"]
 
 
-def test_at_least_one_round():
-    with pytest.raises(ValueError, match="rounds is 0"):
-        interleave({"a": lambda: None}, CPU, rounds=0)
-
-
 def test_interval_of_the_median_comes_from_order_statistics():
     # Conover, Practical Nonparametric Statistics: for n = 10 the 2nd and the 9th value enclose the median with 97.9%.
     assert RoundTimes(tuple(range(10, 0, -1))).interval == (2, 9)

@@ -1,7 +1,7 @@
 from fla.modules.norm.l2norm import l2norm_fwd_kernel
 from fla.modules.norm.layernorm import layer_norm_fwd_kernel
 
-from keyreduce.benchmarking.tuning import tuned_once_for_any_batch
+from keyreduce.benchmarking.largest_batch import tuned_once_for_any_batch
 
 
 def keys_of(kernel) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import build, save
 
-from keyreduce.benchmarking.roofline import Roofline
+from keyreduce.benchmarking.metrics import Roofline
 
 QUICK = ("--batch-size", 1, "--seq-len", 8, "--rounds", 2)
 REPORT = Path("keyreduce-out/benchmark.json")

@@ -258,7 +258,7 @@ def test_logits_that_are_not_finite_are_refused(everything, tiny_copy):
     folder = tiny_copy()
     edit_tensors(folder, lambda tensors: tensors["lm_head.weight"][3].fill_(1e38))
     loaded = load(folder)
-    with pytest.raises(KeyreduceError, match="are NaN or inf"):
+    with pytest.raises(KeyreduceError, match="hold NaN or inf"):
         run_tasks(loaded, of(everything, "own_choice"), limit=1)
     assert not loaded.model._forward_hooks
 
@@ -377,6 +377,7 @@ def test_a_limit_must_leave_something(limit):
 
 def test_the_table_of_two_models(everything, tiny_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys, "argv", ["/bin/keyreduce", "eval"])
     monkeypatch.setattr("keyreduce.evaluation.harness.find_tasks", lambda names, _: of(everything, *names))
     output = tmp_path / "out" / "eval.json"
     request = EvaluateRequest(
@@ -394,7 +395,7 @@ def test_the_table_of_two_models(everything, tiny_folder, tmp_path, capsys, monk
     for entry in entries:
         written = json.loads(Path(entry["tasks_file"]).read_text())
         assert entry["tasks"] == [one._asdict() for one in task_metrics(written)]
-        assert written["keyreduce"]["command"].startswith("keyreduce")
+        assert written["keyreduce"]["command"] == "keyreduce eval"
         assert Path(entry["tasks_file"]) == tmp_path / "out" / f"eval-tasks-{entry['label']}.json"
     (row,) = (line.split() for line in out.splitlines() if line.split()[:2] == ["own_pages", "bits_per_byte"])
     dense, pruned = (entry["tasks"][-1]["value"] for entry in entries)

@@ -17,8 +17,14 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation import pictures
 from keyreduce.evaluation.filters import filters_of
 from keyreduce.evaluation.kept import Kept
-from keyreduce.evaluation.picture_folder import draw_folder, refuse_other_files
-from keyreduce.evaluation.pictures import draw_curves, draw_filters, draw_heat_map, draw_kept_channels, save
+from keyreduce.evaluation.pictures import (
+    draw_curves,
+    draw_filters,
+    draw_folder,
+    draw_heat_map,
+    draw_kept_channels,
+    refuse_other_files,
+)
 from keyreduce.families import MixerSizes
 
 POSITIONS = [4, 8, 10]
@@ -211,20 +217,15 @@ def test_filters_of_models_that_share_kernels_or_have_none(tmp_path, model_type,
     assert {name: tuple(kernels.shape) for name, kernels in found.items()} == shapes
 
 
-def test_a_picture_is_a_png_of_the_figures_size(models, tmp_path):
-    figure = draw_heat_map(models)
-    save(figure, tmp_path / "picture")
-    height, width = imread(tmp_path / "picture", format="png").shape[:2]
-    expected = figure.get_size_inches() * pictures._DPI
-    assert (width, height) == (pytest.approx(expected[0], abs=1), pytest.approx(expected[1], abs=1))
-
-
 def test_the_folder_is_replaced_as_a_whole(models, tmp_path, tiny_folder):
     folder, report = tmp_path / "pictures", {"positions": POSITIONS, "models": models}
     dense = open_folder(tiny_folder("delta_net"))
     sizes = MixerSizes(2, 2, 16, 16)
     kept = {1: Kept(sizes, sizes, [0, 1], [0, 1], [list(range(16))] * 2, [list(range(16))] * 2)}
     names = draw_folder(folder, report, kept, dense)
+    height, width = imread(folder / "rank-heat-map.png").shape[:2]
+    expected = draw_heat_map(models).get_size_inches() * pictures._DPI
+    assert (width, height) == (pytest.approx(expected[0], abs=1), pytest.approx(expected[1], abs=1))
     both = {"filters-layer-00.png", "filters-layer-01.png", "rank-curves.png", "rank-heat-map.png"}
     assert set(names) == {path.name for path in folder.iterdir()} == both | {"kept-channels.png"}
     refuse_other_files(folder)

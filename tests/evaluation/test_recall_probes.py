@@ -94,8 +94,6 @@ def test_sequences_come_from_the_seed():
 def test_what_does_not_fit():
     assert fits(16, 4, 8 + CHOICES)
     assert not fits(15, 4, 100) and not fits(16, 4, 7 + CHOICES) and not fits(16, 0, 100)
-    with pytest.raises(ValueError, match="4 pairs do not fit"):
-        probes(15, 4, 1)
 
 
 def test_a_model_that_recalls_answers_all_and_one_that_forgets_does_not():

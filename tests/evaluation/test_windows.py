@@ -130,9 +130,3 @@ def test_text_shorter_than_a_window_is_one():
     (window,) = windows(["ab", "c"], BYTES, 9, 3)
     assert (window.tokens_T.tolist(), window.first) == ([SEPARATOR, 97, 98, SEPARATOR, 99], 1)
     assert list(windows(["ab"], BYTES, 3, 1)) != []
-
-
-@pytest.mark.parametrize(("cut", "stride"), [(windows, 0), (windows, 10), (document_windows, 0), (document_windows, 9)])
-def test_a_stride_beyond_the_window_is_refused(cut, stride):
-    with pytest.raises(ValueError, match="stride"):
-        next(cut(DOCUMENTS, BYTES, 9, stride))
