@@ -1,7 +1,9 @@
 """benchmarks/h100.py, with small models on a CPU."""
 
+import argparse
 import importlib.util
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -71,16 +73,17 @@ def test_measurements_are_made_once_and_put_together(script, tmp_path, capsys, m
     assert whole["settings"].keys() == whole["ceilings"].keys() == {"mixer-2048", "decode-32", "largest-batch"}
     told = capsys.readouterr().out
     assert "### gated-deltanet" in told
-    assert "| mixer, 1 x 2 | 8 |" in told
-    assert "| 8 | 2 | bound |" in told
+    assert "one mixer layer, 1 x 2 tokens, bfloat16" in told
+    assert re.search(r"K=8 +2 +bound", told)
     monkeypatch.setattr("keyreduce.api.benchmark.run", lambda *arguments: pytest.fail("measured again"))
     script("--only", "mixer-2048", "decode-32", "largest-batch")
     script("--table")
-    assert "| operator | 1 | 8 |" in capsys.readouterr().out
+    assert "the delta-rule operator alone, 1 sequences at once" in capsys.readouterr().out
 
 
 def test_training_comes_after_all_else_and_compiling_writes_nothing(script, tmp_path, capsys):
-    script("--compile-here", "--only", "train_step-2048", "mixer-8192", "--config", "delta-net", "--key-sizes", "8")
+    chosen = argparse.Namespace(key_sizes=[8], device="cpu", output=tmp_path / "out")
+    script.module.run_all_once("delta-net", ["train_step-2048", "mixer-8192"], chosen)
     assert not (tmp_path / "out").exists()
     script("--only", "train_step-2048", "mixer-8192")
     told = [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("==")]
@@ -102,7 +105,10 @@ def test_compiling_is_for_what_is_missing(script, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(script.module, "compile_kernels", lambda todo, chosen: asked.append(todo))
     script("--compile-only", "--only", "mixer-8192", "decode-1")
-    assert asked == [{"delta-net": ["decode-1"], "gated-deltanet": ["mixer-8192", "decode-1"]}]
+    before_training, training = asked
+    assert before_training == {"delta-net": ["decode-1"], "gated-deltanet": ["mixer-8192", "decode-1"]}
+    assert not any(training.values())
+    assert not (tmp_path / "out/gated-deltanet").exists()
 
 
 def test_one_that_fails_is_told_and_the_rest_go_on(script, tmp_path, monkeypatch, capsys):
