@@ -5,25 +5,18 @@
 
 Each measurement is a `keyreduce benchmark` with a file of its own below the output folder. What is there is not made
 again, so a run that was cut off goes on where it was. At the end, and with ``--table``, the tables are printed, and
-each architecture's files are put together into one JSON file and one picture. Kernels are compiled by one process for
-each key size before anything is timed; which of their variants is best, the measuring process finds out by itself, and
-gives each 20 ms (Triton's own 100 would add up to minutes in a step of training).
+each architecture's files are put together into one JSON file and one picture. Triton gives each variant of a kernel
+20 ms when it looks for the fastest (its own 100 would add up to minutes in a step of training).
 """
 
 import argparse
 import gc
-import itertools
-import multiprocessing
-import os
 import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
-import torch
 import triton.testing
 
 from keyreduce.api import benchmark
@@ -62,89 +55,35 @@ def main() -> None:
     parser.add_argument("--key-sizes", nargs="*", type=int, default=KEY_SIZES, metavar="K")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--table", action="store_true", help="measure nothing")
-    parser.add_argument("--compile-only", action="store_true", help="compile, such as beside other work on another GPU")
     chosen = parser.parse_args()
-    failed = []
-    if not chosen.table:
-        # The kernels of training take minutes more to compile and to tune: all else is measured before.
-        for is_training in (False, True):
-            names = [
-                name for name in MEASUREMENTS if name in chosen.only and MEASUREMENTS[name].train_step == is_training
-            ]
-            failed += measure(names, chosen)
-    if not chosen.compile_only:
-        put_together(chosen.output)
+    failed = [] if chosen.table else measure(chosen)
+    put_together(chosen.output)
     if failed:
         sys.exit("\n".join(["not measured:", *failed]))
 
 
-def measure(names: Sequence[str], chosen: argparse.Namespace) -> list[str]:
-    """Make those of some measurements that are not there yet, for each architecture; return which failed, and why.
+def measure(chosen: argparse.Namespace) -> list[str]:
+    """Make what is not there yet, for each architecture; return which failed, and why.
 
     Where Triton is known to get fla's gradients wrong, training is refused (``keyreduce/models/miscompiled.py``).
     """
-    todo = {
-        config: [name for name in names if not file_of(chosen.output, config, name).exists()]
-        for config in chosen.config
-    }
-    if chosen.compile_only or torch.device(chosen.device).type == "cuda":
-        compile_kernels(todo, chosen)
-    if chosen.compile_only:
-        return []
     triton.testing.do_bench = partial(triton.testing.do_bench, warmup=5, rep=20)
     failed = []
-    for config, name in [(config, name) for config, found in todo.items() for name in found]:
+    runs = product(chosen.config, [name for name in MEASUREMENTS if name in chosen.only])
+    # The kernels of training take minutes more to compile and to tune: all else is measured before.
+    for config, name in sorted(runs, key=lambda run: MEASUREMENTS[run[1]].train_step):
+        told, output = f"{config} {name}", file_of(chosen.output, config, name)
+        if output.exists():
+            continue
         gc.collect()  # the models of the last measurement
-        told = f"{config} {name}"
+        models = {"scaling": chosen.key_sizes, "config": CONFIGS[config], "device": chosen.device, "dtype": "bfloat16"}
         try:
-            benchmark.run(request_of(config, name, chosen, file_of(chosen.output, config, name)))
+            benchmark.run(replace(MEASUREMENTS[name], **models, output=output))
         except (KeyreduceError, RuntimeError) as error:
             told += f": {reason(error)}"
             failed.append(told)
         print(f"== {told}", flush=True)
     return failed
-
-
-def request_of(config: str, name: str, chosen: argparse.Namespace, output: Path) -> BenchmarkRequest:
-    """Return a measurement of random models of an architecture, one for each key size."""
-    models = {"scaling": chosen.key_sizes, "config": CONFIGS[config], "device": chosen.device, "dtype": "bfloat16"}
-    return replace(MEASUREMENTS[name], **models, output=output)
-
-
-def compile_kernels(todo: Mapping[str, Sequence[str]], chosen: argparse.Namespace) -> None:
-    """Let a process for each architecture and key size run everything once: then Triton's cache has the kernels."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    # They time nothing, so the variants that they take must not be remembered as the best.
-    environment = {"FLA_CACHE_RESULTS": "0", "TRITON_CACHE_AUTOTUNING": "0"}
-    calls = list(itertools.product((config for config, names in todo.items() if names), chosen.key_sizes))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(calls) or 1, context, os.environ.update, (environment,)) as pool:
-        running = {
-            f"{config} K={keys}": pool.submit(
-                run_all_once, config, todo[config], argparse.Namespace(**vars(chosen) | {"key_sizes": [keys]})
-            )
-            for config, keys in calls
-        }
-        for name, future in running.items():
-            if error := future.exception():
-                print(f"{name}: {reason(error)}; its kernels are compiled when they are warmed up", flush=True)
-
-
-def run_all_once(config: str, names: Sequence[str], chosen: argparse.Namespace) -> None:
-    """Run measurements of one architecture once, with the same kernels and as little else as may be."""
-    triton.testing.do_bench = run_once
-    with tempfile.TemporaryDirectory(prefix="keyreduce-") as folder:
-        for name in names:
-            request = request_of(config, name, chosen, Path(folder) / f"{name}.json")
-            first = min([request.max_batch_size or 0, *request.decode_batch_sizes])
-            benchmark.run(replace(request, max_batch_size=first, rounds=1))
-
-
-def run_once(call: Callable[[], object], quantiles: Sequence[float] | None = None, **_: object) -> list[float]:
-    """Stand in for Triton's timing of a variant: one run compiles it."""
-    call()
-    return [1.0] * len(quantiles or (0.5,))
 
 
 def put_together(folder: Path) -> None:

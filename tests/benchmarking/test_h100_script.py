@@ -1,6 +1,5 @@
 """benchmarks/h100.py, with small models on a CPU."""
 
-import argparse
 import importlib.util
 import json
 import re
@@ -81,10 +80,7 @@ def test_measurements_are_made_once_and_put_together(script, tmp_path, capsys, m
     assert "the delta-rule operator alone, 1 sequences at once" in capsys.readouterr().out
 
 
-def test_training_comes_after_all_else_and_compiling_writes_nothing(script, tmp_path, capsys):
-    chosen = argparse.Namespace(key_sizes=[8], device="cpu", output=tmp_path / "out")
-    script.module.run_all_once("delta-net", ["train_step-2048", "mixer-8192"], chosen)
-    assert not (tmp_path / "out").exists()
+def test_training_comes_after_all_else(script, capsys):
     script("--only", "train_step-2048", "mixer-8192")
     told = [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("==")]
     assert told == [
@@ -92,23 +88,6 @@ def test_training_comes_after_all_else_and_compiling_writes_nothing(script, tmp_
         for name in ("mixer-8192", "train_step-2048")
         for config in ("delta-net", "gated-deltanet")
     ]
-
-
-def test_compiling_runs_each_variant_once(script):
-    calls = []
-    script.module.run_once(lambda: calls.append(1), quantiles=(0.5, 0.2, 0.8))
-    assert calls == [1]
-
-
-def test_compiling_is_for_what_is_missing(script, tmp_path, monkeypatch):
-    script("--only", "mixer-8192", "--config", "delta-net")
-    asked = []
-    monkeypatch.setattr(script.module, "compile_kernels", lambda todo, chosen: asked.append(todo))
-    script("--compile-only", "--only", "mixer-8192", "decode-1")
-    before_training, training = asked
-    assert before_training == {"delta-net": ["decode-1"], "gated-deltanet": ["mixer-8192", "decode-1"]}
-    assert not any(training.values())
-    assert not (tmp_path / "out/gated-deltanet").exists()
 
 
 def test_one_that_fails_is_told_and_the_rest_go_on(script, tmp_path, monkeypatch, capsys):
