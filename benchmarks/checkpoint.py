@@ -7,27 +7,16 @@ it with, and the same model as a DCP. Then all commands are timed in turns, afte
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 from checkpoint_inputs import SHARD_SIZE, describe_model, write_source, write_sums
-from commands import (
-    BARE,
-    COPY,
-    KEYREDUCE,
-    Command,
-    machine,
-    measure_rounds,
-    refuse_other_systems,
-    standard_commands,
-    table,
-)
+from commands import BARE, COPY, KEYREDUCE, Command, machine, measure_rounds, parse_options, report, standard_commands
 
 from keyreduce.api import convert, prune
 
@@ -39,23 +28,11 @@ for file in pathlib.Path(sys.argv[1]).glob("*.safetensors"):
 """
 
 
-class Paths(NamedTuple):
-    """Where the inputs lie, and where the output of what is being timed goes."""
-
-    source: Path
-    calibration: Path
-    dcp: Path
-    pruned: Path
-    output: Path
-    work: Path
-
-    @classmethod
-    def below(cls, folder: Path) -> "Paths":
-        """Return the paths in a folder."""
-        return cls(*(folder / name for name in cls._fields))
+# Where the inputs lie, and where the output of what is being timed goes.
+PLACES = ("source", "calibration", "dcp", "pruned", "output", "work")
 
 
-def commands_of(paths: Paths) -> dict[str, Command]:
+def commands_of(paths: SimpleNamespace) -> dict[str, Command]:
     """Return all that is timed, by short name, in the order of the table."""
     source, dcp, output = paths.source, paths.dcp, paths.output
     synced = ("sh", "-c", 'cp -r "$1" "$2" && sync "$2"/*', "sh", source, output)
@@ -80,7 +57,7 @@ def commands_of(paths: Paths) -> dict[str, Command]:
     }
 
 
-def make_inputs(paths: Paths, options: argparse.Namespace) -> str:
+def make_inputs(paths: SimpleNamespace, options: argparse.Namespace) -> str:
     """Make what is not there yet of source, statistics, DCP and pruned checkpoint; return a line about the model."""
     config, tensors = describe_model(hidden=options.hidden, heads=options.heads, layers=options.layers)
     parameters = sum(tensor.numel() for tensor in tensors.values())
@@ -109,19 +86,18 @@ def make_inputs(paths: Paths, options: argparse.Namespace) -> str:
 
 def main() -> None:
     """Time the commands and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--hidden", type=int, default=2048, help="channels of the model")
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where to write; what is there is used again, and stays")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="rows of the table; cp is always one")
-    parser.add_argument("--json", type=Path, help="write the figures, round by round")
-    options = parser.parse_args()
-    refuse_other_systems()
+    options = parse_options(
+        __doc__,
+        24,
+        5,
+        ("--hidden", {"type": int, "default": 2048, "help": "channels of the model"}),
+        ("--heads", {"type": int, "default": 16}),
+        ("--only", {"nargs": "+", "metavar": "NAME", "help": "rows of the table; cp is always one"}),
+    )
     with ExitStack() as stack:
+        # What is there in a folder that was given is used again, and stays.
         temporary = options.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="keyreduce-"))
-        paths = Paths.below(Path(temporary).resolve())
+        paths = SimpleNamespace(**{name: Path(temporary).resolve() / name for name in PLACES})
         paths.source.parent.mkdir(parents=True, exist_ok=True)
         known = commands_of(paths)
         if unknown := set(options.only or ()) - known.keys():
@@ -129,10 +105,7 @@ def main() -> None:
         chosen = {name: one for name, one in known.items() if name in {BARE, COPY, *(options.only or known)}}
         load = os.getloadavg()[0]
         facts = f"{make_inputs(paths, options)} {machine(paths.source)}; load before it began {load:.1f}."
-        figures = measure_rounds(chosen, paths.source, paths.output, options.rounds)
-    print(f"{facts}\n{table(figures, options.rounds)}")
-    if options.json:
-        options.json.write_text(json.dumps({"facts": facts, **figures}, indent=2) + "\n")
+        report(facts, measure_rounds(chosen, paths.source, paths.output, options.rounds), options)
 
 
 if __name__ == "__main__":

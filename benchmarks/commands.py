@@ -5,6 +5,8 @@ Anonymous memory is what a process allocates, and not the files it maps, which t
 removed, what was written is on the disk (sync), and the input is read once.
 """
 
+import argparse
+import json
 import os
 import platform
 import shutil
@@ -45,38 +47,29 @@ class Failed(Exception):
     """A command ended with an error; the text is the last line that it wrote to stderr."""
 
 
-class MemorySampler:
-    """While the block runs, a thread reads the anonymous memory of a process and of its descendants.
+def parse_options(doc: str, layers: int, rounds: int, *more: tuple[str, dict]) -> argparse.Namespace:
+    """Return the options of a script, those that all have and its own.
 
-    Attributes:
-        tree, main: the most bytes seen, in all of them together and in the process alone.
+    It exits where the system does not say what a process holds, and which children it has.
     """
-
-    def __init__(self, pid: int):
-        self.pid, self.tree, self.main = pid, 0, 0
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._sample)
-
-    def __enter__(self) -> "MemorySampler":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while True:
-            held = [anonymous_bytes(pid) for pid in family_tree(self.pid)]
-            self.main, self.tree = max(self.main, held[0]), max(self.tree, sum(held))
-            if self._stopped.wait(SAMPLE_SECONDS):
-                return
-
-
-def refuse_other_systems() -> None:
-    """Exit where the system does not say what a process holds, and which children it has."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=layers, help="of the model")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--folder", type=Path, help="where to write")
+    parser.add_argument("--json", type=Path, help="write the figures, round by round")
+    for name, settings in more:
+        parser.add_argument(name, **settings)
+    options = parser.parse_args()
     if not Path(f"/proc/self/task/{os.getpid()}/children").is_file():
         sys.exit("this reads the memory of processes in /proc, as Linux has it, and does not run elsewhere")
+    return options
+
+
+def report(facts: str, figures: dict, options: argparse.Namespace) -> None:
+    """Print what :func:`measure_rounds` returned, and write it where ``--json`` says."""
+    print(f"{facts}\n{table(figures, options.rounds)}")
+    if options.json:
+        options.json.write_text(json.dumps({"facts": facts, **figures}, indent=2) + "\n")
 
 
 def family_tree(pid: int) -> Iterator[int]:
@@ -107,17 +100,28 @@ def run_command(words: tuple[str | Path, ...]) -> Measured:
     Raises:
         Failed: it ended with an error.
     """
+    held, ended = [(0, 0)], threading.Event()  # bytes of the process and its descendants, and of it alone
+
+    def sample(pid: int) -> None:
+        while not ended.wait(SAMPLE_SECONDS):
+            each = [anonymous_bytes(one) for one in family_tree(pid)]
+            held.append((sum(each), each[0]))
+
     with tempfile.TemporaryFile() as errors:
         start = perf_counter()
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=errors)
-        with MemorySampler(process.pid) as memory:
-            code = process.wait()
-            seconds = perf_counter() - start
+        sampler = threading.Thread(target=sample, args=(process.pid,))
+        sampler.start()
+        code = process.wait()
+        seconds = perf_counter() - start
+        ended.set()
+        sampler.join()
         errors.seek(0)
         said = errors.read().decode(errors="replace").strip().splitlines()
     if code != 0:
         raise Failed(said[-1] if said else f"it ended with code {code}")
-    return Measured(seconds, memory.tree, memory.main)
+    tree, main = map(max, zip(*held, strict=True))
+    return Measured(seconds, tree, main)
 
 
 def standard_commands(source: Path, output: Path) -> dict[str, Command]:

@@ -6,8 +6,6 @@ Every tensor has the shape that the 27B model has, but there are fewer layers, a
 numbers. The state and the sequences that fit are those of all 64 layers.
 """
 
-import argparse
-import json
 import os
 import shutil
 import sys
@@ -16,7 +14,7 @@ from pathlib import Path
 
 import torch
 from checkpoint_inputs import write_source
-from commands import KEYREDUCE, Command, machine, measure_rounds, refuse_other_systems, standard_commands, table
+from commands import KEYREDUCE, Command, machine, measure_rounds, parse_options, report, standard_commands
 
 from keyreduce.api import prune
 
@@ -64,14 +62,8 @@ def print_savings(states: dict[str, list[float]], tensors: dict[str, torch.Tenso
 
 def main() -> None:
     """Time the cuts, and print the table and what they save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=4, help="every fourth has softmax attention")
-    parser.add_argument("--vocab-size", type=int, default=TEXT["vocab_size"], help="fewer make a smaller set")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to write; what is there is removed")
-    parser.add_argument("--json", type=Path, help="write the figures, round by round")
-    options = parser.parse_args()
-    refuse_other_systems()
+    fewer = {"type": int, "default": TEXT["vocab_size"], "help": "fewer make a smaller set"}
+    options = parse_options(__doc__, 4, 3, ("--vocab-size", fewer))
     with tempfile.TemporaryDirectory(prefix="keyreduce-", dir=options.folder) as temporary:
         source, output = Path(temporary) / "source", Path(temporary) / "output"
         config, tensors = describe(options.layers, options.vocab_size)
@@ -95,10 +87,8 @@ def main() -> None:
             states[name] = [size * share for size in result.state_bytes_per_sequence]
         facts = f"{options.layers} layers, {nbytes / 1e9:.2f} GB in {len(list(source.glob('*.safetensors')))} shards."
         facts += f" {machine(source)}; load at the end {os.getloadavg()[0]:.1f}."
-    print(f"{facts}\n{table(figures, options.rounds)}")
+    report(facts, {**figures, "states": states}, options)
     print_savings(states, tensors, options.layers)
-    if options.json:
-        options.json.write_text(json.dumps({"facts": facts, **figures, "states": states}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ import multiprocessing
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from math import gcd
 from pathlib import Path
@@ -49,105 +49,6 @@ class Start(NamedTuple):
     ratio: str
     repair: str
     seed: int
-
-    @property
-    def name(self) -> str:
-        """The name of its files."""
-        return slug("-".join(map(str, self)))
-
-
-def recovery_of(text: str) -> dict:
-    """Return the fields of a recovery from ``mode[-distilled]`` or ``mode[-distilled]:field=value,...``."""
-    name, _, rest = text.partition(":")
-    given = dict(part.split("=") for part in rest.split(",") if part)
-    fields = specs(recover.RecoverRequest)
-    taught = {"distill_weight": 1.0} if name.endswith(_DISTILLED) else {}
-    values = {field: fields[field].kind(value) for field, value in given.items()}
-    return {"mode": name.removesuffix(_DISTILLED), **taught, **values}
-
-
-class Study:
-    """One dense model, and what is done to it and measured.
-
-    Args:
-        arguments: the options of this script.
-
-    Raises:
-        KeyreduceError: a document is in both texts.
-    """
-
-    def __init__(self, arguments: argparse.Namespace):
-        self.arguments = arguments
-        self._rows = {"batch_size": arguments.batch_size, "seq_len": arguments.seq_len}
-        self._common = {"device": arguments.device, "work": arguments.output / "work"}
-        if arguments.calibration and arguments.heldout:
-            refuse_overlap(FileText(arguments.calibration), FileText(arguments.heldout))
-
-    def calibrate(self, seed: int) -> Path:
-        """Return the calibration file of a seed; it is made unless it is there."""
-        request = calibrate.CalibrateRequest(
-            model=self.arguments.model,
-            text=self.arguments.calibration,
-            num_batches=self.arguments.calibration_batches or self.arguments.num_batches,
-            # With gradients, fla's kernels leave the place to PyTorch's, which take float32 on any device.
-            gradients=pick_device(self.arguments.device).type != "cpu",
-            dtype="float32",
-            seed=seed,
-            output=self.arguments.output / f"calibration-{seed}.safetensors",
-            **self._rows,
-            **self._common,
-        )
-        return calibrate.run(request).calibration
-
-    def start(self, start: Start, target: Path) -> recover.RecoverResult | None:
-        """Prune the model into a folder, and recover it unless ``repair`` is ``none``."""
-        is_repaired = start.repair != "none"
-        pruned = target.with_name(f"{target.name}-pruned") if is_repaired else target
-        request = prune.PruneRequest(
-            model=self.arguments.model,
-            calibration=self.calibrate(start.seed),
-            method=start.method,
-            ratio=start.ratio,
-            seed=start.seed,
-            output=pruned,
-            **self._common,
-        )
-        prune.run(request)
-        return self.recover(pruned, start.repair, start.seed, target) if is_repaired else None
-
-    def recover(self, pruned: Path, how: str, seed: int, target: Path, **fields: object) -> recover.RecoverResult:
-        """Recover a pruned model into a folder, as :func:`recovery_of` reads ``how``; it overrules ``fields``."""
-        given = {"num_batches": self.arguments.num_batches, **self._rows, **self._common, **fields, **recovery_of(how)}
-        request = recover.RecoverRequest(
-            compressed=str(pruned), text=self.arguments.calibration, seed=seed, output=target, **given
-        )
-        return recover.run(request)
-
-    def measure(self, folder: Path | None) -> dict:
-        """Return ``perplexity`` per token of the held-out text, in rows of 1,024 tokens, and ``recall`` if wanted.
-
-        That is, for each kind of recall, how often the model prefers the right answer to seven others. Lengths, numbers
-        of pairs and of sequences are those of `keyreduce eval --recall`, the haystacks held-out text.
-
-        Args:
-            folder: the model; None is the dense one.
-        """
-        batch_size = gcd(self.arguments.heldout_rows, 8)
-        with tempfile.TemporaryDirectory(prefix="keyreduce-") as temporary:
-            request = evaluate.EvaluateRequest(
-                model=self.arguments.model if folder is None else str(folder),
-                text=self.arguments.heldout,
-                num_batches=self.arguments.heldout_rows // batch_size,
-                batch_size=batch_size,
-                seq_len=1024,
-                recall=("mqar", "needle") if self.arguments.recall else (),
-                output=Path(temporary) / "metrics.json",
-                **self._common,
-            )
-            (found,) = evaluate.run(request).models
-        recall = found.get("recall", {}).items()
-        right = {kind: mean(cell["choice_accuracy"] for cell in cells) for kind, cells in recall}
-        return {"perplexity": found["perplexity_per_token"], "recall": right}
 
 
 def main() -> None:
@@ -176,76 +77,165 @@ def main() -> None:
     for kind in chosen.kinds:
         recovery_of(kind)
     if not chosen.table:
-        make(chosen)
+        make_all(chosen)
     print_tables(chosen.output)
 
 
-def make(chosen: argparse.Namespace) -> None:
+def make_all(chosen: argparse.Namespace) -> None:
     """Make all runs that are not there, the numbers of tokens in the order given."""
-    study = Study(chosen)
+    if chosen.calibration and chosen.heldout:
+        refuse_overlap(FileText(chosen.calibration), FileText(chosen.heldout))
     texts = (text_source(chosen.calibration, default="calibration"), text_source(chosen.heldout, default="heldout"))
     inputs = {"model": open_model(chosen.model).identity, "texts": [text.identity for text in texts]}
     inputs |= {name: getattr(chosen, name) for name in ("heldout_rows", "num_batches", "recall")}
     path = chosen.output / "dense.json"
     if not path.exists():
-        write_json(path, {"inputs": inputs, **study.measure(None)})
+        write_json(path, {"inputs": inputs, **measure(chosen, chosen.model)})
     if read_json(path)["inputs"] != inputs:
         sys.exit(f"{chosen.output} holds runs of another model, other text or another amount; give another --output")
     for seed in chosen.seeds:
-        study.calibrate(seed)
+        calibration_file(chosen, seed)
     starts = [Start(*one) for one in product(chosen.methods, chosen.ratios, chosen.repairs, chosen.seeds)]
     in_processes(make_start, [(chosen, start) for start in starts], chosen.jobs)
     runs = product(chosen.tokens, starts, chosen.kinds)
     in_processes(make_run, [(chosen, start, kind, tokens) for tokens, start, kind in runs], chosen.jobs)
 
 
-def in_processes(function: Callable[..., None], calls: Iterable[tuple], jobs: int) -> None:
+def in_processes(function: Callable[..., None], calls: Sequence[tuple], jobs: int) -> None:
     """Call a function with each of the arguments, in so many processes; with one job in this one."""
     if jobs == 1:
         for arguments in calls:
             function(*arguments)
         return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(function, *arguments) for arguments in calls]):
+        for done in [pool.submit(function, *arguments) for arguments in calls]:
             done.result()
 
 
 def make_start(chosen: argparse.Namespace, start: Start) -> None:
-    """Make the model to begin with and measure it, unless that was done."""
-    path, folder = chosen.output / start.name / "start.json", chosen.output / "starts" / start.name
+    """Prune the model, recover it unless ``repair`` is ``none``, and measure it, unless that was done."""
+    path, folder = files_of(chosen, start)
     if path.exists():
         return
-    study = Study(chosen)
-    result = study.start(start, folder)
-    run = {**start._asdict(), "kind": None, "tokens": 0, "seconds": 0.0, **study.measure(folder)}
-    if result is not None:
+    pruned = folder if start.repair == "none" else folder.with_name(f"{folder.name}-pruned")
+    request = prune.PruneRequest(
+        model=chosen.model,
+        calibration=calibration_file(chosen, start.seed),
+        method=start.method,
+        ratio=start.ratio,
+        seed=start.seed,
+        output=pruned,
+        **common(chosen),
+    )
+    prune.run(request)
+    run = {**start._asdict(), "kind": None, "tokens": 0, "seconds": 0.0}
+    if start.repair != "none":
+        fields = {"num_batches": chosen.num_batches, **rows_of(chosen), **recovery_of(start.repair)}
+        result = recover_into(folder, chosen, pruned, start.seed, fields)
         run |= {"seconds": result.seconds, "layers": result.layers}
-    write_json(path, run)
-    print(f"{start.name}: {run['perplexity']:.4f}, {run['seconds']:.0f} s", flush=True)
+    write_run(chosen, path, run | measure(chosen, folder))
 
 
 def make_run(chosen: argparse.Namespace, start: Start, kind: str, tokens: int) -> None:
     """Train the model of a start on about so many tokens and measure it, unless that was done."""
-    path = chosen.output / start.name / f"{slug(f'{kind}-{tokens}')}.json"
+    path, folder = files_of(chosen, start)
+    path = path.with_name(f"{slug(f'{kind}-{tokens}')}.json")
     if path.exists():
         return
-    study, given = Study(chosen), recovery_of(kind)
-    batch_size, seq_len = given.get("batch_size", 8), given.get("seq_len", 512)
-    steps = max(1, round(tokens / (batch_size * seq_len)))
-    fields = {"batch_size": batch_size, "seq_len": seq_len, "num_batches": steps, "save_every": steps}
-    told = path.relative_to(chosen.output)
+    fields = {"batch_size": 8, "seq_len": 512, **recovery_of(kind)}
+    steps = max(1, round(tokens / (fields["batch_size"] * fields["seq_len"])))
+    fields = {"num_batches": steps, "save_every": steps, **fields}
     with tempfile.TemporaryDirectory(prefix="keyreduce-") as temporary:
         target = Path(temporary) / "trained"
         try:
-            result = study.recover(chosen.output / "starts" / start.name, kind, start.seed, target, **fields)
-            measured = study.measure(target)
+            result = recover_into(target, chosen, folder, start.seed, fields)
+            measured = measure(chosen, target)
         except KeyreduceError as error:  # such as a loss that became NaN: the next run may do better
-            print(f"{told}: {error}", flush=True)
+            print(f"{path.relative_to(chosen.output)}: {error}", flush=True)
             return
     run = {**start._asdict(), "kind": kind, "tokens": tokens, "trained_tokens": result.tokens, **measured}
     run |= {name: getattr(result, name) for name in ("passes", "seconds", "loss_first", "loss_last")}
-    write_json(path, run | {"options": fields | given})
-    print(f"{told}: {run['perplexity']:.4f}, {run['seconds']:.0f} s", flush=True)
+    write_run(chosen, path, run | {"options": fields})
+
+
+def files_of(chosen: argparse.Namespace, start: Start) -> tuple[Path, Path]:
+    """Return where the figures of a start are kept, and where its model is."""
+    name = slug("-".join(map(str, start)))
+    return chosen.output / name / "start.json", chosen.output / "starts" / name
+
+
+def write_run(chosen: argparse.Namespace, path: Path, run: dict) -> None:
+    write_json(path, run)
+    print(f"{path.relative_to(chosen.output)}: {run['perplexity']:.4f}, {run['seconds']:.0f} s", flush=True)
+
+
+def common(chosen: argparse.Namespace) -> dict:
+    """Return the fields that all requests share."""
+    return {"device": chosen.device, "work": chosen.output / "work"}
+
+
+def rows_of(chosen: argparse.Namespace) -> dict:
+    """Return the sizes of a batch of calibration text."""
+    return {"batch_size": chosen.batch_size, "seq_len": chosen.seq_len}
+
+
+def calibration_file(chosen: argparse.Namespace, seed: int) -> Path:
+    """Return the calibration file of a seed; it is made unless it is there."""
+    request = calibrate.CalibrateRequest(
+        model=chosen.model,
+        text=chosen.calibration,
+        num_batches=chosen.calibration_batches or chosen.num_batches,
+        # With gradients, fla's kernels leave the place to PyTorch's, which take float32 on any device.
+        gradients=pick_device(chosen.device).type != "cpu",
+        dtype="float32",
+        seed=seed,
+        output=chosen.output / f"calibration-{seed}.safetensors",
+        **rows_of(chosen),
+        **common(chosen),
+    )
+    return calibrate.run(request).calibration
+
+
+def recovery_of(text: str) -> dict:
+    """Return the fields of a recovery from ``mode[-distilled]`` or ``mode[-distilled]:field=value,...``."""
+    name, _, rest = text.partition(":")
+    given = dict(part.split("=") for part in rest.split(",") if part)
+    fields = specs(recover.RecoverRequest)
+    taught = {"distill_weight": 1.0} if name.endswith(_DISTILLED) else {}
+    values = {field: fields[field].kind(value) for field, value in given.items()}
+    return {"mode": name.removesuffix(_DISTILLED), **taught, **values}
+
+
+def recover_into(
+    target: Path, chosen: argparse.Namespace, pruned: Path, seed: int, fields: dict
+) -> recover.RecoverResult:
+    request = recover.RecoverRequest(
+        compressed=str(pruned), text=chosen.calibration, seed=seed, output=target, **{**common(chosen), **fields}
+    )
+    return recover.run(request)
+
+
+def measure(chosen: argparse.Namespace, model: Path | str | None) -> dict:
+    """Return ``perplexity`` per token of the held-out text, in rows of 1,024 tokens, and ``recall`` if wanted.
+
+    That is, for each kind of recall, how often the model prefers the right answer to seven others. Lengths, numbers
+    of pairs and of sequences are those of `keyreduce eval --recall`, the haystacks held-out text.
+    """
+    batch_size = gcd(chosen.heldout_rows, 8)
+    with tempfile.TemporaryDirectory(prefix="keyreduce-") as temporary:
+        request = evaluate.EvaluateRequest(
+            model=model and str(model),
+            text=chosen.heldout,
+            num_batches=chosen.heldout_rows // batch_size,
+            batch_size=batch_size,
+            seq_len=1024,
+            recall=("mqar", "needle") if chosen.recall else (),
+            output=Path(temporary) / "metrics.json",
+            **common(chosen),
+        )
+        (found,) = evaluate.run(request).models
+    recall = {kind: mean(cell["choice_accuracy"] for cell in cells) for kind, cells in found.get("recall", {}).items()}
+    return {"perplexity": found["perplexity_per_token"], "recall": recall}
 
 
 def slug(text: str) -> str:
@@ -267,28 +257,25 @@ def print_tables(output: Path) -> None:
 
 def print_table(runs: list[dict], read: Callable[[dict], float], form: str) -> None:
     """Print each start x kind by tokens: the mean over seeds of what ``read`` finds in a run, in percent."""
-    columns = sorted({run["tokens"] for run in runs} - {0})
-    head = "".join(f" {count / 1e6:g}M |" for count in columns)
-    print(f"| method | pruned | first | training | 0 |{head} s |\n|{'---|' * (len(columns) + 6)}")
-    trained = {tuple(run[name] for name in Start._fields[:3]) for run in runs if run["kind"]}
-    rows = {(*(run[name] for name in Start._fields[:3]), run["kind"] or "") for run in runs}
-    for *start, kind in sorted(rows):
-        if not kind and tuple(start) in trained:
-            continue  # it is in the column of no tokens
-        of_row = [
-            run for run in runs
-            if [run[name] for name in Start._fields[:3]] == start and run["kind"] in (None, kind or None)
-        ]  # fmt: skip
-        cells = [[read(run) for run in of_row if run["tokens"] == count] for count in (0, *columns)]
-        told = [f"{mean(values):{form}}{spread(values)}%" if values else "" for values in cells]
-        seconds = max(run["seconds"] for run in of_row)
-        method, ratio, repair = start
-        print(f"| {method} | {float(ratio):.0%} | {repair} | {kind} | {' | '.join(told)} | {seconds:.0f} |")
+    columns = sorted({0, *(run["tokens"] for run in runs)})
+    head = "".join(f" {count / 1e6:g}M |" for count in columns[1:])
+    print(f"| method | pruned | first | training | 0 |{head} s |\n|{'---|' * (len(columns) + 5)}")
+    by_start: dict[tuple, list[dict]] = {}
+    for run in runs:
+        by_start.setdefault((run["method"], run["ratio"], run["repair"]), []).append(run)
+    for (method, ratio, repair), of_start in sorted(by_start.items()):
+        # What a start has untrained is the column of no tokens of each kind of training.
+        for kind in sorted({run["kind"] for run in of_start if run["kind"]}) or [""]:
+            row = [run for run in of_start if run["kind"] in (None, kind)]
+            cells = [told([read(run) for run in row if run["tokens"] == count], form) for count in columns]
+            seconds = max(run["seconds"] for run in row)
+            print(f"| {method} | {float(ratio):.0%} | {repair} | {kind} | {' | '.join(cells)} | {seconds:.0f} |")
 
 
-def spread(values: list[float]) -> str:
-    """Return half the distance between the extremes of several values."""
-    return f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
+def told(values: list[float], form: str) -> str:
+    """Return the mean of percentages, and half the distance between the extremes where there are several."""
+    spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{spread}%" if values else ""
 
 
 if __name__ == "__main__":

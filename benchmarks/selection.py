@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import pandas
 import torch
 from checkpoint_inputs import describe_model, write_source, write_sums
 from scipy.linalg import qr, solve_triangular
@@ -24,7 +25,7 @@ from scipy.linalg import qr, solve_triangular
 from keyreduce.api.prune import Cut, PruneRequest
 from keyreduce.calibration.file import read_statistics
 from keyreduce.checkpoint.folder import open_folder
-from keyreduce.pruning.methods import METHODS, Method
+from keyreduce.pruning.methods import METHODS
 from keyreduce.pruning.strong_rrqr import strong_rrqr
 from keyreduce.reporting import Reporter
 
@@ -114,74 +115,65 @@ def strong_rrqr_section(options: argparse.Namespace) -> dict:
     print("In each round every head goes through one way, then every head through the next.")
     heads = range(options.textbook_heads)
     data_HNK = [sampled_head(options.seed, head, options.samples, options.channels) for head in heads]
-    seconds = {"gram": [[] for _ in heads], "ours": [[] for _ in heads], "textbook": [[] for _ in heads]}
-    gram_HKK, ours_H, textbook_H = ([None] * len(heads) for _ in range(3))
+    gram_HKK = [data_NK.T @ data_NK for data_NK in data_HNK]
+    ways = {
+        "gram": lambda head: data_HNK[head].T @ data_HNK[head],
+        "ours": lambda head: strong_rrqr(gram_HKK[head], options.keep, f=options.f),
+        "textbook": lambda head: textbook_strong_rrqr(data_HNK[head], options.keep, options.f),
+    }
+    found, seconds = {}, {(way, head): [] for way in ways for head in heads}
     for _ in range(options.rounds):
-        for head in heads:
-            gram_HKK[head], took = timed(np.matmul, data_HNK[head].T, data_HNK[head])
-            seconds["gram"][head].append(took)
-        for head in heads:
-            ours_H[head], took = timed(strong_rrqr, gram_HKK[head], options.keep, f=options.f)
-            seconds["ours"][head].append(took)
-        for head in heads:
-            textbook_H[head], took = timed(textbook_strong_rrqr, data_HNK[head], options.keep, options.f)
-            seconds["textbook"][head].append(took)
+        for way, head in seconds:
+            found[way, head], took = timed(ways[way], head)
+            seconds[way, head].append(took)
 
     rows = []
-    for head, (textbook_R, textbook_swaps) in enumerate(textbook_H):
+    for head in heads:
+        ours, (textbook_R, textbook_swaps) = found["ours", head], found["textbook", head]
         row = {"head": head, "kind": ("smooth", "graded")[head % 2]}
-        row |= {f"{way}_ms": 1000 * median(times_H[head]) for way, times_H in seconds.items()}
+        row |= {f"{way}_ms": 1000 * median(seconds[way, head]) for way in ways}
         row["ratio"] = row["textbook_ms"] / row["ours_ms"]
         row["ratio_with_gram"] = row["textbook_ms"] / (row["ours_ms"] + row["gram_ms"])
-        row |= {"our_swaps": ours_H[head].swaps, "textbook_swaps": textbook_swaps, "rho": ours_H[head].rho}
-        row["log_volume"] = log_volume(data_HNK[head], ours_H[head].kept_R)
+        row |= {"our_swaps": ours.swaps, "textbook_swaps": textbook_swaps, "rho": ours.rho}
+        row["log_volume"] = log_volume(data_HNK[head], ours.kept_R)
         row["textbook_log_volume"] = log_volume(data_HNK[head], textbook_R)
         rows.append(row)
+    table = pandas.DataFrame(rows)
+    print(table.to_string(index=False, float_format="{:.5g}".format))
 
-    print(f"{'head':>6} {'kind':>7} {'Gram ms':>8} {'ours ms':>8} {'textbook ms':>12} {'ratio':>7} {'with Gram':>10}"
-          f" {'swaps':>6} {'textbook':>9} {'log volume':>11} {'textbook':>11}")
-    for row in rows:
-        print(f"{row['head']:>6} {row['kind']:>7} {row['gram_ms']:>8.2f} {row['ours_ms']:>8.2f}"
-              f" {row['textbook_ms']:>12.1f} {row['ratio']:>7.1f} {row['ratio_with_gram']:>10.1f}"
-              f" {row['our_swaps']:>6} {row['textbook_swaps']:>9} {row['log_volume']:>11.5f}"
-              f" {row['textbook_log_volume']:>11.5f}")
-
-    figures = {
-        f"{name}_median_{kind}": median(row[name] for row in rows if row["kind"] == kind)
-        for name in ("ratio", "ratio_with_gram")
-        for kind in dict.fromkeys(row["kind"] for row in rows)
-    }
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        print(f"{kind} heads: ours is {figures[f'ratio_median_{kind}']:.1f} times as fast (median),"
-              f" {figures[f'ratio_with_gram_median_{kind}']:.1f} times if it first builds the Gram matrix")
-    figures |= {
-        "ratio_of_totals": sum(row["textbook_ms"] for row in rows) / sum(row["ours_ms"] for row in rows),
-        "worst_log_volume_difference": min(row["log_volume"] - row["textbook_log_volume"] for row in rows),
-    }
-    count = options.layers * options.heads
+    ratios = table.groupby("kind", sort=False)[["ratio", "ratio_with_gram"]].median()
+    for kind, (ratio, with_gram) in ratios.iterrows():
+        print(
+            f"{kind} heads: ours is {ratio:.1f} times as fast (median), {with_gram:.1f} times if it first builds the"
+            " Gram matrix"
+        )
     gram_HKK, times = grams(options), []
     for _ in range(options.rounds):
-        all_ours, took = timed(
-            lambda: [strong_rrqr(gram_KK, options.keep, f=options.f) for gram_KK in gram_HKK]
-        )
+        all_ours, took = timed(lambda: [strong_rrqr(gram_KK, options.keep, f=options.f) for gram_KK in gram_HKK])
         times.append(took)
+    figures = {f"{name}_median_{kind}": ratios[name][kind] for name in ratios for kind in ratios.index}
     figures |= {
-        "all_heads": count,
+        "ratio_of_totals": float(table["textbook_ms"].sum() / table["ours_ms"].sum()),
+        "worst_log_volume_difference": float((table["log_volume"] - table["textbook_log_volume"]).min()),
+        "all_heads": len(gram_HKK),
         "all_heads_seconds": median(times),
         "all_heads_swaps": sum(ours.swaps for ours in all_ours),
         "all_heads_worst_rho": max(ours.rho for ours in all_ours),
     }
-    print(f"all of these heads: {figures['ratio_of_totals']:.1f} times as fast;"
-          f" worst log-volume difference, ours - textbook: {figures['worst_log_volume_difference']:+.2e}")
-    print(f"all {count} heads, ours: {figures['all_heads_seconds']:.2f} s, {figures['all_heads_swaps']} swaps,"
-          f" worst rho {figures['all_heads_worst_rho']:.4f}")
+    print(
+        f"all of these heads: {figures['ratio_of_totals']:.1f} times as fast;"
+        f" worst log-volume difference, ours - textbook: {figures['worst_log_volume_difference']:+.2e}"
+    )
+    print(
+        f"all {len(gram_HKK)} heads, ours: {median(times):.2f} s, {figures['all_heads_swaps']} swaps,"
+        f" worst rho {figures['all_heads_worst_rho']:.4f}"
+    )
     return figures | {"heads": rows}
 
 
 def methods_section(options: argparse.Namespace) -> dict:
     """Every method on every target it chooses, for the whole model: from the files on disk to the plan."""
-    size = f"{options.layers} layers x {options.heads} heads x {options.channels} channels"
-    print(f"\nSelection for {size}, half of them kept")
+    print(f"\nSelection for {options.layers} layers x {options.heads} heads x {options.channels} channels, half kept")
     print("From opening the checkpoint and the calibration file to the plan; seconds, median, least and most.")
     with tempfile.TemporaryDirectory(prefix="keyreduce-") as name:
         folder, calibration = Path(name) / "model", Path(name) / "calibration.safetensors"
@@ -191,24 +183,20 @@ def methods_section(options: argparse.Namespace) -> dict:
         gram_LHKK = torch.from_numpy(np.stack(grams(options))).unflatten(0, (options.layers, options.heads))
         write_sums(folder, calibration, gram_LHKK)
 
-        def select(method: Method, target: str) -> None:
-            cut = Cut.of(PruneRequest(method=method.name, target=target, ratio="0.5", seed=options.seed))
+        def select(method: str, target: str) -> None:
+            cut = Cut.of(PruneRequest(method=method, target=target, ratio="0.5", seed=options.seed))
             source = open_folder(folder)
             cut.plan(source, read_statistics(calibration) if cut.needs_statistics else None, {}, Reporter())
 
-        cells = [(method, target) for method in METHODS.values() for target in method.select]
-        seconds = {(method.name, target): [] for method, target in cells}
+        seconds = {(method.name, target): [] for method in METHODS.values() for target in method.select}
         for _ in range(options.rounds):
-            for method, target in cells:
-                seconds[method.name, target].append(timed(select, method, target)[1])
+            for cell, times in seconds.items():
+                times.append(timed(select, *cell)[1])
     for (method, target), times in seconds.items():
         print(f"{method:>10} {target:>6} {median(times):>7.2f} ({min(times):.2f} to {max(times):.2f})")
     slowest = max(seconds, key=lambda cell: median(seconds[cell]))
     print(f"slowest: {' '.join(slowest)}, {median(seconds[slowest]):.2f} s")
     return {f"{method} {target}": median(times) for (method, target), times in seconds.items()}
-
-
-SECTIONS = {"strong_rrqr": strong_rrqr_section, "methods": methods_section}
 
 
 def main() -> None:
@@ -228,7 +216,7 @@ def main() -> None:
     settings["cpus"] = os.cpu_count()
     settings["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS")
     print(", ".join(f"{name} {value}" for name, value in settings.items()), end="\n\n")
-    figures = {"settings": settings} | {name: section(options) for name, section in SECTIONS.items()}
+    figures = {"settings": settings, "strong_rrqr": strong_rrqr_section(options), "methods": methods_section(options)}
     if options.output:
         options.output.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -11,15 +11,13 @@ Shapes: B batch (1), T tokens, H heads, K key channels, V value channels, C toke
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 from fla_torch.delta_rule import CHUNK_SIZE, chunked_delta_rule
-from rich.console import Console
-from rich.table import Table
 
 # fla after the backend: the backend silences fla's warning that there is no GPU.
 from fla.ops.delta_rule.naive import delta_rule_chunkwise, delta_rule_recurrence  # isort: skip
@@ -30,8 +28,7 @@ from fla.ops.gated_delta_rule.naive import (  # isort: skip
 
 NAIVE_CHUNK_SIZES = (16, 32, 64, 128)
 OURS, FLOOR = "ours", "floor: one matrix product"
-# What the ratio to ours has to be: at least this many times slower; ours at most this many times the floor.
-FASTER_THAN_CHUNK, FASTER_THAN_RECURRENT, SLOWER_THAN_FLOOR = 1.5, 8.0, 2.5
+Functions = dict[str, Callable[[], torch.Tensor]]
 
 
 def count_operations(T: int, H: int, K: int, V: int, C: int) -> int:
@@ -50,125 +47,84 @@ def count_operations(T: int, H: int, K: int, V: int, C: int) -> int:
     return T * H * (4 * C * K + 6 * K * V + 2 * C * V + (C - 1) * V)
 
 
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def fastest(form: Callable[[int], Callable[[], object]]) -> tuple[int, Callable[[], object]]:
-    """Return the chunk size with which a naive function is fastest here, and the function with it."""
-    functions = {size: form(size) for size in NAIVE_CHUNK_SIZES}
-    rounds = [{size: seconds(function) for size, function in functions.items()} for _ in range(6)]
-    # The first round warms up.
-    best = min(functions, key=lambda size: statistics.median(times[size] for times in rounds[1:]))
-    return best, functions[best]
-
-
-def contenders(T: int, H: int, K: int, V: int, gated: bool) -> dict[str, tuple[Callable[[], object], float]]:
-    """Return by name what is timed, and the bar of its ratio. That they compute the same is checked first."""
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, T, H, D, generator=generator) for D in (K, K, V))
-    key = F.normalize(key, dim=-1)
-    beta = torch.rand(1, T, H, generator=generator)
-    log_decay = F.logsigmoid(torch.randn(1, T, H, generator=generator) + 3) if gated else None
-    decay_or_zero = torch.zeros_like(beta) if log_decay is None else log_decay
-    # fla's ungated functions take the heads first: given so, they need no transposition.
-    heads_first = [tensor.transpose(1, 2).contiguous() for tensor in (query, key, value, beta)]
-
-    def ours():
-        return chunked_delta_rule(query, key, value, beta, log_decay, scale=K**-0.5)[0]
-
-    size, naive_chunk = fastest(
-        lambda size: lambda: naive_chunk_gated_delta_rule(query, key, value, decay_or_zero, beta, chunk_size=size)[0]
-    )
-    result = {
-        OURS: (ours, 1.0),
-        f"fla naive chunk ({size}), gated form": (naive_chunk, FASTER_THAN_CHUNK),
-    }
-    if gated:
-        result["fla naive recurrent"] = (
-            lambda: naive_recurrent_gated_delta_rule(query, key, value, beta, log_decay)[0],
-            FASTER_THAN_RECURRENT,
-        )
-    else:
-        size, naive_chunk = fastest(
-            lambda size: lambda: delta_rule_chunkwise(*heads_first, chunk_size=size)[0].transpose(1, 2)
-        )
-        result[f"fla naive chunk ({size}), ungated form"] = (naive_chunk, FASTER_THAN_CHUNK)
-        result["fla naive recurrent"] = (
-            lambda: delta_rule_recurrence(*heads_first)[0].transpose(1, 2),
-            FASTER_THAN_RECURRENT,
-        )
-    expected = ours()
-    for function, _ in result.values():
-        torch.testing.assert_close(function(), expected, rtol=1e-3, atol=1e-4)
-
-    side = round((count_operations(T, H, K, V, CHUNK_SIZE) / 2) ** (1 / 3))
-    left, right = torch.randn(2, side, side, generator=generator)
-    result[FLOOR] = (lambda: left @ right, SLOWER_THAN_FLOOR)
-    return result
-
-
-def compare(rule: str, functions: dict[str, tuple[Callable[[], object], float]], rounds: int) -> list[dict]:
-    """Time each function once a round; return a row for each: median milliseconds, ratio, bar, and whether it is met.
-
-    The ratio is how many times slower than ours a function is; for the floor, how many times slower ours is.
-    """
+def time_in_turns(functions: Functions, rounds: int) -> dict[str, list[float]]:
+    """Return the milliseconds of each function in each round."""
     times = {name: [] for name in functions}
     for _ in range(rounds):
-        for name, (function, _) in functions.items():
+        for name, function in functions.items():
             # Once untimed: what the function before it left in caches and allocator is not its own doing.
             function()
-            times[name].append(seconds(function))
-    rows = []
-    for name, (_, bar) in functions.items():
-        pairs = zip(times[OURS], times[name], strict=True)
-        is_floor = name == FLOOR
-        ratio = statistics.median(ours / other if is_floor else other / ours for ours, other in pairs)
-        rows.append(
-            {
-                "rule": rule,
-                "function": name,
-                "milliseconds": 1e3 * statistics.median(times[name]),
-                "ratio": ratio,
-                "bar": None if name == OURS else bar,
-                "is_met": ratio <= bar if is_floor else ratio >= bar,
-            }
+            start = time.perf_counter()
+            function()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def fastest(name: str, form: Callable[[int], torch.Tensor]) -> Functions:
+    """Return a naive function with the chunk size at which it is fastest here."""
+    functions = {name.format(size): lambda size=size: form(size) for size in NAIVE_CHUNK_SIZES}
+    times = time_in_turns(functions, 5)
+    best = min(functions, key=lambda name: median(times[name]))
+    return {best: functions[best]}
+
+
+def draw(T: int, H: int, K: int, V: int, gated: bool) -> list[torch.Tensor]:
+    """Return random query, key, value and beta, and the log decay of the gated rule."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, T, H, D) for D in (K, K, V))
+    inputs = [query, F.normalize(key, dim=-1), value, torch.rand(1, T, H)]
+    return [*inputs, F.logsigmoid(torch.randn(1, T, H) + 3)] if gated else inputs
+
+
+def contenders(T: int, H: int, K: int, V: int, gated: bool) -> Functions:
+    """Return by name what is timed. That they compute the same is checked first."""
+    query, key, value, beta, *log_decay = inputs = draw(T, H, K, V, gated)
+    decay = log_decay[0] if gated else torch.zeros_like(beta)
+    # fla's ungated functions take the heads first: given so, they need no transposition.
+    heads_first = [tensor.transpose(1, 2).contiguous() for tensor in inputs[:4]]
+
+    result = {OURS: lambda: chunked_delta_rule(*inputs, scale=K**-0.5)[0]}
+    result |= fastest(
+        "fla naive chunk ({}), gated form",
+        lambda size: naive_chunk_gated_delta_rule(query, key, value, decay, beta, chunk_size=size)[0],
+    )
+    if gated:
+        result["fla naive recurrent"] = lambda: naive_recurrent_gated_delta_rule(query, key, value, beta, decay)[0]
+    else:
+        result |= fastest(
+            "fla naive chunk ({}), ungated form",
+            lambda size: delta_rule_chunkwise(*heads_first, chunk_size=size)[0].transpose(1, 2),
         )
+        result["fla naive recurrent"] = lambda: delta_rule_recurrence(*heads_first)[0].transpose(1, 2)
+    for function in result.values():
+        torch.testing.assert_close(function(), result[OURS](), rtol=1e-3, atol=1e-4)
+
+    side = round((count_operations(T, H, K, V, CHUNK_SIZE) / 2) ** (1 / 3))
+    left, right = torch.randn(2, side, side)
+    return result | {FLOOR: lambda: left @ right}
+
+
+def compare(functions: Functions, rounds: int) -> list[dict]:
+    """Return a row for each function: median milliseconds, and how many times slower than ours it is.
+
+    For the floor it is how many times slower ours is.
+    """
+    times, rows = time_in_turns(functions, rounds), []
+    for name, theirs in times.items():
+        pairs = zip(times[OURS], theirs, strict=True)
+        ratio = median(ours / other if name == FLOOR else other / ours for ours, other in pairs)
+        rows.append({"function": name, "milliseconds": median(theirs), "ratio": ratio})
     return rows
 
 
 def time_training_step(T: int, H: int, K: int, V: int, gated: bool, rounds: int) -> float:
     """Return the median milliseconds of ours, forward and backward."""
-    inputs = [torch.randn(1, T, H, K), F.normalize(torch.randn(1, T, H, K), dim=-1), torch.randn(1, T, H, V)]
-    inputs.append(torch.rand(1, T, H))
-    if gated:
-        inputs.append(F.logsigmoid(torch.randn(1, T, H) + 3))
-    leaves = [tensor.requires_grad_() for tensor in inputs]
+    leaves = [tensor.requires_grad_() for tensor in draw(T, H, K, V, gated)]
 
     def step():
         return torch.autograd.grad(chunked_delta_rule(*leaves, scale=K**-0.5)[0].sum(), leaves)
 
-    step()
-    return 1e3 * statistics.median(seconds(step) for _ in range(rounds))
-
-
-def print_table(rows: list[dict], training: dict[str, float]) -> None:
-    table = Table()
-    for column in ("rule", "function", "ms", "ratio", "bar"):
-        table.add_column(column, justify="left" if column in ("rule", "function") else "right", no_wrap=True)
-    for row in rows:
-        bar = ""
-        if row["bar"] is not None:
-            bar = f"{'<=' if row['function'] == FLOOR else '>='} {row['bar']:g} {'yes' if row['is_met'] else 'NO'}"
-        table.add_row(
-            row["rule"], row["function"], f"{row['milliseconds']:.1f}", f"{row['ratio']:.2f}", bar,
-            end_section=row["function"] == FLOOR,
-        )  # fmt: skip
-    for rule, milliseconds in training.items():
-        table.add_row(rule, "ours, forward and backward", f"{milliseconds:.1f}", "", "")
-    Console().print(table)
+    return median(time_in_turns({OURS: step}, rounds)[OURS])
 
 
 def main() -> None:
@@ -182,20 +138,21 @@ def main() -> None:
 
     sizes = (options.tokens, options.heads, options.key, options.value)
     rows, training = [], {}
-    for rule in ("ungated", "gated"):
-        gated = rule == "gated"
+    for rule, gated in {"ungated": False, "gated": True}.items():
         with torch.no_grad():
-            rows += compare(rule, contenders(*sizes, gated), options.rounds)
+            rows += [{"rule": rule, **row} for row in compare(contenders(*sizes, gated), options.rounds)]
         training[rule] = time_training_step(*sizes, gated, options.rounds)
-    setting = {
-        "tokens": options.tokens, "heads": options.heads, "key": options.key, "value": options.value,
-        "dtype": "float32", "rounds": options.rounds, "threads": torch.get_num_threads(), "torch": torch.__version__,
-    }  # fmt: skip
+    setting = {name: value for name, value in vars(options).items() if name != "json"}
+    setting |= {"dtype": "float32", "threads": torch.get_num_threads(), "torch": torch.__version__}
     if options.json:
         print(json.dumps({"setting": setting, "rows": rows, "forward_backward_milliseconds": training}, indent=2))
-    else:
-        print(", ".join(f"{name} {value}" for name, value in setting.items()))
-        print_table(rows, training)
+        return
+    print(", ".join(f"{name} {value}" for name, value in setting.items()))
+    print("\n| rule | function | ms | ratio |\n|---|---|---|---|")
+    for row in rows:
+        print(f"| {row['rule']} | {row['function']} | {row['milliseconds']:.1f} | {row['ratio']:.2f} |")
+    for rule, milliseconds in training.items():
+        print(f"| {rule} | ours, forward and backward | {milliseconds:.1f} | |")
 
 
 if __name__ == "__main__":

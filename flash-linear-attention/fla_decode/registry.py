@@ -7,12 +7,7 @@ around them, if they do not have it already; there the kernel is registered. Wha
 import importlib
 
 import torch
-from fla_torch.registry import (
-    TESTED_VERSIONS,
-    UnsupportedVersionError,
-    refuse_disabled_dispatch,
-    replace_everywhere,
-)
+from fla_torch.registry import TESTED_VERSIONS, UnsupportedVersionError, refuse_disabled_dispatch, replace_everywhere
 
 from fla_decode.step import MAX_KEY_CHANNELS, decode_step
 
@@ -95,8 +90,7 @@ def takes_ungated(
     cu_seqlens=None,
 ) -> tuple[bool, str | None]:  # fmt: skip
     """Tell fla's dispatcher whether the kernel takes this call, and if not, why."""
-    reason = _refusal((q, k, v, beta, initial_state), output_final_state, cu_seqlens)
-    return reason is None, reason
+    return _answer((q, k, v, beta, initial_state), output_final_state, cu_seqlens)
 
 
 def takes_gated(
@@ -105,13 +99,13 @@ def takes_gated(
     use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, state_v_first=False, cu_seqlens=None, **others,
 ) -> tuple[bool, str | None]:  # fmt: skip
     """The same for the gated rule as fla's layers call it."""
-    if use_gate_in_kernel and (g is None or A_log is None) or allow_neg_eigval and not use_beta_sigmoid_in_kernel:
+    lacks_gate = use_gate_in_kernel and (g is None or A_log is None)
+    if lacks_gate or (allow_neg_eigval and not use_beta_sigmoid_in_kernel):
         return False, "arguments that fla refuses"
     if "transpose_state_layout" in others:
         return False, "an argument that fla has renamed"
     gates = (g, A_log, dt_bias) if use_gate_in_kernel else (g,)
-    reason = _refusal((q, k, v, beta, initial_state), output_final_state, cu_seqlens, gates, (gk, gv))
-    return reason is None, reason
+    return _answer((q, k, v, beta, initial_state), output_final_state, cu_seqlens, gates, (gk, gv))
 
 
 def takes_gated_fwd(
@@ -120,8 +114,11 @@ def takes_gated_fwd(
     allow_neg_eigval=False, state_v_first=False, cu_seqlens=None,
 ) -> tuple[bool, str | None]:  # fmt: skip
     """The same for the gated rule inside that function, within autograd."""
-    gates = (g, A_log, dt_bias)
-    reason = _refusal((q, k, v, beta, initial_state), output_final_state, cu_seqlens, gates, (gk, gv))
+    return _answer((q, k, v, beta, initial_state), output_final_state, cu_seqlens, (g, A_log, dt_bias), (gk, gv))
+
+
+def _answer(*call) -> tuple[bool, str | None]:
+    reason = _refusal(*call)
     return reason is None, reason
 
 
@@ -150,25 +147,11 @@ def _refusal(inputs, output_final_state, cu_seqlens, gates=(), channel_gates=())
 
 # (fla's module, its function, ours, which calls ours takes). Layers hold the first two by name. The third is looked up
 # at each call, so that models of transformers that took hold of the second before `enable()` find ours too.
+GATED = "fla.ops.gated_delta_rule.fused_recurrent"
 PLACES = (
-    (
-        "fla.ops.delta_rule.fused_recurrent",
-        "fused_recurrent_delta_rule",
-        fused_recurrent_delta_rule,
-        takes_ungated,
-    ),
-    (
-        "fla.ops.gated_delta_rule.fused_recurrent",
-        "fused_recurrent_gated_delta_rule",
-        fused_recurrent_gated_delta_rule,
-        takes_gated,
-    ),
-    (
-        "fla.ops.gated_delta_rule.fused_recurrent",
-        "fused_recurrent_gated_delta_rule_fwd",
-        fused_recurrent_gated_delta_rule_fwd,
-        takes_gated_fwd,
-    ),
+    ("fla.ops.delta_rule.fused_recurrent", "fused_recurrent_delta_rule", fused_recurrent_delta_rule, takes_ungated),
+    (GATED, "fused_recurrent_gated_delta_rule", fused_recurrent_gated_delta_rule, takes_gated),
+    (GATED, "fused_recurrent_gated_delta_rule_fwd", fused_recurrent_gated_delta_rule_fwd, takes_gated_fwd),
 )
 
 

@@ -51,7 +51,7 @@ def choose_tiling(K: int, V: int, *, heads: int, state_v_first: bool) -> Tiling:
     """Return the tiling for a state of ``heads`` (sequences times value heads) times K times V."""
     tiling = FEW[state_v_first]
     if heads * V >= FEW_COLUMNS:
-        tiling = next(found for most, found in TILINGS[state_v_first].items() if K <= most)
+        tiling = next(found for most, found in TILINGS[state_v_first].items() if most >= K)
     block_v = min(tiling.block_v, triton.next_power_of_2(V))
     needed = triton.next_power_of_2(triton.cdiv(sum(split_channels(K)) * block_v, 32 * MAX_NUMBERS))
     return tiling._replace(block_v=block_v, warps=max(needed, tiling.warps))

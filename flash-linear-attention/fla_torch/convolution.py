@@ -59,16 +59,10 @@ def causal_conv1d_update_states(x, state_len, initial_state=None, cu_seqlens=Non
     """Return the last ``state_len`` inputs of each sequence ``[N, D, W]``; what precedes the first is 0."""
     if x.dim() == 2:
         x = x[None]
-    if cu_seqlens is None:
-        sequences = list(x)
-    else:
-        sequences = x[0].split(cu_seqlens.diff().tolist())
+    sequences = x if cu_seqlens is None else x[0].split(cu_seqlens.diff().tolist())
     states = []
     for n, sequence_TD in enumerate(sequences):
-        if initial_state is None:
-            before_DW = x.new_zeros(x.shape[-1], state_len)
-        else:
-            before_DW = initial_state[n].to(x.dtype)
+        before_DW = x.new_zeros(x.shape[-1], state_len) if initial_state is None else initial_state[n].to(x.dtype)
         states.append(torch.cat([before_DW, sequence_TD[-state_len:].mT], dim=1)[:, -state_len:])
     return torch.stack(states)
 
@@ -90,8 +84,7 @@ def _convolve(x, weight_DW, bias_D, residual, initial_state_NDW, activation, cu_
     rows_NTD = widen(_flatten_channels(x, weight_DW))
     if cu_seqlens is not None:
         rows_NTD = unpack(rows_NTD, cu_seqlens)
-    N, T, D = rows_NTD.shape
-    W = weight_DW.shape[1]
+    T, W = rows_NTD.shape[1], weight_DW.shape[1]
     if initial_state_NDW is None:
         padded_NTD = F.pad(rows_NTD, (0, 0, W - 1, 0))
     else:

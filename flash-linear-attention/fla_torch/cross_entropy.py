@@ -28,9 +28,9 @@ def cross_entropy_bwd(
     """Return the gradient of the logits, written over them with ``inplace_backward``."""
 
     def loss_of(logits):
-        return _losses(
-            logits, target, label_smoothing, logit_scale, lse_square_scale, logit_softcapping, ignore_index
-        )[0]
+        return _losses(logits, target, label_smoothing, logit_scale, lse_square_scale, logit_softcapping, ignore_index)[
+            0
+        ]
 
     (gradient,) = pull_back(loss_of, [logits], [dloss.expand(target.shape)])
     return logits.copy_(gradient) if inplace_backward else gradient

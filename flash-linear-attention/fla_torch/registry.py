@@ -39,10 +39,7 @@ DISPATCHED = {
 }  # fmt: skip
 
 # Dispatched by fla under the name of an operation, where a backend is a class with a method for each function.
-DISPATCHED_OPERATIONS = {
-    "gated_delta_rule": operators.chunk_gated_delta_rule,
-    "kda": kda.fused_recurrent_kda_fwd,
-}
+DISPATCHED_OPERATIONS = {"gated_delta_rule": operators.chunk_gated_delta_rule, "kda": kda.fused_recurrent_kda_fwd}
 
 # fla module -> (what it does not dispatch, ours). The first two are held by name in the modules of layers. The
 # others are looked up at each call, by the module itself and through the class, so that models of transformers
@@ -54,18 +51,12 @@ UNDISPATCHED = {
         "fused_recurrent_gated_delta_rule_fwd",
         operators.fused_recurrent_gated_delta_rule_fwd,
     ),
-    "fla.modules.fused_cross_entropy.ops": (
-        "FusedCrossEntropyLoss.forward",
-        cross_entropy.cross_entropy_loss_forward,
-    ),
+    "fla.modules.fused_cross_entropy.ops": ("FusedCrossEntropyLoss.forward", cross_entropy.cross_entropy_loss_forward),
 }
 
 # Where the package flash-attn is missing, the first of its functions is None in fla's module, the second not there.
 SOFTMAX_MODULE = "fla.layers.attn"
-SOFTMAX = {
-    "flash_attn_func": attention.flash_attn_func,
-    "flash_attn_varlen_func": attention.flash_attn_varlen_func,
-}
+SOFTMAX = {"flash_attn_func": attention.flash_attn_func, "flash_attn_varlen_func": attention.flash_attn_varlen_func}
 
 _runs_on_cuda = False
 _is_enabled = False

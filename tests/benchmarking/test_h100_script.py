@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -71,17 +72,15 @@ def test_measurements_are_made_once_and_put_together(script, tmp_path, capsys, m
     assert whole["settings"].keys() == whole["ceilings"].keys() == {"mixer-2048", "decode-32", "largest-batch"}
     told = capsys.readouterr().out
     assert "### gated-deltanet" in told
-    assert "| mixer, 1 x 2 | 8 |" in told
-    assert "| 8 | 2 | bound |" in told
+    assert "one mixer layer, 1 x 2 tokens, bfloat16" in told
+    assert re.search(r"K=8 +2 +bound", told)
     monkeypatch.setattr("keyreduce.api.benchmark.run", lambda *arguments: pytest.fail("measured again"))
     script("--only", "mixer-2048", "decode-32", "largest-batch")
     script("--table")
-    assert "| operator | 1 | 8 |" in capsys.readouterr().out
+    assert "the delta-rule operator alone, 1 sequences at once" in capsys.readouterr().out
 
 
-def test_training_comes_after_all_else_and_compiling_writes_nothing(script, tmp_path, capsys):
-    script("--compile-here", "--only", "train_step-2048", "mixer-8192", "--config", "delta-net", "--key-sizes", "8")
-    assert not (tmp_path / "out").exists()
+def test_training_comes_after_all_else(script, capsys):
     script("--only", "train_step-2048", "mixer-8192")
     told = [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("==")]
     assert told == [
@@ -89,20 +88,6 @@ def test_training_comes_after_all_else_and_compiling_writes_nothing(script, tmp_
         for name in ("mixer-8192", "train_step-2048")
         for config in ("delta-net", "gated-deltanet")
     ]
-
-
-def test_compiling_runs_each_variant_once(script):
-    calls = []
-    script.module.run_once(lambda: calls.append(1), quantiles=(0.5, 0.2, 0.8))
-    assert calls == [1]
-
-
-def test_compiling_is_for_what_is_missing(script, tmp_path, monkeypatch):
-    script("--only", "mixer-8192", "--config", "delta-net")
-    asked = []
-    monkeypatch.setattr(script.module, "compile_kernels", lambda todo, chosen: asked.append(todo))
-    script("--compile-only", "--only", "mixer-8192", "decode-1")
-    assert asked == [{"delta-net": ["decode-1"], "gated-deltanet": ["mixer-8192", "decode-1"]}]
 
 
 def test_one_that_fails_is_told_and_the_rest_go_on(script, tmp_path, monkeypatch, capsys):
