@@ -35,7 +35,7 @@ test: setup
 
 # What needs no model: under 90 seconds.
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m fast
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --fast
 
 clean:
 	rm -rf $(VENV) keyreduce-out build *.egg-info

@@ -1,16 +1,51 @@
-"""What every test shares: fla runs in PyTorch where there is no GPU, and a test for a GPU says why it skips."""
+"""What every test shares: fla runs in PyTorch where there is no GPU, and a test for a GPU says why it skips.
+
+``--fast`` collects what needs no model. Nothing imports torch for it but what is tested.
+"""
 
 import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-import fla_torch
 import pytest
-import torch
 
-# Not in a fixture: the names that test modules import from fla must be the dispatched ones already.
-fla_torch.enable()
+FAST = {
+    "test_budget.py",
+    "test_engines.py",
+    "test_help.py",
+    "test_house.py",
+    "test_hub.py",
+    "test_model_card.py",
+    "test_outputs.py",
+    "test_overlap.py",
+    "test_processes.py",
+    "test_record.py",
+    "test_request.py",
+    "test_strong_rrqr.py",
+    "test_sweep_launchers.py",
+    "test_sweep_plots.py",
+    "test_sweep_recipe.py",
+    "test_sweep_tables.py",
+    "test_text.py",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="Collect the tests that need no model.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--fast"):
+        # Not in a fixture: the names that test modules import from fla must be the dispatched ones already.
+        import fla_torch
+
+        fla_torch.enable()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    is_test = collection_path.suffix == ".py" and collection_path.name.startswith("test_")
+    return True if is_test and config.getoption("--fast") and collection_path.name not in FAST else None
 
 
 @pytest.fixture(scope="session")
@@ -32,5 +67,8 @@ def tiny_copy(tiny_folder, tmp_path: Path) -> Callable[..., Path]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
