@@ -139,7 +139,7 @@ def strong_rrqr_section(options: argparse.Namespace) -> dict:
         row["textbook_log_volume"] = log_volume(data_HNK[head], textbook_R)
         rows.append(row)
     table = pandas.DataFrame(rows)
-    print(table.to_string(index=False, float_format="{:.5g}".format))
+    print(table.to_string(index=False, float_format="{:.6g}".format))
 
     ratios = table.groupby("kind", sort=False)[["ratio", "ratio_with_gram"]].median()
     for kind, (ratio, with_gram) in ratios.iterrows():

@@ -3,6 +3,8 @@
 Shapes: B batch, N sequences, T tokens, D channels, W taps.
 """
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,7 +64,7 @@ def test_packed_sequences_are_as_if_alone(state, dtype):
         reference_convolution(
             x[:, start:end], weight, bias, residual[:, start:end], states[[n]] if state else None, "silu"
         )
-        for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+        for n, (start, end) in enumerate(itertools.pairwise(bounds))
     ]
     expected = (torch.cat([output for output, _ in alone], dim=1), torch.cat([last for _, last in alone]))
     assert_close(outputs, expected)

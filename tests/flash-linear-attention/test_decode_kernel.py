@@ -210,7 +210,7 @@ print(fused_recurrent_gated_delta_rule(x, x, x, beta=x[..., 0], **options)[0].to
 def test_a_registry_that_is_switched_off_is_named(monkeypatch):
     monkeypatch.setattr(registry, "_is_placed", False)
     monkeypatch.setattr(fla.backends, "_DISPATCH_DISABLED", True)
-    with pytest.raises(fla_decode.UnsupportedVersionError, match="FLA_DISABLE_BACKEND_DISPATCH=1.*unset it"):
+    with pytest.raises(fla_decode.UnsupportedVersionError, match=r"FLA_DISABLE_BACKEND_DISPATCH=1.*unset it"):
         fla_decode.enable()
     assert not fla_decode.is_enabled()
 

@@ -1,5 +1,7 @@
 """fla's public delta-rule operators on a CPU, with each of their options, against the definition in float64."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,7 +162,7 @@ def test_packed_sequences_are_as_if_alone(operator, dtype, lengths):
     output, final_states = operator(
         **arguments, initial_state=states, output_final_state=True, cu_seqlens=bounds
     )
-    for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (start, end) in enumerate(itertools.pairwise(bounds)):
         piece = {name: tensor[:, start:end] for name, tensor in arguments.items()}
         alone = operator(**piece, initial_state=states[[n]], output_final_state=True)
         assert_same((output[:, start:end], final_states[[n]]), alone)
