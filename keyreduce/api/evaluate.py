@@ -157,8 +157,9 @@ def _check(request: EvaluateRequest) -> "tuple[RecallSettings | None, Tasks | No
 
 
 def _measure(request: EvaluateRequest, target: Path, processes: Processes, reporter: Reporter) -> dict:
-    """Return what this process's share of the batches gives, as a JSON object."""
+    """Return what this process's share of the batches gives, as a JSON object; what the tasks give, is written too."""
     from keyreduce.devices import pick_device, pick_dtype
+    from keyreduce.evaluation.harness import run_tasks, task_metrics, write_results
     from keyreduce.evaluation.recall import RecallProbes
 
     recall, tasks = _check(request)
@@ -177,7 +178,13 @@ def _measure(request: EvaluateRequest, target: Path, processes: Processes, repor
             with reporter.progress(f"asking {label}", probes.tokens // processes.number, "tokens") as progress:
                 entry["recall"] = probes.ask(batch_size=request.batch_size, processes=processes, progress=progress)
         if tasks is not None:
-            entry |= _task_metrics(request, label, loaded, tasks, target, reporter)
+            file = target.with_name(f"{target.stem}-tasks-{label}.json")
+            how = {name: getattr(request, name) for name in ("num_fewshot", "limit", "batch_size")}
+            with claimed(file, folder=False):
+                reporter.note(f"running {', '.join(tasks.names)} on {label}")
+                results = run_tasks(loaded, tasks, command=command_line(), **how)
+                write_results(file, results, overwrite=True)
+            entry |= {"tasks": [metric._asdict() for metric in task_metrics(results)], "tasks_file": str(file)}
         entries.append(entry)
     return {"text": text.describe(), "recall": recall and asdict(recall), "models": entries}
 
@@ -198,21 +205,6 @@ def row_costs(
     how = {name: getattr(request, name) for name in ("seq_len", "batch_size", "stride", "by_document")}
     with reporter.progress(doing, tokens, "tokens") as progress:
         return text_costs(loaded, text, num_rows=num_rows, processes=processes, progress=progress, **how)
-
-
-def _task_metrics(
-    request: EvaluateRequest, label: str, loaded: "LoadedModel", tasks: "Tasks", target: Path, reporter: Reporter
-) -> dict:
-    """Run the tasks on a model, write the harness's results beside ``target``, and return what joins its entry."""
-    from keyreduce.evaluation.harness import run_tasks, task_metrics, write_results
-
-    file = target.with_name(f"{target.stem}-tasks-{label}.json")
-    with claimed(file, folder=False):
-        reporter.note(f"running {', '.join(tasks.names)} on {label}")
-        how = {name: getattr(request, name) for name in ("num_fewshot", "limit", "batch_size")}
-        results = run_tasks(loaded, tasks, command=command_line(), **how)
-        write_results(file, results, overwrite=True)
-    return {"tasks": [metric._asdict() for metric in task_metrics(results)], "tasks_file": str(file)}
 
 
 def _join(request: EvaluateRequest, shares: Sequence[dict], reporter: Reporter) -> dict:

@@ -108,8 +108,7 @@ class OfText(Request):
     def text_source(self, default: "Split") -> "TextSource":
         """Return the text; ``default`` is the part of the standard library's source that is taken if none is named.
 
-        Raises:
-            KeyreduceError: there is no such text, or the fields contradict each other.
+        Raises KeyreduceError if there is no such text, or the fields contradict each other.
         """
         from keyreduce.data.text import text_source
 

@@ -19,8 +19,7 @@ def latest(workspace: Workspace, field: str | None = None) -> Path:
 
     A model that was recovered from another pruned model than the one that is there is passed over.
 
-    Raises:
-        KeyreduceError: a record is damaged; or there is no such folder, where ``field`` is what names another one.
+    Raises KeyreduceError if a record is damaged; or if there is no such folder, where ``field`` names another one.
     """
     from keyreduce.checkpoint.record import Record
 

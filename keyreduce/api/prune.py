@@ -185,11 +185,7 @@ class Cut:
 
     @classmethod
     def of(cls, request: PruneRequest) -> "Cut":
-        """Return the cut that a request asks for.
-
-        Raises:
-            KeyreduceError: there is no such method or option, or the amounts are impossible.
-        """
+        """Return what a request asks for; refuse a method or option that does not exist, and impossible amounts."""
         from keyreduce.pruning.budget import Budget
         from keyreduce.pruning.planning import check_options, read_options
 
@@ -214,11 +210,8 @@ class Cut:
         return chosen | {"seed": self.seed, "algorithm": ALGORITHM, "method_version": self.method.version}
 
     def check(self, source: "Checkpoint") -> None:
-        """Refuse, before any work, what a model cannot have.
-
-        Raises:
-            KeyreduceError: the method cannot prune this model, its config cannot say such sizes, or the serving engine
-                does not run them.
+        """Refuse, before any work, a method that cannot prune this model, and sizes that its config cannot say or that
+        the serving engine does not run.
         """
         from keyreduce.pruning.planning import check_method
 

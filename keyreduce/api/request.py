@@ -65,8 +65,7 @@ class Spec(NamedTuple):
     def checked(self, value: Any) -> Any:
         """Return a value as the field holds it: texts as paths, lists as tuples.
 
-        Raises:
-            KeyreduceError: it is of another type, none of the choices, or out of bounds.
+        Raises KeyreduceError if it is of another type, none of the choices, or out of bounds.
         """
         if value is None and self.is_optional:
             return None
@@ -130,8 +129,7 @@ def _spec(field: dataclasses.Field, hint: Any) -> Spec:
 class Request:
     """The base of all requests. Values are checked when one is made, whoever makes it.
 
-    Raises:
-        KeyreduceError: a value is of another type than its field, none of its choices, or out of bounds.
+    Raises KeyreduceError if a value is of another type than its field, none of its choices, or out of bounds.
     """
 
     def __post_init__(self) -> None:
@@ -142,8 +140,7 @@ class Request:
     def of_json(cls, content: Mapping) -> Self:
         """Return the request of which :meth:`to_json` is this; fields may be missing where they have defaults.
 
-        Raises:
-            KeyreduceError: a field is unknown or missing, or holds what it cannot hold.
+        Raises KeyreduceError if a field is unknown or missing, or holds what it cannot hold.
         """
         known = specs(cls)
         for name in content:
@@ -171,15 +168,10 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Result):
-    """Figures that were written into a file; what they are, the function says that returns it.
+    """Figures that were written into a file; what they are, the function says that returns it."""
 
-    Attributes:
-        content: the JSON object that the file holds.
-        output: the file.
-    """
-
-    content: dict
-    output: Path
+    content: dict  # the JSON object that the file holds.
+    output: Path  # the file.
 
     def to_json(self) -> dict:
         """Return the content."""

@@ -38,9 +38,6 @@ def write_task(folder: Path, steps: Mapping[str, Request], **more: object) -> No
         steps: name of a step -> its request; they are carried out in this order.
         more: ``result``, an object whose entries go into ``result.json`` as well; ``keep``, file -> the name under
             which it is copied when all steps are done; ``remove``, folders that are removed then. Paths are relative.
-
-    Raises:
-        KeyreduceError: the folder cannot be written.
     """
     for name in (RESULT_NAME, FAILURE_NAME):
         (folder / name).unlink(missing_ok=True)

@@ -9,11 +9,7 @@ _TITLES = {"perplexity_per_token": "perplexity", "perplexity_increase": "over de
 
 
 def show(request: evaluate.EvaluateRequest, console: Console) -> None:
-    """Measure the models, and print tables of what was found.
-
-    Raises:
-        KeyreduceError: also where some of many models could not be measured, after all has been printed.
-    """
+    """Measure the models, and print tables of what was found; then refuse where some of many could not be measured."""
     result = evaluate.run(request, console)
     if result is None:
         return
