@@ -233,7 +233,7 @@ def measure(chosen: argparse.Namespace, model: Path | str | None) -> dict:
             output=Path(temporary) / "metrics.json",
             **common(chosen),
         )
-        (found,) = evaluate.run(request).models
+        (found,) = evaluate.run(request).content["models"]
     recall = {kind: mean(cell["choice_accuracy"] for cell in cells) for kind, cells in found.get("recall", {}).items()}
     return {"perplexity": found["perplexity_per_token"], "recall": recall}
 

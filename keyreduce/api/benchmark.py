@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from keyreduce.api import options
-from keyreduce.api.request import Result, option
+from keyreduce.api.request import Report, option
 from keyreduce.errors import KeyreduceError
 from keyreduce.reporting import Reporter
 
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
     from keyreduce.benchmarking.timed_models import TimedModel
 
-_KINDS = "What to time"
-_PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+_KIND = {"panel": "What to time"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,50 +25,37 @@ class BenchmarkRequest(options.OfRun, options.OfPair):
     One mixer layer stands for all: where a model's layers differ in size, it is the first.
     """
 
-    mixer: bool = option(False, help="One mixer layer: the default.", panel=_KINDS)
-    forward: bool = option(False, help="The whole model, reading a prompt.", panel=_KINDS)
-    decode: bool = option(False, help="One token at a time, through the cache.", panel=_KINDS)
-    train_step: bool = option(False, help="Forward, backward and optimizer.", panel=_KINDS)
+    mixer: bool = option(False, "One mixer layer: the default.", **_KIND)
+    forward: bool = option(False, "The whole model, reading a prompt.", **_KIND)
+    decode: bool = option(False, "One token at a time, through the cache.", **_KIND)
+    train_step: bool = option(False, "Forward, backward and optimizer.", **_KIND)
     scaling: tuple[int, ...] = option(
-        (),
-        help="Random models of these key sizes instead, of the model's config.",
-        metavar="K,K,...",
-        commas=True,
-        minimum=1,
-        maximum=options.MOST,
+        (), "Random models of these key sizes instead, of the model's config.", metavar="K,K,...", **options.COUNTS
     )
-    config: Path | None = option(None, help="For --scaling: a config.json, or a folder that holds it.", metavar="PATH")
-    batch_size: int = options.batch_size(4, help="Sequences in the input, but for --decode.")
+    config: Path | None = option(None, "For --scaling: a config.json, or a folder that holds it.", metavar="PATH")
+    batch_size: int = options.batch_size(4, "Sequences in the input, but for --decode.")
     seq_len: tuple[int, ...] = option(
-        (1024,),
-        help="Tokens in a sequence, but for --decode.",
-        metavar="T,T,...",
-        commas=True,
-        minimum=1,
-        maximum=options.MOST,
+        (1024,), "Tokens in a sequence, but for --decode.", metavar="T,T,...", **options.COUNTS
     )
     decode_batch_sizes: tuple[int, ...] = option(
         (),
-        help="For --decode: sequences at once.",
-        metavar="B,B,...",
-        commas=True,
-        minimum=1,
-        maximum=options.MOST,
-        shown_default="1,32,256 on a GPU, 1,8 on a CPU",
+        "For --decode: sequences at once.",
+        metavar="B,...",
+        shown_default="on a GPU 1,32,256, else 1,8",
+        **options.COUNTS,
     )
     scopes: tuple[Literal["model", "mixer", "operator"], ...] = option(
-        ("model", "mixer", "operator"), help="For --decode: what to time.", metavar="model,mixer,operator", commas=True
+        ("model", "mixer", "operator"), "For --decode: what to time.", metavar="model,mixer,operator", commas=True
     )
     max_batch_size: int | None = option(
         None,
-        help="For --decode: where the search for the largest batch that fits ends; 0: no search.",
-        minimum=0,
-        maximum=options.MOST,
+        "For --decode: where the search for the largest batch that fits ends; 0: no search.",
         shown_default="65536 on a GPU, 32 on a CPU",
+        **options.COUNT | {"minimum": 0},
     )
-    rounds: int = option(30, help="Timed calls of each model, taken in turns.", minimum=1, maximum=options.MOST)
-    output: Path | None = options.output(help="The figures as JSON.", metavar="FILE")
-    plot: Path | None = option(None, help="Also draw the figures, into a .png file.", metavar="FILE")
+    rounds: int = option(30, "Timed calls of each model, taken in turns.", **options.COUNT)
+    output: Path | None = options.output("The figures as JSON.", metavar="FILE")
+    plot: Path | None = option(None, "Also draw the figures, into a .png file.", metavar="FILE")
     dtype: options.Dtype | None = options.dtype()
 
     @property
@@ -79,25 +65,11 @@ class BenchmarkRequest(options.OfRun, options.OfPair):
         return [name for name, is_chosen in chosen.items() if is_chosen] or ["mixer"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkResult(Result):
-    """A benchmark.
-
-    Attributes:
-        report: see :func:`keyreduce.benchmarking.report.benchmark_report`.
-        output: the file that holds it.
-    """
-
-    report: dict
-    output: Path
-
-    def to_json(self) -> dict:
-        """Return the report."""
-        return self.report
-
-
-def run(request: BenchmarkRequest, reporter: Reporter = Reporter()) -> BenchmarkResult:
+def run(request: BenchmarkRequest, reporter: Reporter = Reporter()) -> Report:
     """Time the models, write the report, and draw it where that is asked for.
+
+    Returns:
+        What :func:`keyreduce.benchmarking.report.benchmark_report` does.
 
     Raises:
         KeyreduceError: a model does not load, the models cannot be compared, there is not enough memory, fla's kernels
@@ -121,22 +93,21 @@ def run(request: BenchmarkRequest, reporter: Reporter = Reporter()) -> Benchmark
     most = request.max_batch_size if request.max_batch_size is not None else 65536 if on_gpu else 32
     rounds: dict[str, Any] = {"kinds": kinds, "seq_lens": request.seq_len, "decode_batch_sizes": batch_sizes}
     rounds |= {"scopes": request.scopes, "rounds": request.rounds}
+    amounts: dict[str, Any] = {"batch_size": request.batch_size, "seed": request.seed, "max_batch_size": most}
     with contextlib.ExitStack() as claims:
         for path in {output, request.plot or output}:
             claims.enter_context(claimed(path, folder=False))
         with explained_out_of_memory("loading the models"):
             models = _models(request, device, dtype, reporter)
         with reporter.progress("timing", total_rounds(device=device, **rounds), "rounds") as progress:
-            inputs: dict[str, Any] = {**rounds, "batch_size": request.batch_size, "seed": request.seed}
-            inputs["max_batch_size"] = most
-            report = benchmark_report(models, **inputs, progress=progress)
+            report = benchmark_report(models, **rounds, **amounts, progress=progress)
         write_json(output, report, overwrite=True)
         if request.plot is not None:
             from keyreduce.benchmarking.plot import plot_report
 
             with appearing(request.plot, folder=False, overwrite=True) as temporary:
                 plot_report(report, temporary)
-    return BenchmarkResult(report=report, output=output)
+    return Report(content=report, output=output)
 
 
 def _check(request: BenchmarkRequest) -> None:
@@ -144,7 +115,7 @@ def _check(request: BenchmarkRequest) -> None:
         raise KeyreduceError("`config` is for `scaling`, which makes random models of it; name the key sizes")
     if not request.seq_len:
         raise KeyreduceError("`seq_len` names no length; give at least one")
-    if request.plot is not None and request.plot.suffix not in _PLOT_SUFFIXES:
+    if request.plot is not None and request.plot.suffix not in (".png", ".svg", ".pdf"):
         raise KeyreduceError(f"`plot` is {request.plot}; its name ends in .png, .svg or .pdf")
 
 
@@ -153,20 +124,15 @@ def _models(
 ) -> "list[TimedModel]":
     from keyreduce.api.pair import load_pair
     from keyreduce.benchmarking.timed_models import random_models, timed_models
-
-    if not request.scaling:
-        return timed_models(load_pair(request, reporter, device, dtype, with_tokenizer=False))
-    whole = request.kinds != ["mixer"]
-    return random_models(_config(request), request.scaling, device, dtype, whole=whole, seed=request.seed)
-
-
-def _config(request: BenchmarkRequest) -> dict:
-    """Return the config that random models are made from: the one named, else the model's own."""
     from keyreduce.checkpoint.find import find_model
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.outputs import read_json
 
-    path = request.config
+    if not request.scaling:
+        return timed_models(load_pair(request, reporter, device, dtype, with_tokenizer=False))
+    path, whole = request.config, request.kinds != ["mixer"]
     if path is None:
-        return open_folder(find_model(request.model)).config
-    return read_json(path / "config.json" if path.is_dir() else path)
+        config = open_folder(find_model(request.model)).config
+    else:
+        config = read_json(path / "config.json" if path.is_dir() else path)
+    return random_models(config, request.scaling, device, dtype, whole=whole, seed=request.seed)

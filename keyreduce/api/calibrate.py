@@ -3,14 +3,11 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from keyreduce.api import options
 from keyreduce.api.request import Result, option
 from keyreduce.reporting import Reporter
-
-if TYPE_CHECKING:
-    from keyreduce.calibration.statistics import Statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +19,14 @@ class CalibrateRequest(options.OfRun, options.OfText):
 
     model: str | None = options.model()
     work: Path = options.work()
-    output: Path | None = options.output(help="The calibration file.", metavar="FILE")
+    output: Path | None = options.output("The calibration file.", metavar="FILE")
     num_batches: int = options.num_batches(16)
     batch_size: int = options.batch_size(4)
     seq_len: int = options.seq_len(512)
-    gradients: bool = option(False, help="Add what prune --method taylor needs; about three times slower.")
+    gradients: bool = option(False, "Add what prune --method taylor needs; about three times slower.")
     offload: Literal["disk", "cpu", "auto"] | None = option(
         None,
-        help="Where layers wait for their turn on the device (needs accelerate); auto fills all devices first.",
+        "Where layers wait for their turn on the device (needs accelerate); auto fills all devices first.",
         shown_default="the whole model on the device",
     )
     config: Path | None = options.config()
@@ -38,25 +35,15 @@ class CalibrateRequest(options.OfRun, options.OfText):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateResult(Result):
-    """A calibration file.
+    """A calibration file."""
 
-    Attributes:
-        calibration: the file.
-        made: whether this run made it; else it was there already, from the same inputs.
-        model: the folder of the model.
-        tokens: how many tokens the statistics are over.
-        layers: how many layers have statistics.
-        gradients: whether those of gradients are among them.
-        bytes: the size of the file.
-    """
-
-    calibration: Path
-    made: bool
-    model: Path
-    tokens: int
-    layers: int
-    gradients: bool
-    bytes: int
+    calibration: Path  # the file.
+    made: bool  # whether this run made it; else it was there already, from the same inputs.
+    model: Path  # the folder of the model.
+    tokens: int  # how many tokens the statistics are over.
+    layers: int  # how many layers have statistics.
+    gradients: bool  # whether those of gradients are among them.
+    bytes: int  # the size of the file.
 
 
 def run(request: CalibrateRequest, reporter: Reporter = Reporter()) -> CalibrateResult | None:
@@ -69,7 +56,7 @@ def run(request: CalibrateRequest, reporter: Reporter = Reporter()) -> Calibrate
         KeyreduceError: there is no such model, it is not of the DeltaNet family or damaged, the text is empty, or the
             file is there from other inputs, or cannot be written.
     """
-    from keyreduce.calibration.file import read_record, write_statistics
+    from keyreduce.calibration.file import read_record, read_statistics, write_statistics
     from keyreduce.calibration.run import Settings, calibrate, describe_inputs
     from keyreduce.checkpoint.find import find_model, model_name
     from keyreduce.checkpoint.folder import open_folder
@@ -98,31 +85,18 @@ def run(request: CalibrateRequest, reporter: Reporter = Reporter()) -> Calibrate
             how = f"{inputs['dtype']}, with gradients" if request.gradients else inputs["dtype"]
             reporter.note(f"calibrating {Path(model_name(request.model)).name} on {device} ({how})")
             with reporter.progress("calibrating", settings.tokens // processes.number, "tokens") as progress:
-                statistics = calibrate(
-                    source,
-                    text,
-                    settings,
-                    device=device,
-                    dtype=dtype,
-                    gradients=request.gradients,
-                    offload=request.offload,
-                    processes=processes,
-                    progress=progress,
-                    note=reporter.note,
-                )
+                where: dict[str, Any] = {"device": device, "dtype": dtype, "offload": request.offload}
+                where |= {"processes": processes, "progress": progress, "note": reporter.note}
+                statistics = calibrate(source, text, settings, gradients=request.gradients, **where)
             if processes.rank == 0:
                 write_statistics(statistics, target, overwrite=request.overwrite)
-    return None if processes.rank else _result(target, source.path, made=made)
-
-
-def _result(target: Path, model: Path, *, made: bool) -> CalibrateResult:
-    from keyreduce.calibration.file import read_statistics
-
-    statistics: Statistics = read_statistics(target)
+    if processes.rank:
+        return None
+    statistics = read_statistics(target)
     return CalibrateResult(
         calibration=target,
         made=made,
-        model=model,
+        model=source.path,
         tokens=statistics.tokens,
         layers=len(statistics.layers),
         gradients=bool(statistics.inputs.get("gradients")),

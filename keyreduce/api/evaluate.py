@@ -8,23 +8,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from keyreduce.api import options
 from keyreduce.api.pair import load_pair
-from keyreduce.api.request import Result, option
+from keyreduce.api.request import Report, option
 from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import claimed, refuse_existing, write_json
 from keyreduce.processes import Processes, command_line
 from keyreduce.reporting import Reporter
 
 if TYPE_CHECKING:
-    from keyreduce.api.many import ManyResult
     from keyreduce.data.text import TextSource
     from keyreduce.evaluation.harness import Tasks
     from keyreduce.evaluation.perplexity import Perplexity
     from keyreduce.evaluation.recall import RecallSettings
     from keyreduce.models.loading import LoadedModel
 
-_RECALL = "Recall"
-_TASKS = "Tasks of lm-evaluation-harness"
-_MANY = "Many models"
+_RECALL = {"panel": "Recall"}
+_TASKS = {"panel": "Tasks of lm-evaluation-harness"}
+_MANY = {"panel": "Many models"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,87 +36,64 @@ class EvaluateRequest(options.OfRun, options.OfText, options.OfPair):
     """
 
     compressed: str | None = options.compressed(instead_of=("base",))
-    num_batches: int = options.num_batches(8, help="Batches to measure on; 0 takes all the text.", minimum=0)
+    num_batches: int = options.num_batches(8, "Batches to measure on; 0 takes all the text.", minimum=0)
     batch_size: int = options.batch_size(4)
     seq_len: int = options.seq_len(1024, minimum=2)
     stride: int | None = option(
         None,
-        help="Tokens from one row's start to the next one's; only the last N of a row are scored.",
+        "Tokens from one row's start to the next one's; only the last N of a row are scored.",
         metavar="N",
         minimum=1,
         shown_default="as far as can be: no overlap",
     )
     by_document: bool = option(
-        False, help="Score each document on its own and all of it, as lm-evaluation-harness does; else all are joined."
+        False, "Score each document on its own and all of it, as lm-evaluation-harness does; else all are joined."
     )
     recall: tuple[Literal["mqar", "needle"], ...] = option(
         (),
-        help="Measure recall too: mqar (multi-query associative recall), needle (in a haystack of the text), "
-        "or mqar,needle.",
-        metavar="KINDS",
-        panel=_RECALL,
+        "Measure recall too: mqar (multi-query associative recall), needle (in a haystack of text), or mqar,needle.",
         commas=True,
+        **_RECALL,
     )
     recall_lengths: tuple[int, ...] = option(
-        (256, 1024),
-        help="Tokens in a sequence.",
-        metavar="T,...",
-        panel=_RECALL,
-        commas=True,
-        minimum=1,
-        maximum=options.MOST,
+        (256, 1024), "Tokens in a sequence.", metavar="T,...", **_RECALL, **options.COUNTS
     )
     recall_pairs: tuple[int, ...] = option(
-        (1, 4, 16, 64),
-        help="Keys with a value in a sequence.",
-        metavar="N,...",
-        panel=_RECALL,
-        commas=True,
-        minimum=1,
-        maximum=options.MOST,
+        (1, 4, 16, 64), "Keys with a value in a sequence.", metavar="N,...", **_RECALL, **options.COUNTS
     )
-    recall_probes: int = option(
-        16, help="Sequences for each length and number of pairs.", panel=_RECALL, minimum=1, maximum=options.MOST
-    )
+    recall_probes: int = option(16, "Sequences for each length and number of pairs.", **_RECALL, **options.COUNT)
     tasks: tuple[str, ...] = option(
         (),
-        help="Run these too: names, patterns or .yaml files; 'paper' is wikitext, lambada_openai, piqa, hellaswag, "
+        "Run these too: names, patterns or .yaml files; 'paper' is wikitext, lambada_openai, piqa, hellaswag, "
         "winogrande, arc_easy and arc_challenge.",
         env="TASKS",
         metavar="NAME,...",
-        panel=_TASKS,
         commas=True,
+        **_TASKS,
     )
-    include_path: Path | None = option(None, help="A folder with tasks of your own.", metavar="DIR", panel=_TASKS)
+    include_path: Path | None = option(None, "A folder with tasks of your own.", metavar="DIR", **_TASKS)
     num_fewshot: int | None = option(
-        None, help="Examples before a question.", metavar="N", panel=_TASKS, minimum=0, shown_default="the task's own"
+        None, "Examples before a question.", metavar="N", minimum=0, shown_default="the task's own", **_TASKS
     )
     limit: float | None = option(
         None,
-        help="Only so many documents of each task, or that share of them where it is below 1.",
+        "Only so many documents of each task, or that share of them where it is below 1.",
         metavar="N",
-        panel=_TASKS,
-        minimum=0,
-        maximum=options.MOST,
         shown_default="all",
+        **_TASKS | options.COUNT | {"minimum": 0},
     )
     base: Path | None = option(
         None,
-        help="Measure every checkpoint below this folder, and --model if given; what is done already is kept.",
+        "Measure every checkpoint below this folder, and --model if given; what is done already is kept.",
         env="COMPRESSED_BASE",
         metavar="DIR",
-        panel=_MANY,
         instead_of=("compressed",),
+        **_MANY,
     )
     jobs: int | None = option(
-        None,
-        help="Models to measure at a time.",
-        metavar="N",
-        panel=_MANY,
-        minimum=1,
-        shown_default="one a GPU; on a CPU 1",
+        None, "Models to measure at a time.", metavar="N", minimum=1, shown_default="one a GPU; on a CPU 1", **_MANY
     )
-    output: Path | None = options.output(help="The figures as JSON.", metavar="FILE")
+    output: Path | None = options.output("The figures as JSON.", metavar="FILE")
     dtype: options.Dtype | None = options.dtype()
 
     def __post_init__(self) -> None:
@@ -127,55 +103,17 @@ class EvaluateRequest(options.OfRun, options.OfText, options.OfPair):
         if self.base is not None and self.compressed is not None:
             raise KeyreduceError("`base` measures a folder of models and `compressed` one: give one of the two")
 
-    def recall_settings(self) -> "RecallSettings":
-        """Return what the recall probes are.
 
-        Raises:
-            KeyreduceError: `recall` or one of the fields beside it is empty, or names something twice.
-        """
-        from keyreduce.evaluation.recall import RecallSettings
-
-        return RecallSettings(
-            self.recall, self.recall_lengths, self.recall_pairs, probes=self.recall_probes, seed=self.seed
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateResult(Result):
-    """The metrics of one model, or of a dense model and what was pruned from it.
-
-    Attributes:
-        text: where the text is from.
-        seq_len: how many tokens a row has.
-        stride: how many tokens after a row the next one starts.
-        by_document: whether each document was scored on its own.
-        models: for each model its ``label`` and ``folder``, the metrics of
-            :meth:`keyreduce.evaluation.perplexity.Perplexity.metrics`, but for the first model ``perplexity_increase``
-            over it, and where they were asked for ``recall``
-            (:func:`keyreduce.evaluation.recall.recall_metrics`), ``tasks`` and ``tasks_file``.
-        recall: the settings of the recall probes, if there were any.
-        output: the file that holds all this.
-    """
-
-    text: dict
-    seq_len: int
-    stride: int
-    by_document: bool
-    models: list[dict]
-    recall: dict | None
-    output: Path
-
-    def to_json(self) -> dict:
-        """Return the content of the file."""
-        return {name: value for name, value in super().to_json().items() if name != "output"}
-
-
-def run(request: EvaluateRequest, reporter: Reporter = Reporter()) -> "EvaluateResult | ManyResult | None":
+def run(request: EvaluateRequest, reporter: Reporter = Reporter()) -> Report | None:
     """Measure the models, and write what was found; an earlier result in the work folder is replaced.
 
     Returns:
-        The result, that of :mod:`keyreduce.api.many` where the request has a ``base``; None in all processes of
-        torchrun but the first.
+        None in all processes of torchrun but the first; what :func:`keyreduce.api.many.run` does, where the request has
+        a ``base``; else ``text``, where the text is from; ``seq_len``; ``stride``; ``by_document``; ``models``: for
+        each its ``label`` and ``folder``, :meth:`keyreduce.evaluation.perplexity.Perplexity.metrics`, but for the first
+        one ``perplexity_increase`` over it, and where they were asked for ``recall``
+        (:func:`keyreduce.evaluation.recall.recall_metrics`), ``tasks`` and ``tasks_file``; and ``recall``, the settings
+        of the recall probes, if there were any.
 
     Raises:
         KeyreduceError: a model does not load, the pruned one was not made from the dense one, the text leaves nothing
@@ -201,24 +139,27 @@ def run(request: EvaluateRequest, reporter: Reporter = Reporter()) -> "EvaluateR
         shares = processes.gather(measure)
         if processes.rank:
             return None
-        result = _join(request, shares, target, reporter)
-        write_json(target, result.to_json(), overwrite=True)
-    return result
+        result = _join(request, shares, reporter)
+        write_json(target, result, overwrite=True)
+    return Report(content=result, output=target)
 
 
 def _check(request: EvaluateRequest) -> "tuple[RecallSettings | None, Tasks | None]":
     """Refuse settings that make no sense together, and look up the tasks, before any model is loaded."""
     from keyreduce.evaluation.harness import find_tasks
     from keyreduce.evaluation.perplexity import chosen_stride
+    from keyreduce.evaluation.recall import RecallSettings
 
     chosen_stride(request.seq_len, request.stride, by_document=request.by_document)
-    recall = request.recall_settings() if request.recall else None
+    grid = request.recall, request.recall_lengths, request.recall_pairs, request.recall_probes, request.seed
+    recall = RecallSettings(*grid) if request.recall else None
     return recall, find_tasks(request.tasks, request.include_path) if request.tasks else None
 
 
 def _measure(request: EvaluateRequest, target: Path, processes: Processes, reporter: Reporter) -> dict:
-    """Return what this process's share of the batches gives, as a JSON object."""
+    """Return what this process's share of the batches gives, as a JSON object; what the tasks give, is written too."""
     from keyreduce.devices import pick_device, pick_dtype
+    from keyreduce.evaluation.harness import run_tasks, task_metrics, write_results
     from keyreduce.evaluation.recall import RecallProbes
 
     recall, tasks = _check(request)
@@ -228,7 +169,7 @@ def _measure(request: EvaluateRequest, target: Path, processes: Processes, repor
     entries: list[dict[str, Any]] = []
     for label, loaded in models.items():
         entry: dict[str, Any] = {"label": label, "folder": str(loaded.folder)}
-        entry["rows"] = _row_costs(request, label, loaded, text, processes, reporter)
+        entry["rows"] = row_costs(request, loaded, text, reporter, processes, f"measuring {label}")
         if recall is not None:
             probes = RecallProbes(loaded, text, recall)
             if probes.left_out and not entries:
@@ -237,59 +178,36 @@ def _measure(request: EvaluateRequest, target: Path, processes: Processes, repor
             with reporter.progress(f"asking {label}", probes.tokens // processes.number, "tokens") as progress:
                 entry["recall"] = probes.ask(batch_size=request.batch_size, processes=processes, progress=progress)
         if tasks is not None:
-            entry |= _task_metrics(request, label, loaded, tasks, target, reporter)
+            file = target.with_name(f"{target.stem}-tasks-{label}.json")
+            how = {name: getattr(request, name) for name in ("num_fewshot", "limit", "batch_size")}
+            with claimed(file, folder=False):
+                reporter.note(f"running {', '.join(tasks.names)} on {label}")
+                results = run_tasks(loaded, tasks, command=command_line(), **how)
+                write_results(file, results, overwrite=True)
+            entry |= {"tasks": [metric._asdict() for metric in task_metrics(results)], "tasks_file": str(file)}
         entries.append(entry)
     return {"text": text.describe(), "recall": recall and asdict(recall), "models": entries}
 
 
-def _row_costs(
+def row_costs(
     request: EvaluateRequest,
-    label: str,
     loaded: "LoadedModel",
     text: "TextSource",
-    processes: Processes,
     reporter: Reporter,
+    processes: Processes = Processes(),
+    doing: str = "measuring",
 ) -> "list[Perplexity]":
+    """Return what it costs a model to predict each row of this process; ``doing`` is what the reporter is told."""
     from keyreduce.evaluation.perplexity import text_costs
 
     num_rows = request.num_batches * request.batch_size or None
     tokens = (num_rows or 0) * request.seq_len // processes.number or None
-    with reporter.progress(f"measuring {label}", tokens, "tokens") as progress:
-        return text_costs(
-            loaded,
-            text,
-            seq_len=request.seq_len,
-            stride=request.stride,
-            by_document=request.by_document,
-            batch_size=request.batch_size,
-            num_rows=num_rows,
-            processes=processes,
-            progress=progress,
-        )
+    how = {name: getattr(request, name) for name in ("seq_len", "batch_size", "stride", "by_document")}
+    with reporter.progress(doing, tokens, "tokens") as progress:
+        return text_costs(loaded, text, num_rows=num_rows, processes=processes, progress=progress, **how)
 
 
-def _task_metrics(
-    request: EvaluateRequest, label: str, loaded: "LoadedModel", tasks: "Tasks", target: Path, reporter: Reporter
-) -> dict:
-    """Run the tasks on a model, write the harness's results beside ``target``, and return what joins its entry."""
-    from keyreduce.evaluation.harness import run_tasks, task_metrics, write_results
-
-    file = target.with_name(f"{target.stem}-tasks-{label}.json")
-    with claimed(file, folder=False):
-        reporter.note(f"running {', '.join(tasks.names)} on {label}")
-        results = run_tasks(
-            loaded,
-            tasks,
-            num_fewshot=request.num_fewshot,
-            limit=request.limit,
-            batch_size=request.batch_size,
-            command=command_line(),
-        )
-        write_results(file, results, overwrite=True)
-    return {"tasks": [metric._asdict() for metric in task_metrics(results)], "tasks_file": str(file)}
-
-
-def _join(request: EvaluateRequest, shares: Sequence[dict], target: Path, reporter: Reporter) -> EvaluateResult:
+def _join(request: EvaluateRequest, shares: Sequence[dict], reporter: Reporter) -> dict:
     """Combine what all processes found."""
     from keyreduce.evaluation.perplexity import chosen_stride, total
     from keyreduce.evaluation.recall import recall_metrics
@@ -309,12 +227,7 @@ def _join(request: EvaluateRequest, shares: Sequence[dict], target: Path, report
             dense, own = models[0]["perplexity_per_token"], entry["perplexity_per_token"]
             entry["perplexity_increase"] = own / dense - 1 if own and dense else None
         models.append(entry)
-    return EvaluateResult(
-        text=shares[0]["text"],
-        seq_len=request.seq_len,
-        stride=chosen_stride(request.seq_len, request.stride, by_document=request.by_document),
-        by_document=request.by_document,
-        models=models,
-        recall=shares[0]["recall"],
-        output=target,
-    )
+    stride = chosen_stride(request.seq_len, request.stride, by_document=request.by_document)
+    rows = {"seq_len": request.seq_len, "stride": stride, "by_document": request.by_document}
+    recall = {"recall": shares[0]["recall"]} if shares[0]["recall"] else {}
+    return {"text": shares[0]["text"], **rows, "models": models, **recall}

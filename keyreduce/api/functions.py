@@ -1,8 +1,16 @@
 """The Python API: what ``import keyreduce`` gives. Models are folders, or modules in memory.
 
 A module is one of fla's or transformers' language models, on any device. The dense one is never changed, and what is
-made in memory is, bit by bit, what the commands make of folders. Settings that a function does not name itself are the
-fields of its request (:class:`keyreduce.api.prune.PruneRequest` and the like), with the same defaults.
+made in memory is, bit by bit, what the commands make of folders. What all functions take:
+
+    model: a folder or a name, or a module, which runs where it is.
+    texts: documents as strings, paths of text files or folders, or a TextSource; by default the source of the Python
+        standard library, of which ``evaluate`` takes another part than the others.
+    tokenizer: of modules; by default the one that was given before, or that of the folder they were loaded from.
+    output: a file or folder to write, as the command does.
+    reporter: what is given remarks and progress.
+    settings: other fields of the function's request (:class:`keyreduce.api.prune.PruneRequest` and the like), with the
+        same defaults.
 """
 
 import contextlib
@@ -20,7 +28,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from keyreduce.api.calibrate import CalibrateRequest
 from keyreduce.api.calibrate import run as run_calibrate
-from keyreduce.api.evaluate import EvaluateRequest
+from keyreduce.api.evaluate import EvaluateRequest, row_costs
 from keyreduce.api.prune import Cut, PruneRequest
 from keyreduce.api.prune import run as run_prune
 from keyreduce.api.recover import RecoverRequest
@@ -33,13 +41,13 @@ from keyreduce.checkpoint.rewrite import EditedTensors
 from keyreduce.data.text import DatasetText, DocumentText, FileText, StdlibText, TextSource
 from keyreduce.devices import pick_device, pick_dtype
 from keyreduce.errors import KeyreduceError
-from keyreduce.evaluation.perplexity import Perplexity, text_costs, total
+from keyreduce.evaluation.perplexity import Perplexity, total
 from keyreduce.families import family_of
 from keyreduce.models.in_memory import ModuleCheckpoint, loaded_module, rebuilt
 from keyreduce.models.loading import LoadedModel, load_model
 from keyreduce.pruning.prune import plan_edits
 from keyreduce.recovery.layers import recover_layers
-from keyreduce.recovery.modes import TRAINING_MODES, make_steps
+from keyreduce.recovery.modes import REPEATS, TRAINING_MODES, Mode, make_steps
 from keyreduce.reporting import Reporter
 
 Model = str | Path | PreTrainedModel
@@ -61,34 +69,24 @@ def calibrate(
 ) -> Statistics:
     """Run text through a model and return statistics of what its mixers see, for every method and every ratio.
 
-    Args:
-        model: a folder or a name, or a module, which runs where it is.
-        texts: documents as strings, paths of text files or folders, or a TextSource; by default the source of the
-            Python standard library.
-        tokenizer: of a module; by default the one of the folder that it was loaded from.
-        output: a file to write them to as well, as ``keyreduce calibrate`` does.
-        reporter: what is given remarks and progress.
-        settings: fields of CalibrateRequest: ``num_batches``, ``batch_size``, ``seq_len``, ``gradients``, ``seed``;
-            of a folder also ``device``, ``dtype``, ``offload``, ``config`` and ``overwrite``.
+    The settings are ``num_batches``, ``batch_size``, ``seq_len``, ``gradients`` and ``seed``; of a folder also
+    ``device``, ``dtype``, ``offload``, ``config`` and ``overwrite``.
 
     Raises:
         KeyreduceError: the model is not of the DeltaNet family, the text is empty, or numbers are NaN or inf.
     """
     text = _text_source(texts, "calibration")
-    with tempfile.TemporaryDirectory(prefix="keyreduce-") as scratch:
-        if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel):
+        with tempfile.TemporaryDirectory(prefix="keyreduce-") as scratch, _as_fields(text) as fields:
             target = Path(output or Path(scratch, "calibration.safetensors"))
-            with _as_fields(text) as fields:
-                run_calibrate(CalibrateRequest(model=str(model), output=target, **fields, **settings), reporter)
+            run_calibrate(CalibrateRequest(model=str(model), output=target, **fields, **settings), reporter)
             return read_statistics(target)  # mapped: a temporary file lives on until the statistics are let go
     request = CalibrateRequest(**settings)
     amount = Settings(request.num_batches, request.batch_size, request.seq_len, request.seed)
     amount.check(gradients=request.gradients)
-    source, loaded = ModuleCheckpoint(model), _loaded(model, tokenizer)
+    inputs = _loaded(model, tokenizer), ModuleCheckpoint(model), text, amount, model.dtype, request.gradients
     with reporter.progress("calibrating", amount.tokens, "tokens") as progress, _evaluating(model):
-        statistics = calibrate_loaded(
-            loaded, source, text, amount, model.dtype, request.gradients, progress=progress, note=reporter.note
-        )
+        statistics = calibrate_loaded(*inputs, progress=progress, note=reporter.note)
     if output is not None:
         write_statistics(statistics, Path(output), overwrite=request.overwrite)
     return statistics
@@ -111,18 +109,15 @@ def prune(
     reporter: Reporter = Reporter(),
     **settings: Any,
 ) -> PreTrainedModel | Path:
-    """Return a smaller model: key channels, value channels or whole heads are removed.
+    """Return a smaller model: key channels, value channels or whole heads are removed. A module stays as it is.
 
     Args:
-        model: a folder or a name, or a module, which stays as it is.
         method: how to choose what is removed.
         target: ``key``, ``value``, ``head``, or several.
         ratio: the share to remove, for all targets or one for each.
         statistics: what :func:`calibrate` returned. A folder is calibrated first where they are needed and missing. Of
             a module's they must have the sizes; that they are of another model of the same sizes is not noticed.
-        output: the folder to make of a folder, as ``keyreduce prune`` does.
-        reporter: what is given remarks and progress.
-        settings: other fields of PruneRequest: ``keep``, ``variance``, ``multiple_of``, ``engine``, ``seed``, ...
+        settings: ``keep``, ``variance``, ``multiple_of``, ``engine``, ``seed``, ...
 
     Returns:
         A new module on the model's device; or the path of the folder, where ``output`` is given.
@@ -134,12 +129,10 @@ def prune(
     if output is not None:
         if isinstance(model, PreTrainedModel):
             raise KeyreduceError("`output` is for a folder that is pruned; save the pruned module by save_pretrained")
-        return run_prune(PruneRequest(model=str(model), output=output, **fields), reporter, statistics).pruned
+        return run_prune(PruneRequest(model=str(model), output=Path(output), **fields), reporter, statistics).pruned
     if not isinstance(model, PreTrainedModel):
-        loaded = _loaded(model, None)
-        model = loaded.model
-    request = PruneRequest(**fields)
-    source, cut = ModuleCheckpoint(model), Cut.of(request)
+        model = _loaded(model, None).model
+    source, cut = ModuleCheckpoint(model), Cut.of(PruneRequest(**fields))
     cut.check(source)
     if statistics is not None:
         _check_sizes(statistics, source)
@@ -160,24 +153,20 @@ def recover(
     teacher: Model | None = None,
     texts: Texts = None,
     *,
-    mode: str = "least-squares",
+    mode: Mode = "least-squares",
     tokenizer: PreTrainedTokenizerBase | None = None,
     output: str | Path | None = None,
     reporter: Reporter = Reporter(),
     **settings: Any,
 ) -> PreTrainedModel | Path:
-    """Win quality back after pruning. A module is changed in place; a folder becomes another one.
+    """Win quality back after pruning. A module is changed in place; a folder becomes another one, ``output``.
 
     Args:
         model: the pruned model.
         teacher: the dense model, which stays as it is; of a folder by default the one that it was pruned from.
-        texts: see :func:`calibrate`.
         mode: ``least-squares``, ``reconstruct``, ``lora`` or ``full``.
-        tokenizer: of modules; by default the one that was given before, or that of the folder they were loaded from.
-        output: the folder to make of a folder.
-        reporter: what is given remarks and progress.
-        settings: other fields of RecoverRequest: ``num_batches``, ``batch_size``, ``seq_len``, ``repeats``, ``steps``,
-            ``lr``, ``scope``, ``seed``, ``device``, ...
+        settings: ``num_batches``, ``batch_size``, ``seq_len``, ``repeats``, ``steps``, ``lr``, ``scope``, ``seed``,
+            ``device``, ...
 
     Returns:
         The same module, or the path of the folder.
@@ -189,36 +178,35 @@ def recover(
     if not isinstance(model, PreTrainedModel):
         if output is None or isinstance(teacher, PreTrainedModel):
             raise KeyreduceError("a folder is not changed in place: give `output`, and a folder as `teacher`")
+        dense = None if teacher is None else str(teacher)
         with _as_fields(text) as fields:
-            named = {} if teacher is None else {"teacher": str(teacher)}
-            request = RecoverRequest(mode=mode, compressed=str(model), output=output, **named, **fields, **settings)
-            run_recover(request, reporter)
+            settings |= {"mode": mode, "compressed": str(model), "teacher": dense, "output": output, **fields}
+            run_recover(RecoverRequest(**settings), reporter)
         return Path(output)
     if not isinstance(teacher, PreTrainedModel):
         raise KeyreduceError("`teacher` of a module is the dense module that it was pruned from")
     if mode in TRAINING_MODES:
-        return _trained(model, teacher, text, mode, tokenizer, reporter, settings)
+        # By way of folders, since that is where training keeps its checkpoints.
+        with tempfile.TemporaryDirectory(prefix="keyreduce-") as scratch:
+            pruned, dense, trained = (Path(scratch, name) for name in ("pruned", "teacher", "output"))
+            for folder, module in ((pruned, model), (dense, teacher)):
+                module.save_pretrained(folder)
+                _tokenizer_of(module, tokenizer).save_pretrained(folder)
+            recover(pruned, dense, text, mode=mode, output=trained, reporter=reporter, **settings)
+            _copy_parameters(load_model(trained, _CPU, torch.float32, with_tokenizer=False).model, model)
+        return model
     request = RecoverRequest(mode=mode, **settings)
-    given = {name: getattr(request, name) for name in ("steps", "lr", "scope")}
-    steps = make_steps(mode, {name: value for name, value in given.items() if value is not None})
+    given = request.settings
+    where: dict[str, Any] = {"device": pick_device(request.device) if request.device else model.device}
+    where |= {"repeats": given.pop("repeats", REPEATS), "note": reporter.note}
+    steps = make_steps(mode, given)
     amount = Settings(request.num_batches, request.batch_size, request.seq_len, request.seed)
     amount.check()
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    copies = [_copied(one, tokenizer) for one in (teacher, model)]
-    repeats = {} if request.repeats is None else {"repeats": request.repeats}
+    dense, pruned = (_copied(one, tokenizer) for one in (teacher, model))
     with reporter.progress("recovering", model.config.num_hidden_layers, "layers") as progress:
-        recover_layers(
-            *copies,
-            dtypes,
-            text,
-            amount,
-            steps=steps,
-            device=pick_device(request.device) if request.device else model.device,
-            progress=progress,
-            note=reporter.note,
-            **repeats,
-        )
-    _copy_parameters(copies[1].model, model)
+        recover_layers(dense, pruned, dtypes, text, amount, steps=steps, progress=progress, **where)
+    _copy_parameters(pruned.model, model)
     return model
 
 
@@ -232,57 +220,16 @@ def evaluate(
 ) -> Perplexity:
     """Return what it costs a model to predict held-out text: perplexity per token and per word, and bits per byte.
 
-    Args:
-        model: a folder or a name, or a module, which runs where it is.
-        texts: see :func:`calibrate`; by default another part of the standard library's source than it takes.
-        tokenizer: of a module; by default the one that was given before, or that of the folder it was loaded from.
-        reporter: what is given remarks and progress.
-        settings: fields of EvaluateRequest: ``num_batches``, ``batch_size``, ``seq_len``, ``stride``, ``by_document``;
-            of a folder also ``device`` and ``dtype``.
+    The settings are ``num_batches``, ``batch_size``, ``seq_len``, ``stride`` and ``by_document``; of a folder also
+    ``device`` and ``dtype``.
 
     Raises:
         KeyreduceError: the text leaves nothing to predict, or a logit is NaN or inf.
     """
     request, text = EvaluateRequest(**settings), _text_source(texts, "heldout")
     loaded = _loaded(model, tokenizer, request.device, request.dtype)
-    num_rows = request.num_batches * request.batch_size or None
-    amount = num_rows and num_rows * request.seq_len
-    with reporter.progress("measuring", amount, "tokens") as progress, _evaluating(loaded.model):
-        rows = text_costs(
-            loaded,
-            text,
-            seq_len=request.seq_len,
-            batch_size=request.batch_size,
-            num_rows=num_rows,
-            stride=request.stride,
-            by_document=request.by_document,
-            progress=progress,
-        )
-    return total(rows)
-
-
-def _trained(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    text: TextSource,
-    mode: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    reporter: Reporter,
-    settings: Mapping[str, Any],
-) -> PreTrainedModel:
-    """Train a module by way of temporary folders, since that is where training keeps its checkpoints."""
-    with tempfile.TemporaryDirectory(prefix="keyreduce-") as scratch, _as_fields(text) as fields:
-        for name, one in (("pruned", model), ("teacher", teacher)):
-            one.save_pretrained(Path(scratch, name))
-            _tokenizer_of(one, tokenizer).save_pretrained(Path(scratch, name))
-        compressed, taught_by, output = (Path(scratch, name) for name in ("pruned", "teacher", "output"))
-        request = RecoverRequest(
-            mode=mode, compressed=str(compressed), teacher=str(taught_by), output=output, **fields, **settings
-        )
-        run_recover(request, reporter)
-        trained = load_model(output, _CPU, torch.float32, with_tokenizer=False).model
-    _copy_parameters(trained, model)
-    return model
+    with _evaluating(loaded.model):
+        return total(row_costs(request, loaded, text, reporter))
 
 
 @torch.no_grad()
@@ -297,13 +244,12 @@ def _text_source(texts: Texts, default: Any) -> TextSource:
         return texts
     if texts is None:
         return StdlibText(default)
-    if isinstance(texts, Path):
-        return FileText([texts])
     if isinstance(texts, str):
         raise KeyreduceError("`texts` is one string; give a list of documents, or a pathlib.Path")
-    items = list(texts)
-    if all(isinstance(item, Path) for item in items) and items:
-        return FileText([Path(item) for item in items])
+    items = [texts] if isinstance(texts, Path) else list(texts)
+    paths = [item for item in items if isinstance(item, Path)]
+    if paths and len(paths) == len(items):
+        return FileText(paths)
     return DocumentText([str(item) for item in items])
 
 
@@ -347,8 +293,8 @@ def _tokenizer_of(model: PreTrainedModel, given: PreTrainedTokenizerBase | None)
 
 def _copied(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModel:
     """Return a copy in float32 on the CPU, in evaluation mode."""
-    found = _tokenizer_of(model, tokenizer)
-    return loaded_module(copy.deepcopy(model).to(_CPU, torch.float32).eval(), found)
+    copied = copy.deepcopy(model).to(device=_CPU, dtype=torch.float32)  # pyright: ignore  (its stub lacks self)
+    return loaded_module(copied.eval(), _tokenizer_of(model, tokenizer))
 
 
 @contextlib.contextmanager
@@ -363,10 +309,10 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _check_sizes(statistics: Statistics, source: ModuleCheckpoint) -> None:
-    layers = family_of(source.config).layer_sizes(source.config)
-    found = {layer: tuple(sums.query_gram_HKK.shape[:2]) for layer, sums in statistics.layers.items()}
-    found_values = {layer: tuple(sums.output_gram_WVV.shape[:2]) for layer, sums in statistics.layers.items()}
-    wanted = {layer: (sizes.key_heads, sizes.head_k_dim) for layer, sizes in layers.items()}
-    wanted_values = {layer: (sizes.value_heads, sizes.head_v_dim) for layer, sizes in layers.items()}
-    if (found, found_values) != (wanted, wanted_values):
+    found, wanted = {}, {}
+    for layer, sums in statistics.layers.items():
+        found[layer] = (*sums.query_gram_HKK.shape[:2], *sums.output_gram_WVV.shape[:2])
+    for layer, sizes in family_of(source.config).layer_sizes(source.config).items():
+        wanted[layer] = (sizes.key_heads, sizes.head_k_dim, sizes.value_heads, sizes.head_v_dim)
+    if found != wanted:
         raise KeyreduceError("`statistics` are of a model of other sizes; calibrate this one")

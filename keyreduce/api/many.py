@@ -1,14 +1,14 @@
 """``keyreduce eval --base``: every checkpoint below a folder, each measured by a process of its own."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from keyreduce import __version__
 from keyreduce.api.evaluate import EvaluateRequest
 from keyreduce.api.options import DEFAULT_WORK
-from keyreduce.api.request import Result
+from keyreduce.api.request import Report
 from keyreduce.api.tasks import LOG_NAME, do_tasks, on_this_machine, write_task
 from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import claimed, read_json, refuse_existing, refuse_unwritable, write_json
@@ -18,51 +18,22 @@ _COSTS = ("perplexity_per_token", "perplexity_per_word", "bits_per_byte")
 _INPUTS = "inputs"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ManyResult(Result):
-    """The metrics of all checkpoints below a folder.
-
-    Attributes:
-        base: the folder.
-        text: where the text is from.
-        models: for each model its ``name``, the folder ``model``, its ``state``, and under ``figures`` a number for
-            each metric. The state is ``measured``; ``kept``, where an earlier run had measured the model in the same
-            way; or ``failed``. Models that failed have a ``message``, and a ``log`` where their process has begun; the
-            others have a ``result``, the file that holds all of their metrics. The lowest perplexity comes first, and
-            what failed is at the end.
-        output: the file that holds all this.
-    """
-
-    base: Path
-    text: dict
-    models: list[dict]
-    output: Path
-
-    def refuse_failed(self) -> None:
-        """Tell of models that could not be measured, when all else is done.
-
-        Raises:
-            KeyreduceError: there are such models.
-        """
-        failed = [entry for entry in self.models if entry["state"] == "failed"]
-        if failed:
-            first = failed[0]
-            where = f"; see {first['log']}" if "log" in first else ""
-            raise KeyreduceError(
-                f"{len(failed)} of {len(self.models)} models could not be measured, {first['name']} among them: "
-                f"{first['message']}{where}"
-            )
-
-
-def run(request: EvaluateRequest, reporter: Reporter = Reporter()) -> ManyResult:
+def run(request: EvaluateRequest, reporter: Reporter = Reporter()) -> Report:
     """Measure each checkpoint below ``base``, and ``model`` where it is given, and write what was found.
 
     The metrics of a model called ``a/b`` are in ``eval/a/b.json`` in the work folder, and what else its process wrote
     is in ``eval/a/b.files``. A model that was measured before in the same way is not measured again.
 
+    Returns:
+        ``base``; ``text``, where the text is from; ``output``; and ``models``: for each its ``name``, the folder
+        ``model``, its ``state``, and under ``figures`` a number for each metric. The state is ``measured``; ``kept``,
+        where an earlier run had measured the model in the same way; or ``failed``. Models that failed have a
+        ``message``, and a ``log`` where their process has begun; the others have a ``result``, the file that holds all
+        of their metrics. The lowest perplexity comes first, and what failed is at the end.
+
     Raises:
         KeyreduceError: there is no checkpoint, or the output exists or cannot be written. A model that cannot be
-            measured does not stop the others: see :meth:`ManyResult.refuse_failed`.
+            measured does not stop the others: see :func:`refuse_failed`.
     """
     from keyreduce.checkpoint.find import find_checkpoints
     from keyreduce.devices import pick_device
@@ -88,8 +59,8 @@ def run(request: EvaluateRequest, reporter: Reporter = Reporter()) -> ManyResult
         for name, model in models.items():
             output, folder = results / f"{name}.json", results / f"{name}.files"
             refuse_unwritable(output, folder=False)
-            entry = {"name": name, "model": model, "result": str(output), _INPUTS: {"settings": settings}}
-            entry[_INPUTS] |= {"text": text.identity, "keyreduce": __version__}
+            inputs = {"settings": settings, "text": text.identity, "keyreduce": __version__}
+            entry = {"name": name, "model": model, "result": str(output), _INPUTS: inputs}
             entries.append(entry)
             if not _is_settled(entry, again=request.overwrite):
                 one = replace(request, **shared, model=model, work=folder, output=output)
@@ -100,10 +71,22 @@ def run(request: EvaluateRequest, reporter: Reporter = Reporter()) -> ManyResult
         for folder, entry in tasks.items():
             _settle(entry, failures.get(folder), folder / LOG_NAME)
         _compare(entries, dense)
-        entries = [{name: value for name, value in entry.items() if name != _INPUTS} for entry in entries]
-        result = ManyResult(base=request.base, text=text.describe(), models=sorted(entries, key=_order), output=target)
-        write_json(target, result.to_json(), overwrite=True)
-    return result
+        for entry in entries:
+            del entry[_INPUTS]
+        report = {"base": str(request.base), "text": text.describe(), "models": sorted(entries, key=_order)}
+        report["output"] = str(target)
+        write_json(target, report, overwrite=True)
+    return Report(content=report, output=target)
+
+
+def refuse_failed(models: list[dict]) -> None:
+    """Raise a KeyreduceError where models could not be measured, when all else is done."""
+    failed = [entry for entry in models if entry["state"] == "failed"]
+    if failed:
+        first = failed[0]
+        where = f"; see {first['log']}" if "log" in first else ""
+        told = f"{len(failed)} of {len(models)} models could not be measured, {first['name']} among them"
+        raise KeyreduceError(f"{told}: {first['message']}{where}")
 
 
 def metrics_of(report: dict) -> dict[str, float]:

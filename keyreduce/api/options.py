@@ -13,90 +13,58 @@ if TYPE_CHECKING:
 DEFAULT_WORK = "keyreduce-out"
 MOST = 10**9  # beyond any text, and far below where counting itself fails
 MOST_SEED = 2**32 - 1
+COUNT = {"minimum": 1, "maximum": MOST}
+COUNTS = COUNT | {"commas": True}
+MODEL = {"env": "BASE_MODEL_DIR", "metavar": "PATH|NAME"}
+COMPRESSED = {"env": "COMPRESSED_MODEL", "metavar": "PATH", "shown_default": "what prune or recover wrote into --work"}
 Dtype = Literal["float32", "bfloat16", "float16"]
 _MODEL = "Hugging Face folder, DCP folder, name on the hub, or name of a shipped model."
-_TEXT = "Text"
+_TEXT = {"panel": "Text"}
 
 
-def model(*, help: str = _MODEL, shown_default: str = "delta-net-5m") -> Any:
+def model(help: str = _MODEL, shown_default: str = "delta-net-5m") -> Any:
     """A model to begin with."""
-    return option(None, help=help, env="BASE_MODEL_DIR", metavar="PATH|NAME", shown_default=shown_default)
+    return option(None, help, shown_default=shown_default, **MODEL)
 
 
-def compressed(
-    *, help: str = "The pruned model to compare with the dense one.", instead_of: tuple[str, ...] = ()
-) -> Any:
+def compressed(**more: Any) -> Any:
     """A pruned model."""
-    return option(
-        None,
-        help=help,
-        env="COMPRESSED_MODEL",
-        metavar="PATH",
-        shown_default="what prune or recover wrote into --work",
-        instead_of=instead_of,
-    )
+    return option(None, "The pruned model to compare with the dense one.", **COMPRESSED, **more)
 
 
 def work() -> Any:
     """The work folder."""
-    return option(DEFAULT_WORK, help="Where commands find each other's files.", env="KEYREDUCE_WORK", metavar="DIR")
+    return option(DEFAULT_WORK, "Where commands find each other's files.", env="KEYREDUCE_WORK", metavar="DIR")
 
 
 def config() -> Any:
     """The config of a DCP."""
-    return option(
-        None, help="For a DCP without one: the model's config.json, or a folder that holds it.", metavar="PATH"
-    )
+    return option(None, "For a DCP without one: the model's config.json, or a folder that holds it.", metavar="PATH")
 
 
-def num_batches(default: int, *, help: str = "Batches to run.", minimum: int = 1) -> Any:
+def num_batches(default: int, help: str = "Batches to run.", minimum: int = 1) -> Any:
     """How many batches of text."""
-    return option(default, help=help, env="NUM_BATCHES", minimum=minimum, maximum=MOST)
+    return option(default, help, env="NUM_BATCHES", minimum=minimum, maximum=MOST)
 
 
-def batch_size(default: int, *, help: str = "Rows in a batch.") -> Any:
+def batch_size(default: int, help: str = "Rows in a batch.") -> Any:
     """How many rows in a batch."""
-    return option(default, help=help, minimum=1, maximum=MOST)
+    return option(default, help, **COUNT)
 
 
-def seq_len(default: int, *, minimum: int = 1) -> Any:
+def seq_len(default: int, minimum: int = 1) -> Any:
     """How many tokens in a row."""
-    return option(default, help="Tokens in a row.", minimum=minimum, maximum=MOST)
+    return option(default, "Tokens in a row.", minimum=minimum, maximum=MOST)
 
 
 def dtype() -> Any:
     """What to compute in; the type of the field is :data:`Dtype` or None."""
-    return option(None, help="What to compute in.", shown_default="bfloat16 on a GPU, float32 on a CPU")
+    return option(None, "What to compute in.", shown_default="bfloat16 on a GPU, float32 on a CPU")
 
 
-def cast_to() -> Any:
-    """What to cast weights to; the type of the field is :data:`Dtype` or None."""
-    return option(None, help="Cast the weights to it, in files and config.", shown_default="as they are")
-
-
-def max_shard_size() -> Any:
-    """The size of shards."""
-    return option(
-        None,
-        help="The most bytes in a safetensors shard of several tensors: 500MB, 5GB.",
-        metavar="SIZE",
-        shown_default="the source's shards, or 5GB",
-    )
-
-
-def output(*, help: str, metavar: str = "DIR", shown_default: str = "in --work", env: str | None = None) -> Any:
+def output(help: str, metavar: str = "DIR", shown_default: str = "in --work", env: str | None = None) -> Any:
     """Where to write."""
-    return option(None, help=help, metavar=metavar, shown_default=shown_default, env=env)
-
-
-def push_to_hub() -> Any:
-    """A repository on the hub that gets the result."""
-    return option(
-        None,
-        help="Upload the result to the hub as well, its record and command lines included.",
-        metavar="OWNER/NAME",
-        shown_default="not uploaded",
-    )
+    return option(None, help, metavar=metavar, shown_default=shown_default, env=env)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +73,7 @@ class AfterPrune(Request):
 
     work: Path = work()
     # The environment may say where that is, as it does to prune.
-    pruned: Path | None = option(None, help="Where prune wrote.", env="OUTPUT_DIR", metavar="DIR", hidden=True)
+    pruned: Path | None = option(None, "Where prune wrote.", env="OUTPUT_DIR", metavar="DIR", hidden=True)
 
     @property
     def workspace(self) -> Workspace:
@@ -119,7 +87,7 @@ class OfPair(AfterPrune):
 
     model: str | None = model(shown_default="what the pruned model was made from")
     compressed: str | None = compressed()
-    unrelated: bool = option(False, help="Allow a dense model that the pruned one was not made from.")
+    unrelated: bool = option(False, "Allow a dense model that the pruned one was not made from.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,20 +96,19 @@ class OfText(Request):
 
     text: tuple[Path, ...] = option(
         (),
-        help=".txt, .md, .py, .jsonl or .parquet (field or column 'text'), or a folder of them; may be repeated.",
+        ".txt, .md, .py, .jsonl or .parquet (field or column 'text'), or a folder of them; may be repeated.",
         metavar="FILE|FOLDER",
-        panel=_TEXT,
         shown_default="the Python standard library's source",
+        **_TEXT,
     )
-    dataset: str | None = option(None, help="A name for datasets, streamed.", metavar="NAME", panel=_TEXT)
-    dataset_config: str | None = option(None, help="Its configuration.", metavar="C", panel=_TEXT)
-    split: str | None = option(None, help="Its split.", metavar="S", panel=_TEXT, shown_default="train")
+    dataset: str | None = option(None, "A name for datasets, streamed.", metavar="NAME", **_TEXT)
+    dataset_config: str | None = option(None, "Its configuration.", metavar="C", **_TEXT)
+    split: str | None = option(None, "Its split.", metavar="S", shown_default="train", **_TEXT)
 
     def text_source(self, default: "Split") -> "TextSource":
         """Return the text; ``default`` is the part of the standard library's source that is taken if none is named.
 
-        Raises:
-            KeyreduceError: there is no such text, or the fields contradict each other.
+        Raises KeyreduceError if there is no such text, or the fields contradict each other.
         """
         from keyreduce.data.text import text_source
 
@@ -152,8 +119,40 @@ class OfText(Request):
 class OfRun(Request):
     """The settings of commands that compute and write."""
 
-    seed: int = option(0, help="Seed of everything that is drawn.", minimum=0, maximum=MOST_SEED)
-    device: str | None = option(
-        None, help="cpu, cuda, cuda:1, ...", metavar="DEVICE", shown_default="a GPU if there is one"
+    seed: int = option(0, "Seed of everything that is drawn.", minimum=0, maximum=MOST_SEED)
+    device: str | None = option(None, "cpu, cuda, cuda:1, ...", metavar="D", shown_default="a GPU if there is one")
+    overwrite: bool = option(False, "Replace what is at --output.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uploaded(Request):
+    """The setting of commands whose result may go to the hub."""
+
+    push_to_hub: str | None = option(
+        None, "Upload the result to the hub as well, with its record and command lines.", metavar="OWNER/NAME"
     )
-    overwrite: bool = option(False, help="Replace what is at --output.")
+
+    def pushed(self, folder: Path) -> str | None:
+        """Upload the result, if that was asked for, and return its address on the hub."""
+        from keyreduce.checkpoint.hub import push_to_hub
+
+        return self.push_to_hub and push_to_hub(folder, self.push_to_hub)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfFiles(Uploaded):
+    """The settings of commands that write all tensors anew."""
+
+    dtype: Dtype | None = option(None, "Cast the weights to it, in files and config.", shown_default="as they are")
+    max_shard_size: str | None = option(
+        None, "The most bytes in a shard of several tensors: 500MB.", metavar="SIZE", shown_default="as before, or 5GB"
+    )
+
+    @property
+    def file_settings(self) -> dict[str, Any]:
+        """Those that decide what the files hold, where they were given; the size of shards in bytes."""
+        from keyreduce.checkpoint.writing import parse_size
+
+        size = self.max_shard_size and parse_size(self.max_shard_size)
+        found = {"dtype": self.dtype, "max_shard_size": size}
+        return {name: value for name, value in found.items() if value}

@@ -14,20 +14,23 @@ if TYPE_CHECKING:
     from keyreduce.models.loading import LoadedModel
 
 
-def latest(workspace: Workspace) -> Path:
+def latest(workspace: Workspace, field: str | None = None) -> Path:
     """Return the folder that commands after ``prune`` take: the recovered model, or the pruned one if there is none.
 
     A model that was recovered from another pruned model than the one that is there is passed over.
 
-    Raises:
-        KeyreduceError: a record is damaged.
+    Raises KeyreduceError if a record is damaged; or if there is no such folder, where ``field`` names another one.
     """
     from keyreduce.checkpoint.record import Record
 
-    if not workspace.recovered.is_dir() or not workspace.pruned.is_dir():
-        return workspace.recovered if workspace.recovered.is_dir() else workspace.pruned
-    made_from = [repair["inputs"].get("pruned") for repair in Record.read(workspace.recovered).repairs]
-    return workspace.recovered if Record.read(workspace.pruned).identity in made_from else workspace.pruned
+    recovered, pruned = workspace.recovered, workspace.pruned
+    path = recovered if recovered.is_dir() else pruned
+    if recovered.is_dir() and pruned.is_dir():
+        made_from = [repair["inputs"].get("pruned") for repair in Record.read(recovered).repairs]
+        path = recovered if Record.read(pruned).identity in made_from else pruned
+    if field is not None and not path.is_dir():
+        raise KeyreduceError(f"there is no pruned model at {path}; run keyreduce prune, or name {field}")
+    return path
 
 
 def load_pair(
@@ -41,14 +44,9 @@ def load_pair(
 ) -> "dict[str, LoadedModel]":
     """Load the models to compare, labelled ``dense`` and ``pruned``, or the dense one alone where nothing was pruned.
 
-    Args:
-        request: names them. The dense model is by default the one that the pruned model says it was made from, and the
-            pruned one what :func:`latest` finds, labelled ``recovered`` if it was recovered.
-        reporter: is told where there is no pruned model.
-        device: where to put them.
-        dtype: what to compute in.
-        with_tokenizer: whether their tokenizers are needed.
-        each: whether a recovered model comes after the pruned one instead of replacing it.
+    The dense model is by default the one that the pruned model says it was made from, and the pruned one what
+    :func:`latest` finds, labelled ``recovered`` if it was recovered; with ``each`` that comes after the pruned one
+    instead of replacing it.
 
     Raises:
         KeyreduceError: one of them does not load, there is no telling which one is the dense one, or the pruned model
@@ -63,15 +61,14 @@ def load_pair(
         is_recovered = found == workspace.recovered
         others = {"pruned": workspace.pruned} if not is_recovered or (each and workspace.pruned.is_dir()) else {}
         others |= {"recovered": found} if is_recovered else {}
-    *_, cut = others.values() or (None,)
-    if cut is None:
-        dense = find_model(request.model)
-    else:
+    if others:
+        *_, cut = others.values()
         dense = find_dense(request.model, cut, compressed, unrelated=request.unrelated)
-    folders = {"dense": dense, **others}
-    models = {
-        label: load_model(folder, device, dtype, with_tokenizer=with_tokenizer) for label, folder in folders.items()
-    }
+    else:
+        dense = find_model(request.model)
+    models = {}
+    for label, folder in {"dense": dense, **others}.items():
+        models[label] = load_model(folder, device, dtype, with_tokenizer=with_tokenizer)
     if not others:
         reporter.note(f"there is no pruned model at {workspace.pruned}: the dense one alone")
     return models
@@ -84,8 +81,7 @@ def find_dense(
 
     Args:
         model: the dense model as a user names it; None is the one that the record of the pruned model names.
-        pruned: the folder of the pruned model.
-        pruned_name: what messages call the pruned model, if not by its folder.
+        pruned, pruned_name: the folder of the pruned model, and what messages call it, if not by its folder.
         unrelated: whether it may be another one than the pruned model was made from.
         field: what messages call the field of the request that names the dense model.
 

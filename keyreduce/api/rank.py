@@ -4,16 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from keyreduce.api import options
 from keyreduce.api.pair import load_pair
-from keyreduce.api.request import Result, option
+from keyreduce.api.request import Report, option
 from keyreduce.outputs import claimed, refuse_existing, write_json
 from keyreduce.reporting import Reporter
 
 if TYPE_CHECKING:
-    from keyreduce.data.text import TextSource
     from keyreduce.evaluation.kept import Kept
     from keyreduce.models.loading import LoadedModel
 
@@ -27,53 +26,32 @@ class RankRequest(options.OfRun, options.OfText, options.OfPair):
     nothing here.
     """
 
-    num_batches: int = options.num_batches(4, help="Batches to measure on; 0 takes all the text.", minimum=0)
+    num_batches: int = options.num_batches(4, "Batches to measure on; 0 takes all the text.", minimum=0)
     batch_size: int = options.batch_size(4)
     seq_len: int = options.seq_len(1024)
-    every: int = option(64, help="Look at the states after so many tokens each.", minimum=1, maximum=options.MOST)
-    output: Path | None = options.output(help="The figures as JSON.", metavar="FILE")
-    plot: Path | None = options.output(help="The pictures, as PNG; --overwrite replaces them too.", metavar="FOLDER")
+    every: int = option(64, "Look at the states after so many tokens each.", **options.COUNT)
+    output: Path | None = options.output("The figures as JSON.", metavar="FILE")
+    plot: Path | None = options.output("The pictures, as PNG; --overwrite replaces them too.", metavar="FOLDER")
     dtype: options.Dtype | None = options.dtype()
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankResult(Result):
-    """The rank utilisation of one model, or of a dense model and what was pruned from it.
-
-    Attributes:
-        text: where the text is from.
-        seq_len: how many tokens a sequence has.
-        every: after how many tokens each the states were looked at.
-        positions: after how many tokens of a sequence they were.
-        models: for each model its ``label`` and ``folder``, the number of ``sequences``, and ``layers``
-            (:meth:`keyreduce.evaluation.rank.StateRank.to_json`).
-        pictures: the pictures.
-        output: the file that holds all this.
-    """
-
-    text: dict
-    seq_len: int
-    every: int
-    positions: list[int]
-    models: list[dict]
-    pictures: list[str]
-    output: Path
-
-    def to_json(self) -> dict:
-        """Return the content of the file."""
-        return {name: value for name, value in super().to_json().items() if name != "output"}
-
-
-def run(request: RankRequest, reporter: Reporter = Reporter()) -> RankResult:
+def run(request: RankRequest, reporter: Reporter = Reporter()) -> Report:
     """Measure the models, and write numbers and pictures; earlier ones in the work folder are replaced.
+
+    Returns:
+        ``text``, where the text is from; ``seq_len``; ``every``; ``positions``, after how many tokens of a sequence the
+        states were looked at; ``models``: for each its ``label`` and ``folder``, the number of ``sequences``, and
+        ``layers`` (:meth:`keyreduce.evaluation.rank.StateRank.to_json`); and the paths of the ``pictures``.
 
     Raises:
         KeyreduceError: a model does not load, the pruned one was not made from the dense one, the text is empty, a
             state holds NaN or inf, or an output cannot be written or holds other files.
     """
     from keyreduce.checkpoint.folder import open_folder
+    from keyreduce.data.batches import batches, token_rows
     from keyreduce.devices import pick_device, pick_dtype
     from keyreduce.evaluation.pictures import draw_folder, refuse_other_files
+    from keyreduce.evaluation.rank import measure_rank
 
     workspace = request.workspace
     target, folder = request.output or workspace.rank, request.plot or workspace.rank_pictures
@@ -86,50 +64,28 @@ def run(request: RankRequest, reporter: Reporter = Reporter()) -> RankResult:
         dtype = pick_dtype(request.dtype, device)
         models = load_pair(request, reporter, device, dtype)
         kept = _kept(models, reporter)
-        positions, entries = _measure(request, text, models, kept, reporter)
+        num_rows = request.num_batches * request.batch_size or None
+        tokens = (num_rows or 0) * request.seq_len or None
+        positions: list[int] = []
+        entries: list[dict] = []
+        for label, loaded in models.items():
+            rows = islice(token_rows(text.documents(), loaded.tokenizer, request.seq_len), num_rows)
+            with reporter.progress(f"measuring {label}", tokens, "tokens") as progress:
+                found = measure_rank(loaded, batches(rows, request.batch_size), request.every, progress)
+            is_last = len(entries) == len(models) - 1  # the pruned model, or the dense one, which lacks nothing
+            heads = {layer: one.value_heads for layer, one in kept.items()} if is_last else {}
+            positions = list(found.positions)
+            entry = {"label": label, "folder": str(loaded.folder), "sequences": found.sequences}
+            entries.append(entry | {"layers": found.to_json(heads)})
+        if positions[-1] < request.seq_len:
+            reporter.note(f"the text is shorter than one sequence: {positions[-1]} tokens instead of {request.seq_len}")
         with reporter.progress("drawing", None, "pictures"):
-            report = {"positions": positions, "models": entries}
+            report: dict[str, Any] = {"text": text.describe(), "seq_len": request.seq_len, "every": request.every}
+            report |= {"positions": positions, "models": entries}
             names = draw_folder(folder, report, kept, open_folder(models["dense"].folder))
-        result = RankResult(
-            text=text.describe(),
-            seq_len=request.seq_len,
-            every=request.every,
-            positions=positions,
-            models=entries,
-            pictures=[str(folder / name) for name in names],
-            output=target,
-        )
-        write_json(target, result.to_json(), overwrite=True)
-    return result
-
-
-def _measure(
-    request: RankRequest,
-    text: "TextSource",
-    models: "Mapping[str, LoadedModel]",
-    kept: "Mapping[int, Kept]",
-    reporter: Reporter,
-) -> tuple[list[int], list[dict]]:
-    """Return the positions, and for each model what the report says of it."""
-    from keyreduce.data.batches import batches, token_rows
-    from keyreduce.evaluation.rank import measure_rank
-
-    num_rows = request.num_batches * request.batch_size or None
-    tokens = (num_rows or 0) * request.seq_len or None
-    positions: list[int] = []
-    entries: list[dict] = []
-    for label, loaded in models.items():
-        rows = islice(token_rows(text.documents(), loaded.tokenizer, request.seq_len), num_rows)
-        with reporter.progress(f"measuring {label}", tokens, "tokens") as progress:
-            found = measure_rank(loaded, batches(rows, request.batch_size), request.every, progress)
-        is_last = len(entries) == len(models) - 1  # the pruned model, or the dense one, which lacks nothing
-        heads = {layer: one.value_heads for layer, one in kept.items()} if is_last else {}
-        positions = list(found.positions)
-        place = {"label": label, "folder": str(loaded.folder)}
-        entries.append({**place, "sequences": found.sequences, "layers": found.to_json(heads)})
-    if positions[-1] < request.seq_len:
-        reporter.note(f"the text is shorter than one sequence: {positions[-1]} tokens instead of {request.seq_len}")
-    return positions, entries
+        report["pictures"] = [str(folder / name) for name in names]
+        write_json(target, report, overwrite=True)
+    return Report(content=report, output=target)
 
 
 def _kept(models: "Mapping[str, LoadedModel]", reporter: Reporter) -> "dict[int, Kept]":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import types
 import typing
 from collections.abc import Mapping
@@ -17,62 +18,42 @@ _SINGULAR = {int: "a whole number", float: "a number", str: "a string", Path: "a
 
 @dataclass(frozen=True)
 class Option:
-    """What a field of a request says beside its type and default.
+    """What a field of a request says beside its type and default."""
 
-    Attributes:
-        help: one sentence for the command line's help.
-        shown_default: how the help describes the default, where that is None or found at run time.
-        env: the environment variable that may give the value. It answers with ``KEYREDUCE_`` before its name too.
-        metavar: how the help writes the value; by default the choices, or the type's name.
-        panel: the heading in the help under which the field stands.
-        minimum, maximum: bounds of a number, inclusive.
-        flags: names on the command line, the first of which messages use; by default ``--`` and the field's name.
-        is_argument: whether it is given by its place on the command line, without a flag.
-        commas: whether several values may be given as one text, with commas between them.
-        instead_of: fields that say the same thing in another way. Of such a group, what stands on the command line
-            overrules what the environment says.
-        hidden: whether the help leaves it out.
-    """
-
-    help: str
-    shown_default: str | None = None
+    help: str  # one sentence for the command line's help.
+    shown_default: str | None = None  # how the help describes the default, where that is None or found at run time.
+    # the environment variable that may give the value. It answers with ``KEYREDUCE_`` before its name too.
     env: str | None = None
-    metavar: str | None = None
-    panel: str | None = None
+    metavar: str | None = None  # how the help writes the value; by default the choices, or the type's name.
+    panel: str | None = None  # the heading in the help under which the field stands.
+    # bounds of a number, inclusive.
     minimum: float | None = None
     maximum: float | None = None
+    # names on the command line, the first of which messages use; by default ``--`` and the field's name.
     flags: tuple[str, ...] = ()
-    is_argument: bool = False
-    commas: bool = False
+    is_argument: bool = False  # whether it is given by its place on the command line, without a flag.
+    commas: bool = False  # whether several values may be given as one text, with commas between them.
+    # fields that say the same thing in another way. Of such a group, what stands on the command line overrules
+    # what the environment says.
     instead_of: tuple[str, ...] = ()
-    hidden: bool = False
+    hidden: bool = False  # whether the help leaves it out.
 
 
-def option(default: Any = dataclasses.MISSING, *, help: str, **settings: Any) -> Any:
+def option(default: Any = dataclasses.MISSING, help: str = "", **settings: Any) -> Any:
     """Declare a field of a request; see :class:`Option` for the settings."""
     return dataclasses.field(default=default, metadata={"option": Option(help, **settings)})
 
 
 class Spec(NamedTuple):
-    """A field of a request, taken apart.
+    """A field of a request, taken apart."""
 
-    Attributes:
-        name: the field's name.
-        kind: the type of one value: str, int, float, bool or Path.
-        choices: the values there are, where that is a Literal; else empty.
-        is_many: whether the field is a tuple of such values.
-        is_optional: whether it may be None.
-        default: its default, or ``dataclasses.MISSING``.
-        option: what else is declared.
-    """
-
-    name: str
-    kind: type
-    choices: tuple[str, ...]
-    is_many: bool
-    is_optional: bool
-    default: Any
-    option: Option
+    name: str  # the field's name.
+    kind: type  # the type of one value: str, int, float, bool or Path.
+    choices: tuple[str, ...]  # the values there are, where that is a Literal; else empty.
+    is_many: bool  # whether the field is a tuple of such values.
+    is_optional: bool  # whether it may be None.
+    default: Any  # its default, or ``dataclasses.MISSING``.
+    option: Option  # what else is declared.
 
     @property
     def flag(self) -> str:
@@ -84,8 +65,7 @@ class Spec(NamedTuple):
     def checked(self, value: Any) -> Any:
         """Return a value as the field holds it: texts as paths, lists as tuples.
 
-        Raises:
-            KeyreduceError: it is of another type, none of the choices, or out of bounds.
+        Raises KeyreduceError if it is of another type, none of the choices, or out of bounds.
         """
         if value is None and self.is_optional:
             return None
@@ -93,7 +73,7 @@ class Spec(NamedTuple):
             return self._checked_one(value)
         if isinstance(value, str) and self.option.commas:
             value = [self._parsed(part.strip()) for part in value.split(",")]
-        elif isinstance(value, str | Path) or not hasattr(value, "__iter__"):
+        elif value is None or isinstance(value, str | Path) or not hasattr(value, "__iter__"):
             value = [value]
         return tuple(self._checked_one(one) for one in value)
 
@@ -126,9 +106,10 @@ class Spec(NamedTuple):
 
 @functools.cache
 def specs(request: "type[Request]") -> dict[str, Spec]:
-    """Return name -> field of a request, in the order of their declaration."""
-    hints = typing.get_type_hints(request)
-    return {field.name: _spec(field, hints[field.name]) for field in dataclasses.fields(request)}
+    """Return name -> field of a request, in the order of their declaration; those of its base classes come last."""
+    hints, own = typing.get_type_hints(request), inspect.get_annotations(request)
+    fields = sorted(dataclasses.fields(request), key=lambda field: field.name not in own)
+    return {field.name: _spec(field, hints[field.name]) for field in fields}
 
 
 def _spec(field: dataclasses.Field, hint: Any) -> Spec:
@@ -148,8 +129,7 @@ def _spec(field: dataclasses.Field, hint: Any) -> Spec:
 class Request:
     """The base of all requests. Values are checked when one is made, whoever makes it.
 
-    Raises:
-        KeyreduceError: a value is of another type than its field, none of its choices, or out of bounds.
+    Raises KeyreduceError if a value is of another type than its field, none of its choices, or out of bounds.
     """
 
     def __post_init__(self) -> None:
@@ -160,8 +140,7 @@ class Request:
     def of_json(cls, content: Mapping) -> Self:
         """Return the request of which :meth:`to_json` is this; fields may be missing where they have defaults.
 
-        Raises:
-            KeyreduceError: a field is unknown or missing, or holds what it cannot hold.
+        Raises KeyreduceError if a field is unknown or missing, or holds what it cannot hold.
         """
         known = specs(cls)
         for name in content:
@@ -185,6 +164,18 @@ class Result:
         """Return the result as a JSON object; a field that is None stays out."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: _plain(value) for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Result):
+    """Figures that were written into a file; what they are, the function says that returns it."""
+
+    content: dict  # the JSON object that the file holds.
+    output: Path  # the file.
+
+    def to_json(self) -> dict:
+        """Return the content."""
+        return _plain(self.content)
 
 
 def _plain(value: Any) -> Any:

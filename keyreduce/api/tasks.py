@@ -36,17 +36,15 @@ def write_task(folder: Path, steps: Mapping[str, Request], **more: object) -> No
     Args:
         folder: the task's folder.
         steps: name of a step -> its request; they are carried out in this order.
-        more: ``result``, an object whose entries go into ``result.json`` as well; ``keep``, a mapping from files to
-            the names under which they are copied when all steps are done; ``remove``, folders that are removed then.
-            Paths are relative to ``folder``.
-
-    Raises:
-        KeyreduceError: the folder cannot be written.
+        more: ``result``, an object whose entries go into ``result.json`` as well; ``keep``, file -> the name under
+            which it is copied when all steps are done; ``remove``, folders that are removed then. Paths are relative.
     """
     for name in (RESULT_NAME, FAILURE_NAME):
         (folder / name).unlink(missing_ok=True)
-    requests = {name: {"verb": _verb(request), "request": request.to_json()} for name, request in steps.items()}
-    write_json(folder / TASK_NAME, {**more, "steps": requests}, overwrite=True)
+    tasks = {}
+    for name, request in steps.items():
+        tasks[name] = {"verb": type(request).__module__.rpartition(".")[2], "request": request.to_json()}
+    write_json(folder / TASK_NAME, {**more, "steps": tasks}, overwrite=True)
 
 
 def is_done(folder: Path) -> bool:
@@ -78,21 +76,14 @@ def on_this_machine(device: str, jobs: int | None) -> tuple[Launch, int]:
 
 
 def do_tasks(
-    folders: Sequence[Path],
-    logs: Path,
-    launch: Launch,
-    workers: int,
-    *,
-    together: int = 1,
-    progress: Callable[[int], None],
+    folders: list[Path], logs: Path, launch: Launch, workers: int, *, together: int = 1, progress: Callable[[int], None]
 ) -> dict[Path, str]:
     """Carry out tasks in processes; where a process dies, the task that it was at has failed, and the others go on.
 
     Args:
         folders: the tasks, as :func:`write_task` leaves them.
         logs: a folder for what the processes print beside what goes into the logs of the tasks.
-        launch: what runs the processes.
-        workers: how many of them it runs at a time.
+        launch, workers: what runs the processes, and how many at a time.
         together: the most tasks that one process carries out.
         progress: called with numbers of tasks that have ended.
 
@@ -117,10 +108,6 @@ def do_tasks(
                 progress(1)
             waiting += left[1:]
     return failures
-
-
-def _verb(request: Request) -> str:
-    return type(request).__module__.rpartition(".")[2]
 
 
 def _job(share: Sequence[Path], log: Path) -> Job:

@@ -19,42 +19,28 @@ class VerifyRequest(options.AfterPrune):
     """Read every value of a checkpoint: are all finite, all there, and those that were written?"""
 
     path: str | None = option(
-        None,
-        help="Hugging Face folder, or DCP folder.",
-        env="COMPRESSED_MODEL",
-        is_argument=True,
-        shown_default="what prune or recover wrote into --work",
+        None, "Hugging Face folder, or DCP folder.", is_argument=True, **options.COMPRESSED | {"metavar": None}
     )
     config: Path | None = options.config()
-    write_sums: bool = option(False, help="Note the files' hashes in the folder, as SHA256SUMS, for later and others.")
-    load: bool = option(False, help="Build the library's model of its config, and compare all tensors with it.")
+    write_sums: bool = option(False, "Note the files' hashes in the folder, as SHA256SUMS, for later and others.")
+    load: bool = option(False, "Build the library's model of its config, and compare all tensors with it.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyResult(Result):
-    """A checkpoint in which no fault was found.
+    """A checkpoint in which no fault was found."""
 
-    Attributes:
-        verified: its folder.
-        tensors: how many tensors it has.
-        bytes: their size.
-        is_whole: true where the mixers' tensors, or with ``load`` all tensors, are those that the config asks for; None
-            where that cannot be told.
-        is_recorded: whether it has a record of what was written, with which it was compared.
-        checksums_compared: whether that record has checksums, by which any byte that changed is found; those of version
-            0.1 have none.
-        sums_compared: whether it has a file ``SHA256SUMS``, with which it was compared.
-        sha256: file name -> SHA-256 in hex, of all files that hold tensors.
-    """
-
-    verified: Path
-    tensors: int
-    bytes: int
+    verified: Path  # its folder.
+    tensors: int  # how many tensors it has.
+    bytes: int  # their size.
+    # true where the mixers' tensors, or with ``load`` all tensors, are those that the config asks for; None where
+    # that cannot be told.
     is_whole: bool | None
-    is_recorded: bool
+    is_recorded: bool  # whether it has a record of what was written, with which it was compared.
+    # whether that record has checksums, by which any byte that changed is found; those of version 0.1 have none.
     checksums_compared: bool
-    sums_compared: bool
-    sha256: dict[str, str]
+    sums_compared: bool  # whether it has a file ``SHA256SUMS``, with which it was compared.
+    sha256: dict[str, str]  # file name -> SHA-256 in hex, of all files that hold tensors.
 
     def to_json(self) -> dict:
         """Return the result as a JSON object, in which ``is_whole`` may be null."""
@@ -73,9 +59,7 @@ def run(request: VerifyRequest, reporter: Reporter = Reporter()) -> VerifyResult
     from keyreduce.checkpoint.record import Record
     from keyreduce.checkpoint.verify import check_finite, check_sums, compare_sums, hash_files, read_sums, write_sums
 
-    found = request.path or str(latest(request.workspace))
-    if request.path is None and not os.path.isdir(found):
-        raise KeyreduceError(f"there is no pruned model at {found}; run keyreduce prune, or name a `path`")
+    found = request.path if request.path is not None else str(latest(request.workspace, "a `path`"))
     with freed_tensors_returned():
         source = open_model(found, config=request.config)
         record = Record.read(source.path)
@@ -91,7 +75,7 @@ def run(request: VerifyRequest, reporter: Reporter = Reporter()) -> VerifyResult
             sums = hash_files(source, progress=progress)
         if noted is not None:
             compare_sums(source.path, sums, noted)
-        is_whole = _check_tensors(source, reporter, load=request.load)
+        is_whole = check_tensors(source, reporter, load=request.load)
     source.refuse_changed()
     if request.write_sums:
         write_sums(source.path, sums)
@@ -107,7 +91,7 @@ def run(request: VerifyRequest, reporter: Reporter = Reporter()) -> VerifyResult
     )
 
 
-def _check_tensors(source: "Checkpoint", reporter: Reporter, *, load: bool) -> bool | None:
+def check_tensors(source: "Checkpoint", reporter: Reporter, *, load: bool) -> bool | None:
     """Refuse tensors that the config does not ask for; return None where nothing can be said of such a model."""
     from keyreduce.families.mixer_tensors import check_mixers
 

@@ -23,8 +23,6 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import read_json, write_json
 from keyreduce.reporting import Reporter
 
-_INTERRUPTED = 130
-
 
 class _Log(Reporter):
     """A reporter that writes remarks into the log of a task."""
@@ -67,15 +65,14 @@ def do_folder(folder: Path) -> None:
             write_json(folder / RESULT_NAME, {**task.get("result", {}), "steps": steps}, overwrite=True)
         except Exception as error:  # whatever went wrong with this task, the next one may succeed
             traceback.print_exc(file=log)
-            is_ours = isinstance(error, KeyreduceError)
-            write_failure(folder, str(error) if is_ours else f"{type(error).__name__}: {error}")
+            kind = "" if isinstance(error, KeyreduceError) else f"{type(error).__name__}: "
+            write_failure(folder, f"{kind}{error}")
 
 
 def _do_step(verb: str, content: dict, reporter: Reporter) -> dict:
     """Carry out one request, and return it with its result and its wall time in seconds."""
     module = importlib.import_module(f"keyreduce.api.{verb}")
     kind: type[Request] = getattr(module, f"{verb.capitalize()}Request")
-    fields = specs(kind)
     reporter.note(f"$ keyreduce {verb} {json.dumps(content)}")
     try:
         request = kind.of_json(content)
@@ -83,7 +80,7 @@ def _do_step(verb: str, content: dict, reporter: Reporter) -> dict:
         result = module.run(request, reporter)
         seconds = time.perf_counter() - start
     except KeyreduceError as error:
-        flags = {name: field.flag for name, field in fields.items()}
+        flags = {name: field.flag for name, field in specs(kind).items()}
         raise KeyreduceError(error.with_names(lambda name: flags.get(name, name))) from error
     return {"verb": verb, "request": content, "seconds": seconds, "result": result.to_json()}
 
@@ -93,4 +90,4 @@ if __name__ == "__main__":
     try:
         do_folders([Path(argument) for argument in sys.argv[1:]])
     except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
+        sys.exit(128 + signal.SIGINT)

@@ -2,24 +2,27 @@
 
 import errno
 import signal
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
-from keyreduce.api.benchmark import BenchmarkRequest
-from keyreduce.api.calibrate import CalibrateRequest
-from keyreduce.api.convert import ConvertRequest
-from keyreduce.api.evaluate import EvaluateRequest
-from keyreduce.api.prune import PruneRequest
-from keyreduce.api.rank import RankRequest
-from keyreduce.api.recover import RecoverRequest
-from keyreduce.api.verify import VerifyRequest
-from keyreduce.cli import benchmark, calibrate, convert_dcp, errors, prune, rank, recover, sweep, table, verify
+from keyreduce.cli import benchmark, calibrate, convert_dcp, errors, prune, rank, recover, sweep, verify
 from keyreduce.cli import eval as evaluate
 from keyreduce.cli.command import add_command
 from keyreduce.errors import KeyreduceError
-from keyreduce.sweep.request import SweepRequest, TableRequest
 
+_SHOWS = {
+    "calibrate": calibrate.show,
+    "prune": prune.show,
+    "recover": recover.show,
+    "convert-dcp": convert_dcp.show,
+    "benchmark": benchmark.show,
+    "eval": evaluate.show,
+    "rank": rank.show,
+    "sweep": sweep.show,
+    "table": sweep.show_table,
+    "verify": verify.show,
+}
 app = typer.Typer(
     name="keyreduce",
     help="Prune DeltaNet-family language models after training: a smaller recurrent state, the same stock loaders.",
@@ -28,16 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-add_command(app, CalibrateRequest, calibrate.show, "calibrate")
-add_command(app, PruneRequest, prune.show, "prune")
-add_command(app, RecoverRequest, recover.show, "recover")
-add_command(app, ConvertRequest, convert_dcp.show, "convert-dcp")
-add_command(app, BenchmarkRequest, benchmark.show, "benchmark")
-add_command(app, EvaluateRequest, evaluate.show, "eval")
-add_command(app, RankRequest, rank.show, "rank")
-add_command(app, SweepRequest, sweep.show, "sweep")
-add_command(app, TableRequest, table.show, "table")
-add_command(app, VerifyRequest, verify.show, "verify")
+for _name, _show in _SHOWS.items():
+    add_command(app, _show, _name)
 
 
 def main() -> NoReturn:
@@ -52,7 +47,7 @@ def main() -> NoReturn:
 
 def _run() -> int:
     # Typer's own mistakes of usage share a base class that it does not export.
-    usage_error = typer.BadParameter.__base__
+    usage_error: Any = typer.BadParameter.__base__
     try:
         return app(standalone_mode=False) or 0
     except SystemExit as exit_:

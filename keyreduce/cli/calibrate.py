@@ -12,4 +12,4 @@ def show(request: calibrate.CalibrateRequest, console: Console) -> None:
     if result.made:
         size = megabytes(result.bytes)
         console.say(f"wrote {result.calibration}: {result.tokens:,} tokens, {result.layers} layers, {size}")
-    console.finish(result, result.calibration)
+    console.finish(result)

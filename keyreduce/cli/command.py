@@ -3,8 +3,9 @@
 import dataclasses
 import inspect
 import os
+import typing
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
@@ -12,15 +13,13 @@ from keyreduce.api.request import Request, Spec, specs
 from keyreduce.cli import errors
 from keyreduce.cli.console import Console
 
-R = TypeVar("R", bound=Request)
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
 _DEBUG = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
-def add_command(
-    app: typer.Typer, request: type[R], show: Callable[[R, Console], object], name: str | None = None
-) -> None:
-    """Add a command to ``app``: its help is the request's docstring, and it calls ``show(request, console)``."""
+def add_command(app: typer.Typer, show: Callable[..., object], name: str) -> None:
+    """Add a command to ``app``: it calls ``show(request, console)``, and its help is the docstring of that request."""
+    request: type[Request] = typing.get_type_hints(show)["request"]
     fields = specs(request)
 
     def callback(context: typer.Context, json: bool, debug: bool, **values: Any) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 from keyreduce.api.request import Result
 from keyreduce.processes import torchrun_rank
@@ -45,20 +44,13 @@ class Console(Reporter):
             table.add_row(*row)
         self.tables.print(table)
 
-    def result(self, content: dict) -> None:
-        """With ``--json``: print the object that a shell reads."""
-        if self.as_json:
-            print(json.dumps(content))
-
-    def finish(self, result: Result, output: Path | None = None) -> None:
-        """End a command: say what was there already, and with ``--json`` print the object that a shell reads.
-
-        Args:
-            result: what the command made.
-            output: what it would have made, if the result says that it made nothing.
-        """
+    def finish(self, result: Result) -> None:
+        """End a command: say what was uploaded or there already, and with ``--json`` print what a shell reads."""
         content = result.to_json()
-        if output is not None and not content.get("made", True):
+        if content.get("pushed"):
+            self.say(f"uploaded to {content['pushed']}")
+        if not content.get("made", True):
+            output = next(iter(content.values()))  # the field that such results have first
             self.say(f"{output} is there already, from the same inputs")
         if self.as_json:
             print(json.dumps(content))

@@ -13,6 +13,4 @@ def show(request: convert.ConvertRequest, console: Console) -> None:
         console.say(f"wrote {result.converted}: {what}")
         if result.left_out:
             console.say(f"left out: {result.left_out} entries of optimizer and training state")
-    if result.pushed:
-        console.say(f"uploaded to {result.pushed}")
-    console.finish(result, result.converted)
+    console.finish(result)

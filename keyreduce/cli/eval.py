@@ -1,49 +1,42 @@
 """``keyreduce eval``: dense against pruned, in quality."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from keyreduce.api import evaluate
+from keyreduce.api import evaluate, many
 from keyreduce.cli.console import Console
-
-if TYPE_CHECKING:
-    from keyreduce.api.many import ManyResult
 
 _TITLES = {"perplexity_per_token": "perplexity", "perplexity_increase": "over dense", "bits_per_byte": "bits per byte"}
 
 
 def show(request: evaluate.EvaluateRequest, console: Console) -> None:
-    """Measure the models, and print tables of what was found.
-
-    Raises:
-        KeyreduceError: also where some of many models could not be measured, after all has been printed.
-    """
+    """Measure the models, and print tables of what was found; then refuse where some of many could not be measured."""
     result = evaluate.run(request, console)
     if result is None:
         return
-    if not isinstance(result, evaluate.EvaluateResult):
-        _show_many(console, result)
-        return
-    _show_perplexity(console, result)
-    if result.recall is not None:
-        _show_recall(console, result.models)
-    if request.tasks:
-        _show_tasks(console, result.models)
+    models = result.content["models"]
+    if request.base is not None:
+        _show_many(console, models)
+    else:
+        _show_perplexity(console, result.content)
+        if "recall" in result.content:
+            _show_recall(console, models)
+        if request.tasks:
+            _show_tasks(console, models)
     console.say(f"wrote {result.output}")
     console.finish(result)
+    if request.base is not None:
+        many.refuse_failed(models)
 
 
-def _show_perplexity(console: Console, result: evaluate.EvaluateResult) -> None:
+def _show_perplexity(console: Console, report: dict) -> None:
     names = ("perplexity_per_token", "perplexity_per_word", "bits_per_byte")
     rows = []
-    for entry in result.models:
-        values = ("" if entry[name] is None else _four_decimals(entry[name]) for name in names)
-        increase = entry.get("perplexity_increase")
-        rows.append((entry["label"], *values, "" if increase is None else f"{increase:+.1%}"))
-    how = f", one every {result.stride}" if result.stride < result.seq_len else ""
-    how += ", each document on its own" if result.by_document else ""
+    for entry in report["models"]:
+        rows.append((entry["label"], *(_metric(name, entry.get(name)) for name in (*names, "perplexity_increase"))))
+    how = f", one every {report['stride']}" if report["stride"] < report["seq_len"] else ""
+    how += ", each document on its own" if report["by_document"] else ""
     console.table(
-        f"{result.models[0]['predictions']:,} predictions in rows of {result.seq_len} tokens{how}",
+        f"{report['models'][0]['predictions']:,} predictions in rows of {report['seq_len']} tokens{how}",
         ("", *(name.replace("_", " ") for name in names), "perplexity over dense"),
         rows,
     )
@@ -73,8 +66,8 @@ def _show_tasks(console: Console, entries: Sequence[dict]) -> None:
     rows = []
     for metrics in zip(*(entry["tasks"] for entry in entries), strict=True):
         values = [metric["value"] for metric in metrics]
-        stderr = metrics[0]["stderr"]
-        row = [f"{metrics[0]['task']} {metrics[0]['metric']}", *map(_four_decimals, values), _four_decimals(stderr)]
+        name = f"{metrics[0]['task']} {metrics[0]['metric']}"
+        row = [name, *(_metric(name, value) for value in (*values, metrics[0]["stderr"]))]
         if others:
             row.append("" if None in values[:2] else f"{values[1] - values[0]:+.4f}")
         rows.append(row)
@@ -82,26 +75,20 @@ def _show_tasks(console: Console, entries: Sequence[dict]) -> None:
     console.table("lm-evaluation-harness", header, rows)
 
 
-def _show_many(console: Console, result: "ManyResult") -> None:
+def _show_many(console: Console, entries: Sequence[dict]) -> None:
     """Print one row a model, and a column a metric, but for perplexity per word, which is in the files."""
-    found = dict.fromkeys(name for entry in result.models for name in entry["figures"])
+    found = dict.fromkeys(name for entry in entries for name in entry["figures"])
     columns = [name for name in _TITLES if name in found]
     columns += [name for name in found if name not in _TITLES and name != "perplexity_per_word"]
     rows = []
-    for entry in result.models:
-        values = (_metric(name, entry["figures"].get(name)) for name in columns)
-        rows.append((entry["name"], *values, entry["state"]))
-    console.table(f"{len(result.models)} models", ("", *(_TITLES.get(name, name) for name in columns), ""), rows)
-    console.say(f"wrote {result.output}")
-    console.finish(result)
-    result.refuse_failed()
+    for entry in entries:
+        rows.append((entry["name"], *(_metric(name, entry["figures"].get(name)) for name in columns), entry["state"]))
+    console.table(f"{len(entries)} models", ("", *(_TITLES.get(name, name) for name in columns), ""), rows)
 
 
 def _metric(name: str, value: float | None) -> str:
-    return f"{value:+.1%}" if name == "perplexity_increase" and value is not None else _four_decimals(value)
-
-
-def _four_decimals(value: float | None) -> str:
     if value is None:
         return ""
+    if name == "perplexity_increase":
+        return f"{value:+.1%}"
     return f"{value:,.4f}" if abs(value) < 1e6 else f"{value:.3e}"

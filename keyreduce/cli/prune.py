@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from keyreduce.api import prune
-from keyreduce.cli.console import Console
+from keyreduce.cli.console import Console, mebibytes
 
 _SIZES = {
     "key_heads": "key heads",
@@ -21,9 +21,7 @@ def show(request: prune.PruneRequest, console: Console) -> None:
     result = prune.run(request, console)
     if result.made:
         _print_cut(Path(request.model or result.dense).name, result, console)
-    if result.pushed:
-        console.say(f"uploaded to {result.pushed}")
-    console.finish(result, result.pruned)
+    console.finish(result)
 
 
 def _print_cut(model: str, result: prune.PruneResult, console: Console) -> None:
@@ -34,10 +32,8 @@ def _print_cut(model: str, result: prune.PruneResult, console: Console) -> None:
         if name not in _ALWAYS and changes and before == after:
             continue  # what stayed is not news
         smaller = 1 - _mean(after) / _mean(before)
-        rows.append((label, _written(name, before), _written(name, after), f"{100 * smaller:.1f}%"))
-    console.table(
-        f"{model}, pruned with {result.method}", ("", "before", "after", "smaller by"), rows
-    )
+        rows.append((label, _written(name, before), _written(name, after), f"{smaller:.1%}"))
+    console.table(f"{model}, pruned with {result.method}", ("", "before", "after", "smaller by"), rows)
     console.say(result.smaller)
     if result.suited_engines:
         console.say(f"its sizes suit: {'; '.join(result.suited_engines)}")
@@ -58,5 +54,5 @@ def _written(name: str, size: int | list[int]) -> str:
     if isinstance(size, list):
         return f"{min(size)} to {max(size)}"
     if name == "state_bytes_per_sequence":
-        return f"{size / 2**20:,.2f} MiB"
+        return mebibytes(size)
     return f"{size:,}" if name in _ALWAYS else f"{size}"

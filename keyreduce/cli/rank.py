@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from keyreduce.api import rank
 from keyreduce.cli.console import Console
@@ -10,27 +11,22 @@ from keyreduce.cli.console import Console
 def show(request: rank.RankRequest, console: Console) -> None:
     """Measure the models, and print a table of the layers."""
     result = rank.run(request, console)
-    columns = (f"{entry['label']}: K x V" for entry in result.models)
-    console.table(
-        f"rank utilisation of {result.models[-1]['sequences']:,} sequences of {result.positions[-1]:,} tokens, "
-        "mean of the heads",
-        ("layer", *(name for column in columns for name in (column, "mean", "at end"))),
-        _rows(result.models),
-    )
-    folder = Path(result.pictures[0]).parent
-    console.say(f"wrote {result.output}, and {len(result.pictures)} pictures in {folder}")
+    models, pictures = result.content["models"], result.content["pictures"]
+    amount = f"{models[-1]['sequences']:,} sequences of {result.content['positions'][-1]:,} tokens"
+    header = [name for entry in models for name in (f"{entry['label']}: K x V", "mean", "at end")]
+    console.table(f"rank utilisation of {amount}, mean of the heads", ("layer", *header), _rows(models))
+    console.say(f"wrote {result.output}, and {len(pictures)} pictures in {Path(pictures[0]).parent}")
     console.finish(result)
 
 
-def _rows(entries: Sequence[dict]) -> list[tuple[str, ...]]:
+def _rows(entries: Sequence[dict]) -> list[list[str]]:
     """A row a layer: of each model the state's size, the mean along the sequence, and the last position."""
     rows = []
     for layers in zip(*(entry["layers"] for entry in entries), strict=True):
         row = [str(layers[0]["layer"])]
         for layer in layers:
             heads = layer["utilisation"]
-            means = [sum(head) / len(head) for head in heads], [head[-1] for head in heads]
-            row.append(f"{layer['head_k_dim']} x {layer['head_v_dim']}")
-            row += [f"{100 * sum(shares) / len(shares):.2f}%" for shares in means]
-        rows.append(tuple(row))
+            means = fmean(fmean(head) for head in heads), fmean(head[-1] for head in heads)
+            row += [f"{layer['head_k_dim']} x {layer['head_v_dim']}", *(f"{share:.2%}" for share in means)]
+        rows.append(row)
     return rows

@@ -23,9 +23,7 @@ def show(request: recover.RecoverRequest, console: Console) -> None:
         base, first = next(iter(result.perplexity.items()))
         rows = [(label, f"{value:.4f}", f"{value / first - 1:+.1%}") for label, value in result.perplexity.items()]
         console.table("held-out text", ("", "perplexity per token", f"over {base}"), rows)
-    if result.pushed:
-        console.say(f"uploaded to {result.pushed}")
-    console.finish(result, result.recovered)
+    console.finish(result)
 
 
 def _show_made(result: recover.RecoverResult, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""``keyreduce sweep``: models pruned in every way of a recipe, timed and measured."""
+"""``keyreduce sweep`` and ``table``: models pruned in every way of a recipe, timed and measured, and shown."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator
 import typer
 
 from keyreduce.cli.console import Console
-from keyreduce.cli.table import print_table
 from keyreduce.reporting import Reporter
-from keyreduce.sweep.request import SweepRequest, sweep
+from keyreduce.sweep.request import SweepRequest, SweepResult, TableRequest, sweep, table
 
 
 class _Counter(Reporter):
@@ -33,9 +32,24 @@ class _Counter(Reporter):
 def show(request: SweepRequest, console: Console) -> None:
     """Do the sweep, print its first table, and say which runs failed."""
     result = sweep(request, console if console.errors.is_terminal else _Counter(console))
-    print_table(result, console)
+    _print_table(result, console)
     for failure in result.failures:
         console.note(f"failed: {failure.title}: {failure.message} (see {failure.log})")
     console.finish(result)
     if result.failures:
         raise typer.Exit(1)
+
+
+def show_table(request: TableRequest, console: Console) -> None:
+    """Write the tables and pictures, and print the first of them."""
+    result = table(request, console)
+    _print_table(result, console)
+    console.finish(result)
+
+
+def _print_table(result: SweepResult, console: Console) -> None:
+    """Print the tables as Markdown, and which files hold them."""
+    from keyreduce.sweep.tables import markdown
+
+    console.say(markdown(result.results))
+    console.say(f"wrote {', '.join(map(str, result.written))}")

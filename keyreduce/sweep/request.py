@@ -45,7 +45,7 @@ class SweepRequest(Request):
         shown_default="another part of that source",
     )
     work: Path = options.work()
-    output: Path | None = options.output(help="The folder of the sweep.", shown_default="sweep in --work")
+    output: Path | None = options.output("The folder of the sweep.", shown_default="sweep in --work")
     seed: tuple[int, ...] = option(
         (),
         help="Seeds; may be repeated.",
@@ -87,7 +87,7 @@ class TableRequest(Request):
         shown_default="sweep in --work",
     )
     work: Path = options.work()
-    output: Path | None = options.output(help="Where to write.", shown_default="the folder of the sweep")
+    output: Path | None = options.output("Where to write.", shown_default="the folder of the sweep")
     overwrite: bool = option(False, help="Replace what is at --output.")
 
 

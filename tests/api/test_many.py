@@ -11,7 +11,8 @@ from tiny_models import build, edit_config, edit_tensors, save
 
 from keyreduce.api import many, tasks
 from keyreduce.api.evaluate import EvaluateRequest
-from keyreduce.api.many import ManyResult, metrics_of
+from keyreduce.api.many import metrics_of
+from keyreduce.api.request import Report
 from keyreduce.checkpoint.dcp import write_dcp
 from keyreduce.checkpoint.find import find_checkpoints
 from keyreduce.checkpoint.folder import open_folder
@@ -104,7 +105,7 @@ def test_a_folder_without_checkpoints(base, name, message):
 
 
 @pytest.fixture
-def measure(base, tmp_path) -> Callable[..., ManyResult]:
+def measure(base, tmp_path) -> Callable[..., Report]:
     """A function: measure the two models that are no DCP, with the request changed as it says."""
     for step in ("step-2", "step-10"):
         (base / "run" / step / ".metadata").unlink()
@@ -113,20 +114,20 @@ def measure(base, tmp_path) -> Callable[..., ManyResult]:
     return lambda **changes: many.run(EvaluateRequest(**given | changes))
 
 
-def states(result: ManyResult) -> dict[str, str]:
-    return {entry["name"]: entry["state"] for entry in result.models}
+def states(result: Report) -> dict[str, str]:
+    return {entry["name"]: entry["state"] for entry in result.content["models"]}
 
 
 def test_what_is_done_is_kept(base, tmp_path, calls, measure):
     result = measure(seed=5)
     assert states(result) == {"deep/a": "measured", "b": "measured"}
-    assert [entry["name"] for entry in result.models] == ["deep/a", "b"]  # the best first
-    assert [entry["figures"] for entry in result.models] == [
+    assert [entry["name"] for entry in result.content["models"]] == ["deep/a", "b"]  # the best first
+    assert [entry["figures"] for entry in result.content["models"]] == [
         {"perplexity_per_token": 4.0},
         {"perplexity_per_token": 8.0},
     ]
     assert result.to_json() == json.loads((tmp_path / "work" / "eval.json").read_text())
-    result.refuse_failed()
+    many.refuse_failed(result.content["models"])
     folder = tmp_path / "work" / "eval"
     for request in calls():
         name = Path(request.model).relative_to(base).as_posix()
@@ -147,7 +148,9 @@ def test_what_is_done_is_kept(base, tmp_path, calls, measure):
     again = measure(seed=5)
     assert calls() == []
     assert states(again) == {"b": "kept", "deep/a": "kept"}
-    assert [entry["figures"] for entry in again.models] == [entry["figures"] for entry in result.models]
+    assert [entry["figures"] for entry in again.content["models"]] == [
+        entry["figures"] for entry in result.content["models"]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +182,7 @@ def test_what_changed_is_done_again(base, tmp_path, calls, measure, monkeypatch,
         monkeypatch.setattr(many, "__version__", "99.0")
     again = measure(**(change if isinstance(change, dict) else {}))
     assert {Path(request.model).name for request in calls()} == redone
-    assert all(entry["figures"] for entry in again.models)
+    assert all(entry["figures"] for entry in again.content["models"])
 
 
 def test_one_that_fails_leaves_the_others(base, tmp_path, calls, measure):
@@ -190,18 +193,18 @@ def test_one_that_fails_leaves_the_others(base, tmp_path, calls, measure):
     result = measure(jobs=2)
     failed = dict.fromkeys(("damaged", "fails", "silent"), "failed")
     assert states(result) == {"deep/a": "measured", "b": "measured", **failed}
-    assert [entry["name"] for entry in result.models][:2] == ["deep/a", "b"]
-    damaged, fails, silent = result.models[2:]
+    assert [entry["name"] for entry in result.content["models"]][:2] == ["deep/a", "b"]
+    damaged, fails, silent = result.content["models"][2:]
     assert (fails["message"], fails["figures"]) == ("it is too large", {})
     assert Path(fails["log"]).read_text() == "what was said"
     assert "there is no file" in silent["message"]
     assert "model.safetensors" in damaged["message"] and "log" not in damaged
-    assert not any("result" in entry for entry in result.models[2:])
+    assert not any("result" in entry for entry in result.content["models"][2:])
     assert {Path(request.model).name for request in calls()} == {"a", "b", "fails", "silent"}
     with pytest.raises(KeyreduceError, match=r"3 of 5 models could not be measured, damaged among them: .*safetensors"):
-        result.refuse_failed()
+        many.refuse_failed(result.content["models"])
     edit_config(base / "fails", fails=False, cost=1.0)
-    assert measure().models[0]["name"] == "fails"
+    assert measure().content["models"][0]["name"] == "fails"
     assert {Path(request.model).name for request in calls()} == {"fails", "silent"}
 
 
@@ -209,7 +212,7 @@ def test_the_dense_model_is_what_the_others_are_compared_with(tmp_path, base, ca
     save(build("delta_net_2"), tmp_path / "model")
     edit_config(tmp_path / "model", cost=2.0)
     result = measure(model=str(tmp_path / "model"))
-    assert [(entry["name"], entry["state"], entry["figures"]) for entry in result.models] == [
+    assert [(entry["name"], entry["state"], entry["figures"]) for entry in result.content["models"]] == [
         ("dense", "measured", {"perplexity_per_token": 2.0}),
         ("deep/a", "measured", {"perplexity_per_token": 4.0, "perplexity_increase": 1.0}),
         ("b", "measured", {"perplexity_per_token": 8.0, "perplexity_increase": 3.0}),
@@ -258,11 +261,11 @@ def test_a_process_measures_the_model(tmp_path, monkeypatch):
     save(model, tmp_path / "base" / "tiny")
     how = {"text": tmp_path / "text.txt", "seq_len": 70, "num_batches": 0, "device": "cpu"}
     result = many.run(EvaluateRequest(base=tmp_path / "base", work=tmp_path / "work", **how))
-    result.refuse_failed()
+    many.refuse_failed(result.content["models"])
 
     tokens = torch.tensor([SEPARATOR, *content.encode()])
     rows = tokens[: len(tokens) // 70 * 70].reshape(-1, 70)
     with torch.no_grad():
         logits = model(rows).logits.double()
     cost = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
-    assert result.models[0]["figures"]["perplexity_per_token"] == pytest.approx(cost.exp().item(), rel=1e-5)
+    assert result.content["models"][0]["figures"]["perplexity_per_token"] == pytest.approx(cost.exp().item(), rel=1e-5)

@@ -8,7 +8,7 @@ import pytest
 
 from keyreduce.api import evaluate
 from keyreduce.api.evaluate import EvaluateRequest
-from keyreduce.api.many import ManyResult
+from keyreduce.api.request import Report
 from keyreduce.cli import eval as command
 from keyreduce.cli.console import Console
 from keyreduce.errors import KeyreduceError
@@ -161,7 +161,7 @@ def test_many_models_in_a_table(monkeypatch, capsys):
         {"name": "b", "state": "failed", "message": "it is too large", "figures": {}},
     ]
 
-    made = ManyResult(base=Path("many"), text={}, models=models, output=Path("eval.json"))
+    made = Report(content={"base": "many", "models": models}, output=Path("eval.json"))
     monkeypatch.setattr(evaluate, "run", lambda request, reporter: made)
     with pytest.raises(KeyreduceError, match="1 of 3 models could not be measured, b among them: it is too large"):
         command.show(EvaluateRequest(base=Path("many")), Console(as_json=True))
