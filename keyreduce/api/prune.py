@@ -41,7 +41,7 @@ class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
     work: Path = options.work()
     method: str = option("auto", _METHOD_HELP, env="PRUNING_STRATEGY", metavar="NAME")
     target: tuple[Literal["key", "value", "head"], ...] = option(
-        ("key",), "What to remove: key or value channels, whole key heads, or several.", commas=True
+        ("key",), "What to remove: key or value channels, whole key heads, or several, with commas.", commas=True
     )
     ratio: tuple[str, ...] = option(
         (),
