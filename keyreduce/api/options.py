@@ -145,10 +145,7 @@ class OfFiles(Uploaded):
 
     dtype: Dtype | None = option(None, "Cast the weights to it, in files and config.", shown_default="as they are")
     max_shard_size: str | None = option(
-        None,
-        "The most bytes in a shard of several tensors: 500MB.",
-        metavar="SIZE",
-        shown_default="the source's, or 5GB",
+        None, "The most bytes in a shard of several tensors: 1GB.", metavar="SIZE", shown_default="the source's, or 5GB"
     )
 
     @property

@@ -1,4 +1,4 @@
-"""The command line: one file a subcommand (``table`` is in that of ``sweep``). Heavy imports wait until a command runs."""
+"""The command line: one file a subcommand (``table`` is with ``sweep``). Heavy imports wait until a command runs."""
 
 import errno
 import signal
