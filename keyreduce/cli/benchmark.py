@@ -32,13 +32,13 @@ def show(request: benchmark.BenchmarkRequest, console: Console) -> None:
             console.say(
                 f"{entry['label']}: its layers differ in size; where one layer is timed, that is layer {entry['layer']}"
             )
-    _print_tables(console, result.content)
+    print_tables(console, result.content)
     for path in filter(None, (result.output, request.plot)):
         console.say(f"wrote {path}")
     console.finish(result)
 
 
-def _print_tables(console: Console, report: dict) -> None:
+def print_tables(console: Console, report: dict) -> None:
     """Print a table for each measurement of a report: two models side by side, more of them one below the other."""
     settings, models = report["settings"], {entry["label"]: entry for entry in report["models"]}
     run = f"{settings['dtype']}, {settings['device']}; {settings['rounds']} rounds in turns, median (95% interval)"
