@@ -14,7 +14,7 @@ import pytest
 from keyreduce import processes
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.perplexity import Perplexity
-from keyreduce.processes import Job, Processes, gpus, last_line, run_jobs, torchrun_rank
+from keyreduce.processes import Job, Processes, gpus, last_line, run_jobs
 
 REPOSITORY = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("processes_worker.py")
@@ -36,7 +36,7 @@ def test_outcomes_come_in_the_order_of_the_jobs(tmp_path):
         progress=lambda outcome: ended.append(outcome.job.name),
     )
     assert [outcome.job.name for outcome in outcomes] == ["slow", "fast", "last"]
-    assert all(outcome.ok and outcome.message == "" for outcome in outcomes)
+    assert all(outcome.code == 0 and outcome.message == "" for outcome in outcomes)
     assert sorted(ended) == ["fast", "last", "slow"]
     assert outcomes[0].seconds >= 0.5
     assert [outcome.job.log.read_text() for outcome in outcomes] == ["a\n", "b\n", "c\n"]
@@ -53,7 +53,7 @@ def test_a_job_that_fails_is_told_and_the_others_go_on(tmp_path):
         ]
     )
     assert [outcome.code for outcome in outcomes] == [2, 3, 127, -signal.SIGKILL, 0]
-    assert [outcome.ok for outcome in outcomes] == [False, False, False, False, True]
+    assert [outcome.code == 0 for outcome in outcomes] == [False, False, False, False, True]
     assert outcomes[0].message == "no such model"
     assert "exit code 3" in outcomes[1].message
     assert "cannot be run: No such file" in outcomes[2].message
@@ -260,7 +260,7 @@ def test_one_process_alone_is_no_group(monkeypatch):
     alone = Processes.of_torchrun()
     assert alone == (0, 1, 0)
     assert alone.gather(lambda: {"found": 1}) == [{"found": 1}]
-    assert alone.device(None) is None and torchrun_rank() == 0
+    assert alone.device(None) is None and alone.rank == 0
     with alone.adding() as add:
         add(None)
     with pytest.raises(KeyreduceError, match="cheese"):

@@ -12,6 +12,11 @@ from torch import nn
 from .configuration_delta_net_2 import DeltaNet2Config
 from .mixer_delta_net_2 import DeltaNet2
 
+# Fields of the config that are arguments of the mixer.
+_OPTIONS = ("hidden_size", "expand_k", "expand_v", "num_heads", "norm_eps", "qk_norm", "qk_activation", "allow_neg_eigval")
+_OPTIONS += ("use_gate", "use_beta", "use_short_conv", "conv_size")
+_OPTIONS += ("per_head_conv", "share_kv_conv", "shift_only_conv", "conv_scaled_shift")
+
 
 class DeltaNet2Block(DeltaNetBlock):
     """fla's block of mixer and MLP; where it would hold a DeltaNet it holds a DeltaNet2 of the layer's own size."""
@@ -23,26 +28,8 @@ class DeltaNet2Block(DeltaNetBlock):
         super().__init__(config_of_layer, layer_idx)
         self.config = config
         if isinstance(self.attn, DeltaNet):
-            self.attn = DeltaNet2(
-                mode=config.attn_mode,
-                hidden_size=config.hidden_size,
-                expand_k=config_of_layer.expand_k,
-                expand_v=config.expand_v,
-                num_heads=config.num_heads,
-                use_gate=config.use_gate,
-                use_beta=config.use_beta,
-                use_short_conv=config.use_short_conv,
-                allow_neg_eigval=config.allow_neg_eigval,
-                conv_size=config.conv_size,
-                per_head_conv=config.per_head_conv,
-                share_kv_conv=config.share_kv_conv,
-                shift_only_conv=config.shift_only_conv,
-                conv_scaled_shift=config.conv_scaled_shift,
-                qk_norm=config.qk_norm,
-                qk_activation=config.qk_activation,
-                norm_eps=config.norm_eps,
-                layer_idx=layer_idx,
-            )
+            options = {name: getattr(config_of_layer, name) for name in _OPTIONS}
+            self.attn = DeltaNet2(mode=config.attn_mode, layer_idx=layer_idx, **options)
 
 
 class DeltaNet2PreTrainedModel(FLAPreTrainedModel):
