@@ -7,8 +7,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from keyreduce.calibration.statistics import TAYLOR, LayerStatistics, Statistics
-from keyreduce.checkpoint.shard_writer import ShardWriter
 from keyreduce.checkpoint.shards import make_spec, read_header
+from keyreduce.checkpoint.writing import ShardWriter
 from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import appearing
 

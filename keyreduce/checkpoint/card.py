@@ -1,5 +1,6 @@
 """The model card of a pruned checkpoint, made from its record: what was removed, how, and how to load what is left."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -35,17 +36,16 @@ _FIGURES = {
 
 
 def model_card(record: Record, config: Mapping[str, Any], source_card: str = "") -> str:
-    """Return the text of the card, in the hub's form. No absolute path of the record is in it.
+    """Return the text of the card of a pruned checkpoint, in the hub's form. No absolute path of the record is in it.
 
-    Args:
-        record: the record of a checkpoint that was pruned.
-        config: its config.
-        source_card: the card of what it was made from; the licence in its front matter, and its sections about licence
-            and use, are kept.
+    Of ``source_card``, the card of what it was made from, the licence in the front matter is kept, and the sections
+    about licence and use.
 
     Raises:
         KeyreduceError: the record is damaged: it does not say what was removed.
     """
+    from huggingface_hub import ModelCardData
+
     try:
         body = _body(record, config)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -54,7 +54,15 @@ def model_card(record: Record, config: Mapping[str, Any], source_card: str = "")
             "the dense model"
         ) from error
     front, text = _split(source_card)
-    parts = [f"---\n{_front_matter(record, config, front)}\n---\n", *body, _MARK, *_kept_sections(text)]
+    named = {name: front[name] for name in ("license", "license_name", "license_link", "language") if name in front}
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["keyreduce", "pruned", "linear-attention", _line(config.get("model_type"))],
+        base_model=record.dense if _HUB_NAME.fullmatch(record.dense or "") else None,
+        **named,
+    )
+    parts = [f"---\n{data.to_yaml()}\n---\n", *body, _MARK, *_kept_sections(text)]
     return "\n".join(part.strip("\n") + "\n" for part in parts if part.strip())
 
 
@@ -78,24 +86,15 @@ def write_record(written: Checkpoint, record: Record, checksums: Mapping[str, st
     Raises:
         KeyreduceError: the record is damaged, or they cannot be written.
     """
-    record = record.with_files(written.identity, checksums)
+    record = dataclasses.replace(record, identity=written.identity, checksums=checksums)
     record.write(written.path)
-    if record.steps and record.converted is None:
-        write_card(written.path, model_card(record, written.config, source_card))
-    elif source_card:
-        write_card(written.path, source_card)
-
-
-def write_card(folder: Path, card: str) -> None:
-    """Write a card into a checkpoint folder.
-
-    Raises:
-        KeyreduceError: it cannot be written.
-    """
-    try:
-        (folder / CARD_NAME).write_text(card, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise KeyreduceError(f"cannot write to {folder}: {error.strerror}") from error
+    is_pruned = bool(record.steps) and record.converted is None
+    card = model_card(record, written.config, source_card) if is_pruned else source_card
+    if card:
+        try:
+            (written.path / CARD_NAME).write_text(card, encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise KeyreduceError(f"cannot write to {written.path}: {error.strerror}") from error
 
 
 def _split(card: str) -> tuple[dict[str, Any], str]:
@@ -111,23 +110,11 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
     return read.data.to_dict(), read.text
 
 
-def _front_matter(record: Record, config: Mapping[str, Any], source: Mapping[str, Any]) -> str:
-    from huggingface_hub import ModelCardData
-
-    named = {name: source[name] for name in ("license", "license_name", "license_link", "language") if name in source}
-    return ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["keyreduce", "pruned", "linear-attention", _line(config.get("model_type"))],
-        base_model=record.dense if _HUB_NAME.fullmatch(record.dense or "") else None,
-        **named,
-    ).to_yaml()
-
-
 def _body(record: Record, config: Mapping[str, Any]) -> list[str]:
     dense = _without_paths(record.dense or "a model that has no name")
     name = re.split(r"[\\/]", dense.rstrip("\\/"))[-1]
     number = len(record.steps)
+    recovery = ["## Recovery", "\n".join(line for one in record.repairs for line in _recovery(one))]
     return [
         f"# {_plain(name)}, pruned",
         f"Made from {_code(dense)} with keyreduce {_plain(record.versions.get('keyreduce', ''))}, in "
@@ -137,7 +124,7 @@ def _body(record: Record, config: Mapping[str, Any]) -> list[str]:
         "## How",
         *("\n".join(_step(step)) for step in record.steps),
         "The channels that stayed, layer by layer and head by head, are in `keyreduce.json`.",
-        *(["## Recovery", "\n".join(line for one in record.repairs for line in _recovery(one))] if record.repairs else ()),
+        *(recovery if record.repairs else ()),
         "## How to load it",
         "\n".join(_loading(config, record.shipped_by)),
         "`keyreduce verify` reads every value and checks it against the record; `keyreduce eval` and "
@@ -147,10 +134,8 @@ def _body(record: Record, config: Mapping[str, Any]) -> list[str]:
 
 def _rows(steps: tuple[Entry, ...]) -> Iterator[str]:
     for size, label in _LABELS.items():
-        before, after = (
-            _range(layer[when][size] for layer in step["layers"].values())
-            for step, when in ((steps[0], "before"), (steps[-1], "after"))
-        )
+        before = _range({layer["before"][size] for layer in steps[0]["layers"].values()})
+        after = _range({layer["after"][size] for layer in steps[-1]["layers"].values()})
         yield f"| {label} | {before} | {after} |"
     for name, (label, form) in _FIGURES.items():
         if name not in steps[-1]["figures"]:
@@ -160,9 +145,8 @@ def _rows(steps: tuple[Entry, ...]) -> Iterator[str]:
         yield f"| {label}{'' if is_whole else ' (last step)'} | {form(before)} | {form(steps[-1]['figures'][name][1])} |"
 
 
-def _range(values: Iterator[int]) -> str:
-    sizes = sorted(set(values))
-    return f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+def _range(sizes: set[int]) -> str:
+    return f"{min(sizes)}" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}"
 
 
 def _step(step: Entry) -> Iterator[str]:
@@ -172,7 +156,8 @@ def _step(step: Entry) -> Iterator[str]:
         targets.setdefault(name, []).append(target)
     for name, of in targets.items():
         told = f" ({methods[name]['summary']}; {methods[name]['citation']})" if name in methods else ""
-        yield f"- method{'' if len(targets) == 1 else f' for {_plain(_words(of))}'}: {_plain(name + told)}"
+        words = " and ".join(filter(None, [", ".join(of[:-1]), of[-1]]))
+        yield f"- method{'' if len(targets) == 1 else f' for {_plain(words)}'}: {_plain(name + told)}"
     for key in ("target", "ratio", "keep", "seed", "calibration"):
         if key in inputs:
             yield f"- {key}: {_code(json.dumps(_without_paths(inputs[key])))}"
@@ -252,10 +237,6 @@ def _without_paths(value: Any) -> Any:
 
 def _last_part(path: str) -> str:
     return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
-
-
-def _words(names: list[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _plain(text: object) -> str:

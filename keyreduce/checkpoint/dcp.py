@@ -21,11 +21,10 @@ from torch.futures import Future
 
 from keyreduce.checkpoint.checksums import FileHasher
 from keyreduce.checkpoint.rewrite import EditedTensors, config_with_dtype
-from keyreduce.checkpoint.shard_writer import copy_range, write_all, writing
 from keyreduce.checkpoint.shards import ByteRange, TensorSpec, torch_layout
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.checkpoint.tied import tied_output
-from keyreduce.checkpoint.writing import write_folder_files
+from keyreduce.checkpoint.writing import copy_range, write_all, write_folder_files, writing
 from keyreduce.errors import KeyreduceError
 
 
@@ -39,10 +38,11 @@ def write_dcp(
 ) -> dict[str, str]:
     """Write a checkpoint as a DCP, config.json and what else belongs to the model beside it.
 
-    An output layer that is the embeddings is there by its own name too, at no cost: both names lead to the same bytes.
+    Memory stays at about one tensor. An output layer that is the embeddings is there by its own name too, at no cost:
+    both names lead to the same bytes.
 
     Args:
-        source: the checkpoint to read; memory stays at about one of its tensors.
+        source: the checkpoint to read.
         target: an existing, empty folder.
         nested: whether the model's tensors lie under the key ``model``, as older flame and torchtitan have them, or
             flat under their own names.

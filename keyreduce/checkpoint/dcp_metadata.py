@@ -10,7 +10,6 @@ import math
 import pathlib
 import pickle
 import pickletools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,11 +45,7 @@ class SavedTensor(NamedTuple):
 
 
 class RestrictedReader(FileSystemReader):
-    """DCP's reader of a folder, with the metadata read once, and only through the restricted unpickler.
-
-    Raises:
-        KeyreduceError: the metadata is missing, damaged, or asks for something that DCP's own never does.
-    """
+    """DCP's reader of a folder, with the metadata read once, and only through the restricted unpickler."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -69,10 +64,7 @@ def find_model_tensors(
     model was saved under a key of its own (nested), ``("a.weight",)`` where its tensors lie flat. Optimizer and
     training state are under keys of their own, and are left out.
 
-    Args:
-        folder: the DCP folder.
-        metadata: its metadata.
-        layout: ``nested`` or ``flat``; by default nested if any tensor is.
+    ``layout`` is ``nested`` or ``flat``; by default nested if any tensor is.
 
     Raises:
         KeyreduceError: there are none, or the files that should hold them are missing or too short.
@@ -104,17 +96,6 @@ def find_model_tensors(
     return layout, tensors
 
 
-def find_files(folder: Path, metadata: Metadata, tensors: Iterable[SavedTensor]) -> list[str]:
-    """Return the names of the files that hold some tensors, which :func:`find_model_tensors` has looked at."""
-    return sorted(
-        {
-            metadata.storage_data[MetadataIndex(saved.key, chunk.offsets)].relative_path
-            for saved in tensors
-            for chunk in metadata.state_dict_metadata[saved.key].chunks
-        }
-    )
-
-
 class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ADMITTED:
@@ -125,8 +106,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
             # The folder it was saved to. A pure path of either kind can be made on any system.
             return getattr(pathlib, f"Pure{name}")
         if (module, name) == ("builtins", "getattr"):
-            # The first releases of Python 3.11 pickle an enum's member as getattr(class, name).
-            return _get_member
+            return _get_member  # the first releases of Python 3.11 pickle an enum's member as getattr(class, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no metadata of DCP needs")
 
 
@@ -143,8 +123,7 @@ def _read_metadata(path: Path) -> Metadata:
         metadata = _RestrictedUnpickler(io.BytesIO(content)).load()
     except OSError as error:
         raise KeyreduceError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception as error:
-        # Damaged bytes can make an unpickler raise nearly anything.
+    except Exception as error:  # damaged bytes can make an unpickler raise nearly anything
         reason = " ".join(str(error).split())
         raise KeyreduceError(f"{path} is damaged, or not what DCP writes: {reason}") from error
     if not isinstance(metadata, Metadata):

@@ -16,33 +16,13 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 # What a loader may look for beside config.json and the weights. Code is carried with them, never run.
-_SIDECARS = (
-    "*.jinja",
-    "*.model",
-    "*.py",
-    "*.tiktoken",
-    "added_tokens.json",
-    "chat_template.json",
-    "generation_config.json",
-    PROJECTIONS_NAME,
-    "LICENSE*",
-    "merges.txt",
-    "NOTICE*",
-    "*processor_config.json",
-    "special_tokens_map.json",
-    "tokenizer*",
-    "vocab*",
-)
+_SIDECARS = ("*.jinja", "*.model", "*.py", "*.tiktoken", "LICENSE*", "NOTICE*", "merges.txt", "tokenizer*", "vocab*")
+_SIDECARS += ("added_tokens.json", "chat_template.json", "generation_config.json", "special_tokens_map.json")
+_SIDECARS += ("*processor_config.json", PROJECTIONS_NAME)
 
 
 class HfCheckpoint(Checkpoint):
-    """An open Hugging Face folder; see :class:`Checkpoint`.
-
-    Args:
-        path: the folder.
-        config: the content of config.json.
-        headers: shard file name -> its header, in order.
-    """
+    """An open Hugging Face folder; see :class:`Checkpoint`. ``headers`` is shard file name -> its header, in order."""
 
     def __init__(self, path: Path, config: dict, headers: dict[str, Header]):
         super().__init__(path / file for file in headers)

@@ -1,9 +1,7 @@
-"""One safetensors file as a stream: its header read and checked, its tensors written one after another.
+"""What safetensors files hold, and their headers, read and checked.
 
 The format, https://github.com/huggingface/safetensors#format: an 8-byte little-endian length, a JSON object of
-that length which gives each tensor's dtype, shape and byte range, then the bytes. The safetensors library writes
-a file from all of its tensors at once; here a file is made with no more than one tensor in memory, and a tensor
-that does not change is copied from file to file without being looked at.
+that length which gives each tensor's dtype, shape and byte range, then the bytes.
 """
 
 import json
@@ -46,7 +44,6 @@ _BITS = {name: 8 * dtype.itemsize for name, dtype in TORCH_DTYPES.items()} | {"F
 
 # The limit that the safetensors library sets.
 _MAX_HEADER_BYTES = 100_000_000
-_COPY_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -61,11 +58,10 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of one file: entries in the order of their bytes, free-form metadata, where the data starts."""
+    """The header of one file: entries in the order of their bytes, and free-form metadata."""
 
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
-    data_start: int
 
 
 class TensorSpec(NamedTuple):
@@ -173,7 +169,7 @@ def _parse_header(raw: bytes, size: int) -> Header:
         position = entry.end
     if position != size:
         raise ValueError(f"its tensors end at byte {position} and the file at {size}")
-    return Header(entries, metadata, data_start)
+    return Header(entries, metadata)
 
 
 def _parse_entry(name: str, info: object, data_start: int) -> TensorEntry:

@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -24,14 +23,6 @@ _NOT_THE_MODEL = ("transformers_version", "_name_or_path")
 
 _BLOCK_BYTES = 4096
 _BLOCKS = 1024
-
-
-class Stamp(NamedTuple):
-    """What changes when a file is written to or replaced."""
-
-    inode: int
-    size: int
-    modified_ns: int
 
 
 class Checkpoint(ABC):
@@ -149,9 +140,10 @@ def _read_piece(path: Path, begin: int, end: int) -> bytes:
         raise KeyreduceError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _stamp(path: Path) -> Stamp | None:
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a file is written to or replaced."""
     try:
         status = os.stat(path)
     except OSError:
         return None  # what is missing is reported where it is opened
-    return Stamp(status.st_ino, status.st_size, status.st_mtime_ns)
+    return status.st_ino, status.st_size, status.st_mtime_ns

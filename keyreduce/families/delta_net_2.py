@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from keyreduce.families.axes import Part
-from keyreduce.families.delta_net import DELTA_NET
-from keyreduce.families.fla_tensors import FLA_TENSORS
+from keyreduce.families.delta_net import DELTA_NET, FLA_TENSORS
 
 _CONVOLUTIONS = {
     "q_conv1d": {"use_short_conv": True},

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from keyreduce.errors import KeyreduceError
 from keyreduce.families.axes import Axis, Part
-from keyreduce.families.fields import Field, Ratio
-from keyreduce.families.layers import LayerTypes, SoftmaxList
+from keyreduce.families.fields import Field, LayerTypes, Ratio, SoftmaxList
 
 
 class MixerSizes(NamedTuple):
@@ -137,11 +136,7 @@ class Family:
         return changed
 
     def check_cut(self, before: MixerSizes, after: MixerSizes) -> None:
-        """Refuse sizes that no model of this family can have.
-
-        Raises:
-            KeyreduceError: with the reason.
-        """
+        """Raise KeyreduceError for sizes that no model of this family can have."""
         for name, reason in self.fixed.items():
             if getattr(before, name) != getattr(after, name):
                 raise KeyreduceError(f"{self.model_type} cannot be cut in {name}: {reason}")
@@ -169,11 +164,7 @@ class Family:
         return all(bool(config.get(flag, self.switches[flag])) is value for flag, value in flags.items())
 
     def mixer_layers(self, config: Mapping) -> list[int]:
-        """Return the numbers of the layers whose mixer holds a delta-rule state.
-
-        Raises:
-            KeyreduceError: the config does not say which layers those are.
-        """
+        """Return the numbers of the layers whose mixer holds a delta-rule state."""
         return self.layers.mixer_layers(config, round(self.num_layers.read(config)))
 
     def located(self, names: Iterable[str]) -> "Family":
@@ -201,10 +192,7 @@ class Family:
 
         transformers, which puts them together when it loads, cuts them into equal ones when it saves.
 
-        Args:
-            layer, name: which tensor; see :meth:`joined_with` for the order of the pieces.
-            shapes: tensor name -> shape, of the whole checkpoint; a piece that is missing has no length.
-            lengths: how many entries each part has.
+        :meth:`joined_with` has the order of the pieces; one that is missing in ``shapes`` has no length.
         """
         pieces = self.joined_with(name)
         found = [(*shapes.get(self.tensor_name(layer, piece), ()), 0)[0] for piece in pieces]

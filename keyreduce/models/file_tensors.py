@@ -27,9 +27,7 @@ def file_tensors(model: PreTrainedModel, source: Checkpoint) -> dict[str, torch.
     """
     parameters = dict(model.named_parameters())
     mixers = below_mixers(model.config.to_dict(), parameters)
-    saved = revert_weight_conversion(
-        model, {name: tensor for name, tensor in parameters.items() if name not in mixers}
-    )
+    saved = revert_weight_conversion(model, {name: tensor for name, tensor in parameters.items() if name not in mixers})
     for name, tensor in saved.items():
         if name not in source.tensors or tuple(source.tensors[name].shape) != tuple(tensor.shape):
             raise KeyreduceError(

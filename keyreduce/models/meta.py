@@ -43,9 +43,7 @@ def language_model(config: Mapping) -> tuple[type[PreTrainedModel], PretrainedCo
     return model_class, theirs if isinstance(theirs, model_class.config_class) else theirs.get_text_config()
 
 
-def build_model(
-    config: Mapping, device: torch.device = _META, dtype: torch.dtype | None = None
-) -> PreTrainedModel:
+def build_model(config: Mapping, device: torch.device = _META, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Return the language model of a config in evaluation mode: without numbers, or with random ones.
 
     Args:

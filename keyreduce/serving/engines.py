@@ -32,8 +32,9 @@ _FLA = Engine("fla", "head_k_dim at most 256", lambda s: s.head_k_dim <= 256)
 _VLLM = Engine(
     "vLLM (Triton)",
     "head_k_dim and head_v_dim at most 256, with the same next power of two",
-    lambda s: max(s.head_k_dim, s.head_v_dim) <= 256
-    and _next_power_of_two(s.head_k_dim) == _next_power_of_two(s.head_v_dim),
+    lambda s: (
+        max(s.head_k_dim, s.head_v_dim) <= 256 and _next_power_of_two(s.head_k_dim) == _next_power_of_two(s.head_v_dim)
+    ),
 )
 _SGLANG = Engine(
     "SGLang",

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from keyreduce.checkpoint.shard_writer import ShardWriter
 from keyreduce.checkpoint.shards import TORCH_DTYPES, ByteRange, TensorSpec, make_spec, read_header
+from keyreduce.checkpoint.writing import ShardWriter
 from keyreduce.errors import KeyreduceError
 
 
@@ -42,7 +42,7 @@ def test_header_points_at_the_bytes_the_library_reads(tmp_path, tensors):
         assert TORCH_DTYPES[entry.dtype] == tensor.dtype and entry.shape == tuple(tensor.shape)
         assert content[entry.begin : entry.end] == _as_bytes(tensor)
     begins = [entry.begin for entry in header.entries.values()]
-    assert begins == sorted(begins) and begins[0] == header.data_start
+    assert begins == sorted(begins) and begins[0] == 8 + int.from_bytes(content[:8], "little")
 
 
 @pytest.mark.parametrize("name", sorted(TORCH_DTYPES))
@@ -85,7 +85,7 @@ def _refuse(*arguments):
 @pytest.mark.parametrize("kernel_copy", [_refuse, lambda *arguments: 0])
 def test_a_range_is_copied_without_the_kernel_too(tmp_path, monkeypatch, kernel_copy):
     monkeypatch.setattr(os, "copy_file_range", kernel_copy, raising=False)
-    monkeypatch.setattr("keyreduce.checkpoint.shards._COPY_BYTES", 100)
+    monkeypatch.setattr("keyreduce.checkpoint.writing._COPY_BYTES", 100)
     data = os.urandom(1234)
     (tmp_path / "source").write_bytes(b"before" + data + b"after")
     with ShardWriter(tmp_path / "target", [TensorSpec("t", "U8", (1234,))]) as writer:

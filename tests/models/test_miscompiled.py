@@ -62,7 +62,7 @@ def test_other_sizes_and_rules_are_not(on_hopper, caplog, model_type, config):
 def test_the_gated_rule_is_not_trained_without_other_kernels(on_hopper, monkeypatch, caplog):
     gated = (FAMILIES["gated_deltanet"], GATED, GPU)
     with pytest.raises(KeyreduceError, match="of the gated rule may be wrong.*, or take `kernels` torch$"):
-        refuse_wrong_gradients(*gated, ", or take --kernels torch")
+        refuse_wrong_gradients(*gated, ", or take `kernels` torch")
     warn_of_wrong_results(*gated)
     assert not caplog.records
     monkeypatch.setattr(miscompiled.importlib.util, "find_spec", lambda name: name == "tilelang")

@@ -13,7 +13,16 @@ from .configuration_delta_net_2 import DeltaNet2Config
 from .mixer_delta_net_2 import DeltaNet2
 
 # Fields of the config that are arguments of the mixer.
-_OPTIONS = ("hidden_size", "expand_k", "expand_v", "num_heads", "norm_eps", "qk_norm", "qk_activation", "allow_neg_eigval")
+_OPTIONS = (
+    "hidden_size",
+    "expand_k",
+    "expand_v",
+    "num_heads",
+    "norm_eps",
+    "qk_norm",
+    "qk_activation",
+    "allow_neg_eigval",
+)
 _OPTIONS += ("use_gate", "use_beta", "use_short_conv", "conv_size")
 _OPTIONS += ("per_head_conv", "share_kv_conv", "shift_only_conv", "conv_scaled_shift")
 
