@@ -191,7 +191,7 @@ def _loading(config: Mapping[str, Any], shipped_by: str | None) -> list[str]:
         "```python",
         "# on a machine without a GPU, first: import fla_torch; fla_torch.enable()",
         "import fla  # registers the model's classes with transformers",
-        *(["import keyreduce.models  # knows this architecture"] if ours and not custom else []),
+        *(["import keyreduce.models.delta_net_2  # registers this architecture"] if ours and not custom else []),
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'folder = "."  # where this file is',

@@ -24,7 +24,7 @@ from keyreduce.checkpoint.rewrite import EditedTensors, config_with_dtype
 from keyreduce.checkpoint.shards import ByteRange, TensorSpec, torch_layout
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.checkpoint.tied import tied_output
-from keyreduce.checkpoint.writing import copy_range, write_all, write_folder_files, writing
+from keyreduce.checkpoint.writing import copy_ranges, write_all, write_folder_files, writing
 from keyreduce.errors import KeyreduceError
 
 
@@ -123,9 +123,7 @@ def _save(data: torch.Tensor | Sequence[ByteRange], spec: TensorSpec, file: io.F
         if gap.size != spec.nbytes:
             raise ValueError(f"torch.save left {gap.size} bytes for {spec}")
         file.seek(gap.begin)
-        for piece in data:
-            with open(piece.path, "rb", buffering=0) as source:
-                copy_range(source, file, piece.begin, piece.end)
+        copy_ranges(data, file)
         file.seek(end)
 
 

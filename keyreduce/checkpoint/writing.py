@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -64,15 +63,16 @@ def write_weights(
     """
     with FileHasher() as hasher:
         for file, plan in shards.items():
-            with ShardWriter(target / file, plan.tensors, plan.metadata) as writer:
-                for spec in plan.tensors:
-                    writer.write(spec.name, fetch(spec.name))
-                    hasher.written(target / file, writer.tell())
-                    if progress is not None:
-                        progress(spec.nbytes)
-            entries = read_header(target / file).entries
-            if [TensorSpec(name, entry.dtype, entry.shape) for name, entry in entries.items()] != list(plan.tensors):
-                raise KeyreduceError(f"{target / file} does not read back as it was written; check the disk")
+            path = target / file
+
+            def written(spec: TensorSpec, end: int, path: Path = path) -> None:
+                hasher.written(path, end)
+                if progress is not None:
+                    progress(spec.nbytes)
+
+            write_shard(path, plan, fetch, written)
+            if read_header(path)[0].tensors != list(plan.tensors):
+                raise KeyreduceError(f"{path} does not read back as it was written; check the disk")
     if list(shards) != [SINGLE_NAME]:
         total_size = sum(spec.nbytes for plan in shards.values() for spec in plan.tensors)
         weight_map = {spec.name: file for file, plan in shards.items() for spec in plan.tensors}
@@ -112,68 +112,54 @@ def parse_size(text: str) -> int:
     return size
 
 
-class ShardWriter:
-    """Write one safetensors file tensor by tensor, in the order given. A context manager.
+def write_shard(
+    path: Path,
+    plan: ShardPlan,
+    fetch: Callable[[str], torch.Tensor | Sequence[ByteRange]],
+    written: Callable[[TensorSpec, int], None] = lambda spec, end: None,
+) -> None:
+    """Write one safetensors file, one tensor after another.
 
     The safetensors library writes a file from all of its tensors at once. As it does, and ``cp``, this leaves to the
     system when the disk gets what was written.
 
     Args:
         path: the file to make.
-        tensors: what will be written, in order.
-        metadata: free-form strings for the header, such as ``{"format": "pt"}``.
+        plan: what goes into it, in order.
+        fetch: gives a tensor by its name, or the bytes of files that hold it.
+        written: called after each tensor with the number of bytes that will not change any more.
 
     Raises:
         KeyreduceError: the file cannot be written.
-        ValueError: what is written is not what was announced, or, at the end, not all of it.
+        ValueError: what is fetched is not what the plan says.
     """
-
-    def __init__(self, path: Path, tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None):
-        self.path = path
-        self._pending = deque(tensors)
-        self._header = _format_header(tensors, metadata or {})
-
-    def __enter__(self) -> "ShardWriter":
-        with writing(self.path):
-            self._file = open(self.path, "wb", buffering=0)
-            write_all(self._file, memoryview(self._header))
-        return self
-
-    def tell(self) -> int:
-        """Return how many bytes of the file are written, and will not change any more."""
-        return self._file.tell()
-
-    def write(self, name: str, data: torch.Tensor | Sequence[ByteRange]) -> None:
-        """Write the next tensor, from memory or as bytes copied from other files."""
-        if not self._pending or self._pending[0].name != name:
-            raise ValueError(f"{self.path}: it is not the turn of tensor {name!r}")
-        spec = self._pending.popleft()
-        if not isinstance(data, torch.Tensor):
-            if (size := sum(piece.end - piece.begin for piece in data)) != spec.nbytes:
-                raise ValueError(f"tensor {name!r} takes {spec.nbytes} bytes, not {size}")
-            for piece in data:
-                with writing(self.path), open(piece.path, "rb", buffering=0) as source:
-                    copy_range(source, self._file, piece.begin, piece.end)
-        else:
-            if make_spec(name, data.dtype, data.shape) != spec:
+    header = _format_header(plan)
+    with writing(path):
+        file = open(path, "wb", buffering=0)  # noqa: SIM115  (closed below; its own errors are told here)
+    with file:
+        with writing(path):
+            write_all(file, memoryview(header))
+        for spec in plan.tensors:
+            data = fetch(spec.name)
+            is_tensor = isinstance(data, torch.Tensor)
+            if is_tensor and make_spec(spec.name, data.dtype, data.shape) != spec:
                 raise ValueError(f"{spec} was announced, not {data.dtype} {tuple(data.shape)}")
-            raw = data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            with writing(self.path):
-                write_all(self._file, memoryview(raw))
+            if not is_tensor and (size := sum(piece.end - piece.begin for piece in data)) != spec.nbytes:
+                raise ValueError(f"tensor {spec.name!r} takes {spec.nbytes} bytes, not {size}")
+            with writing(path):
+                if is_tensor:
+                    raw = data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                    write_all(file, memoryview(raw))
+                else:
+                    copy_ranges(data, file)
+            written(spec, file.tell())
 
-    def __exit__(self, exception_type, exception, traceback) -> None:
-        with self._file:
-            if exception_type is not None:
-                return
-            if self._pending:
-                raise ValueError(f"{self.path}: tensor {self._pending[0].name!r} was not written")
 
-
-def _format_header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+def _format_header(plan: ShardPlan) -> bytes:
     """The length and the JSON, padded with spaces so that the data starts at a multiple of 8 bytes."""
-    content: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    content: dict[str, object] = {"__metadata__": dict(plan.metadata)} if plan.metadata else {}
     position = 0
-    for spec in tensors:
+    for spec in plan.tensors:
         if spec.name in content:
             raise ValueError(f"tensor {spec.name!r} is announced twice")
         end = position + spec.nbytes
@@ -199,7 +185,14 @@ def write_all(file: io.FileIO, data: memoryview) -> None:
         data = data[file.write(data) :]
 
 
-def copy_range(source: io.FileIO, target: io.FileIO, begin: int, end: int) -> None:
+def copy_ranges(ranges: Iterable[ByteRange], target: io.FileIO) -> None:
+    """Append bytes of files to an unbuffered one."""
+    for path, begin, end in ranges:
+        with open(path, "rb", buffering=0) as source:
+            _copy_range(source, target, begin, end)
+
+
+def _copy_range(source: io.FileIO, target: io.FileIO, begin: int, end: int) -> None:
     """Append bytes [begin, end) of ``source`` to ``target``: by the kernel where it can, else in pieces."""
     if hasattr(os, "copy_file_range"):
         try:

@@ -139,15 +139,14 @@ class LayerTypes:
 
     Attributes:
         section: the field of a larger model's config that holds the language model's, if it is one.
-        first: without ``layer_types`` there is softmax attention in this layer and in every ``interval``-th after it;
-            the config may say another interval as ``full_attention_interval``, and the first one goes with it.
+        first: without ``layer_types`` there is softmax attention in this layer and in every fourth after it; the config
+            may say another interval as ``full_attention_interval``, and the first one goes with it.
         needs_softmax: whether the last layer has softmax attention where no other has.
         listed: the field of an object that lists the layers with a mixer by number, from one, as ``kda_layers``.
     """
 
     section: str | None = None
     first: int = 3
-    interval: int = 4
     needs_softmax: bool = False
     listed: str | None = None
 
@@ -165,11 +164,10 @@ class LayerTypes:
         listed = config.get(self.listed) if self.listed else None
         if isinstance(listed, Mapping) and isinstance(listed.get("kda_layers"), list):
             return [layer for layer in range(count) if layer + 1 in listed["kda_layers"]]
-        interval = config.get("full_attention_interval", self.interval)
+        interval = config.get("full_attention_interval", 4)
         if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
             raise KeyreduceError(f"config.json: full_attention_interval is {interval!r}, which is no interval")
-        first = self.first + interval - self.interval
-        softmax = set(range(first, count, interval))
+        softmax = set(range(self.first + interval - 4, count, interval))
         if not softmax and self.needs_softmax:
             softmax = {count - 1}
         return [layer for layer in range(count) if layer not in softmax]

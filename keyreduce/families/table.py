@@ -67,7 +67,6 @@ class Family:
         elsewhere: other paths of a mixer in checkpoints, as in those of a larger model of which this is a part.
         inside: name below the mixer in files -> its name in the model, only for those that have another one there.
             Those of one name are joined there, in this order, along the first axis.
-        fixed: a size -> why it cannot change, where one cannot.
         tied: where a head has always as many key as value channels, why, and what to ask for.
     """
 
@@ -90,7 +89,6 @@ class Family:
     shipped_by: str = "fla"
     elsewhere: tuple[str, ...] = ()
     inside: Mapping[str, str] = field(default_factory=dict)
-    fixed: Mapping[str, str] = field(default_factory=dict)
     tied: str | None = None
 
     def sizes(self, config: Mapping, layer: int = 0) -> MixerSizes:
@@ -135,11 +133,8 @@ class Family:
                 raise KeyreduceError(f"a {self.model_type} config cannot say the sizes {tuple(layer_sizes)}")
         return changed
 
-    def check_cut(self, before: MixerSizes, after: MixerSizes) -> None:
+    def check_cut(self, after: MixerSizes) -> None:
         """Raise KeyreduceError for sizes that no model of this family can have."""
-        for name, reason in self.fixed.items():
-            if getattr(before, name) != getattr(after, name):
-                raise KeyreduceError(f"{self.model_type} cannot be cut in {name}: {reason}")
         if self.tied and after.head_k_dim != after.head_v_dim:
             raise KeyreduceError(f"{self.tied}, and not {after.head_k_dim} and {after.head_v_dim}")
 

@@ -46,11 +46,7 @@ class ModuleCheckpoint(Checkpoint):
 
 
 def loaded_module(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModel:
-    """Return a model in memory as commands have it that loaded it from a folder, ready to run where it is.
-
-    Raises:
-        KeyreduceError: it is not of the DeltaNet family.
-    """
+    """Return a model in memory as commands have it that loaded it from a folder, ready to run where it is."""
     family = family_of(model.config.to_dict())
     prepare_backend(model.device)
     return LoadedModel(model, tokenizer, family, Path(model.name_or_path or type(model).__name__))
@@ -59,10 +55,7 @@ def loaded_module(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
 def rebuilt(model: PreTrainedModel, config: Mapping, tensors: Mapping[str, torch.Tensor]) -> PreTrainedModel:
     """Return a new model of the same class, on the same device, each parameter in the dtype that it has in ``model``.
 
-    Args:
-        model: the model that it is like.
-        config: the content of its config.json.
-        tensors: name in files -> tensor, all that the class asks for.
+    It is made from the content of its config.json and name in files -> tensor, of all that the class asks for.
 
     Raises:
         KeyreduceError: the class does not load them.

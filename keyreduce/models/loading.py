@@ -32,13 +32,9 @@ class LoadedModel(NamedTuple):
 def prepare_backend(device: torch.device, *, gradients: bool = False) -> None:
     """Make fla's model classes known to transformers, and make them run on ``device``.
 
-    On a CPU that takes our PyTorch backend; on a GPU fla's own kernels are left alone, unless gradients are wanted:
-    its backward kernels refuse some dtypes and some pairs of GPU and Triton, and take minutes to tune themselves.
-    The choice holds until the next model is loaded.
-
-    Args:
-        device: where the models will be.
-        gradients: whether there will be backward passes.
+    On a CPU that takes our PyTorch backend; on a GPU fla's own kernels are left alone, unless there will be backward
+    passes: its backward kernels refuse some dtypes and some pairs of GPU and Triton, and take minutes to tune
+    themselves. The choice holds until the next model is loaded.
 
     Raises:
         KeyreduceError: the installed fla is of a version that the backend does not fit.
@@ -69,9 +65,8 @@ def load_model(
 
     Args:
         folder: a Hugging Face folder, as :func:`keyreduce.checkpoint.find.find_model` returns it.
-        device: where to put the model.
+        device, gradients: see :func:`prepare_backend`.
         dtype: what to compute in; the weights are cast.
-        gradients: whether there will be backward passes (:func:`prepare_backend`).
         placement: what :func:`keyreduce.models.offloading.offloading` gives, where layers are to wait elsewhere.
         with_tokenizer: whether its tokenizer is needed; without, it need not have one.
 

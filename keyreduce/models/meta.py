@@ -44,12 +44,7 @@ def language_model(config: Mapping) -> tuple[type[PreTrainedModel], PretrainedCo
 
 
 def build_model(config: Mapping, device: torch.device = _META, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Return the language model of a config in evaluation mode: without numbers, or with random ones.
-
-    Args:
-        config: the content of config.json.
-        device: where to build it.
-        dtype: of its weights; torch's default if None.
+    """Return the language model of a config in evaluation mode: without numbers, or on a device with random ones.
 
     Raises:
         UnknownArchitecture: see :func:`language_model`.
@@ -69,17 +64,9 @@ def build_model(config: Mapping, device: torch.device = _META, dtype: torch.dtyp
 
 
 def check_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Path) -> PreTrainedModel:
-    """Refuse a checkpoint that transformers would not load whole.
+    """Refuse a checkpoint that transformers would not load whole, and return the model on torch's meta device.
 
-    What a model's class forgives is forgiven, and of tied weights one is enough.
-
-    Args:
-        config: the content of config.json.
-        shapes: tensor name -> shape, of the whole checkpoint.
-        path: what to call it.
-
-    Returns:
-        The model, on torch's meta device.
+    What a model's class forgives is forgiven, and of tied weights one is enough. ``path`` is what to call it.
 
     Raises:
         UnknownArchitecture: nothing can be said of such a model; the checkpoint may be right.
