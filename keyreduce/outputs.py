@@ -44,8 +44,7 @@ class Claim:
 
         A folder is made; a file is left for the block to make.
 
-        Raises:
-            KeyreduceError: ``target`` exists and ``overwrite`` is false, or the disk is full.
+        Raises KeyreduceError if ``target`` exists and ``overwrite`` is false, or the disk is full.
         """
         made = self._made
         with _telling(self.target):
@@ -84,8 +83,7 @@ def claimed(target: Path, *, folder: bool, by_this_process: bool = True) -> Iter
     On a file system without locks nobody is kept out. ``by_this_process`` is false in all processes of torchrun but
     the first, which alone claims and writes.
 
-    Raises:
-        KeyreduceError: another run is writing it, or see :func:`refuse_unwritable`.
+    Raises KeyreduceError if another run is writing it, or see :func:`refuse_unwritable`.
     """
     target = Path(os.path.realpath(target))
     key = threading.get_ident(), target
@@ -163,8 +161,7 @@ def _telling(target: Path) -> Iterator[None]:
 def refuse_existing(target: Path | None, overwrite: bool) -> None:
     """Refuse, before the work, an output that a user named and that exists.
 
-    Raises:
-        KeyreduceError: ``target`` exists and may not be replaced.
+    Raises KeyreduceError if ``target`` exists and may not be replaced.
     """
     if target is not None and os.path.exists(target) and not overwrite:
         raise KeyreduceError(f"{target} exists; pass `overwrite` to replace it, or another output")
@@ -173,9 +170,8 @@ def refuse_existing(target: Path | None, overwrite: bool) -> None:
 def refuse_unwritable(target: Path, *, folder: bool) -> None:
     """Refuse, before the work, an output that could not be written at its end; nothing is left behind.
 
-    Raises:
-        KeyreduceError: ``target`` is a folder where a file is to appear or the other way round, the current folder is
-            in it, or nothing can be made in the nearest parent that exists.
+    Raises KeyreduceError if ``target`` is a folder where a file is to appear or the other way round, the current folder
+    is in it, or nothing can be made in the nearest parent that exists.
     """
     target = Path(os.path.realpath(target))
     # os.path, for which a folder that may not be looked into holds nothing; Path raises there.
@@ -210,11 +206,7 @@ def _indented(value: object, newline: str = "\n") -> str:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object.
-
-    Raises:
-        KeyreduceError: the file is missing, unreadable, not JSON, or not an object.
-    """
+    """Read a JSON object. Raises KeyreduceError if the file is missing, unreadable, not JSON, or not an object."""
     try:
         content = json.loads(Path(path).read_text())
     except FileNotFoundError:
@@ -239,8 +231,7 @@ def is_already_made(target: Path, recorded_inputs: Mapping | None, inputs: Mappi
         inputs: the inputs of this run.
         overwrite: whether the user allowed replacement.
 
-    Raises:
-        KeyreduceError: ``target`` exists, was made from something else, and may not be replaced.
+    Raises KeyreduceError if ``target`` exists, was made from something else, and may not be replaced.
     """
     if overwrite or not os.path.exists(target):
         return False
@@ -257,8 +248,7 @@ def is_already_made(target: Path, recorded_inputs: Mapping | None, inputs: Mappi
 def refuse_source(target: Path, source: Path) -> None:
     """Refuse an output that is, or holds, what it is made from: to replace it would delete the source.
 
-    Raises:
-        KeyreduceError: ``source`` is ``target``, or in it.
+    Raises KeyreduceError if ``source`` is ``target``, or in it.
     """
     if source.resolve().is_relative_to(target.resolve()):
         raise KeyreduceError(f"{target} is, or holds, the model itself; give another output")

@@ -76,9 +76,8 @@ class Processes(NamedTuple):
     def gather(self, work: Callable[[], dict]) -> list[dict]:
         """Do this process's share, and return the JSON object that each process found, in the order of their ranks.
 
-        Raises:
-            KeyreduceError: ``work`` raised it, here or in another process. Only the first process says so: the others
-                end with exit code 2.
+        Raises KeyreduceError if ``work`` raised it, here or in another process. Only the first process says so: the
+        others end with exit code 2.
         """
         if self.number == 1:
             return [work()]
@@ -196,8 +195,7 @@ def run_jobs(
             workers than devices, workers share them. Empty leaves the variable alone.
         progress: called in this thread as each job ends.
 
-    Raises:
-        KeyreduceError: a log cannot be written.
+    Raises KeyreduceError if a log cannot be written.
     """
     workers = max(1, min(workers or len(devices) or 1, len(jobs)))
     free: queue.SimpleQueue[str | None] = queue.SimpleQueue()

@@ -41,8 +41,7 @@ def model_card(record: Record, config: Mapping[str, Any], source_card: str = "")
     Of ``source_card``, the card of what it was made from, the licence in the front matter is kept, and the sections
     about licence and use.
 
-    Raises:
-        KeyreduceError: the record is damaged: it does not say what was removed.
+    Raises KeyreduceError if the record is damaged: it does not say what was removed.
     """
     from huggingface_hub import ModelCardData
 
@@ -83,8 +82,7 @@ def write_record(written: Checkpoint, record: Record, checksums: Mapping[str, st
         checksums: file name -> xxh3_128 of those.
         source_card: the card of what it was made from. Of a conversion, which is the same model, it is the card.
 
-    Raises:
-        KeyreduceError: the record is damaged, or they cannot be written.
+    Raises KeyreduceError if the record is damaged, or they cannot be written.
     """
     record = dataclasses.replace(record, identity=written.identity, checksums=checksums)
     record.write(written.path)
@@ -140,9 +138,9 @@ def _rows(steps: tuple[Entry, ...]) -> Iterator[str]:
     for name, (label, form) in _FIGURES.items():
         if name not in steps[-1]["figures"]:
             continue  # a record of version 0.1 has the state alone
-        is_whole = name in steps[0]["figures"]
-        before = steps[0 if is_whole else -1]["figures"][name][0]
-        yield f"| {label}{'' if is_whole else ' (last step)'} | {form(before)} | {form(steps[-1]['figures'][name][1])} |"
+        first = steps[0] if name in steps[0]["figures"] else steps[-1]
+        rest = "" if first is steps[0] else " (last step)"
+        yield f"| {label}{rest} | {form(first['figures'][name][0])} | {form(steps[-1]['figures'][name][1])} |"
 
 
 def _range(sizes: set[int]) -> str:

@@ -50,11 +50,7 @@ class FileHasher:
 
 
 def checksum(path: Path) -> str:
-    """Return the xxh3_128 of a file, in hex.
-
-    Raises:
-        KeyreduceError: it cannot be read.
-    """
+    """Return the xxh3_128 of a file, in hex. Raises KeyreduceError if it cannot be read."""
     state = xxhash.xxh3_128()
     feed(path, state.update)
     return state.hexdigest()
@@ -63,8 +59,7 @@ def checksum(path: Path) -> str:
 def feed(path: Path, *uses: Callable[[memoryview], object], begin: int = 0, end: int = sys.maxsize) -> None:
     """Call each function with bytes [begin, end) of a file, piece by piece; a piece is overwritten by the next one.
 
-    Raises:
-        KeyreduceError: the file cannot be read.
+    Raises KeyreduceError if the file cannot be read.
     """
     view = memoryview(bytearray(_PIECE_BYTES))
     try:

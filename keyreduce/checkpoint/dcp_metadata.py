@@ -11,11 +11,11 @@ import pathlib
 import pickle
 import pickletools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from keyreduce.checkpoint.source import METADATA_NAME
 from keyreduce.errors import KeyreduceError
@@ -37,11 +37,12 @@ _ADMITTED = {
 
 
 class SavedTensor(NamedTuple):
-    """A tensor of a distributed checkpoint: its key there, its dtype, its full shape."""
+    """A tensor of a distributed checkpoint: its key there, its dtype, its full shape, and the pieces that it is in."""
 
     key: str
     dtype: torch.dtype
     shape: torch.Size
+    chunks: list[ChunkStorageMetadata]
 
 
 class RestrictedReader(FileSystemReader):
@@ -66,8 +67,7 @@ def find_model_tensors(
 
     ``layout`` is ``nested`` or ``flat``; by default nested if any tensor is.
 
-    Raises:
-        KeyreduceError: there are none, or the files that should hold them are missing or too short.
+    Raises KeyreduceError if there are none, or the files that should hold them are missing or too short.
     """
     try:
         paths = {
@@ -138,13 +138,13 @@ def _check_sizes(content: bytes) -> None:
     has room for every place before it.
     """
     for opcode, argument, _ in pickletools.genops(content):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > len(content):
             raise pickle.UnpicklingError("it asks for more memory than its size can need")
 
 
 def _check_tensor(folder: Path, metadata: Metadata, key: str) -> SavedTensor:
     """Describe one tensor, having made sure that its pieces are there and make up the whole."""
-    saved = metadata.state_dict_metadata[key]
+    saved = cast("TensorStorageMetadata", metadata.state_dict_metadata[key])
     dtype, shape = saved.properties.dtype, saved.size
     if not isinstance(dtype, torch.dtype) or not isinstance(shape, torch.Size) or min(shape, default=0) < 0:
         raise TypeError(f"{key!r} is no tensor")
@@ -165,4 +165,4 @@ def _check_tensor(folder: Path, metadata: Metadata, key: str) -> SavedTensor:
     # Where pieces are missing, DCP would leave memory as it was allocated.
     if covered != math.prod(shape):
         raise KeyreduceError(f"{folder} holds {covered} of the {math.prod(shape)} numbers of {key!r}")
-    return SavedTensor(key, dtype, shape)
+    return SavedTensor(key, dtype, shape, saved.chunks)

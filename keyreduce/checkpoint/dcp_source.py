@@ -2,20 +2,21 @@
 
 import collections
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from keyreduce.checkpoint.dcp import in_one_process
+from keyreduce.checkpoint.dcp import in_one_process, tied_output
 from keyreduce.checkpoint.dcp_metadata import RestrictedReader, SavedTensor, find_model_tensors
 from keyreduce.checkpoint.folder import CONFIG_NAME, find_sidecars
 from keyreduce.checkpoint.shards import ByteRange, make_spec
 from keyreduce.checkpoint.source import Checkpoint
-from keyreduce.checkpoint.tied import tied_output
 from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import read_json
 
@@ -37,9 +38,8 @@ class DcpCheckpoint(Checkpoint):
         config: a config.json, or a folder that holds one and the tokenizer; by default ``path`` itself.
         layout: which one to take where a DCP holds both; by default nested.
 
-    Raises:
-        KeyreduceError: there is no config, the DCP is damaged, incomplete or holds no model of that layout, or its
-            output layer is not the embeddings though the config says so.
+    Raises KeyreduceError if there is no config, the DCP is damaged, incomplete or holds no model of that layout, or its
+    output layer is not the embeddings though the config says so.
     """
 
     shards = None
@@ -82,9 +82,9 @@ class DcpCheckpoint(Checkpoint):
         # DCP casts to the dtype of what it loads into, without a word: so that is the dtype that was saved.
         tensor = torch.empty(saved.shape, dtype=saved.dtype)
         # Keys are given as they were saved; flattening would only make each load walk over all of them.
-        planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
+        planner = DefaultLoadPlanner(flatten_state_dict=False)
         with in_one_process(f"cannot read {saved.key!r} of {self.path}, which may be damaged, or hold safetensors"):
-            dcp.load({saved.key: tensor}, storage_reader=self._reader, planner=planner, no_dist=True)
+            load({saved.key: tensor}, storage_reader=self._reader, planner=planner, no_dist=True)
         return tensor
 
     def ranges(self, name: str) -> tuple[ByteRange, ...] | None:
@@ -95,8 +95,7 @@ class DcpCheckpoint(Checkpoint):
     def refuse_other_dtype(self) -> None:
         """Make sure that most numbers have the dtype that the config names, into which a loader would cast them.
 
-        Raises:
-            KeyreduceError: they have another one. Some tensors of a wider dtype are usual, and pass.
+        Raises KeyreduceError if they have another one. Some tensors of a wider dtype are usual, and pass.
         """
         declared = self.config.get("dtype", self.config.get("torch_dtype"))
         dtypes = {name: str(saved.dtype).removeprefix("torch.") for name, saved in self._saved.items()}
@@ -130,9 +129,8 @@ class DcpCheckpoint(Checkpoint):
 
     def _pieces(self, saved: SavedTensor) -> list[tuple[ChunkStorageMetadata, _StorageInfo]]:
         """The pieces of a tensor, each with where it is in the files."""
-        metadata = self._reader.metadata
-        chunks = metadata.state_dict_metadata[saved.key].chunks
-        return [(chunk, metadata.storage_data[MetadataIndex(saved.key, chunk.offsets)]) for chunk in chunks]
+        places = self._reader.metadata.storage_data
+        return [(chunk, places[MetadataIndex(saved.key, chunk.offsets)]) for chunk in saved.chunks]
 
     def _find_ranges(self, saved: SavedTensor) -> tuple[ByteRange, ...] | None:
         """The pieces of a tensor one after another, where each holds whole rows: what FSDP writes."""
@@ -156,7 +154,7 @@ class DcpCheckpoint(Checkpoint):
         try:
             with open(path, "rb") as file:
                 # Loading onto the meta device reads no numbers, and tells where they are.
-                view = _create_file_view(file, info.offset, info.length)
+                view = cast("IO[bytes]", _create_file_view(file, info.offset, info.length))
                 tensor = torch.load(view, map_location="meta", weights_only=True)
                 storage = tensor.untyped_storage()
                 begin = info.offset + storage._checkpoint_offset

@@ -42,8 +42,7 @@ def find_model(name: str | None, *, config: Path | None = None) -> Path:
             a shipped model's name; a name on the hub; or None for the default shipped model.
         config: for a DCP without one: its config.json, or a folder that holds it and the tokenizer.
 
-    Raises:
-        KeyreduceError: there is no such model.
+    Raises KeyreduceError if there is no such model.
     """
     path = _find_folder(name)
     dcp = find_dcp(path)
@@ -53,8 +52,7 @@ def find_model(name: str | None, *, config: Path | None = None) -> Path:
 def open_model(name: str | None, *, config: Path | None = None) -> Checkpoint:
     """Open a model where it is, a DCP too: what :func:`find_model` takes.
 
-    Raises:
-        KeyreduceError: there is no such model, or it is damaged.
+    Raises KeyreduceError if there is no such model, or it is damaged.
     """
     path = _find_folder(name)
     dcp = find_dcp(path)
@@ -86,8 +84,7 @@ def find_checkpoints(base: Path) -> dict[str, str]:
     They are Hugging Face folders, and all steps of a DCP. Hidden folders are passed over: they hold what has not been
     finished. Links are followed.
 
-    Raises:
-        KeyreduceError: there is no such folder, or no checkpoint in it.
+    Raises KeyreduceError if there is no such folder, or no checkpoint in it.
     """
     base = Path(base)
     if not base.is_dir():

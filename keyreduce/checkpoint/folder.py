@@ -54,8 +54,7 @@ class HfCheckpoint(Checkpoint):
 def open_folder(path: Path) -> HfCheckpoint:
     """Open a Hugging Face folder and check config, index and headers against each other.
 
-    Raises:
-        KeyreduceError: there is no such folder, it holds no safetensors checkpoint, or the checkpoint is damaged.
+    Raises KeyreduceError if there is no such folder, it holds no safetensors checkpoint, or the checkpoint is damaged.
     """
     path = Path(path)
     if not path.is_dir():

@@ -15,8 +15,8 @@ def push_to_hub(folder: Path, name: str) -> str:
         folder: the folder, with its model card and its record. The record holds the command lines as they were typed.
         name: ``owner/name``, or a name alone for that of the user who is logged in.
 
-    Raises:
-        KeyreduceError: the hub did not take it: nobody is logged in, the name is not to be had, or there is no network.
+    Raises KeyreduceError if the hub did not take it: nobody is logged in, the name is not to be had, or there is no
+    network.
     """
     from huggingface_hub import HfApi
 

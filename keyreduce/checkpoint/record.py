@@ -24,8 +24,8 @@ Entry = Mapping[str, Any]
 class Record:
     """What is known of a checkpoint beside its weights; a record is changed by making another one.
 
-    An entry of ``steps``, ``repairs`` and ``converted`` has ``inputs`` (equal inputs give an equal result), figures that
-    the command reports and that cannot be had again, and the ``command`` line, if there was one.
+    An entry of ``steps``, ``repairs`` and ``converted`` has ``inputs`` (equal inputs give an equal result), figures
+    that the command reports and that cannot be had again, and the ``command`` line, if there was one.
 
     Attributes:
         schema: the version of this form.
@@ -60,8 +60,7 @@ class Record:
     def read(cls, folder: Path) -> Self:
         """Return the record of a checkpoint folder, an empty one where there is none.
 
-        Raises:
-            KeyreduceError: it is damaged, or a later version of keyreduce wrote it.
+        Raises KeyreduceError if it is damaged, or a later version of keyreduce wrote it.
         """
         path = Path(folder) / RECORD_NAME
         if not path.is_file():
@@ -85,11 +84,7 @@ class Record:
         return cls(**values)
 
     def write(self, folder: Path) -> None:
-        """Write the record into a checkpoint folder.
-
-        Raises:
-            KeyreduceError: it cannot be written.
-        """
+        """Write the record into a checkpoint folder. Raises KeyreduceError if it cannot be written."""
         content = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
         write_json(folder / RECORD_NAME, {name: value for name, value in content.items() if value}, overwrite=True)
 
@@ -140,7 +135,7 @@ class Record:
 
 
 def _migrated(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a record's content in the form of today's schema. Version 0.1 wrote none, nor versions of what computed."""
+    """Return a record's content in the form of today's schema. Version 0.1 wrote neither a schema nor versions."""
     if "schema" in content:
         return content
 

@@ -37,8 +37,7 @@ class EditedTensors:
         dtype: what floating-point tensors are cast to, after their edits; None leaves them. Numbers of 8 bits and
             fewer are quantized, and stay.
 
-    Raises:
-        KeyreduceError: an edited tensor is missing or quantized.
+    Raises KeyreduceError if an edited tensor is missing or quantized.
     """
 
     def __init__(self, source: Checkpoint, edits: Mapping[str, Sequence[Edit]], dtype: torch.dtype | None = None):
@@ -52,16 +51,12 @@ class EditedTensors:
         self.tensors = {name: self._describe(spec) for name, spec in source.tensors.items()}
 
     def fetch(self, name: str) -> torch.Tensor | tuple[ByteRange, ...]:
-        """Return a tensor for writing: the bytes that hold it already, where nothing changes in them; see :meth:`read`."""
+        """Return a tensor as :meth:`read` does, or the bytes that hold it already, where nothing changes in them."""
         ranges = None if self._changes(name) else self._source.ranges(name)
         return self.read(name) if ranges is None else ranges
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor.
-
-        Raises:
-            KeyreduceError: it cannot be read, or holds NaN or inf after its changes.
-        """
+        """Return a tensor. Raises KeyreduceError if it cannot be read, or holds NaN or inf after its changes."""
         tensor = self._source.read(name)
         if not self._changes(name):
             return tensor
@@ -114,9 +109,8 @@ def rewrite(
     Returns:
         File name -> its xxh3_128 in hex, of every shard.
 
-    Raises:
-        KeyreduceError: an edited tensor is missing, quantized, or holds NaN or inf, a file cannot be written, or
-            somebody wrote into the source meanwhile.
+    Raises KeyreduceError if an edited tensor is missing, quantized, or holds NaN or inf, a file cannot be written, or
+    somebody wrote into the source meanwhile.
     """
     edited = EditedTensors(source, edits or {}, dtype)
     if max_shard_size is None and source.shards is not None:

@@ -79,11 +79,7 @@ class ByteRange(NamedTuple):
 
 
 def make_spec(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorSpec:
-    """Describe a torch tensor as a safetensors header does.
-
-    Raises:
-        KeyreduceError: safetensors has no such dtype.
-    """
+    """Describe a torch tensor as a safetensors header does. Raises KeyreduceError if safetensors has no such dtype."""
     if dtype not in _NAMES:
         raise KeyreduceError(f"tensor {name!r} is {dtype}, which safetensors cannot hold; convert it to another dtype")
     shape = tuple(shape)
@@ -96,8 +92,7 @@ def make_spec(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorSpec
 def torch_layout(spec: TensorSpec) -> dict[str, Any]:
     """Return ``dtype`` and ``size`` of a tensor as torch has them: :func:`make_spec` the other way round.
 
-    Raises:
-        KeyreduceError: torch has no such dtype.
+    Raises KeyreduceError if torch has no such dtype.
     """
     if spec.dtype not in TORCH_DTYPES:
         raise KeyreduceError(f"tensor {spec.name!r} is {spec.dtype}, which torch cannot hold")
@@ -108,12 +103,11 @@ def torch_layout(spec: TensorSpec) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> tuple[ShardPlan, dict[str, ByteRange]]:
-    """Return what a safetensors file holds, and tensor name -> its bytes; the header is checked against the file's size.
+    """Return what a safetensors file holds, and tensor name -> its bytes, from a header that fits the file's size.
 
     Whatever the safetensors library refuses is refused here, with the name of the file and of the tensor.
 
-    Raises:
-        KeyreduceError: the file is missing, unreadable or truncated, or its header is not valid.
+    Raises KeyreduceError if the file is missing, unreadable or truncated, or its header is not valid.
     """
     try:
         with open(path, "rb") as file:

@@ -47,16 +47,14 @@ class Checkpoint(ABC):
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor.
 
-        Raises:
-            KeyreduceError: the checkpoint has no such tensor, it cannot be read, or torch has no such dtype.
+        Raises KeyreduceError if the checkpoint has no such tensor, it cannot be read, or torch has no such dtype.
         """
 
     @abstractmethod
     def ranges(self, name: str) -> tuple[ByteRange, ...] | None:
         """Return the bytes of files that, put together, are the tensor's numbers, row by row; None if no bytes are.
 
-        Raises:
-            KeyreduceError: the checkpoint has no such tensor, or what describes it is damaged.
+        Raises KeyreduceError if the checkpoint has no such tensor, or what describes it is damaged.
         """
 
     @property
@@ -97,8 +95,7 @@ class Checkpoint(ABC):
     def refuse_changed(self) -> None:
         """Make sure that nobody wrote into the checkpoint while it was being read.
 
-        Raises:
-            KeyreduceError: a file is not the one that was opened.
+        Raises KeyreduceError if a file is not the one that was opened.
         """
         for path, before in self._stamps.items():
             if _stamp(path) != before:

@@ -20,8 +20,7 @@ SUMS_NAME = "SHA256SUMS"
 def check_finite(source: Checkpoint, *, progress: Callable[[int], None] | None = None) -> None:
     """Read every tensor; ``progress`` is called after each with the number of its bytes.
 
-    Raises:
-        KeyreduceError: a tensor cannot be read, or holds NaN or inf.
+    Raises KeyreduceError if a tensor cannot be read, or holds NaN or inf.
     """
     for name, spec in source.tensors.items():
         tensor = source.read(name)
@@ -46,8 +45,7 @@ def hash_files(source: Checkpoint, record: Record, *, progress: Callable[[int], 
     Returns:
         File name -> SHA-256 in hex, as ``sha256sum`` has it.
 
-    Raises:
-        KeyreduceError: a file cannot be read, a byte of it changed, or it is another one.
+    Raises KeyreduceError if a file cannot be read, a byte of it changed, or it is another one.
     """
     sums = {}
     for path in source.files:
@@ -63,8 +61,7 @@ def hash_files(source: Checkpoint, record: Record, *, progress: Callable[[int], 
 def compare_sums(folder: Path, found: Mapping[str, str]) -> bool:
     """Compare file name -> SHA-256 with the folder's ``SHA256SUMS``; return whether it has one.
 
-    Raises:
-        KeyreduceError: one differs or was not noted, or the file is not what ``sha256sum`` writes.
+    Raises KeyreduceError if one differs or was not noted, or the file is not what ``sha256sum`` writes.
     """
     path = folder / SUMS_NAME
     if not path.is_file():
@@ -82,10 +79,6 @@ def compare_sums(folder: Path, found: Mapping[str, str]) -> bool:
 
 
 def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
-    """Write file name -> SHA-256 into the folder, as ``SHA256SUMS``.
-
-    Raises:
-        KeyreduceError: it cannot be written.
-    """
+    """Write file name -> SHA-256 into the folder, as ``SHA256SUMS``. Raises KeyreduceError if it cannot be written."""
     with appearing(folder / SUMS_NAME, folder=False, overwrite=True) as temporary:
         temporary.write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))

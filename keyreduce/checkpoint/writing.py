@@ -29,8 +29,7 @@ _COPY_BYTES = 1 << 24
 def write_folder_files(target: Path, config: dict, sidecars: Iterable[Path]) -> None:
     """Write config.json into the folder ``target``, and copy the files that belong beside it.
 
-    Raises:
-        KeyreduceError: a file cannot be read or written.
+    Raises KeyreduceError if a file cannot be read or written.
     """
     write_json(target / CONFIG_NAME, config)
     for sidecar in sidecars:
@@ -58,8 +57,7 @@ def write_weights(
     Returns:
         File name -> its xxh3_128 in hex, of every shard.
 
-    Raises:
-        KeyreduceError: a file cannot be written, or reads back otherwise than it was written.
+    Raises KeyreduceError if a file cannot be written, or reads back otherwise than it was written.
     """
     with FileHasher() as hasher:
         for file, plan in shards.items():
@@ -102,8 +100,7 @@ def split_into_shards(tensors: Mapping[str, TensorSpec], max_shard_size: int) ->
 def parse_size(text: str) -> int:
     """Return the bytes that a text such as ``500MB`` or ``5GB`` says, in decimal units, as transformers counts them.
 
-    Raises:
-        KeyreduceError: it is no such text, or less than a byte.
+    Raises KeyreduceError if it is no such text, or less than a byte.
     """
     match = re.fullmatch(r"([0-9]{1,12}) *([KMGT]?)B?", text.strip().upper())
     size = int(match[1]) * 1000 ** " KMGT".index(match[2] or " ") if match else 0
@@ -148,8 +145,7 @@ def write_shard(
                 raise ValueError(f"tensor {spec.name!r} takes {spec.nbytes} bytes, not {size}")
             with writing(path):
                 if is_tensor:
-                    raw = data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                    write_all(file, memoryview(raw))
+                    write_all(file, data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 else:
                     copy_ranges(data, file)
             written(spec, file.tell())

@@ -32,8 +32,7 @@ def family_of(config: Mapping, names: Iterable[str] = ()) -> Family:
 
     ``names`` are the tensors of its checkpoint; the family's path of the mixer is that of the model without them.
 
-    Raises:
-        UnknownArchitecture: it is not one of :data:`FAMILIES`.
+    Raises UnknownArchitecture if it is not one of :data:`FAMILIES`.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:

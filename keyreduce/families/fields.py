@@ -29,9 +29,9 @@ class Field:
 
     def read(self, config: Mapping, layer: int = 0) -> float:
         """Return what ``config`` says of a layer; raise KeyreduceError where it is no positive number."""
-        second = self._second(config)
-        if second is not None:
-            return _positive(f"{self.also[0]}.{self.also[1]}", second[self.also[1]])
+        if second := self._second(config):
+            section, name, content = second
+            return _positive(f"{section}.{name}", content[name])
         value = self._within(config).get(self.name)
         if value is None and isinstance(self.default, Field | Ratio):
             return self.default.read(config, layer)
@@ -40,9 +40,9 @@ class Field:
     def write(self, config: dict, size_of: Mapping[int, int], num_layers: int) -> None:
         """Let ``config`` say a size; ``size_of`` has the same one for all layers. What it nests is copied."""
         size = next(iter(size_of.values()))
-        second = self._second(config)
-        if second is not None:
-            config[self.also[0]] = {**second, self.also[1]: size}
+        if second := self._second(config):
+            section, name, content = second
+            config[section] = {**content, name: size}
             if self.name not in config:
                 return
         if self.section in config:
@@ -56,9 +56,10 @@ class Field:
             raise KeyreduceError(f"config.json: {self.section} is {section!r}, where an object belongs")
         return section
 
-    def _second(self, config: Mapping) -> Mapping | None:
-        section = config.get(self.also[0]) if self.also else None
-        return section if isinstance(section, Mapping) and self.also[1] in section else None
+    def _second(self, config: Mapping) -> tuple[str, str, Mapping] | None:
+        section, name = self.also or ("", "")
+        content = config.get(section)
+        return (section, name, content) if isinstance(content, Mapping) and name in content else None
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class LayerTypes:
     listed: str | None = None
 
     def mixer_layers(self, config: Mapping, count: int) -> list[int]:
-        """Return the layers with a mixer; raise KeyreduceError where the config does not say it for ``count`` layers."""
+        """Return the layers with a mixer, of ``count``; raise KeyreduceError where the config does not say them."""
         config = config.get(self.section, config) if self.section else config
         kinds = config.get("layer_types")
         if kinds is None:

@@ -34,8 +34,7 @@ def expected_tensors(config: Mapping, names: Iterable[str] = ()) -> dict[str, Mi
     ``names``, the tensors of the checkpoint, say under which path its mixers are, and which it has of those that no
     config asks for.
 
-    Raises:
-        KeyreduceError: the config is of no known family, or does not say the sizes.
+    Raises KeyreduceError if the config is of no known family, or does not say the sizes.
     """
     names = set(names)
     family, found = family_of(config, names), {}

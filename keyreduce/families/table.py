@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from keyreduce.errors import KeyreduceError
-from keyreduce.families.axes import Axis, Part
+from keyreduce.families.axes import Axis, Part, length_of
 from keyreduce.families.fields import Field, LayerTypes, Ratio, SoftmaxList
 
 
@@ -94,8 +94,7 @@ class Family:
     def sizes(self, config: Mapping, layer: int = 0) -> MixerSizes:
         """Read the sizes of one layer's mixer from a config; only where a field is a list do layers differ.
 
-        Raises:
-            KeyreduceError: a field is missing, or a size is not a positive whole number, or heads do not divide.
+        Raises KeyreduceError if a field is missing, or a size is not a positive whole number, or heads do not divide.
         """
         values = {}
         for name in MixerSizes._fields:
@@ -117,8 +116,7 @@ class Family:
     def resized(self, config: Mapping, sizes: Mapping[int, MixerSizes]) -> dict:
         """Return a copy of ``config`` that says the sizes of these layers; fields that say them already stay.
 
-        Raises:
-            KeyreduceError: a config of this family cannot say them.
+        Raises KeyreduceError if a config of this family cannot say them.
         """
         changed = dict(config)
         for name in MixerSizes._fields:
@@ -191,7 +189,7 @@ class Family:
         """
         pieces = self.joined_with(name)
         found = [(*shapes.get(self.tensor_name(layer, piece), ()), 0)[0] for piece in pieces]
-        return found, [lengths[self.tensors[piece][0]] for piece in pieces]
+        return found, [length_of(self.tensors[piece][0], lengths) for piece in pieces]
 
     def state_bytes(self, config: Mapping) -> int:
         """Return the bytes of recurrent state that one sequence holds in all layers, in float32."""

@@ -18,8 +18,7 @@ from keyreduce.models.meta import check_source
 def file_tensors(model: PreTrainedModel, source: Checkpoint) -> dict[str, torch.Tensor]:
     """Return name in the checkpoint -> tensor of a model that was loaded from it, and perhaps trained since.
 
-    Raises:
-        KeyreduceError: the checkpoint has something of the model otherwise than transformers would save it.
+    Raises KeyreduceError if the checkpoint has something of the model otherwise than transformers would save it.
     """
     parameters = dict(model.named_parameters())
     mixers = below_mixers(model.config.to_dict(), parameters)
@@ -61,7 +60,7 @@ def changed_tensors(model: PreTrainedModel, source: Checkpoint, *, whole: bool) 
 
 
 @torch.no_grad()
-def mixer_tensors(model: torch.nn.Module, source: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+def mixer_tensors(model: PreTrainedModel, source: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield name in the checkpoint and tensor of the model, for all mixers; what it does not have is left out."""
     family = family_of(model.config.to_dict())
     rows_before: dict[str, int] = {}

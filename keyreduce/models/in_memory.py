@@ -57,14 +57,13 @@ def rebuilt(model: PreTrainedModel, config: Mapping, tensors: Mapping[str, torch
 
     It is made from the content of its config.json and name in files -> tensor, of all that the class asks for.
 
-    Raises:
-        KeyreduceError: the class does not load them.
+    Raises KeyreduceError if the class does not load them.
     """
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     # Some parameters may be wider than the others, and no bit of theirs may be lost on the way.
     widest = reduce(torch.promote_types, dtypes.values(), torch.float32)
     with silenced():
-        new, report = type(model).from_pretrained(
+        new, report = type(model).from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  (a pair, as asked for)
             None,
             config=type(model.config).from_dict(dict(config)),
             state_dict=dict(tensors),

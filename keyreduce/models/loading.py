@@ -36,8 +36,7 @@ def prepare_backend(device: torch.device, *, gradients: bool = False) -> None:
     passes: its backward kernels refuse some dtypes and some pairs of GPU and Triton, and take minutes to tune
     themselves. The choice holds until the next model is loaded.
 
-    Raises:
-        KeyreduceError: the installed fla is of a version that the backend does not fit.
+    Raises KeyreduceError if the installed fla is of a version that the backend does not fit.
     """
     import fla_torch
 
@@ -70,9 +69,8 @@ def load_model(
         placement: what :func:`keyreduce.models.offloading.offloading` gives, where layers are to wait elsewhere.
         with_tokenizer: whether its tokenizer is needed; without, it need not have one.
 
-    Raises:
-        KeyreduceError: no DeltaNet-family checkpoint is there, it does not load, weights are missing, one is NaN or
-            inf, or it has no tokenizer where one is needed.
+    Raises KeyreduceError if no DeltaNet-family checkpoint is there, it does not load, weights are missing, one is NaN
+    or inf, or it has no tokenizer where one is needed.
     """
     config = open_folder(folder).config
     family = family_of(config)
@@ -82,7 +80,7 @@ def load_model(
         warn_of_wrong_results(family, config, device)
     try:
         with silenced():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  (a pair)
                 folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **(placement or {})
             )
             model = (model if placement else model.to(device)).eval()

@@ -6,6 +6,7 @@ files alone, :mod:`keyreduce.families.mixer_tensors` says which tensors a mixer 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import fla_torch  # before fla, which warns where there is no GPU: this silences it
 import torch
@@ -27,8 +28,7 @@ _META = torch.device("meta")
 def language_model(config: Mapping) -> tuple[type[PreTrainedModel], PretrainedConfig]:
     """Return the class of a config's language model and its config; of a larger model they are those of a part.
 
-    Raises:
-        UnknownArchitecture: transformers has no such class, with fla's and keyreduce's own registered.
+    Raises UnknownArchitecture if transformers has no such class, with fla's and keyreduce's own registered.
     """
     if not fla_torch.is_enabled():
         # fla builds no layer of softmax attention where flash-attn is not installed; our backend stands in for it.
@@ -39,8 +39,10 @@ def language_model(config: Mapping) -> tuple[type[PreTrainedModel], PretrainedCo
     theirs = AutoConfig.for_model(**config)
     if type(theirs) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnknownArchitecture(f"transformers has no language model of model_type {model_type!r}")
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(theirs)]
-    return model_class, theirs if isinstance(theirs, model_class.config_class) else theirs.get_text_config()
+    model_class = cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[type(theirs)])
+    return model_class, theirs if isinstance(
+        theirs, model_class.config_class or PretrainedConfig
+    ) else theirs.get_text_config()
 
 
 def build_model(config: Mapping, device: torch.device = _META, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -55,7 +57,7 @@ def build_model(config: Mapping, device: torch.device = _META, dtype: torch.dtyp
         with silenced():
             model_class, theirs = language_model(config)
             with device:
-                return model_class._from_config(theirs, dtype=dtype).to(device).eval()
+                return torch.nn.Module.to(model_class._from_config(theirs, dtype=dtype), device).eval()
     except (KeyreduceError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -82,9 +84,8 @@ def check_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Pa
     except KeyreduceError as error:
         raise KeyreduceError(f"{path}: {error}") from None
     # What from_pretrained does with `device_map="meta"`, for which it would take accelerate.
-    settings = LoadStateDictConfig(
-        device_map={"": "meta"}, ignore_mismatched_sizes=True, weight_mapping=get_model_conversion_mapping(model)
-    )
+    mapping: Any = get_model_conversion_mapping(model)
+    settings = LoadStateDictConfig(device_map={"": "meta"}, ignore_mismatched_sizes=True, weight_mapping=mapping)
     tensors = {name: torch.empty(tuple(shape), device=_META) for name, shape in shapes.items()}
     try:
         with silenced():

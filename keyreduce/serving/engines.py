@@ -83,8 +83,7 @@ def check_engine(
 
     ``before`` and ``after`` are layer -> its sizes before and after the cut.
 
-    Raises:
-        KeyreduceError: the engine does not know the architecture, or does not run the sizes.
+    Raises KeyreduceError if the engine does not know the architecture, or does not run the sizes.
     """
     if family.shipped_by == "keyreduce":
         raise KeyreduceError(f"`engine` {name}: it does not know {family.model_type}, which keyreduce alone ships")

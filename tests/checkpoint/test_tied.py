@@ -11,11 +11,10 @@ import torch.distributed.checkpoint as dcp
 from tiny_models import build, save, tensors_of
 from transformers import AutoModelForCausalLM
 
-from keyreduce.checkpoint.dcp import write_dcp
+from keyreduce.checkpoint.dcp import tied_output, write_dcp
 from keyreduce.checkpoint.dcp_source import DcpCheckpoint
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.rewrite import rewrite
-from keyreduce.checkpoint.tied import tied_output
 from keyreduce.errors import KeyreduceError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -1,6 +1,7 @@
 """DeltaNet2 as a model of transformers: fla's DeltaNet model with the mixer of ``mixer_delta_net_2.py`` in it."""
 
 from copy import copy
+from typing import ClassVar
 
 from fla.layers.delta_net import DeltaNet
 from fla.models.delta_net.modeling_delta_net import DeltaNetBlock
@@ -47,15 +48,14 @@ class DeltaNet2PreTrainedModel(FLAPreTrainedModel):
     config_class = DeltaNet2Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DeltaNet2Block"]
+    _no_split_modules: ClassVar = ["DeltaNet2Block"]
     _supports_cache_class = True
 
 
 class DeltaNet2Model(DeltaNet2PreTrainedModel, FLAModel):
     """Embeddings, blocks and the last norm.
 
-    Raises:
-        ValueError: the config asks for what cannot be, see :class:`DeltaNet2Config`.
+    Raises ValueError if the config asks for what cannot be, see :class:`DeltaNet2Config`.
     """
 
     def __init__(self, config: DeltaNet2Config) -> None:
@@ -71,7 +71,7 @@ class DeltaNet2Model(DeltaNet2PreTrainedModel, FLAModel):
         if self.use_attnres:
             self.res_proj = nn.Linear(config.hidden_size, 1, bias=False)
             self.res_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-            self.res_proj._is_attnres_proj = True
+            setattr(self.res_proj, "_is_attnres_proj", True)  # noqa: B010  (a Module's types know only tensors)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -79,7 +79,7 @@ class DeltaNet2Model(DeltaNet2PreTrainedModel, FLAModel):
 class DeltaNet2ForCausalLM(DeltaNet2PreTrainedModel, FLAForCausalLM, FLAUnsupportedCacheGenerationMixin):
     """:class:`DeltaNet2Model` and the projection to logits, tied to the embeddings where the config says so."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embeddings.weight"}
 
     def __init__(self, config: DeltaNet2Config) -> None:
         super().__init__(config)
