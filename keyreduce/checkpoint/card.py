@@ -22,12 +22,8 @@ _KEPT_HEADING = re.compile(r"licen[cs]|\busages?\b|\buses?\b|\busing\b|\bterms\b
 # An absolute path, alone or within a text; not the slash of owner/name, of a relative path or of a web address.
 _PATH = re.compile(r"(?<![\w:/.~-])(?:file://|~|[A-Za-z]:)?[\\/][^\s,;'\"]*[^\s,;'\"\\/][\\/]*")
 _MARK = "<!-- What follows is from the card of the model that this one was made from. -->"
-_LABELS = {
-    "key_heads": "key heads",
-    "value_heads": "value heads",
-    "head_k_dim": "key channels a head",
-    "head_v_dim": "value channels a head",
-}
+_LABELS = {"key_heads": "key heads", "value_heads": "value heads"}
+_LABELS |= {"head_k_dim": "key channels a head", "head_v_dim": "value channels a head"}
 _FIGURES = {
     "state_bytes_per_sequence": ("state per sequence, float32", lambda size: f"{size / 2**20:,.2f} MiB"),
     "mixer_parameters": ("mixer parameters", "{:,}".format),
@@ -110,13 +106,12 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
 
 def _body(record: Record, config: Mapping[str, Any]) -> list[str]:
     dense = _without_paths(record.dense or "a model that has no name")
-    name = re.split(r"[\\/]", dense.rstrip("\\/"))[-1]
-    number = len(record.steps)
+    name, number = _last_part(dense), len(record.steps)
     recovery = ["## Recovery", "\n".join(line for one in record.repairs for line in _recovery(one))]
+    version = _plain(record.versions.get("keyreduce", ""))
     return [
         f"# {_plain(name)}, pruned",
-        f"Made from {_code(dense)} with keyreduce {_plain(record.versions.get('keyreduce', ''))}, in "
-        f"{number} step{'s' if number > 1 else ''}.",
+        f"Made from {_code(dense)} with keyreduce {version}, in {number} step{'s' if number > 1 else ''}.",
         "## What was removed",
         "\n".join(["| | before | after |", "|---|---|---|", *_rows(record.steps)]),
         "## How",

@@ -32,6 +32,7 @@ class Checkpoint(ABC):
         path: its folder.
         config: the content of config.json.
         tensors: tensor name -> name, dtype and shape, in the order in which reading is cheapest.
+        files: the files that hold the tensors.
         shards: how the tensors lie in safetensors files, by file name; None where they lie in files of another kind.
     """
 
@@ -41,7 +42,8 @@ class Checkpoint(ABC):
     shards: Mapping[str, ShardPlan] | None
 
     def __init__(self, files: Iterable[Path]):
-        self._stamps = {path: _stamp(path) for path in files}
+        self.files = tuple(files)
+        self._stamps = {path: _stamp(path) for path in self.files}
 
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:
@@ -61,11 +63,6 @@ class Checkpoint(ABC):
     @abstractmethod
     def sidecars(self) -> tuple[Path, ...]:
         """The files that a copy of this model should have too: tokenizer, generation config, and the like."""
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files that hold the tensors."""
-        return tuple(self._stamps)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,6 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 import keyreduce.models.delta_net_2  # noqa: F401  (registers itself, and fla's models)
-from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError, UnknownArchitecture, reason
 from keyreduce.families.mixer_tensors import refuse_faults, refuse_more_layers
@@ -40,9 +39,8 @@ def language_model(config: Mapping) -> tuple[type[PreTrainedModel], PretrainedCo
     if type(theirs) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnknownArchitecture(f"transformers has no language model of model_type {model_type!r}")
     model_class = cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[type(theirs)])
-    return model_class, theirs if isinstance(
-        theirs, model_class.config_class or PretrainedConfig
-    ) else theirs.get_text_config()
+    is_whole = isinstance(theirs, model_class.config_class or PretrainedConfig)
+    return model_class, theirs if is_whole else theirs.get_text_config()
 
 
 def build_model(config: Mapping, device: torch.device = _META, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -57,7 +55,8 @@ def build_model(config: Mapping, device: torch.device = _META, dtype: torch.dtyp
         with silenced():
             model_class, theirs = language_model(config)
             with device:
-                return torch.nn.Module.to(model_class._from_config(theirs, dtype=dtype), device).eval()
+                model = model_class._from_config(theirs, dtype=dtype)
+                return model.to(device=device).eval()  # pyright: ignore[reportCallIssue]  (of a decorator)
     except (KeyreduceError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -107,8 +106,3 @@ def check_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Pa
 def check_source(source: Checkpoint) -> PreTrainedModel:
     """Refuse an open checkpoint that transformers would not load whole; see :func:`check_loading`."""
     return check_loading(source.config, source.shapes, source.path)
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a Hugging Face folder that transformers would not load whole; see :func:`check_loading`."""
-    check_source(open_folder(folder))

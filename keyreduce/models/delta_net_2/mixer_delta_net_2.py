@@ -111,11 +111,14 @@ class SharedShortConvolution(nn.Module):
         if is_step and (cu_seqlens is None or bool((cu_seqlens.diff() == 1).all())):
             if cache is None:
                 cache = x.new_zeros(N, D, kernel_DW.shape[1])
-            y_BTD, cache = causal_conv1d_update(  # pyright: ignore[reportCallIssue]  (of decorators)
-                x=x, cache=cache, weight=kernel_DW, activation=activation
+            y_BTD, cache = causal_conv1d_update(
+                x=x,
+                cache=cache,
+                weight=kernel_DW,
+                activation=activation,  # pyright: ignore[reportCallIssue]  (decorators)
             )
             return y_BTD, cache if output_final_state else None
-        return causal_conv1d(  # pyright: ignore[reportCallIssue, reportReturnType]  (of decorators)
+        return causal_conv1d(  # pyright: ignore[reportCallIssue, reportReturnType]  (decorators)
             x=x,
             weight=kernel_DW,
             initial_state=cache,
