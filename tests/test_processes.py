@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from keyreduce import processes
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.perplexity import Perplexity
 from keyreduce.processes import Job, Processes, gpus, last_line, run_jobs
@@ -98,7 +97,7 @@ def test_more_workers_than_devices_share_them(tmp_path):
 
 
 def test_the_cores_are_shared_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "_cores", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     three = [job(tmp_path, str(n), _REPORT) for n in range(3)]

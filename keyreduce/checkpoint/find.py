@@ -15,18 +15,8 @@ SHIPPED = Path(__file__).parents[1] / "models" / "shipped"
 DEFAULT_MODEL = "delta-net-5m"
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_HUB_FILES = [
-    "*.json",
-    "*.safetensors",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "*.tiktoken",
-    "*.py",
-    "README.md",
-    "LICENSE*",
-    "NOTICE*",
-]
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
+_HUB_FILES += ["README.md", "LICENSE*", "NOTICE*"]
 
 
 def shipped_models() -> list[str]:
