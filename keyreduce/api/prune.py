@@ -286,6 +286,7 @@ def _write(
     request: PruneRequest, source: "Checkpoint", plan: "Plan", folder: Path, device: Any, reporter: Reporter
 ) -> None:
     from keyreduce.checkpoint.find import model_name
+    from keyreduce.checkpoint.folder import open_folder
     from keyreduce.checkpoint.memory import freed_tensors_returned
     from keyreduce.devices import dtype_named
     from keyreduce.processes import command_line
@@ -298,9 +299,9 @@ def _write(
 
             check_logits(source, made, plan, device=device, seed=request.seed)
         elif request.verify == "load":
-            from keyreduce.models.meta import check_folder
+            from keyreduce.models.meta import check_source
 
-            check_folder(made)
+            check_source(open_folder(made))
 
     files = request.file_settings
     if request.dtype:
@@ -311,29 +312,7 @@ def _write(
         write_pruned(source, plan, folder, **named, **files, verify=verify, overwrite=overwrite, progress=progress)
 
 
-def _verification(request: PruneRequest, source: "Checkpoint", plan: "Plan", device: Any) -> Callable | None:
-    """Return what looks at the finished checkpoint before it appears."""
-    if request.verify is None:
-        return None
-    if request.verify == "logits":
-        from keyreduce.pruning.masked import check_logits  # with transformers and fla, which take seconds to import
-
-        return lambda made: check_logits(source, made, plan, device=device, seed=request.seed)
-    from keyreduce.checkpoint.folder import open_folder
-    from keyreduce.models.meta import check_source
-
-    return lambda made: check_source(open_folder(made))
-
-
-def _recover(request: PruneRequest, cut: Path, target: Path, reporter: Reporter) -> None:
-    from keyreduce.api import recover
-
-    shared = ("text", "dataset", "dataset_config", "split", "seed", "device", "overwrite")
-    given = {name: getattr(request, name) for name in shared}
-    recover.run(recover.RecoverRequest(mode=request.recover, compressed=str(cut), output=target, **given), reporter)
-
-
-def _result(source: "Checkpoint", folder: Path, *, made: bool) -> PruneResult:
+def _result(source: "Checkpoint", folder: Path, made: bool, pushed: str | None) -> PruneResult:
     """Return the result, from the checkpoint that was pruned, the one that is there, and its record."""
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.checkpoint.record import Record

@@ -41,7 +41,8 @@ def on_hopper(monkeypatch):
 @pytest.mark.parametrize("channels", [(24, 128), (16, 128), (32, 64), (32, 128), (64, 32)])
 def test_a_small_side_and_a_large_one_are_suspected(on_hopper, caplog, channels):
     family, config = FAMILIES["delta_net"], delta_net(*channels)
-    with pytest.raises(KeyreduceError, match=rf"gradients .* of heads of {channels[0]} x {channels[1]} channels may be"):
+    told = rf"gradients .* of heads of {channels[0]} x {channels[1]} channels may be"
+    with pytest.raises(KeyreduceError, match=told):
         refuse_wrong_gradients(family, config, GPU)
     warn_of_wrong_results(family, config, GPU)
     (record,) = caplog.records
