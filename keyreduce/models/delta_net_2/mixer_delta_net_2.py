@@ -16,7 +16,9 @@ G kernels (one for each head, or one for all), W taps.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 from fla.layers.delta_net import DeltaNet
@@ -111,12 +113,9 @@ class SharedShortConvolution(nn.Module):
         if is_step and (cu_seqlens is None or bool((cu_seqlens.diff() == 1).all())):
             if cache is None:
                 cache = x.new_zeros(N, D, kernel_DW.shape[1])
-            y_BTD, cache = causal_conv1d_update(
-                x=x,
-                cache=cache,
-                weight=kernel_DW,
-                activation=activation,  # pyright: ignore[reportCallIssue]  (decorators)
-            )
+            # Its decorators hide its signature.
+            update = cast("Callable[..., tuple[torch.Tensor, torch.Tensor]]", causal_conv1d_update)
+            y_BTD, cache = update(x=x, cache=cache, weight=kernel_DW, activation=activation)
             return y_BTD, cache if output_final_state else None
         return causal_conv1d(  # pyright: ignore[reportCallIssue, reportReturnType]  (decorators)
             x=x,
