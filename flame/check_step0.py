@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from keyreduce.checkpoint.dcp_source import open_dcp
+from keyreduce.checkpoint.dcp_source import DcpCheckpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.models.loading import prepare_backend
 
@@ -80,7 +80,7 @@ def load(model: torch.nn.Module, folder: Path) -> str:
 
 def differing(model: torch.nn.Module, step: Path) -> list[str]:
     """Return the tensors of the model that are not those of the files."""
-    source, state = open_dcp(step), model.state_dict()
+    source, state = DcpCheckpoint(step), model.state_dict()
     wrong = [name for name in source.tensors if name not in state]
     return wrong + [
         name for name in source.tensors if name in state and not state[name].equal(source.read(name).float())

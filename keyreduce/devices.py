@@ -13,8 +13,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def pick_device(device: str | None) -> torch.device:
     """Return the device to compute on: the one named, else a GPU where there is one, else the CPU.
 
-    Raises:
-        KeyreduceError: no such device here.
+    It raises KeyreduceError where there is no such device.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,22 +26,14 @@ def pick_device(device: str | None) -> torch.device:
 
 
 def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in: the one named, else bfloat16 on a GPU and float32 on a CPU.
-
-    Raises:
-        KeyreduceError: no such dtype.
-    """
+    """Return the dtype to compute in: the one named, else bfloat16 on a GPU and float32 on a CPU."""
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return dtype_named(dtype)
 
 
 def dtype_named(dtype: str) -> torch.dtype:
-    """Return the dtype of that name.
-
-    Raises:
-        KeyreduceError: no such dtype.
-    """
+    """Return the dtype of that name; raise KeyreduceError where there is none."""
     if dtype not in DTYPES:
         raise KeyreduceError(f"dtype {dtype!r} is unknown; take one of {', '.join(DTYPES)}")
     return DTYPES[dtype]

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
@@ -29,13 +28,10 @@ _held: dict[tuple[int, Path], "Claim"] = {}
 
 @dataclass(frozen=True)
 class Claim:
-    """An output that nobody else writes now.
+    """An output, by its real path, that nobody else writes now.
 
-    Attributes:
-        target: the file or folder, by its real path.
-        folder: whether it is a folder.
-        scratch: a hidden folder beside it for intermediate files. It is there for as long as the claim, in the process
-            that writes.
+    ``scratch`` is a hidden folder beside it for intermediate files. It is there for as long as the claim, in the
+    process that writes.
     """
 
     target: Path
@@ -48,10 +44,9 @@ class Claim:
 
         A folder is made; a file is left for the block to make.
 
-        Raises:
-            KeyreduceError: ``target`` exists and ``overwrite`` is false, or the disk is full.
+        Raises KeyreduceError if ``target`` exists and ``overwrite`` is false, or the disk is full.
         """
-        made = self._place / self.target.name
+        made = self._made
         with _telling(self.target):
             refuse_existing(self.target, overwrite)
             if self.folder:
@@ -66,12 +61,13 @@ class Claim:
             made.replace(self.target)
 
     @property
-    def _place(self) -> Path:
-        return self.scratch / ".made"  # apart from the intermediate files, which may have any name
+    def _made(self) -> Path:
+        """Where the output is made: apart from the intermediate files, which may have any name."""
+        return self.scratch / ".made" / self.target.name
 
     @property
     def _aside(self) -> Path:
-        return self._place / f"{self.target.name}.old"
+        return self._made.with_name(f"{self.target.name}.old")
 
     def _clear(self) -> None:
         """Remove ``scratch``, after undoing a replacement that was interrupted between its two renames."""
@@ -84,15 +80,10 @@ class Claim:
 def claimed(target: Path, *, folder: bool, by_this_process: bool = True) -> Iterator[Claim]:
     """Keep others from writing ``target`` while the block runs; within a claim of the same thread it is that claim.
 
-    On a file system without locks nobody is kept out.
+    On a file system without locks nobody is kept out. ``by_this_process`` is false in all processes of torchrun but
+    the first, which alone claims and writes.
 
-    Args:
-        target: the file or folder that is to be made.
-        folder: which of the two.
-        by_this_process: false in all processes of torchrun but the first, which alone claims and writes.
-
-    Raises:
-        KeyreduceError: another run is writing it, or see :func:`refuse_unwritable`.
+    Raises KeyreduceError if another run is writing it, or see :func:`refuse_unwritable`.
     """
     target = Path(os.path.realpath(target))
     key = threading.get_ident(), target
@@ -110,7 +101,7 @@ def claimed(target: Path, *, folder: bool, by_this_process: bool = True) -> Iter
             try:
                 with _telling(target):
                     claim._clear()
-                    claim._place.mkdir(parents=True, exist_ok=True)
+                    claim._made.parent.mkdir(parents=True, exist_ok=True)
                 _held[key] = claim
                 yield claim
             finally:
@@ -170,8 +161,7 @@ def _telling(target: Path) -> Iterator[None]:
 def refuse_existing(target: Path | None, overwrite: bool) -> None:
     """Refuse, before the work, an output that a user named and that exists.
 
-    Raises:
-        KeyreduceError: ``target`` exists and may not be replaced.
+    Raises KeyreduceError if ``target`` exists and may not be replaced.
     """
     if target is not None and os.path.exists(target) and not overwrite:
         raise KeyreduceError(f"{target} exists; pass `overwrite` to replace it, or another output")
@@ -180,13 +170,8 @@ def refuse_existing(target: Path | None, overwrite: bool) -> None:
 def refuse_unwritable(target: Path, *, folder: bool) -> None:
     """Refuse, before the work, an output that could not be written at its end; nothing is left behind.
 
-    Args:
-        target: the file or folder that is to appear, or to be replaced.
-        folder: which of the two.
-
-    Raises:
-        KeyreduceError: ``target`` is a folder where a file is to appear or the other way round, the current folder is
-            in it, or nothing can be made in the nearest parent that exists.
+    Raises KeyreduceError if ``target`` is a folder where a file is to appear or the other way round, the current folder
+    is in it, or nothing can be made in the nearest parent that exists.
     """
     target = Path(os.path.realpath(target))
     # os.path, for which a folder that may not be looked into holds nothing; Path raises there.
@@ -202,20 +187,26 @@ def refuse_unwritable(target: Path, *, folder: bool) -> None:
 
 
 def write_json(target: Path, content: dict, *, overwrite: bool = False) -> None:
-    """Write ``content`` as indented JSON; it appears whole or not at all."""
+    """Write ``content`` as indented JSON, a list of numbers on one line; it appears whole or not at all."""
     with appearing(target, folder=False, overwrite=overwrite) as temporary:
-        text = json.dumps(content, indent=2)
-        # A list of numbers, such as the channels that a head keeps, goes on one line.
-        text = re.sub(r"\[[\s\d.,-]+\]", lambda numbers: f"[{' '.join(numbers[0][1:-1].split())}]", text)
-        temporary.write_text(text + "\n")
+        temporary.write_text(_indented(content) + "\n")
+
+
+def _indented(value: object, newline: str = "\n") -> str:
+    """Return indented JSON; json's own encoder in C, which does not indent, takes the numbers."""
+    inner = f"{newline}  "
+    if isinstance(value, dict) and value:
+        # Keys may be numbers, which JSON has as strings.
+        named = ((key if isinstance(key, str) else json.dumps(key), one) for key, one in value.items())
+        items = (f"{json.dumps(name)}: {_indented(one, inner)}" for name, one in named)
+        return f"{{{inner}{f',{inner}'.join(items)}{newline}}}"
+    if isinstance(value, list | tuple) and not {*map(type, value)} <= {int, float}:
+        return f"[{inner}{f',{inner}'.join(_indented(one, inner) for one in value)}{newline}]"
+    return json.dumps(value)
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object.
-
-    Raises:
-        KeyreduceError: the file is missing, unreadable, not JSON, or not an object.
-    """
+    """Read a JSON object. Raises KeyreduceError if the file is missing, unreadable, not JSON, or not an object."""
     try:
         content = json.loads(Path(path).read_text())
     except FileNotFoundError:
@@ -232,7 +223,7 @@ def read_json(path: Path) -> dict:
 
 
 def is_already_made(target: Path, recorded_inputs: Mapping | None, inputs: Mapping, overwrite: bool) -> bool:
-    """Decide what an existing output means.
+    """Return whether ``target`` was made from these very inputs; false where it is absent or may be replaced.
 
     Args:
         target: where a command would write.
@@ -240,12 +231,7 @@ def is_already_made(target: Path, recorded_inputs: Mapping | None, inputs: Mappi
         inputs: the inputs of this run.
         overwrite: whether the user allowed replacement.
 
-    Returns:
-        True when ``target`` was made from these very inputs, so that there is nothing to do.
-        False when it is absent or may be replaced.
-
-    Raises:
-        KeyreduceError: ``target`` exists, was made from something else, and may not be replaced.
+    Raises KeyreduceError if ``target`` exists, was made from something else, and may not be replaced.
     """
     if overwrite or not os.path.exists(target):
         return False
@@ -262,8 +248,7 @@ def is_already_made(target: Path, recorded_inputs: Mapping | None, inputs: Mappi
 def refuse_source(target: Path, source: Path) -> None:
     """Refuse an output that is, or holds, what it is made from: to replace it would delete the source.
 
-    Raises:
-        KeyreduceError: ``source`` is ``target``, or in it.
+    Raises KeyreduceError if ``source`` is ``target``, or in it.
     """
     if source.resolve().is_relative_to(target.resolve()):
         raise KeyreduceError(f"{target} is, or holds, the model itself; give another output")

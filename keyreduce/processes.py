@@ -47,11 +47,6 @@ def is_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def torchrun_rank() -> int:
-    """Return the number of this process among those of ``torchrun``; 0 where it is alone."""
-    return int(os.environ["RANK"]) if is_torchrun() else 0
-
-
 class Processes(NamedTuple):
     """Which process this is, of how many; and its number on this machine, which is that of its GPU."""
 
@@ -79,14 +74,10 @@ class Processes(NamedTuple):
         return islice(items, self.rank, None, self.number)
 
     def gather(self, work: Callable[[], dict]) -> list[dict]:
-        """Do this process's share, and return what each process found, in the order of their ranks.
+        """Do this process's share, and return the JSON object that each process found, in the order of their ranks.
 
-        Args:
-            work: returns a JSON object.
-
-        Raises:
-            KeyreduceError: ``work`` raised it, here or in another process. Only the first process says so: the others
-                end with exit code 2.
+        Raises KeyreduceError if ``work`` raised it, here or in another process. Only the first process says so: the
+        others end with exit code 2.
         """
         if self.number == 1:
             return [work()]
@@ -151,11 +142,8 @@ def _gloo() -> Iterator[Any]:
 class Job:
     """A command to run.
 
-    Attributes:
-        name: what messages call it.
-        argv: the command and its arguments.
-        log: the file that gets its stdout and stderr; it is written anew, and its folder is made.
-        env: environment variables of its own, over those that it inherits and those that :func:`run_jobs` sets.
+    ``log`` gets its stdout and stderr; the file is written anew, and its folder is made. ``env`` is set over what the
+    command inherits and what :func:`run_jobs` sets.
     """
 
     name: str
@@ -169,21 +157,14 @@ class Outcome:
     """How a job ended.
 
     Attributes:
-        job: the job.
         code: its exit code; negative is the signal that ended it, as in ``subprocess``.
-        seconds: how long it ran.
-        message: of a job that failed, why: the last line of its log. Empty for one that did not.
+        message: why it failed: the last line of its log. Empty if it did not fail.
     """
 
     job: Job
     code: int
     seconds: float
     message: str
-
-    @property
-    def ok(self) -> bool:
-        """Whether the job did what it was to do."""
-        return self.code == 0
 
 
 def gpus() -> list[str]:
@@ -202,30 +183,26 @@ def run_jobs(
     devices: Sequence[str] = (),
     progress: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:
-    """Run all jobs, so many at a time, and return how each ended; one that fails does not stop the others.
+    """Run all jobs and return how each ended, in their order; one that fails does not stop the others.
 
-    They start in their order. The cores of this machine are shared out among them by OMP_NUM_THREADS, unless the
+    They start in their order, too. The cores of this machine are shared out among them by OMP_NUM_THREADS, unless the
     environment sets that already. Where this call ends by an exception, such as a KeyboardInterrupt, the jobs that run
     are ended first, with the processes that they have started.
 
     Args:
-        jobs: what to run.
         workers: how many at a time; None is one a device, or one alone where there are no devices.
         devices: what CUDA_VISIBLE_DEVICES may be, one device each; :func:`gpus` lists them. Where there are more
             workers than devices, workers share them. Empty leaves the variable alone.
         progress: called in this thread as each job ends.
 
-    Returns:
-        The outcomes, in the order of the jobs.
-
-    Raises:
-        KeyreduceError: a log cannot be written.
+    Raises KeyreduceError if a log cannot be written.
     """
     workers = max(1, min(workers or len(devices) or 1, len(jobs)))
     free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     for worker in range(workers):
         free.put(devices[worker % len(devices)] if devices else None)
-    inherited = {"OMP_NUM_THREADS": str(max(1, _cores() // workers)), **os.environ, "PYTHONUNBUFFERED": "1"}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    inherited = {"OMP_NUM_THREADS": str(max(1, cores // workers)), **os.environ, "PYTHONUNBUFFERED": "1"}
     is_over = threading.Event()
 
     def run(job: Job) -> Outcome:
@@ -280,10 +257,6 @@ def _run(job: Job, environment: Mapping[str, str], is_over: threading.Event) -> 
     elif code:
         message = last_line(job.log) or f"it ended with exit code {code} and said nothing"
     return Outcome(job, code, time.monotonic() - started, message)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def last_line(log: Path) -> str:

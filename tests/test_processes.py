@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from keyreduce import processes
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.perplexity import Perplexity
-from keyreduce.processes import Job, Processes, gpus, last_line, run_jobs, torchrun_rank
+from keyreduce.processes import Job, Processes, gpus, last_line, run_jobs
 
 REPOSITORY = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("processes_worker.py")
@@ -36,7 +35,7 @@ def test_outcomes_come_in_the_order_of_the_jobs(tmp_path):
         progress=lambda outcome: ended.append(outcome.job.name),
     )
     assert [outcome.job.name for outcome in outcomes] == ["slow", "fast", "last"]
-    assert all(outcome.ok and outcome.message == "" for outcome in outcomes)
+    assert all(outcome.code == 0 and outcome.message == "" for outcome in outcomes)
     assert sorted(ended) == ["fast", "last", "slow"]
     assert outcomes[0].seconds >= 0.5
     assert [outcome.job.log.read_text() for outcome in outcomes] == ["a\n", "b\n", "c\n"]
@@ -53,7 +52,7 @@ def test_a_job_that_fails_is_told_and_the_others_go_on(tmp_path):
         ]
     )
     assert [outcome.code for outcome in outcomes] == [2, 3, 127, -signal.SIGKILL, 0]
-    assert [outcome.ok for outcome in outcomes] == [False, False, False, False, True]
+    assert [outcome.code == 0 for outcome in outcomes] == [False, False, False, False, True]
     assert outcomes[0].message == "no such model"
     assert "exit code 3" in outcomes[1].message
     assert "cannot be run: No such file" in outcomes[2].message
@@ -98,7 +97,7 @@ def test_more_workers_than_devices_share_them(tmp_path):
 
 
 def test_the_cores_are_shared_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "_cores", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     three = [job(tmp_path, str(n), _REPORT) for n in range(3)]
@@ -260,7 +259,7 @@ def test_one_process_alone_is_no_group(monkeypatch):
     alone = Processes.of_torchrun()
     assert alone == (0, 1, 0)
     assert alone.gather(lambda: {"found": 1}) == [{"found": 1}]
-    assert alone.device(None) is None and torchrun_rank() == 0
+    assert alone.device(None) is None and alone.rank == 0
     with alone.adding() as add:
         add(None)
     with pytest.raises(KeyreduceError, match="cheese"):

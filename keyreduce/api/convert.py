@@ -99,7 +99,7 @@ def run(request: ConvertRequest, reporter: Reporter = Reporter()) -> ConvertResu
 def _open(request: ConvertRequest) -> "tuple[Checkpoint, str]":
     """Return the source, and the layout of the DCP that it is or is to become."""
     from keyreduce.api.pair import latest
-    from keyreduce.checkpoint.dcp_source import open_dcp
+    from keyreduce.checkpoint.dcp_source import DcpCheckpoint
     from keyreduce.checkpoint.find import find_dcp, find_model
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.checkpoint.record import Record
@@ -110,7 +110,7 @@ def _open(request: ConvertRequest) -> "tuple[Checkpoint, str]":
         folder = open_folder(find_model(str(path)))
         found = Record.read(folder.path).dcp_layout or "flat"
         return folder, found if request.layout == "auto" else request.layout
-    source = open_dcp(dcp, config=request.config, layout=None if request.layout == "auto" else request.layout)
+    source = DcpCheckpoint(dcp, config=request.config, layout=None if request.layout == "auto" else request.layout)
     if source.left_out and not request.only_model:
         raise KeyreduceError(
             f"{dcp} holds {source.left_out} entries beside the model, which a Hugging Face folder has no place for"
@@ -125,7 +125,7 @@ def _convert(source: "Checkpoint", folder: Path, inputs: dict, reporter: Reporte
     from keyreduce.api.verify import check_tensors
     from keyreduce.checkpoint.card import read_card, write_record
     from keyreduce.checkpoint.dcp import write_dcp
-    from keyreduce.checkpoint.dcp_source import open_dcp
+    from keyreduce.checkpoint.dcp_source import DcpCheckpoint
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.checkpoint.memory import freed_tensors_returned
     from keyreduce.checkpoint.record import Record
@@ -141,6 +141,6 @@ def _convert(source: "Checkpoint", folder: Path, inputs: dict, reporter: Reporte
             is_nested = inputs["layout"] == "nested"
             checksums = write_dcp(source, folder, dtype=dtype, nested=is_nested, progress=progress)
         check_tensors(source, reporter, load=False)
-        written = open_folder(folder) if from_dcp else open_dcp(folder)
+        written = open_folder(folder) if from_dcp else DcpCheckpoint(folder)
         record = Record.read(source.path).with_conversion(inputs, layout=inputs["layout"], command=command_line())
         write_record(written, record, checksums, read_card(source.path))

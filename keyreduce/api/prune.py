@@ -286,6 +286,7 @@ def _write(
     request: PruneRequest, source: "Checkpoint", plan: "Plan", folder: Path, device: Any, reporter: Reporter
 ) -> None:
     from keyreduce.checkpoint.find import model_name
+    from keyreduce.checkpoint.folder import open_folder
     from keyreduce.checkpoint.memory import freed_tensors_returned
     from keyreduce.devices import dtype_named
     from keyreduce.processes import command_line
@@ -298,9 +299,9 @@ def _write(
 
             check_logits(source, made, plan, device=device, seed=request.seed)
         elif request.verify == "load":
-            from keyreduce.models.meta import check_folder
+            from keyreduce.models.meta import check_source
 
-            check_folder(made)
+            check_source(open_folder(made))
 
     files = request.file_settings
     if request.dtype:

@@ -57,7 +57,7 @@ def run(request: VerifyRequest, reporter: Reporter = Reporter()) -> VerifyResult
     from keyreduce.checkpoint.find import open_model
     from keyreduce.checkpoint.memory import freed_tensors_returned
     from keyreduce.checkpoint.record import Record
-    from keyreduce.checkpoint.verify import check_finite, check_sums, compare_sums, hash_files, read_sums, write_sums
+    from keyreduce.checkpoint.verify import check_finite, compare_sums, hash_files, write_sums
 
     found = request.path if request.path is not None else str(latest(request.workspace, "a `path`"))
     with freed_tensors_returned():
@@ -66,15 +66,11 @@ def run(request: VerifyRequest, reporter: Reporter = Reporter()) -> VerifyResult
         if record.identity not in (None, source.identity):
             raise KeyreduceError(f"{source.path} is not what its record describes: it was changed since, or damaged")
         size = sum(os.path.getsize(file) for file in source.files)
-        with reporter.progress("comparing", size, "B") as progress:
-            checksums_compared = check_sums(source, record, progress=progress)
-        noted = None if request.write_sums else read_sums(source.path)
+        with reporter.progress("hashing", size, "B") as progress:
+            sums = hash_files(source, record, progress=progress)
         with reporter.progress("reading", source.nbytes, "B") as progress:
             check_finite(source, progress=progress)
-        with reporter.progress("hashing", size, "B") as progress:
-            sums = hash_files(source, progress=progress)
-        if noted is not None:
-            compare_sums(source.path, sums, noted)
+        sums_compared = not request.write_sums and compare_sums(source.path, sums)
         is_whole = check_tensors(source, reporter, load=request.load)
     source.refuse_changed()
     if request.write_sums:
@@ -85,8 +81,8 @@ def run(request: VerifyRequest, reporter: Reporter = Reporter()) -> VerifyResult
         bytes=source.nbytes,
         is_whole=is_whole,
         is_recorded=record.identity is not None,
-        checksums_compared=checksums_compared,
-        sums_compared=noted is not None,
+        checksums_compared=record.checksums is not None,
+        sums_compared=sums_compared,
         sha256=sums,
     )
 

@@ -7,8 +7,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from keyreduce.calibration.statistics import TAYLOR, LayerStatistics, Statistics
-from keyreduce.checkpoint.shard_writer import ShardWriter
-from keyreduce.checkpoint.shards import make_spec, read_header
+from keyreduce.checkpoint.shards import ShardPlan, make_spec, read_header
+from keyreduce.checkpoint.writing import write_shard
 from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import appearing
 
@@ -23,12 +23,8 @@ def write_statistics(statistics: Statistics, path: Path, *, overwrite: bool = Fa
     layers = statistics.layers.items()
     tensors = {f"layers.{layer}.{name}": one for layer, sums in layers for name, one in sums.tensors().items()}
     specs = [make_spec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-    with (
-        appearing(path, folder=False, overwrite=overwrite) as temporary,
-        ShardWriter(temporary, specs, {_KEY: json.dumps(record)}) as writer,
-    ):
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
+    with appearing(path, folder=False, overwrite=overwrite) as temporary:
+        write_shard(temporary, ShardPlan(specs, {_KEY: json.dumps(record)}), tensors.__getitem__)
 
 
 def read_record(path: Path) -> dict:
@@ -40,7 +36,7 @@ def read_record(path: Path) -> dict:
     if not Path(path).exists():
         raise KeyreduceError(f"there is no calibration file {path}; make it with keyreduce calibrate")
     try:
-        record = json.loads(read_header(path).metadata.get(_KEY, "null"))
+        record = json.loads(read_header(path)[0].metadata.get(_KEY, "null"))
     except json.JSONDecodeError:
         record = None
     if not isinstance(record, dict) or not {"model", "tokens", "inputs"} <= record.keys():

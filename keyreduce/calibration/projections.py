@@ -3,8 +3,7 @@
 import torch
 
 from keyreduce.families import Family, MixerSizes, Part
-from keyreduce.families.axes import parts_of
-from keyreduce.families.layout import place_of
+from keyreduce.families.axes import parts_of, place_of
 
 PROJECTIONS = {"query": Part.QUERY, "key": Part.KEY, "value": Part.VALUE, "output": Part.VALUE}
 """Projection -> its channels, which are the rows of its weight, or the columns for the output projection."""

@@ -1,5 +1,6 @@
 """The model card of a pruned checkpoint, made from its record: what was removed, how, and how to load what is left."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -21,12 +22,8 @@ _KEPT_HEADING = re.compile(r"licen[cs]|\busages?\b|\buses?\b|\busing\b|\bterms\b
 # An absolute path, alone or within a text; not the slash of owner/name, of a relative path or of a web address.
 _PATH = re.compile(r"(?<![\w:/.~-])(?:file://|~|[A-Za-z]:)?[\\/][^\s,;'\"]*[^\s,;'\"\\/][\\/]*")
 _MARK = "<!-- What follows is from the card of the model that this one was made from. -->"
-_LABELS = {
-    "key_heads": "key heads",
-    "value_heads": "value heads",
-    "head_k_dim": "key channels a head",
-    "head_v_dim": "value channels a head",
-}
+_LABELS = {"key_heads": "key heads", "value_heads": "value heads"}
+_LABELS |= {"head_k_dim": "key channels a head", "head_v_dim": "value channels a head"}
 _FIGURES = {
     "state_bytes_per_sequence": ("state per sequence, float32", lambda size: f"{size / 2**20:,.2f} MiB"),
     "mixer_parameters": ("mixer parameters", "{:,}".format),
@@ -35,17 +32,15 @@ _FIGURES = {
 
 
 def model_card(record: Record, config: Mapping[str, Any], source_card: str = "") -> str:
-    """Return the text of the card, in the hub's form. No absolute path of the record is in it.
+    """Return the text of the card of a pruned checkpoint, in the hub's form. No absolute path of the record is in it.
 
-    Args:
-        record: the record of a checkpoint that was pruned.
-        config: its config.
-        source_card: the card of what it was made from; the licence in its front matter, and its sections about licence
-            and use, are kept.
+    Of ``source_card``, the card of what it was made from, the licence in the front matter is kept, and the sections
+    about licence and use.
 
-    Raises:
-        KeyreduceError: the record is damaged: it does not say what was removed.
+    Raises KeyreduceError if the record is damaged: it does not say what was removed.
     """
+    from huggingface_hub import ModelCardData
+
     try:
         body = _body(record, config)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -54,7 +49,15 @@ def model_card(record: Record, config: Mapping[str, Any], source_card: str = "")
             "the dense model"
         ) from error
     front, text = _split(source_card)
-    parts = [f"---\n{_front_matter(record, config, front)}\n---\n", *body, _MARK, *_kept_sections(text)]
+    named = {name: front[name] for name in ("license", "license_name", "license_link", "language") if name in front}
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["keyreduce", "pruned", "linear-attention", _line(config.get("model_type"))],
+        base_model=record.dense if _HUB_NAME.fullmatch(record.dense or "") else None,
+        **named,
+    )
+    parts = [f"---\n{data.to_yaml()}\n---\n", *body, _MARK, *_kept_sections(text)]
     return "\n".join(part.strip("\n") + "\n" for part in parts if part.strip())
 
 
@@ -75,27 +78,17 @@ def write_record(written: Checkpoint, record: Record, checksums: Mapping[str, st
         checksums: file name -> xxh3_128 of those.
         source_card: the card of what it was made from. Of a conversion, which is the same model, it is the card.
 
-    Raises:
-        KeyreduceError: the record is damaged, or they cannot be written.
+    Raises KeyreduceError if the record is damaged, or they cannot be written.
     """
-    record = record.with_files(written.identity, checksums)
+    record = dataclasses.replace(record, identity=written.identity, checksums=checksums)
     record.write(written.path)
-    if record.steps and record.converted is None:
-        write_card(written.path, model_card(record, written.config, source_card))
-    elif source_card:
-        write_card(written.path, source_card)
-
-
-def write_card(folder: Path, card: str) -> None:
-    """Write a card into a checkpoint folder.
-
-    Raises:
-        KeyreduceError: it cannot be written.
-    """
-    try:
-        (folder / CARD_NAME).write_text(card, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise KeyreduceError(f"cannot write to {folder}: {error.strerror}") from error
+    is_pruned = bool(record.steps) and record.converted is None
+    card = model_card(record, written.config, source_card) if is_pruned else source_card
+    if card:
+        try:
+            (written.path / CARD_NAME).write_text(card, encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise KeyreduceError(f"cannot write to {written.path}: {error.strerror}") from error
 
 
 def _split(card: str) -> tuple[dict[str, Any], str]:
@@ -111,33 +104,20 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
     return read.data.to_dict(), read.text
 
 
-def _front_matter(record: Record, config: Mapping[str, Any], source: Mapping[str, Any]) -> str:
-    from huggingface_hub import ModelCardData
-
-    named = {name: source[name] for name in ("license", "license_name", "license_link", "language") if name in source}
-    return ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["keyreduce", "pruned", "linear-attention", _line(config.get("model_type"))],
-        base_model=record.dense if _HUB_NAME.fullmatch(record.dense or "") else None,
-        **named,
-    ).to_yaml()
-
-
 def _body(record: Record, config: Mapping[str, Any]) -> list[str]:
     dense = _without_paths(record.dense or "a model that has no name")
-    name = re.split(r"[\\/]", dense.rstrip("\\/"))[-1]
-    number = len(record.steps)
+    name, number = _last_part(dense), len(record.steps)
+    recovery = ["## Recovery", "\n".join(line for one in record.repairs for line in _recovery(one))]
+    version = _plain(record.versions.get("keyreduce", ""))
     return [
         f"# {_plain(name)}, pruned",
-        f"Made from {_code(dense)} with keyreduce {_plain(record.versions.get('keyreduce', ''))}, in "
-        f"{number} step{'s' if number > 1 else ''}.",
+        f"Made from {_code(dense)} with keyreduce {version}, in {number} step{'s' if number > 1 else ''}.",
         "## What was removed",
         "\n".join(["| | before | after |", "|---|---|---|", *_rows(record.steps)]),
         "## How",
         *("\n".join(_step(step)) for step in record.steps),
         "The channels that stayed, layer by layer and head by head, are in `keyreduce.json`.",
-        *(["## Recovery", "\n".join(line for one in record.repairs for line in _recovery(one))] if record.repairs else ()),
+        *(recovery if record.repairs else ()),
         "## How to load it",
         "\n".join(_loading(config, record.shipped_by)),
         "`keyreduce verify` reads every value and checks it against the record; `keyreduce eval` and "
@@ -147,22 +127,19 @@ def _body(record: Record, config: Mapping[str, Any]) -> list[str]:
 
 def _rows(steps: tuple[Entry, ...]) -> Iterator[str]:
     for size, label in _LABELS.items():
-        before, after = (
-            _range(layer[when][size] for layer in step["layers"].values())
-            for step, when in ((steps[0], "before"), (steps[-1], "after"))
-        )
+        before = _range({layer["before"][size] for layer in steps[0]["layers"].values()})
+        after = _range({layer["after"][size] for layer in steps[-1]["layers"].values()})
         yield f"| {label} | {before} | {after} |"
     for name, (label, form) in _FIGURES.items():
         if name not in steps[-1]["figures"]:
             continue  # a record of version 0.1 has the state alone
-        is_whole = name in steps[0]["figures"]
-        before = steps[0 if is_whole else -1]["figures"][name][0]
-        yield f"| {label}{'' if is_whole else ' (last step)'} | {form(before)} | {form(steps[-1]['figures'][name][1])} |"
+        first = steps[0] if name in steps[0]["figures"] else steps[-1]
+        rest = "" if first is steps[0] else " (last step)"
+        yield f"| {label}{rest} | {form(first['figures'][name][0])} | {form(steps[-1]['figures'][name][1])} |"
 
 
-def _range(values: Iterator[int]) -> str:
-    sizes = sorted(set(values))
-    return f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+def _range(sizes: set[int]) -> str:
+    return f"{min(sizes)}" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}"
 
 
 def _step(step: Entry) -> Iterator[str]:
@@ -172,7 +149,8 @@ def _step(step: Entry) -> Iterator[str]:
         targets.setdefault(name, []).append(target)
     for name, of in targets.items():
         told = f" ({methods[name]['summary']}; {methods[name]['citation']})" if name in methods else ""
-        yield f"- method{'' if len(targets) == 1 else f' for {_plain(_words(of))}'}: {_plain(name + told)}"
+        words = " and ".join(filter(None, [", ".join(of[:-1]), of[-1]]))
+        yield f"- method{'' if len(targets) == 1 else f' for {_plain(words)}'}: {_plain(name + told)}"
     for key in ("target", "ratio", "keep", "seed", "calibration"):
         if key in inputs:
             yield f"- {key}: {_code(json.dumps(_without_paths(inputs[key])))}"
@@ -206,7 +184,7 @@ def _loading(config: Mapping[str, Any], shipped_by: str | None) -> list[str]:
         "```python",
         "# on a machine without a GPU, first: import fla_torch; fla_torch.enable()",
         "import fla  # registers the model's classes with transformers",
-        *(["import keyreduce.models  # knows this architecture"] if ours and not custom else []),
+        *(["import keyreduce.models.delta_net_2  # registers this architecture"] if ours and not custom else []),
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'folder = "."  # where this file is',
@@ -252,10 +230,6 @@ def _without_paths(value: Any) -> Any:
 
 def _last_part(path: str) -> str:
     return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
-
-
-def _words(names: list[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _plain(text: object) -> str:

@@ -9,24 +9,27 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from keyreduce.checkpoint.checksums import FileHasher
 from keyreduce.checkpoint.rewrite import EditedTensors, config_with_dtype
-from keyreduce.checkpoint.shard_writer import copy_range, write_all, writing
 from keyreduce.checkpoint.shards import ByteRange, TensorSpec, torch_layout
 from keyreduce.checkpoint.source import Checkpoint
-from keyreduce.checkpoint.tied import tied_output
-from keyreduce.checkpoint.writing import write_folder_files
+from keyreduce.checkpoint.writing import copy_ranges, write_all, write_folder_files, writing
 from keyreduce.errors import KeyreduceError
+
+# What the models of fla and transformers call them, alone and inside larger models.
+_EMBEDDINGS = ("model.embeddings.weight", "model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
 
 
 def write_dcp(
@@ -39,10 +42,11 @@ def write_dcp(
 ) -> dict[str, str]:
     """Write a checkpoint as a DCP, config.json and what else belongs to the model beside it.
 
-    An output layer that is the embeddings is there by its own name too, at no cost: both names lead to the same bytes.
+    Memory stays at about one tensor. An output layer that is the embeddings is there by its own name too, at no cost:
+    both names lead to the same bytes.
 
     Args:
-        source: the checkpoint to read; memory stays at about one of its tensors.
+        source: the checkpoint to read.
         target: an existing, empty folder.
         nested: whether the model's tensors lie under the key ``model``, as older flame and torchtitan have them, or
             flat under their own names.
@@ -52,9 +56,8 @@ def write_dcp(
     Returns:
         File name -> its xxh3_128 in hex, of every ``.distcp`` file.
 
-    Raises:
-        KeyreduceError: a tensor has a dtype that torch has not, a file cannot be read or written, or somebody wrote
-            into the source meanwhile.
+    Raises KeyreduceError if a tensor has a dtype that torch has not, a file cannot be read or written, or somebody
+    wrote into the source meanwhile.
     """
     edited = EditedTensors(source, {}, dtype)
     # DCP plans from dtypes and shapes alone: the numbers are read when it is their turn.
@@ -63,7 +66,7 @@ def write_dcp(
     described = {name: torch.empty(**torch_layout(spec), device="meta") for name, spec in specs.items()}
     write_folder_files(target, config_with_dtype(source.config, dtype), source.sidecars)
     with FileHasher() as hasher, _without_checksums(), in_one_process(f"cannot write {target}"):
-        dcp.save(
+        save(
             {"model": described} if nested else described,
             storage_writer=_StreamingWriter(target, specs, edited, nested, hasher, progress),
             no_dist=True,
@@ -72,7 +75,20 @@ def write_dcp(
     return hasher.checksums
 
 
-class _StreamingWriter(dcp.FileSystemWriter):
+def tied_output(config: Mapping, names: Collection[str]) -> dict[str, str]:
+    """Return the name of the output layer's weight -> that of the embeddings which it is; nothing if they are two.
+
+    The safetensors of such a model hold the tensor once, under the embedding's name. Torch's ``state_dict`` names it
+    twice, and so do the distributed checkpoints of torchtitan and flame, which look for either name.
+    """
+    text = config.get("text_config")
+    inner = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
+    if config.get("tie_word_embeddings", inner) is not True:
+        return {}
+    return dict([("lm_head.weight", name) for name in _EMBEDDINGS if name in names])
+
+
+class _StreamingWriter(FileSystemWriter):
     """DCP's own writer but for the numbers: they are fetched one tensor at a time, and copied as bytes where they can.
 
     As ``cp`` does, it leaves to the system when the disk gets what was written.
@@ -91,9 +107,9 @@ class _StreamingWriter(dcp.FileSystemWriter):
         self.specs, self.edited, self.nested = specs, edited, nested
         self.hasher, self.progress = hasher, progress
 
-    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         name, results, places = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}", [], {}
-        path = self.path / name
+        path = Path(self.path) / name
         with writing(path), open(path, "wb", buffering=0) as file:
             for item in plan.items:
                 begin, key = file.tell(), item.index.fqn
@@ -113,19 +129,17 @@ class _StreamingWriter(dcp.FileSystemWriter):
 def _save(data: torch.Tensor | Sequence[ByteRange], spec: TensorSpec, file: io.FileIO) -> None:
     """Append to a file what ``torch.save`` makes of a tensor, whose bytes may still be in other files."""
     if isinstance(data, torch.Tensor):
-        torch.save(data, _Gap(file))
+        torch.save(data, cast("IO[bytes]", _Gap(file)))
         return
     gap = _Gap(file)
     with torch.serialization.skip_data():
-        torch.save(torch.empty(**torch_layout(spec)), gap)  # of memory that nobody touches
+        torch.save(torch.empty(**torch_layout(spec)), cast("IO[bytes]", gap))  # of memory that nobody touches
     end = file.tell()
     if spec.nbytes:
         if gap.size != spec.nbytes:
             raise ValueError(f"torch.save left {gap.size} bytes for {spec}")
         file.seek(gap.begin)
-        for piece in data:
-            with open(piece.path, "rb", buffering=0) as source:
-                copy_range(source, file, piece.begin, piece.end)
+        copy_ranges(data, file)
         file.seek(end)
 
 

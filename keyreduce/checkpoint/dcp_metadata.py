@@ -10,13 +10,12 @@ import math
 import pathlib
 import pickle
 import pickletools
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from keyreduce.checkpoint.source import METADATA_NAME
 from keyreduce.errors import KeyreduceError
@@ -38,19 +37,16 @@ _ADMITTED = {
 
 
 class SavedTensor(NamedTuple):
-    """A tensor of a distributed checkpoint: its key there, its dtype, its full shape."""
+    """A tensor of a distributed checkpoint: its key there, its dtype, its full shape, and the pieces that it is in."""
 
     key: str
     dtype: torch.dtype
     shape: torch.Size
+    chunks: list[ChunkStorageMetadata]
 
 
 class RestrictedReader(FileSystemReader):
-    """DCP's reader of a folder, with the metadata read once, and only through the restricted unpickler.
-
-    Raises:
-        KeyreduceError: the metadata is missing, damaged, or asks for something that DCP's own never does.
-    """
+    """DCP's reader of a folder, with the metadata read once, and only through the restricted unpickler."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -69,13 +65,9 @@ def find_model_tensors(
     model was saved under a key of its own (nested), ``("a.weight",)`` where its tensors lie flat. Optimizer and
     training state are under keys of their own, and are left out.
 
-    Args:
-        folder: the DCP folder.
-        metadata: its metadata.
-        layout: ``nested`` or ``flat``; by default nested if any tensor is.
+    ``layout`` is ``nested`` or ``flat``; by default nested if any tensor is.
 
-    Raises:
-        KeyreduceError: there are none, or the files that should hold them are missing or too short.
+    Raises KeyreduceError if there are none, or the files that should hold them are missing or too short.
     """
     try:
         paths = {
@@ -104,17 +96,6 @@ def find_model_tensors(
     return layout, tensors
 
 
-def find_files(folder: Path, metadata: Metadata, tensors: Iterable[SavedTensor]) -> list[str]:
-    """Return the names of the files that hold some tensors, which :func:`find_model_tensors` has looked at."""
-    return sorted(
-        {
-            metadata.storage_data[MetadataIndex(saved.key, chunk.offsets)].relative_path
-            for saved in tensors
-            for chunk in metadata.state_dict_metadata[saved.key].chunks
-        }
-    )
-
-
 class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ADMITTED:
@@ -125,8 +106,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
             # The folder it was saved to. A pure path of either kind can be made on any system.
             return getattr(pathlib, f"Pure{name}")
         if (module, name) == ("builtins", "getattr"):
-            # The first releases of Python 3.11 pickle an enum's member as getattr(class, name).
-            return _get_member
+            return _get_member  # the first releases of Python 3.11 pickle an enum's member as getattr(class, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no metadata of DCP needs")
 
 
@@ -143,8 +123,7 @@ def _read_metadata(path: Path) -> Metadata:
         metadata = _RestrictedUnpickler(io.BytesIO(content)).load()
     except OSError as error:
         raise KeyreduceError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception as error:
-        # Damaged bytes can make an unpickler raise nearly anything.
+    except Exception as error:  # damaged bytes can make an unpickler raise nearly anything
         reason = " ".join(str(error).split())
         raise KeyreduceError(f"{path} is damaged, or not what DCP writes: {reason}") from error
     if not isinstance(metadata, Metadata):
@@ -159,13 +138,13 @@ def _check_sizes(content: bytes) -> None:
     has room for every place before it.
     """
     for opcode, argument, _ in pickletools.genops(content):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > len(content):
             raise pickle.UnpicklingError("it asks for more memory than its size can need")
 
 
 def _check_tensor(folder: Path, metadata: Metadata, key: str) -> SavedTensor:
     """Describe one tensor, having made sure that its pieces are there and make up the whole."""
-    saved = metadata.state_dict_metadata[key]
+    saved = cast("TensorStorageMetadata", metadata.state_dict_metadata[key])
     dtype, shape = saved.properties.dtype, saved.size
     if not isinstance(dtype, torch.dtype) or not isinstance(shape, torch.Size) or min(shape, default=0) < 0:
         raise TypeError(f"{key!r} is no tensor")
@@ -186,4 +165,4 @@ def _check_tensor(folder: Path, metadata: Metadata, key: str) -> SavedTensor:
     # Where pieces are missing, DCP would leave memory as it was allocated.
     if covered != math.prod(shape):
         raise KeyreduceError(f"{folder} holds {covered} of the {math.prod(shape)} numbers of {key!r}")
-    return SavedTensor(key, dtype, shape)
+    return SavedTensor(key, dtype, shape, saved.chunks)

@@ -2,20 +2,21 @@
 
 import collections
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from keyreduce.checkpoint.dcp import in_one_process
-from keyreduce.checkpoint.dcp_metadata import RestrictedReader, SavedTensor, find_files, find_model_tensors
+from keyreduce.checkpoint.dcp import in_one_process, tied_output
+from keyreduce.checkpoint.dcp_metadata import RestrictedReader, SavedTensor, find_model_tensors
 from keyreduce.checkpoint.folder import CONFIG_NAME, find_sidecars
 from keyreduce.checkpoint.shards import ByteRange, make_spec
 from keyreduce.checkpoint.source import Checkpoint
-from keyreduce.checkpoint.tied import tied_output
 from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import read_json
 
@@ -34,28 +35,30 @@ class DcpCheckpoint(Checkpoint):
 
     Args:
         path: the folder, the one that holds ``.metadata``.
-        config: the content of config.json.
-        home: the folder whose tokenizer and other small files go along.
+        config: a config.json, or a folder that holds one and the tokenizer; by default ``path`` itself.
         layout: which one to take where a DCP holds both; by default nested.
 
-    Raises:
-        KeyreduceError: the DCP is damaged, incomplete or holds no model of that layout, or its output layer is not the
-            embeddings though the config says so.
+    Raises KeyreduceError if there is no config, the DCP is damaged, incomplete or holds no model of that layout, or its
+    output layer is not the embeddings though the config says so.
     """
 
     shards = None
 
-    def __init__(self, path: Path, config: dict, home: Path, layout: str | None = None):
+    def __init__(self, path: Path, *, config: Path | None = None, layout: str | None = None):
         self.path = path
-        self.config = config
-        self._home = home
+        if config is None and not (path / CONFIG_NAME).is_file():
+            raise KeyreduceError(f"{path} has no {CONFIG_NAME}; pass the one of the model with `config`")
+        home = path if config is None else config
+        self.config = read_json(home / CONFIG_NAME if home.is_dir() else home)
+        self._home = home if home.is_dir() else path
         self._reader = RestrictedReader(path)
         self.layout, self._saved = find_model_tensors(path, self._reader.metadata, layout)
         self.left_out = len(self._reader.metadata.state_dict_metadata) - len(self._saved)
         self.tensors = {name: make_spec(name, saved.dtype, saved.shape) for name, saved in self._saved.items()}
-        super().__init__(path / file for file in find_files(path, self._reader.metadata, self._saved.values()))
+        infos = (info for saved in self._saved.values() for _, info in self._pieces(saved))
+        super().__init__(sorted({path / info.relative_path for info in infos}))
         self._ranges: dict[str, tuple[ByteRange, ...] | None] = {}
-        for output, embeddings in tied_output(config, self.tensors).items():
+        for output, embeddings in tied_output(self.config, self.tensors).items():
             if output not in self.tensors:
                 continue
             if not self._are_same(output, embeddings):
@@ -79,10 +82,9 @@ class DcpCheckpoint(Checkpoint):
         # DCP casts to the dtype of what it loads into, without a word: so that is the dtype that was saved.
         tensor = torch.empty(saved.shape, dtype=saved.dtype)
         # Keys are given as they were saved; flattening would only make each load walk over all of them.
-        planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
-        failure = f"cannot read {saved.key!r} of {self.path}, which may be damaged, or hold safetensors"
-        with in_one_process(failure):
-            dcp.load({saved.key: tensor}, storage_reader=self._reader, planner=planner, no_dist=True)
+        planner = DefaultLoadPlanner(flatten_state_dict=False)
+        with in_one_process(f"cannot read {saved.key!r} of {self.path}, which may be damaged, or hold safetensors"):
+            load({saved.key: tensor}, storage_reader=self._reader, planner=planner, no_dist=True)
         return tensor
 
     def ranges(self, name: str) -> tuple[ByteRange, ...] | None:
@@ -93,16 +95,16 @@ class DcpCheckpoint(Checkpoint):
     def refuse_other_dtype(self) -> None:
         """Make sure that most numbers have the dtype that the config names, into which a loader would cast them.
 
-        Raises:
-            KeyreduceError: they have another one. Some tensors of a wider dtype are usual, and pass.
+        Raises KeyreduceError if they have another one. Some tensors of a wider dtype are usual, and pass.
         """
         declared = self.config.get("dtype", self.config.get("torch_dtype"))
+        dtypes = {name: str(saved.dtype).removeprefix("torch.") for name, saved in self._saved.items()}
         numbers = collections.Counter()
-        for saved in self._saved.values():
-            numbers[str(saved.dtype).removeprefix("torch.")] += saved.shape.numel()
+        for name, dtype in dtypes.items():
+            numbers[dtype] += self._saved[name].shape.numel()
         usual, _ = numbers.most_common(1)[0]
         if declared is not None and declared != usual:
-            names = [name for name, saved in self._saved.items() if str(saved.dtype) != f"torch.{declared}"]
+            names = [name for name, dtype in dtypes.items() if dtype != declared]
             more = f" and {len(names) - 10} more" if len(names) > 10 else ""
             raise KeyreduceError(
                 f"{self.path} holds {usual} where its config says {declared}: {', '.join(names[:10])}{more}; "
@@ -125,16 +127,20 @@ class DcpCheckpoint(Checkpoint):
             raise KeyreduceError(f"{self.path} has no tensor {name!r}; its {CONFIG_NAME} is that of another model")
         return self._saved[name]
 
+    def _pieces(self, saved: SavedTensor) -> list[tuple[ChunkStorageMetadata, _StorageInfo]]:
+        """The pieces of a tensor, each with where it is in the files."""
+        places = self._reader.metadata.storage_data
+        return [(chunk, places[MetadataIndex(saved.key, chunk.offsets)]) for chunk in saved.chunks]
+
     def _find_ranges(self, saved: SavedTensor) -> tuple[ByteRange, ...] | None:
         """The pieces of a tensor one after another, where each holds whole rows: what FSDP writes."""
-        metadata = self._reader.metadata
         found, row = [], 0
-        for chunk in sorted(metadata.state_dict_metadata[saved.key].chunks, key=lambda chunk: tuple(chunk.offsets)):
+        for chunk, info in sorted(self._pieces(saved), key=lambda piece: tuple(piece[0].offsets)):
             begins_here = tuple(chunk.offsets[:1]) in ((), (row,)) and not any(chunk.offsets[1:])
             if not begins_here or chunk.sizes[1:] != saved.shape[1:]:
                 return None
             row += chunk.sizes[0] if chunk.sizes else 1
-            piece = self._find_piece(metadata.storage_data[MetadataIndex(saved.key, chunk.offsets)], saved, chunk.sizes)
+            piece = self._find_piece(info, saved, chunk.sizes)
             if piece is None:
                 return None
             found.append(piece)
@@ -148,7 +154,7 @@ class DcpCheckpoint(Checkpoint):
         try:
             with open(path, "rb") as file:
                 # Loading onto the meta device reads no numbers, and tells where they are.
-                view = _create_file_view(file, info.offset, info.length)
+                view = cast("IO[bytes]", _create_file_view(file, info.offset, info.length))
                 tensor = torch.load(view, map_location="meta", weights_only=True)
                 storage = tensor.untyped_storage()
                 begin = info.offset + storage._checkpoint_offset
@@ -163,21 +169,3 @@ class DcpCheckpoint(Checkpoint):
         if tensor.dtype != saved.dtype or tensor.shape != shape or not is_plain or not fits:
             return None
         return ByteRange(path, begin, end)
-
-
-def open_dcp(path: Path, *, config: Path | None = None, layout: str | None = None) -> DcpCheckpoint:
-    """Open a DCP folder and check its metadata against the files beside it.
-
-    Args:
-        path: the folder, the one that holds ``.metadata``.
-        config: a config.json, or a folder that holds one and the tokenizer; by default ``path`` itself.
-        layout: ``nested`` or ``flat``, where the DCP holds models of both.
-
-    Raises:
-        KeyreduceError: there is no config, or the DCP is damaged, incomplete or holds no model.
-    """
-    if config is None and not (path / CONFIG_NAME).is_file():
-        raise KeyreduceError(f"{path} has no {CONFIG_NAME}; pass the one of the model with `config`")
-    home = path if config is None else config
-    content = read_json(home / CONFIG_NAME if home.is_dir() else home)
-    return DcpCheckpoint(path, content, home if home.is_dir() else path, layout)

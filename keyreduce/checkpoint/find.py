@@ -15,7 +15,8 @@ SHIPPED = Path(__file__).parents[1] / "models" / "shipped"
 DEFAULT_MODEL = "delta-net-5m"
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "README.md", "LICENSE*", "NOTICE*"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
+_HUB_FILES += ["README.md", "LICENSE*", "NOTICE*"]
 
 
 def shipped_models() -> list[str]:
@@ -31,8 +32,7 @@ def find_model(name: str | None, *, config: Path | None = None) -> Path:
             a shipped model's name; a name on the hub; or None for the default shipped model.
         config: for a DCP without one: its config.json, or a folder that holds it and the tokenizer.
 
-    Raises:
-        KeyreduceError: there is no such model.
+    Raises KeyreduceError if there is no such model.
     """
     path = _find_folder(name)
     dcp = find_dcp(path)
@@ -42,16 +42,15 @@ def find_model(name: str | None, *, config: Path | None = None) -> Path:
 def open_model(name: str | None, *, config: Path | None = None) -> Checkpoint:
     """Open a model where it is, a DCP too: what :func:`find_model` takes.
 
-    Raises:
-        KeyreduceError: there is no such model, or it is damaged.
+    Raises KeyreduceError if there is no such model, or it is damaged.
     """
     path = _find_folder(name)
     dcp = find_dcp(path)
     if dcp is None:
         return open_folder(path)
-    from keyreduce.checkpoint.dcp_source import open_dcp  # torch's DCP code takes a second to import
+    from keyreduce.checkpoint.dcp_source import DcpCheckpoint  # torch's DCP code takes a second to import
 
-    return open_dcp(dcp, config=config)
+    return DcpCheckpoint(dcp, config=config)
 
 
 def find_dcp(path: Path) -> Path | None:
@@ -64,11 +63,9 @@ def find_dcp(path: Path) -> Path | None:
     if (path / METADATA_NAME).is_file():
         return path
     steps = [
-        (int(match[1]), child)
-        for child in path.glob("step-*")
-        if (match := re.fullmatch(r"step-(\d+)", child.name)) and (child / METADATA_NAME).is_file()
+        step.parent for step in path.glob(f"step-*/{METADATA_NAME}") if re.fullmatch(r"step-\d+", step.parent.name)
     ]
-    return max(steps, default=(0, None))[1]
+    return max(steps, key=lambda step: int(step.name.removeprefix("step-")), default=None)
 
 
 def find_checkpoints(base: Path) -> dict[str, str]:
@@ -77,8 +74,7 @@ def find_checkpoints(base: Path) -> dict[str, str]:
     They are Hugging Face folders, and all steps of a DCP. Hidden folders are passed over: they hold what has not been
     finished. Links are followed.
 
-    Raises:
-        KeyreduceError: there is no such folder, or no checkpoint in it.
+    Raises KeyreduceError if there is no such folder, or no checkpoint in it.
     """
     base = Path(base)
     if not base.is_dir():
@@ -122,13 +118,13 @@ def model_name(name: str | None) -> str:
 
 def _converted(dcp: Path, config: Path | None) -> Path:
     from keyreduce.checkpoint.card import read_card, write_record
-    from keyreduce.checkpoint.dcp_source import open_dcp
+    from keyreduce.checkpoint.dcp_source import DcpCheckpoint
     from keyreduce.checkpoint.record import Record
     from keyreduce.checkpoint.rewrite import rewrite
 
     folder = Path(tempfile.mkdtemp(prefix="keyreduce-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    checksums = rewrite(open_dcp(dcp, config=config), folder)
+    checksums = rewrite(DcpCheckpoint(dcp, config=config), folder)
     if (record := Record.read(dcp)) != Record():
         write_record(open_folder(folder), record, checksums, read_card(dcp))
     return folder

@@ -1,11 +1,12 @@
 """A Hugging Face checkpoint folder: config.json, safetensors shards, and the small files beside them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from keyreduce.checkpoint.shards import ByteRange, Header, ShardPlan, TensorEntry, TensorSpec, read_header
+from keyreduce.checkpoint.shards import ByteRange, ShardPlan, read_header
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import read_json
@@ -16,43 +17,19 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 # What a loader may look for beside config.json and the weights. Code is carried with them, never run.
-_SIDECARS = (
-    "*.jinja",
-    "*.model",
-    "*.py",
-    "*.tiktoken",
-    "added_tokens.json",
-    "chat_template.json",
-    "generation_config.json",
-    PROJECTIONS_NAME,
-    "LICENSE*",
-    "merges.txt",
-    "NOTICE*",
-    "*processor_config.json",
-    "special_tokens_map.json",
-    "tokenizer*",
-    "vocab*",
-)
+_SIDECARS = ("*.jinja", "*.model", "*.py", "*.tiktoken", "LICENSE*", "NOTICE*", "merges.txt", "tokenizer*", "vocab*")
+_SIDECARS += ("added_tokens.json", "chat_template.json", "generation_config.json", "special_tokens_map.json")
+_SIDECARS += ("*processor_config.json", PROJECTIONS_NAME)
 
 
 class HfCheckpoint(Checkpoint):
-    """An open Hugging Face folder; see :class:`Checkpoint`.
+    """An open Hugging Face folder; see :class:`Checkpoint`. ``shards`` is file name -> what it holds, in order."""
 
-    Args:
-        path: the folder.
-        config: the content of config.json.
-        headers: shard file name -> its header, in order.
-    """
+    shards: Mapping[str, ShardPlan]
 
-    def __init__(self, path: Path, config: dict, headers: dict[str, Header]):
-        super().__init__(path / file for file in headers)
-        self.path = path
-        self.config = config
-        self._entries = {name: (file, entry) for file, h in headers.items() for name, entry in h.entries.items()}
-        self.shards = {
-            file: ShardPlan([TensorSpec(name, e.dtype, e.shape) for name, e in h.entries.items()], h.metadata)
-            for file, h in headers.items()
-        }
+    def __init__(self, path: Path, config: dict, shards: Mapping[str, ShardPlan], ranges: Mapping[str, ByteRange]):
+        super().__init__(path / file for file in shards)
+        self.path, self.config, self.shards, self._ranges = path, config, shards, ranges
         self.tensors = {spec.name: spec for plan in self.shards.values() for spec in plan.tensors}
 
     @property
@@ -61,28 +38,23 @@ class HfCheckpoint(Checkpoint):
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor, mapped from its file. The mapping goes with the tensor, so read one at a time."""
-        file, _ = self._entry(name)
+        ((file, _, _),) = self.ranges(name)
         try:
-            with safe_open(str(self.path / file), framework="pt") as opened:
+            with safe_open(str(file), framework="pt") as opened:
                 return opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise KeyreduceError(f"{self.path / file} cannot be read: {error}") from error
+            raise KeyreduceError(f"{file} cannot be read: {error}") from error
 
     def ranges(self, name: str) -> tuple[ByteRange, ...]:
-        file, entry = self._entry(name)
-        return (ByteRange(self.path / file, entry.begin, entry.end),)
-
-    def _entry(self, name: str) -> tuple[str, TensorEntry]:
-        if name not in self._entries:
+        if name not in self._ranges:
             raise KeyreduceError(f"{self.path} has no tensor {name!r}; its {CONFIG_NAME} is that of another model")
-        return self._entries[name]
+        return (self._ranges[name],)
 
 
 def open_folder(path: Path) -> HfCheckpoint:
     """Open a Hugging Face folder and check config, index and headers against each other.
 
-    Raises:
-        KeyreduceError: there is no such folder, it holds no safetensors checkpoint, or the checkpoint is damaged.
+    Raises KeyreduceError if there is no such folder, it holds no safetensors checkpoint, or the checkpoint is damaged.
     """
     path = Path(path)
     if not path.is_dir():
@@ -104,11 +76,16 @@ def open_folder(path: Path) -> HfCheckpoint:
         loose = "; consolidate the pieces that each process saved" if any(path.glob("shard-*.safetensors")) else ""
         raise KeyreduceError(f"{path} has neither {SINGLE_NAME} nor {INDEX_NAME}{convert}{loose}")
     headers = {file: read_header(path / file) for file in files}
-    if not any(header.entries for header in headers.values()):
+    places = {(file, name) for file, (_, ranges) in headers.items() for name in ranges}
+    if not places:
         raise KeyreduceError(f"{path} holds no tensors")
-    if weight_map is not None:
-        _check_index(path, weight_map, headers)
-    return HfCheckpoint(path, config, headers)
+    if weight_map is not None and (differing := places ^ {(file, name) for name, file in weight_map.items()}):
+        file, name = min(differing)
+        raise KeyreduceError(f"{path / INDEX_NAME} and {file} disagree about tensor {name!r}; get both again")
+    shards = {file: plan for file, (plan, _) in headers.items()}
+    return HfCheckpoint(
+        path, config, shards, {name: one for _, ranges in headers.values() for name, one in ranges.items()}
+    )
 
 
 def find_sidecars(folder: Path) -> tuple[Path, ...]:
@@ -127,14 +104,3 @@ def _read_weight_map(path: Path) -> dict[str, str]:
         if not isinstance(file, str) or Path(file).name != file or file == "..":
             raise KeyreduceError(f"{path / INDEX_NAME} puts tensor {name!r} into {file!r}, not a file of its folder")
     return weight_map
-
-
-def _check_index(path: Path, weight_map: dict[str, str], headers: dict[str, Header]) -> None:
-    listed: dict[str, set[str]] = {file: set() for file in headers}
-    for name, file in weight_map.items():
-        listed[file].add(name)
-    for file, header in headers.items():
-        if differing := listed[file] ^ header.entries.keys():
-            raise KeyreduceError(
-                f"{path / INDEX_NAME} and {file} disagree about tensor {min(differing)!r}; get both again"
-            )

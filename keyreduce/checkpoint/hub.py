@@ -8,15 +8,9 @@ from keyreduce.errors import KeyreduceError, reason
 def push_to_hub(folder: Path, name: str) -> str:
     """Upload a checkpoint folder, and return the address of its repository.
 
-    The repository is made where there is none, public or private as the hub has it for that owner. What is there
-    already is replaced file by file.
-
-    Args:
-        folder: the folder, with its model card and its record. The record holds the command lines as they were typed.
-        name: ``owner/name``, or a name alone for that of the user who is logged in.
-
-    Raises:
-        KeyreduceError: the hub did not take it: nobody is logged in, the name is not to be had, or there is no network.
+    The repository, ``owner/name`` or the name alone for the user who is logged in, is made where there is none, public
+    or private as the hub has it for that owner. What is there already is replaced file by file. The folder's record
+    holds the command lines as they were typed. Raises KeyreduceError if the hub did not take it.
     """
     from huggingface_hub import HfApi
 

@@ -24,8 +24,8 @@ Entry = Mapping[str, Any]
 class Record:
     """What is known of a checkpoint beside its weights; a record is changed by making another one.
 
-    An entry of ``steps``, ``repairs`` and ``converted`` has ``inputs`` (equal inputs give an equal result), figures that
-    the command reports and that cannot be had again, and the ``command`` line, if there was one.
+    An entry of ``steps``, ``repairs`` and ``converted`` has ``inputs`` (equal inputs give an equal result), figures
+    that the command reports and that cannot be had again, and the ``command`` line, if there was one.
 
     Attributes:
         schema: the version of this form.
@@ -60,23 +60,12 @@ class Record:
     def read(cls, folder: Path) -> Self:
         """Return the record of a checkpoint folder, an empty one where there is none.
 
-        Raises:
-            KeyreduceError: it is damaged, or a later version of keyreduce wrote it.
+        Raises KeyreduceError if it is damaged, or a later version of keyreduce wrote it.
         """
         path = Path(folder) / RECORD_NAME
-        return cls() if not path.is_file() else cls.of(read_json(path), path)
-
-    @classmethod
-    def of(cls, content: Mapping[str, Any], path: Path) -> Self:
-        """Return the record that a file's content is, of this or an earlier schema.
-
-        Args:
-            content: the JSON object.
-            path: the file, for messages.
-
-        Raises:
-            KeyreduceError: see :meth:`read`.
-        """
+        if not path.is_file():
+            return cls()
+        content = read_json(path)
         schema = content.get("schema", SCHEMA)
         if type(schema) is int and schema > SCHEMA:
             raise KeyreduceError(f"{path} is of schema {schema}, which a later keyreduce wrote; update keyreduce")
@@ -85,7 +74,7 @@ class Record:
             if not isinstance(entries, list) or not all(_is_entry(one) for one in entries):
                 raise KeyreduceError(f"{path} is damaged: it does not say what was {verb}; remove it, or prune again")
         try:
-            content = migrate(content)
+            content = _migrated(content)
         except (AttributeError, KeyError, TypeError, ValueError):
             raise KeyreduceError(f"{path} is damaged: its steps are none; remove it, or prune again") from None
         values = {one.name: content[one.name] for one in dataclasses.fields(cls) if one.name in content}
@@ -95,11 +84,7 @@ class Record:
         return cls(**values)
 
     def write(self, folder: Path) -> None:
-        """Write the record into a checkpoint folder.
-
-        Raises:
-            KeyreduceError: it cannot be written.
-        """
+        """Write the record into a checkpoint folder. Raises KeyreduceError if it cannot be written."""
         content = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
         write_json(folder / RECORD_NAME, {name: value for name, value in content.items() if value}, overwrite=True)
 
@@ -115,13 +100,8 @@ class Record:
     ) -> Self:
         """Return the record of what a pruning step makes of this checkpoint.
 
-        Args:
-            plan: the plan as JSON, with ``inputs``, ``layers``, ``ran`` and ``methods``.
-            dense: what the user called the model; a checkpoint that was pruned already keeps the name it has.
-            dense_config: the config that the user named for it.
-            shipped_by: the package that has the model's class.
-            figures: what the command reports.
-            command: the command line that asked for it.
+        The arguments are the fields of the record and of its entry; ``plan`` is the plan as JSON, with ``inputs``,
+        ``layers``, ``ran`` and ``methods``. A checkpoint that was pruned already keeps the name that it has.
         """
         was_named = self.dense is not None
         return self._changed(
@@ -137,30 +117,15 @@ class Record:
     ) -> Self:
         """Return the record of what a recovery makes of this checkpoint.
 
-        Args:
-            inputs: what it was made from, with ``mode``.
-            figures: what the command reports.
-            summary: what the mode does, in a sentence.
-            shipped_by: the package that has the model's class.
-            command: the command line that asked for it.
+        ``inputs`` has the ``mode``, and ``summary`` says what that does.
         """
         entry = {"inputs": inputs, "after_step": len(self.steps), "summary": summary, **figures} | _told(command)
         return self._changed(shipped_by=shipped_by or self.shipped_by, repairs=(*self.repairs, entry))
 
     def with_conversion(self, inputs: Entry, *, layout: str, command: str | None = None) -> Self:
-        """Return the record of what a conversion makes of this checkpoint.
-
-        Args:
-            inputs: what it was made from.
-            layout: of the distributed checkpoint, flat or nested.
-            command: the command line that asked for it.
-        """
+        """Return the record of what a conversion makes of this checkpoint; ``layout`` is that of the DCP."""
         entry = {"inputs": inputs} | _told(command)
         return dataclasses.replace(self._changed(), converted=entry, dcp_layout=layout, versions=self.versions)
-
-    def with_files(self, identity: str, checksums: Mapping[str, str]) -> Self:
-        """Return the record with what was written: the identity of the checkpoint and the checksums of its files."""
-        return dataclasses.replace(self, identity=identity, checksums=checksums)
 
     def _changed(self, **changes: Any) -> Self:
         """Return the record of another checkpoint: of this one's files and conversion it says nothing."""
@@ -169,31 +134,26 @@ class Record:
         return dataclasses.replace(self, **{"versions": versions} | gone | changes)
 
 
-def migrate(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record's content in the form of today's schema.
-
-    Version 0.1 wrote no schema. Its inputs get the first versions of what computed; the figures of its steps are those
-    that follow from the sizes of their layers.
-    """
+def _migrated(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a record's content in the form of today's schema. Version 0.1 wrote neither a schema nor versions."""
     if "schema" in content:
-        return dict(content)
-    steps = [
-        _migrated(step, method_version=1) | {"figures": _state_bytes(step), "ran": _methods_of(step["inputs"])}
-        for step in content.get("steps", [])
-    ]
-    converted = content.get("converted")
-    return {
-        **content,
-        "schema": SCHEMA,
-        **({"dense_identity": steps[0]["inputs"].get("source")} if steps else {}),
-        **({"steps": steps} if steps else {}),
-        **({"repairs": [_migrated(one) for one in content["repairs"]]} if "repairs" in content else {}),
-        **({"converted": _migrated({"inputs": converted})} if converted else {}),
-    }
+        return content
 
+    def with_versions(entry: Entry, **versions: int) -> Entry:
+        return {**entry, "inputs": {**entry["inputs"], "algorithm": 1, **versions}}
 
-def _migrated(entry: Entry, **versions: int) -> dict[str, Any]:
-    return {**entry, "inputs": {**entry["inputs"], "algorithm": 1, **versions}}
+    changed: dict[str, Any] = {"schema": SCHEMA}
+    if steps := content.get("steps"):
+        changed["dense_identity"] = steps[0]["inputs"].get("source")
+        changed["steps"] = [
+            {**with_versions(step, method_version=1), "figures": _state_bytes(step), "ran": _methods_of(step["inputs"])}
+            for step in steps
+        ]
+    if repairs := content.get("repairs"):
+        changed["repairs"] = [with_versions(one) for one in repairs]
+    if converted := content.get("converted"):
+        changed["converted"] = with_versions({"inputs": converted})
+    return {**content, **changed}
 
 
 def _methods_of(inputs: Entry) -> dict[str, str]:
@@ -219,9 +179,9 @@ def _is_entry(value: object) -> bool:
 
 
 def _fits(name: str, value: object) -> bool:
-    """Whether a field of a record can have a value."""
+    """Whether a field of a record can have a value; the entries were looked at already."""
     if name in _KINDS:
-        return True  # looked at already
+        return True
     if name == "schema":
         return value == SCHEMA
     if name in ("versions", "checksums"):

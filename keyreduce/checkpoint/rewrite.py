@@ -29,8 +29,7 @@ class Edit(Protocol):
 class EditedTensors:
     """The tensors of a checkpoint as they will be, made one at a time when they are asked for.
 
-    Attributes:
-        tensors: name -> name, dtype and shape after the edits, in the order of the source.
+    ``tensors`` is name -> name, dtype and shape after the edits, in the order of the source.
 
     Args:
         source: the checkpoint to read.
@@ -38,8 +37,7 @@ class EditedTensors:
         dtype: what floating-point tensors are cast to, after their edits; None leaves them. Numbers of 8 bits and
             fewer are quantized, and stay.
 
-    Raises:
-        KeyreduceError: an edited tensor is missing or quantized.
+    Raises KeyreduceError if an edited tensor is missing or quantized.
     """
 
     def __init__(self, source: Checkpoint, edits: Mapping[str, Sequence[Edit]], dtype: torch.dtype | None = None):
@@ -53,20 +51,12 @@ class EditedTensors:
         self.tensors = {name: self._describe(spec) for name, spec in source.tensors.items()}
 
     def fetch(self, name: str) -> torch.Tensor | tuple[ByteRange, ...]:
-        """Return a tensor for writing: the bytes that hold it already, where nothing changes in them.
-
-        Raises:
-            KeyreduceError: it cannot be read, or holds NaN or inf after its changes.
-        """
+        """Return a tensor as :meth:`read` does, or the bytes that hold it already, where nothing changes in them."""
         ranges = None if self._changes(name) else self._source.ranges(name)
         return self.read(name) if ranges is None else ranges
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor.
-
-        Raises:
-            KeyreduceError: it cannot be read, or holds NaN or inf after its changes.
-        """
+        """Return a tensor. Raises KeyreduceError if it cannot be read, or holds NaN or inf after its changes."""
         tensor = self._source.read(name)
         if not self._changes(name):
             return tensor
@@ -105,25 +95,22 @@ def rewrite(
     """Write ``source`` as a Hugging Face checkpoint with ``edits`` made and ``config`` as its config.json.
 
     Tensors that do not change are copied as bytes; the others are read, changed and written one at a time, so that
-    memory stays at about one tensor. Shards keep their names and the order of their tensors, unless they are to have
-    another size.
+    memory stays at about one tensor.
 
     Args:
         source: the checkpoint to read.
         target: an existing, empty folder.
         config: the config of the new checkpoint, whose dtype becomes ``dtype``; by default the source's.
-        edits: tensor name -> its changes, made in order.
-        dtype: what floating-point tensors are cast to; None leaves them.
-        max_shard_size: the most bytes in a shard of several tensors; None keeps the shards of the source, and makes
-            them of 5 GB where it has none.
+        edits, dtype: see :class:`EditedTensors`.
+        max_shard_size: the most bytes in a shard of several tensors; None keeps the shards of the source, their names
+            and the order of their tensors, and makes shards of 5 GB where it has none.
         progress: called after each tensor with the number of bytes written since the last call.
 
     Returns:
         File name -> its xxh3_128 in hex, of every shard.
 
-    Raises:
-        KeyreduceError: an edited tensor is missing, quantized, or holds NaN or inf, a file cannot be written, or
-            somebody wrote into the source meanwhile.
+    Raises KeyreduceError if an edited tensor is missing, quantized, or holds NaN or inf, a file cannot be written, or
+    somebody wrote into the source meanwhile.
     """
     edited = EditedTensors(source, edits or {}, dtype)
     if max_shard_size is None and source.shards is not None:

@@ -1,16 +1,13 @@
-"""One safetensors file as a stream: its header read and checked, its tensors written one after another.
+"""What safetensors files hold, and their headers, read and checked.
 
 The format, https://github.com/huggingface/safetensors#format: an 8-byte little-endian length, a JSON object of
-that length which gives each tensor's dtype, shape and byte range, then the bytes. The safetensors library writes
-a file from all of its tensors at once; here a file is made with no more than one tensor in memory, and a tensor
-that does not change is copied from file to file without being looked at.
+that length which gives each tensor's dtype, shape and byte range, then the bytes.
 """
 
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,30 +43,10 @@ _BITS = {name: 8 * dtype.itemsize for name, dtype in TORCH_DTYPES.items()} | {"F
 
 # The limit that the safetensors library sets.
 _MAX_HEADER_BYTES = 100_000_000
-_COPY_BYTES = 1 << 24
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """What a header says of one tensor: dtype by its safetensors name, shape, and bytes [begin, end) of the FILE."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """The header of one file: entries in the order of their bytes, free-form metadata, where the data starts."""
-
-    entries: dict[str, TensorEntry]
-    metadata: dict[str, str]
-    data_start: int
 
 
 class TensorSpec(NamedTuple):
-    """A tensor that is to be written: name, dtype by its safetensors name, shape."""
+    """What a header says of a tensor: name, dtype by its safetensors name, shape."""
 
     name: str
     dtype: str
@@ -87,7 +64,7 @@ class TensorSpec(NamedTuple):
 
 
 class ShardPlan(NamedTuple):
-    """A file that is to be written: its tensors in order, and its header's metadata."""
+    """What a file holds, or is to hold: its tensors in order, and its header's free-form metadata."""
 
     tensors: Sequence[TensorSpec]
     metadata: Mapping[str, str]
@@ -102,11 +79,7 @@ class ByteRange(NamedTuple):
 
 
 def make_spec(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorSpec:
-    """Describe a torch tensor as a safetensors header does.
-
-    Raises:
-        KeyreduceError: safetensors has no such dtype.
-    """
+    """Describe a torch tensor as a safetensors header does. Raises KeyreduceError if safetensors has no such dtype."""
     if dtype not in _NAMES:
         raise KeyreduceError(f"tensor {name!r} is {dtype}, which safetensors cannot hold; convert it to another dtype")
     shape = tuple(shape)
@@ -119,8 +92,7 @@ def make_spec(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorSpec
 def torch_layout(spec: TensorSpec) -> dict[str, Any]:
     """Return ``dtype`` and ``size`` of a tensor as torch has them: :func:`make_spec` the other way round.
 
-    Raises:
-        KeyreduceError: torch has no such dtype.
+    Raises KeyreduceError if torch has no such dtype.
     """
     if spec.dtype not in TORCH_DTYPES:
         raise KeyreduceError(f"tensor {spec.name!r} is {spec.dtype}, which torch cannot hold")
@@ -130,13 +102,12 @@ def torch_layout(spec: TensorSpec) -> dict[str, Any]:
     return {"dtype": TORCH_DTYPES[spec.dtype], "size": size}
 
 
-def read_header(path: Path) -> Header:
-    """Read the header of a safetensors file and check it against the file's size.
+def read_header(path: Path) -> tuple[ShardPlan, dict[str, ByteRange]]:
+    """Return what a safetensors file holds, and tensor name -> its bytes, from a header that fits the file's size.
 
     Whatever the safetensors library refuses is refused here, with the name of the file and of the tensor.
 
-    Raises:
-        KeyreduceError: the file is missing, unreadable or truncated, or its header is not valid.
+    Raises KeyreduceError if the file is missing, unreadable or truncated, or its header is not valid.
     """
     try:
         with open(path, "rb") as file:
@@ -144,7 +115,7 @@ def read_header(path: Path) -> Header:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
                 raise ValueError(f"a file of {size} bytes cannot hold a header of {length}")
-            return _parse_header(file.read(length), size)
+            return _parse_header(path, file.read(length), size)
     except OSError as error:
         raise KeyreduceError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -153,7 +124,7 @@ def read_header(path: Path) -> Header:
         ) from None
 
 
-def _parse_header(raw: bytes, size: int) -> Header:
+def _parse_header(path: Path, raw: bytes, size: int) -> tuple[ShardPlan, dict[str, ByteRange]]:
     """Parse a header's JSON; a ValueError says what is wrong with it."""
     if not raw.startswith(b"{"):
         raise ValueError("its header is not a JSON object")
@@ -163,20 +134,20 @@ def _parse_header(raw: bytes, size: int) -> Header:
     metadata = content.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ does not map strings to strings")
-    data_start = 8 + len(raw)
-    parsed = {name: _parse_entry(name, info, data_start) for name, info in content.items()}
-    entries = dict(sorted(parsed.items(), key=lambda item: (item[1].begin, item[1].end)))
-    position = data_start
-    for name, entry in entries.items():
-        if entry.begin != position:
-            raise ValueError(f"tensor {name!r} begins at byte {entry.begin} and not at {position}")
-        position = entry.end
+    described = sorted((_parse_entry(name, info) for name, info in content.items()), key=lambda one: one[1:])
+    position = start = 8 + len(raw)
+    for spec, begin, end in described:
+        if start + begin != position:
+            raise ValueError(f"tensor {spec.name!r} begins at byte {start + begin} and not at {position}")
+        position = start + end
     if position != size:
         raise ValueError(f"its tensors end at byte {position} and the file at {size}")
-    return Header(entries, metadata, data_start)
+    ranges = {spec.name: ByteRange(path, start + begin, start + end) for spec, begin, end in described}
+    return ShardPlan([spec for spec, _, _ in described], metadata), ranges
 
 
-def _parse_entry(name: str, info: object, data_start: int) -> TensorEntry:
+def _parse_entry(name: str, info: object) -> tuple[TensorSpec, int, int]:
+    """Return a tensor, and where its bytes begin and end after the header."""
     if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name!r} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
@@ -189,7 +160,7 @@ def _parse_entry(name: str, info: object, data_start: int) -> TensorEntry:
     begin, end = offsets
     if 8 * (end - begin) != _BITS[dtype] * math.prod(shape):
         raise ValueError(f"tensor {name!r}, {dtype} of shape {shape}, does not take {end - begin} bytes")
-    return TensorEntry(dtype, tuple(shape), data_start + begin, data_start + end)
+    return TensorSpec(name, dtype, tuple(shape)), begin, end
 
 
 def _are_counts(values: object) -> bool:

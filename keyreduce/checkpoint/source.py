@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -26,14 +25,6 @@ _BLOCK_BYTES = 4096
 _BLOCKS = 1024
 
 
-class Stamp(NamedTuple):
-    """What changes when a file is written to or replaced."""
-
-    inode: int
-    size: int
-    modified_ns: int
-
-
 class Checkpoint(ABC):
     """An open checkpoint. Only what describes its tensors is in memory; they are read when asked for.
 
@@ -41,6 +32,7 @@ class Checkpoint(ABC):
         path: its folder.
         config: the content of config.json.
         tensors: tensor name -> name, dtype and shape, in the order in which reading is cheapest.
+        files: the files that hold the tensors.
         shards: how the tensors lie in safetensors files, by file name; None where they lie in files of another kind.
     """
 
@@ -50,33 +42,27 @@ class Checkpoint(ABC):
     shards: Mapping[str, ShardPlan] | None
 
     def __init__(self, files: Iterable[Path]):
-        self._stamps = {path: _stamp(path) for path in files}
+        self.files = tuple(files)
+        self._stamps = {path: _stamp(path) for path in self.files}
 
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor.
 
-        Raises:
-            KeyreduceError: the checkpoint has no such tensor, it cannot be read, or torch has no such dtype.
+        Raises KeyreduceError if the checkpoint has no such tensor, it cannot be read, or torch has no such dtype.
         """
 
     @abstractmethod
     def ranges(self, name: str) -> tuple[ByteRange, ...] | None:
         """Return the bytes of files that, put together, are the tensor's numbers, row by row; None if no bytes are.
 
-        Raises:
-            KeyreduceError: the checkpoint has no such tensor, or what describes it is damaged.
+        Raises KeyreduceError if the checkpoint has no such tensor, or what describes it is damaged.
         """
 
     @property
     @abstractmethod
     def sidecars(self) -> tuple[Path, ...]:
         """The files that a copy of this model should have too: tokenizer, generation config, and the like."""
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files that hold the tensors."""
-        return tuple(self._stamps)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -106,8 +92,7 @@ class Checkpoint(ABC):
     def refuse_changed(self) -> None:
         """Make sure that nobody wrote into the checkpoint while it was being read.
 
-        Raises:
-            KeyreduceError: a file is not the one that was opened.
+        Raises KeyreduceError if a file is not the one that was opened.
         """
         for path, before in self._stamps.items():
             if _stamp(path) != before:
@@ -149,9 +134,10 @@ def _read_piece(path: Path, begin: int, end: int) -> bytes:
         raise KeyreduceError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _stamp(path: Path) -> Stamp | None:
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a file is written to or replaced."""
     try:
         status = os.stat(path)
     except OSError:
         return None  # what is missing is reported where it is opened
-    return Stamp(status.st_ino, status.st_size, status.st_mtime_ns)
+    return status.st_ino, status.st_size, status.st_mtime_ns

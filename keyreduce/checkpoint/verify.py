@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+import xxhash
 
-from keyreduce.checkpoint.checksums import checksum
+from keyreduce.checkpoint.checksums import feed
 from keyreduce.checkpoint.record import Record
 from keyreduce.checkpoint.rewrite import is_finite
 from keyreduce.checkpoint.source import Checkpoint
@@ -17,14 +18,9 @@ SUMS_NAME = "SHA256SUMS"
 
 
 def check_finite(source: Checkpoint, *, progress: Callable[[int], None] | None = None) -> None:
-    """Read every tensor.
+    """Read every tensor; ``progress`` is called after each with the number of its bytes.
 
-    Args:
-        source: the checkpoint.
-        progress: called after each tensor with the number of its bytes.
-
-    Raises:
-        KeyreduceError: a tensor cannot be read, or holds NaN or inf.
+    Raises KeyreduceError if a tensor cannot be read, or holds NaN or inf.
     """
     for name, spec in source.tensors.items():
         tensor = source.read(name)
@@ -38,81 +34,51 @@ def check_finite(source: Checkpoint, *, progress: Callable[[int], None] | None =
             progress(spec.nbytes)
 
 
-def check_sums(source: Checkpoint, record: Record, *, progress: Callable[[int], None] | None = None) -> bool:
-    """Hold every file that holds weights against the checksum that was taken when it was written.
+def hash_files(source: Checkpoint, record: Record, *, progress: Callable[[int], None] | None = None) -> dict[str, str]:
+    """Hash every file that holds tensors, and compare it with the checksum that was taken when it was written.
 
     Args:
         source: the checkpoint.
-        record: its record.
+        record: its record; one of version 0.1, or of a model that keyreduce did not write, has no checksums.
         progress: called after each piece of a file with the number of its bytes.
 
     Returns:
-        Whether there was anything to compare: a record of version 0.1, or of a model that keyreduce did not write, has
-        no checksums.
+        File name -> SHA-256 in hex, as ``sha256sum`` has it.
 
-    Raises:
-        KeyreduceError: a file cannot be read, a byte of it changed, or it is another one.
-    """
-    if record.checksums is None:
-        return False
-    for path in source.files:
-        if record.checksums.get(path.name) != checksum(path, progress):
-            raise KeyreduceError(f"{path} is not what was written: it was changed since, or damaged; get it again")
-    return True
-
-
-def hash_files(source: Checkpoint, *, progress: Callable[[int], None] | None = None) -> dict[str, str]:
-    """Return file name -> SHA-256, in hex, of every file that holds tensors, as ``sha256sum`` has them.
-
-    Raises:
-        KeyreduceError: a file cannot be read.
+    Raises KeyreduceError if a file cannot be read, a byte of it changed, or it is another one.
     """
     sums = {}
     for path in source.files:
-        try:
-            with open(path, "rb") as file:
-                sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-                size = file.tell()
-        except OSError as error:
-            raise KeyreduceError(f"{path} cannot be read: {error.strerror}") from None
-        if progress is not None:
-            progress(size)
+        cryptographic, fast = hashlib.sha256(), xxhash.xxh3_128()
+        told = [] if progress is None else [lambda piece: progress(len(piece))]
+        feed(path, cryptographic.update, fast.update, *told)
+        if record.checksums is not None and record.checksums.get(path.name) != fast.hexdigest():
+            raise KeyreduceError(f"{path} is not what was written: it was changed since, or damaged; get it again")
+        sums[path.name] = cryptographic.hexdigest()
     return sums
 
 
-def read_sums(folder: Path) -> dict[str, str] | None:
-    """Return file name -> SHA-256 as the folder's ``SHA256SUMS`` has them, or None if it has no such file.
+def compare_sums(folder: Path, found: Mapping[str, str]) -> bool:
+    """Compare file name -> SHA-256 with the folder's ``SHA256SUMS``; return whether it has one.
 
-    Raises:
-        KeyreduceError: it is not what ``sha256sum`` writes.
+    Raises KeyreduceError if one differs or was not noted, or the file is not what ``sha256sum`` writes.
     """
     path = folder / SUMS_NAME
     if not path.is_file():
-        return None
+        return False
     try:
         lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
-        return {name.lstrip("*"): digest for digest, name in lines}
+        noted = {name.lstrip("*"): digest for digest, name in lines}
     except (OSError, ValueError):
         raise KeyreduceError(f"{path} is not what sha256sum writes; remove it, or get it again") from None
-
-
-def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
-    """Write file name -> SHA-256 into the folder, as ``SHA256SUMS``.
-
-    Raises:
-        KeyreduceError: it cannot be written.
-    """
-    with appearing(folder / SUMS_NAME, folder=False, overwrite=True) as temporary:
-        temporary.write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
-
-
-def compare_sums(folder: Path, found: dict[str, str], noted: dict[str, str]) -> None:
-    """Refuse files whose bytes are not those that were noted.
-
-    Raises:
-        KeyreduceError: one differs, or was not noted.
-    """
     for name, digest in found.items():
         if noted.get(name) != digest:
             what = "differs from" if name in noted else "is not in"
             raise KeyreduceError(f"{folder / name} {what} {SUMS_NAME}: the checkpoint is damaged, or another one")
+    return True
+
+
+def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Write file name -> SHA-256 into the folder, as ``SHA256SUMS``. Raises KeyreduceError if it cannot be written."""
+    with appearing(folder / SUMS_NAME, folder=False, overwrite=True) as temporary:
+        temporary.write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))

@@ -1,8 +1,16 @@
-"""A Hugging Face checkpoint folder being written: config.json, shards, index, and the small files beside them."""
+"""A Hugging Face checkpoint folder being written: config.json, shards, index, and the small files beside them.
 
+No more than one tensor is in memory, and one that does not change is copied from file to file without being looked at.
+"""
+
+import contextlib
+import errno
+import io
+import json
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,19 +18,18 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from keyreduce.checkpoint.checksums import FileHasher
 from keyreduce.checkpoint.folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
-from keyreduce.checkpoint.shard_writer import ShardWriter
-from keyreduce.checkpoint.shards import ByteRange, ShardPlan, TensorSpec, read_header
+from keyreduce.checkpoint.shards import ByteRange, ShardPlan, TensorSpec, make_spec, read_header
 from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import write_json
 
 MAX_SHARD_SIZE = 5 * 10**9
+_COPY_BYTES = 1 << 24
 
 
 def write_folder_files(target: Path, config: dict, sidecars: Iterable[Path]) -> None:
-    """Write config.json and copy the files beside it into the folder ``target``.
+    """Write config.json into the folder ``target``, and copy the files that belong beside it.
 
-    Raises:
-        KeyreduceError: a file cannot be read or written.
+    Raises KeyreduceError if a file cannot be read or written.
     """
     write_json(target / CONFIG_NAME, config)
     for sidecar in sidecars:
@@ -50,20 +57,20 @@ def write_weights(
     Returns:
         File name -> its xxh3_128 in hex, of every shard.
 
-    Raises:
-        KeyreduceError: a file cannot be written, or reads back otherwise than it was written.
+    Raises KeyreduceError if a file cannot be written, or reads back otherwise than it was written.
     """
     with FileHasher() as hasher:
         for file, plan in shards.items():
-            with ShardWriter(target / file, plan.tensors, plan.metadata) as writer:
-                for spec in plan.tensors:
-                    writer.write(spec.name, fetch(spec.name))
-                    hasher.written(target / file, writer.tell())
-                    if progress is not None:
-                        progress(spec.nbytes)
-            entries = read_header(target / file).entries
-            if [TensorSpec(name, entry.dtype, entry.shape) for name, entry in entries.items()] != list(plan.tensors):
-                raise KeyreduceError(f"{target / file} does not read back as it was written; check the disk")
+            path = target / file
+
+            def written(spec: TensorSpec, end: int, path: Path = path) -> None:
+                hasher.written(path, end)
+                if progress is not None:
+                    progress(spec.nbytes)
+
+            write_shard(path, plan, fetch, written)
+            if read_header(path)[0].tensors != list(plan.tensors):
+                raise KeyreduceError(f"{path} does not read back as it was written; check the disk")
     if list(shards) != [SINGLE_NAME]:
         total_size = sum(spec.nbytes for plan in shards.values() for spec in plan.tensors)
         weight_map = {spec.name: file for file, plan in shards.items() for spec in plan.tensors}
@@ -74,9 +81,7 @@ def write_weights(
 def split_into_shards(tensors: Mapping[str, TensorSpec], max_shard_size: int) -> dict[str, ShardPlan]:
     """Return file name -> what goes into it, one file or as many as it takes.
 
-    Args:
-        tensors: all tensors by name.
-        max_shard_size: the most bytes in a file of several tensors.
+    A file of several tensors has at most ``max_shard_size`` bytes.
     """
     # As the safetensors library does: wide dtypes first, so that each tensor starts at a multiple of its width.
     ordered = sorted(tensors.values(), key=lambda spec: -spec.bits)
@@ -95,11 +100,108 @@ def split_into_shards(tensors: Mapping[str, TensorSpec], max_shard_size: int) ->
 def parse_size(text: str) -> int:
     """Return the bytes that a text such as ``500MB`` or ``5GB`` says, in decimal units, as transformers counts them.
 
-    Raises:
-        KeyreduceError: it is no such text, or less than a byte.
+    Raises KeyreduceError if it is no such text, or less than a byte.
     """
     match = re.fullmatch(r"([0-9]{1,12}) *([KMGT]?)B?", text.strip().upper())
     size = int(match[1]) * 1000 ** " KMGT".index(match[2] or " ") if match else 0
     if size < 1:
         raise KeyreduceError(f"{text!r} is no size of a shard; give one such as 500MB or 5GB")
     return size
+
+
+def write_shard(
+    path: Path,
+    plan: ShardPlan,
+    fetch: Callable[[str], torch.Tensor | Sequence[ByteRange]],
+    written: Callable[[TensorSpec, int], None] = lambda spec, end: None,
+) -> None:
+    """Write one safetensors file, one tensor after another.
+
+    The safetensors library writes a file from all of its tensors at once. As it does, and ``cp``, this leaves to the
+    system when the disk gets what was written.
+
+    Args:
+        path: the file to make.
+        plan: what goes into it, in order.
+        fetch: gives a tensor by its name, or the bytes of files that hold it.
+        written: called after each tensor with the number of bytes that will not change any more.
+
+    Raises:
+        KeyreduceError: the file cannot be written.
+        ValueError: what is fetched is not what the plan says.
+    """
+    header = _format_header(plan)
+    with writing(path):
+        file = open(path, "wb", buffering=0)  # noqa: SIM115  (closed below; its own errors are told here)
+    with file:
+        with writing(path):
+            write_all(file, memoryview(header))
+        for spec in plan.tensors:
+            data = fetch(spec.name)
+            is_tensor = isinstance(data, torch.Tensor)
+            if is_tensor and make_spec(spec.name, data.dtype, data.shape) != spec:
+                raise ValueError(f"{spec} was announced, not {data.dtype} {tuple(data.shape)}")
+            if not is_tensor and (size := sum(piece.end - piece.begin for piece in data)) != spec.nbytes:
+                raise ValueError(f"tensor {spec.name!r} takes {spec.nbytes} bytes, not {size}")
+            with writing(path):
+                if is_tensor:
+                    write_all(file, data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                else:
+                    copy_ranges(data, file)
+            written(spec, file.tell())
+
+
+def _format_header(plan: ShardPlan) -> bytes:
+    """The length and the JSON, padded with spaces so that the data starts at a multiple of 8 bytes."""
+    content: dict[str, object] = {"__metadata__": dict(plan.metadata)} if plan.metadata else {}
+    position = 0
+    for spec in plan.tensors:
+        if spec.name in content:
+            raise ValueError(f"tensor {spec.name!r} is announced twice")
+        end = position + spec.nbytes
+        content[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the errors of the system into one line that says which file could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise KeyreduceError(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_all(file: io.FileIO, data: memoryview) -> None:
+    """Write all of ``data`` to an unbuffered file, which may take it in pieces."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def copy_ranges(ranges: Iterable[ByteRange], target: io.FileIO) -> None:
+    """Append bytes of files to an unbuffered one."""
+    for path, begin, end in ranges:
+        with open(path, "rb", buffering=0) as source:
+            _copy_range(source, target, begin, end)
+
+
+def _copy_range(source: io.FileIO, target: io.FileIO, begin: int, end: int) -> None:
+    """Append bytes [begin, end) of ``source`` to ``target``: by the kernel where it can, else in pieces."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            while begin < end and (copied := os.copy_file_range(source.fileno(), target.fileno(), end - begin, begin)):
+                begin += copied
+        except OSError:
+            # Not every pair of file systems can. If the cause is another one, such as a full disk, the ordinary
+            # copy below meets it again and reports it.
+            pass
+    source.seek(begin)
+    while begin < end:
+        piece = source.read(min(_COPY_BYTES, end - begin))
+        if not piece:
+            raise OSError(errno.EIO, f"{source.name} ended early; it was changed while it was read")
+        write_all(target, memoryview(piece))
+        begin += len(piece)

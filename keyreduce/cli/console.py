@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 
 from keyreduce.api.request import Result
-from keyreduce.processes import torchrun_rank
+from keyreduce.processes import Processes
 from keyreduce.reporting import Reporter
 
 
@@ -22,7 +22,7 @@ class Console(Reporter):
         self.as_json = as_json
         self.errors = RichConsole(stderr=True, highlight=False)
         self.tables = self.errors if as_json else RichConsole(highlight=False)
-        self.errors.quiet = self.tables.quiet = torchrun_rank() > 0
+        self.errors.quiet = self.tables.quiet = Processes.of_torchrun().rank > 0
 
     def note(self, message: str) -> None:
         """Say something in passing, on stderr."""

@@ -12,22 +12,9 @@ from keyreduce.families.olmo_hybrid import OLMO_HYBRID
 from keyreduce.families.qwen3_next import QWEN3_5, QWEN3_5_MOE, QWEN3_5_MOE_TEXT, QWEN3_5_TEXT, QWEN3_NEXT
 from keyreduce.families.table import Family, MixerSizes
 
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        DELTA_NET,
-        DELTA_NET_2,
-        GATED_DELTANET,
-        KDA,
-        KIMI_LINEAR,
-        OLMO_HYBRID,
-        QWEN3_5,
-        QWEN3_5_MOE,
-        QWEN3_5_MOE_TEXT,
-        QWEN3_5_TEXT,
-        QWEN3_NEXT,
-    )
-}
+_OF_FLA = (DELTA_NET, DELTA_NET_2, GATED_DELTANET, KDA)
+_OF_TRANSFORMERS = (KIMI_LINEAR, OLMO_HYBRID, QWEN3_5, QWEN3_5_MOE, QWEN3_5_MOE_TEXT, QWEN3_5_TEXT, QWEN3_NEXT)
+FAMILIES = {family.model_type: family for family in (*_OF_FLA, *_OF_TRANSFORMERS)}
 
 REFUSED = {
     "comba": "its operator takes a third vector of the key's size, which calibration does not watch and no backend of "
@@ -43,12 +30,9 @@ __all__ = ["FAMILIES", "REFUSED", "Axis", "Family", "Joined", "MixerSizes", "Par
 def family_of(config: Mapping, names: Iterable[str] = ()) -> Family:
     """Return the table of the model that ``config`` (config.json as a mapping) describes.
 
-    Args:
-        config: the content of config.json.
-        names: the tensors of its checkpoint; the family's path of the mixer is that of the model without them.
+    ``names`` are the tensors of its checkpoint; the family's path of the mixer is that of the model without them.
 
-    Raises:
-        UnknownArchitecture: it is not one of :data:`FAMILIES`.
+    Raises UnknownArchitecture if it is not one of :data:`FAMILIES`.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:

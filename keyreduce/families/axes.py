@@ -1,8 +1,13 @@
-"""What one axis of a tensor of the mixer holds: a part, or several of them in one of two orders."""
+"""What one axis of a tensor of the mixer holds: a part, or several of them in one of two orders; and at which places.
+
+Shapes: H key heads, P entries of a part, N entries of an axis.
+"""
 
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
 
 
 class Part(enum.Enum):
@@ -51,3 +56,37 @@ def parts_of(axis: Axis) -> tuple[Part, ...]:
 def length_of(axis: Axis, lengths: Mapping[Part, int]) -> int:
     """Return how long an axis is, given the lengths of its parts."""
     return sum(lengths[part] for part in parts_of(axis))
+
+
+def places(axis: Axis, lengths: Mapping[Part, int], key_heads: int) -> list[tuple[Part, torch.Tensor]]:
+    """Return, part by part, the places ``[P]`` on an axis that hold its entries, in the part's own order."""
+    if not isinstance(axis, Joined):
+        return [(axis, torch.arange(lengths[axis]))]
+    heads = key_heads if axis.by_key_head else 1
+    place_HN = torch.arange(length_of(axis, lengths)).view(heads, -1)
+    split = place_HN.split([lengths[part] // heads for part in axis.parts], dim=1)
+    return [(part, place_HP.flatten()) for part, place_HP in zip(axis.parts, split, strict=True)]
+
+
+def kept_places(
+    axis: Axis,
+    kept: Mapping[Part, torch.Tensor],
+    before: tuple[Mapping[Part, int], int],
+    after: tuple[Mapping[Part, int], int],
+) -> torch.Tensor:
+    """Return the places ``[N]`` of an axis that stay, in the order that the axis has afterwards.
+
+    ``kept`` is part -> its entries that stay, in order; ``before`` and ``after`` are the lengths of the parts and the
+    number of key heads.
+    """
+    index = torch.empty(length_of(axis, after[0]), dtype=torch.int64)
+    for (part, old_P), (_, new_P) in zip(places(axis, *before), places(axis, *after), strict=True):
+        index[new_P] = old_P[kept[part]]
+    return index
+
+
+def place_of(axis: Axis, part: Part, lengths: Mapping[Part, int], key_heads: int) -> torch.Tensor | None:
+    """Return the places of a part's entries; None if they are the whole axis in order."""
+    if not isinstance(axis, Joined):
+        return None
+    return next(place_P for found, place_P in places(axis, lengths, key_heads) if found is part)

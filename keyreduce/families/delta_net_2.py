@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from keyreduce.families.axes import Part
-from keyreduce.families.delta_net import DELTA_NET
-from keyreduce.families.fla_tensors import FLA_TENSORS
+from keyreduce.families.delta_net import DELTA_NET, FLA_TENSORS
 
 _CONVOLUTIONS = {
     "q_conv1d": {"use_short_conv": True},
@@ -22,7 +21,7 @@ DELTA_NET_2 = replace(
     | {f"{name}.weight": (Part.HEAD_OR_ALL, Part.OTHER, Part.TAPS) for name in _CONVOLUTIONS}
     | {f"{name}.scale": (Part.HEAD_OR_ALL,) for name in _CONVOLUTIONS},
     per_head="per_head_conv",
-    switches=DELTA_NET.switches | dict.fromkeys(("shift_only_conv", "conv_scaled_shift", "share_kv_conv"), False),
+    switches={**DELTA_NET.switches, "shift_only_conv": False, "conv_scaled_shift": False, "share_kv_conv": False},
     only_with={name: flags for name, flags in DELTA_NET.only_with.items() if "conv1d" not in name}
     | {f"{name}.weight": flags | {"shift_only_conv": False} for name, flags in _CONVOLUTIONS.items()}
     | {

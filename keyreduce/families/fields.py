@@ -1,4 +1,7 @@
-"""Where a config says a size: outright, or as a ratio of others; at its top, or in a section of a larger model's."""
+"""Where a config says a size, and which layers hold a delta-rule state, where others have softmax attention.
+
+A size is said outright or as a ratio of others, at the top of the config or in a section of a larger model's.
+"""
 
 import math
 from collections.abc import Mapping
@@ -25,14 +28,10 @@ class Field:
     also: tuple[str, str] | None = None
 
     def read(self, config: Mapping, layer: int = 0) -> float:
-        """Return what ``config`` says of a layer.
-
-        Raises:
-            KeyreduceError: it is no positive number.
-        """
-        second = self._second(config)
-        if second is not None:
-            return _positive(f"{self.also[0]}.{self.also[1]}", second[self.also[1]])
+        """Return what ``config`` says of a layer; raise KeyreduceError where it is no positive number."""
+        if second := self._second(config):
+            section, name, content = second
+            return _positive(f"{section}.{name}", content[name])
         value = self._within(config).get(self.name)
         if value is None and isinstance(self.default, Field | Ratio):
             return self.default.read(config, layer)
@@ -41,9 +40,9 @@ class Field:
     def write(self, config: dict, size_of: Mapping[int, int], num_layers: int) -> None:
         """Let ``config`` say a size; ``size_of`` has the same one for all layers. What it nests is copied."""
         size = next(iter(size_of.values()))
-        second = self._second(config)
-        if second is not None:
-            config[self.also[0]] = {**second, self.also[1]: size}
+        if second := self._second(config):
+            section, name, content = second
+            config[section] = {**content, name: size}
             if self.name not in config:
                 return
         if self.section in config:
@@ -57,20 +56,17 @@ class Field:
             raise KeyreduceError(f"config.json: {self.section} is {section!r}, where an object belongs")
         return section
 
-    def _second(self, config: Mapping) -> Mapping | None:
-        section = config.get(self.also[0]) if self.also else None
-        return section if isinstance(section, Mapping) and self.also[1] in section else None
+    def _second(self, config: Mapping) -> tuple[str, str, Mapping] | None:
+        section, name = self.also or ("", "")
+        content = config.get(section)
+        return (section, name, content) if isinstance(content, Mapping) and name in content else None
 
 
 @dataclass(frozen=True)
 class Ratio:
     """A size that the config says as a ratio: ``size = config[name] * config[of] / config[over]``.
 
-    Attributes:
-        name: the field that holds the ratio.
-        default: what holds when the config does not have it.
-        of, over: the fields it rests on.
-        per_layer: whether the field may also be a list with a ratio for each layer of the model.
+    Where it is ``per_layer`` the field may also be a list with a ratio for each layer of the model.
     """
 
     name: str
@@ -116,3 +112,63 @@ def _ratio_for(size: int, base: float) -> float:
     ratio = size / base
     # Models get the size back as int(ratio * base): a ratio rounded down would lose a channel there.
     return math.nextafter(ratio, math.inf) if int(ratio * base) < size else ratio
+
+
+@dataclass(frozen=True)
+class SoftmaxList:
+    """fla's way: a field with an object that lists the ``layers`` of softmax attention, or a list of such objects.
+
+    Without the field every layer has a mixer.
+    """
+
+    name: str = "attn"
+
+    def mixer_layers(self, config: Mapping, count: int) -> list[int]:
+        """Return the layers with a mixer, of ``count``; raise KeyreduceError where the field does not list layers."""
+        specs = config.get(self.name) or []
+        specs = [specs] if isinstance(specs, Mapping) else specs
+        try:
+            softmax_layers = {layer for spec in specs for layer in spec["layers"]}
+        except (KeyError, TypeError):
+            raise KeyreduceError(f"config.json: {self.name} does not list the layers of softmax attention") from None
+        return [layer for layer in range(count) if layer not in softmax_layers]
+
+
+@dataclass(frozen=True)
+class LayerTypes:
+    """transformers' way: ``layer_types`` names the kind of each layer, ``linear_attention`` those with a mixer.
+
+    Attributes:
+        section: the field of a larger model's config that holds the language model's, if it is one.
+        first: without ``layer_types`` there is softmax attention in this layer and in every fourth after it; the config
+            may say another interval as ``full_attention_interval``, and the first one goes with it.
+        needs_softmax: whether the last layer has softmax attention where no other has.
+        listed: the field of an object that lists the layers with a mixer by number, from one, as ``kda_layers``.
+    """
+
+    section: str | None = None
+    first: int = 3
+    needs_softmax: bool = False
+    listed: str | None = None
+
+    def mixer_layers(self, config: Mapping, count: int) -> list[int]:
+        """Return the layers with a mixer, of ``count``; raise KeyreduceError where the config does not say them."""
+        config = config.get(self.section, config) if self.section else config
+        kinds = config.get("layer_types")
+        if kinds is None:
+            return self._unnamed(config, count)
+        if not isinstance(kinds, list) or len(kinds) != count:
+            raise KeyreduceError(f"config.json: layer_types does not name the kind of each of {count} layers")
+        return [layer for layer, kind in enumerate(kinds) if kind == "linear_attention"]
+
+    def _unnamed(self, config: Mapping, count: int) -> list[int]:
+        listed = config.get(self.listed) if self.listed else None
+        if isinstance(listed, Mapping) and isinstance(listed.get("kda_layers"), list):
+            return [layer for layer in range(count) if layer + 1 in listed["kda_layers"]]
+        interval = config.get("full_attention_interval", 4)
+        if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
+            raise KeyreduceError(f"config.json: full_attention_interval is {interval!r}, which is no interval")
+        softmax = set(range(self.first + interval - 4, count, interval))
+        if not softmax and self.needs_softmax:
+            softmax = {count - 1}
+        return [layer for layer in range(count) if layer not in softmax]

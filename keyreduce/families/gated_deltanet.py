@@ -1,8 +1,8 @@
 """Gated DeltaNet, as fla ships it (arXiv:2412.06464)."""
 
 from keyreduce.families.axes import Part
+from keyreduce.families.delta_net import BIASES, CONVOLUTIONS, FLA_TENSORS
 from keyreduce.families.fields import Field, Ratio
-from keyreduce.families.fla_tensors import BIASES, CONVOLUTIONS, FLA_TENSORS
 from keyreduce.families.table import Family
 
 _HEADS, _HEAD_DIM = Field("num_heads", 6), Field("head_dim", 256)

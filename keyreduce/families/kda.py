@@ -5,9 +5,8 @@ The decay and the output gate reach their channels through a bottleneck that is 
 """
 
 from keyreduce.families.axes import Part
-from keyreduce.families.fields import Field, Ratio
-from keyreduce.families.fla_tensors import BIASES, CONVOLUTIONS, FLA_TENSORS, JOINED_CONVOLUTIONS
-from keyreduce.families.layers import LayerTypes
+from keyreduce.families.delta_net import BIASES, CONVOLUTIONS, FLA_TENSORS, JOINED_CONVOLUTIONS
+from keyreduce.families.fields import Field, LayerTypes, Ratio
 from keyreduce.families.table import Family
 
 _HEADS, _HEAD_DIM = Field("num_heads", 16), Field("head_dim", 128)

@@ -18,11 +18,8 @@ _LISTED = 10
 class MixerTensor(NamedTuple):
     """One tensor of one layer's mixer.
 
-    Attributes:
-        layer: the number of the layer.
-        name: its name below the mixer in files, as in the family's table.
-        inner: its name below the mixer in the model; pieces that the model joins have one name there.
-        shape: what the config makes it.
+    ``name`` is its name below the mixer in files, as in the family's table, and ``inner`` that in the model, where
+    pieces that the model joins have one name; ``shape`` is what the config makes it.
     """
 
     layer: int
@@ -34,13 +31,10 @@ class MixerTensor(NamedTuple):
 def expected_tensors(config: Mapping, names: Iterable[str] = ()) -> dict[str, MixerTensor]:
     """Return full name in files -> tensor, of all that the mixers of a config have, in the order of layer and table.
 
-    Args:
-        config: the content of config.json.
-        names: the tensors of the checkpoint. They say under which path its mixers are, and which it has of those that
-            no config asks for.
+    ``names``, the tensors of the checkpoint, say under which path its mixers are, and which it has of those that no
+    config asks for.
 
-    Raises:
-        KeyreduceError: the config is of no known family, or does not say the sizes.
+    Raises KeyreduceError if the config is of no known family, or does not say the sizes.
     """
     names = set(names)
     family, found = family_of(config, names), {}
@@ -70,10 +64,7 @@ def check_mixers(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Pat
     A tensor that the model joins of pieces may be divided otherwise: transformers cuts it into equal ones when it
     saves, and puts them together when it loads.
 
-    Args:
-        config: the content of config.json.
-        shapes: tensor name -> shape, of the whole checkpoint.
-        path: what to call it.
+    ``shapes`` are those of the whole checkpoint, and ``path`` is what to call it.
 
     Raises:
         UnknownArchitecture: nothing can be said of such a model; the checkpoint may be right.
@@ -109,16 +100,9 @@ def refuse_faults(
     reshaped: Mapping[str, tuple[Sequence[int], Sequence[int]]],
     error: type[KeyreduceError] = KeyreduceError,
 ) -> None:
-    """Refuse a checkpoint if there is any fault, naming ten of each kind.
+    """Raise ``error`` if there is any fault in a checkpoint, naming ten tensors of each kind.
 
-    Args:
-        path: what to call it.
-        missing, left_over: names of tensors.
-        reshaped: name -> the shape that it has, and the one that it should have.
-        error: what to raise.
-
-    Raises:
-        KeyreduceError: there is a fault.
+    ``reshaped`` is name -> the shape that the tensor has, and the one that it should have.
     """
     shapes = [f"{name} {list(found)} for {list(wanted)}" for name, (found, wanted) in reshaped.items()]
     faults = {"missing": missing, "left over": left_over, "of another shape": shapes}
@@ -132,11 +116,7 @@ def refuse_faults(
 
 
 def refuse_more_layers(config: Mapping, count: int, path: Path) -> None:
-    """Refuse a config of more layers than there are tensors: each has one at least, and a billion take for ever.
-
-    Raises:
-        KeyreduceError: there are more.
-    """
+    """Refuse a config of more layers than there are tensors: each has one at least, and a billion take for ever."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             refuse_more_layers(value, count, path)

@@ -3,10 +3,9 @@
 Checkpoints have a convolution for each of q, k and v, which transformers joins when it loads them.
 """
 
-from keyreduce.families.fields import Field, Ratio
-from keyreduce.families.fla_tensors import BIASES, JOINED_CONVOLUTIONS
+from keyreduce.families.delta_net import BIASES, JOINED_CONVOLUTIONS
+from keyreduce.families.fields import Field, LayerTypes, Ratio
 from keyreduce.families.gated_deltanet import GATED_TENSORS
-from keyreduce.families.layers import LayerTypes
 from keyreduce.families.table import Family
 
 _HIDDEN, _ATTENTION_HEADS = Field("hidden_size", 3840), Field("num_attention_heads", 30)

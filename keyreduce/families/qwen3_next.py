@@ -7,8 +7,7 @@ whose vision part, like layers that predict several tokens ahead (``mtp``), has 
 from dataclasses import replace
 
 from keyreduce.families.axes import Joined, Part
-from keyreduce.families.fields import Field
-from keyreduce.families.layers import LayerTypes
+from keyreduce.families.fields import Field, LayerTypes
 from keyreduce.families.table import Family
 
 _QUERY_KEY_VALUE = Joined((Part.QUERY, Part.KEY, Part.VALUE))
@@ -32,10 +31,7 @@ QWEN3_NEXT = Family(
     num_layers=Field("num_hidden_layers", 48),
     tensors=_SHARED_TENSORS
     | {
-        "in_proj_qkvz.weight": (
-            Joined((Part.QUERY, Part.KEY, Part.VALUE, Part.GATE), by_key_head=True),
-            Part.HIDDEN,
-        ),
+        "in_proj_qkvz.weight": (Joined((Part.QUERY, Part.KEY, Part.VALUE, Part.GATE), by_key_head=True), Part.HIDDEN),
         "in_proj_ba.weight": (Joined((Part.VALUE_HEAD, Part.VALUE_HEAD), by_key_head=True), Part.HIDDEN),
     },
     taps=Field("linear_conv_kernel_dim", 4),

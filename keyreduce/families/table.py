@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from keyreduce.errors import KeyreduceError
-from keyreduce.families.axes import Axis, Part
-from keyreduce.families.fields import Field, Ratio
-from keyreduce.families.layers import LayerTypes, SoftmaxList
+from keyreduce.families.axes import Axis, Part, length_of
+from keyreduce.families.fields import Field, LayerTypes, Ratio, SoftmaxList
 
 
 class MixerSizes(NamedTuple):
@@ -68,7 +67,6 @@ class Family:
         elsewhere: other paths of a mixer in checkpoints, as in those of a larger model of which this is a part.
         inside: name below the mixer in files -> its name in the model, only for those that have another one there.
             Those of one name are joined there, in this order, along the first axis.
-        fixed: a size -> why it cannot change, where one cannot.
         tied: where a head has always as many key as value channels, why, and what to ask for.
     """
 
@@ -91,14 +89,12 @@ class Family:
     shipped_by: str = "fla"
     elsewhere: tuple[str, ...] = ()
     inside: Mapping[str, str] = field(default_factory=dict)
-    fixed: Mapping[str, str] = field(default_factory=dict)
     tied: str | None = None
 
     def sizes(self, config: Mapping, layer: int = 0) -> MixerSizes:
         """Read the sizes of one layer's mixer from a config; only where a field is a list do layers differ.
 
-        Raises:
-            KeyreduceError: a field is missing, or a size is not a positive whole number, or heads do not divide.
+        Raises KeyreduceError if a field is missing, or a size is not a positive whole number, or heads do not divide.
         """
         values = {}
         for name in MixerSizes._fields:
@@ -120,8 +116,7 @@ class Family:
     def resized(self, config: Mapping, sizes: Mapping[int, MixerSizes]) -> dict:
         """Return a copy of ``config`` that says the sizes of these layers; fields that say them already stay.
 
-        Raises:
-            KeyreduceError: a config of this family cannot say them.
+        Raises KeyreduceError if a config of this family cannot say them.
         """
         changed = dict(config)
         for name in MixerSizes._fields:
@@ -136,15 +131,8 @@ class Family:
                 raise KeyreduceError(f"a {self.model_type} config cannot say the sizes {tuple(layer_sizes)}")
         return changed
 
-    def check_cut(self, before: MixerSizes, after: MixerSizes) -> None:
-        """Refuse sizes that no model of this family can have.
-
-        Raises:
-            KeyreduceError: with the reason.
-        """
-        for name, reason in self.fixed.items():
-            if getattr(before, name) != getattr(after, name):
-                raise KeyreduceError(f"{self.model_type} cannot be cut in {name}: {reason}")
+    def check_cut(self, after: MixerSizes) -> None:
+        """Raise KeyreduceError for sizes that no model of this family can have."""
         if self.tied and after.head_k_dim != after.head_v_dim:
             raise KeyreduceError(f"{self.tied}, and not {after.head_k_dim} and {after.head_v_dim}")
 
@@ -169,11 +157,7 @@ class Family:
         return all(bool(config.get(flag, self.switches[flag])) is value for flag, value in flags.items())
 
     def mixer_layers(self, config: Mapping) -> list[int]:
-        """Return the numbers of the layers whose mixer holds a delta-rule state.
-
-        Raises:
-            KeyreduceError: the config does not say which layers those are.
-        """
+        """Return the numbers of the layers whose mixer holds a delta-rule state."""
         return self.layers.mixer_layers(config, round(self.num_layers.read(config)))
 
     def located(self, names: Iterable[str]) -> "Family":
@@ -201,14 +185,11 @@ class Family:
 
         transformers, which puts them together when it loads, cuts them into equal ones when it saves.
 
-        Args:
-            layer, name: which tensor; see :meth:`joined_with` for the order of the pieces.
-            shapes: tensor name -> shape, of the whole checkpoint; a piece that is missing has no length.
-            lengths: how many entries each part has.
+        :meth:`joined_with` has the order of the pieces; one that is missing in ``shapes`` has no length.
         """
         pieces = self.joined_with(name)
         found = [(*shapes.get(self.tensor_name(layer, piece), ()), 0)[0] for piece in pieces]
-        return found, [lengths[self.tensors[piece][0]] for piece in pieces]
+        return found, [length_of(self.tensors[piece][0], lengths) for piece in pieces]
 
     def state_bytes(self, config: Mapping) -> int:
         """Return the bytes of recurrent state that one sequence holds in all layers, in float32."""

@@ -16,20 +16,13 @@ from keyreduce.models.meta import check_source
 
 @torch.no_grad()
 def file_tensors(model: PreTrainedModel, source: Checkpoint) -> dict[str, torch.Tensor]:
-    """Return name in the checkpoint -> tensor of the model, for all that the model has of it.
+    """Return name in the checkpoint -> tensor of a model that was loaded from it, and perhaps trained since.
 
-    Args:
-        model: a model that was loaded from ``source``, and perhaps trained since.
-        source: the checkpoint.
-
-    Raises:
-        KeyreduceError: the checkpoint has something of the model otherwise than transformers would save it.
+    Raises KeyreduceError if the checkpoint has something of the model otherwise than transformers would save it.
     """
     parameters = dict(model.named_parameters())
     mixers = below_mixers(model.config.to_dict(), parameters)
-    saved = revert_weight_conversion(
-        model, {name: tensor for name, tensor in parameters.items() if name not in mixers}
-    )
+    saved = revert_weight_conversion(model, {name: tensor for name, tensor in parameters.items() if name not in mixers})
     for name, tensor in saved.items():
         if name not in source.tensors or tuple(source.tensors[name].shape) != tuple(tensor.shape):
             raise KeyreduceError(
@@ -46,11 +39,8 @@ def file_tensors(model: PreTrainedModel, source: Checkpoint) -> dict[str, torch.
 def rehearse_writing(source: Checkpoint) -> PreTrainedModel:
     """Refuse a checkpoint into which its model cannot be written back, before any weights are loaded.
 
-    Returns:
-        The model, on torch's meta device.
-
-    Raises:
-        KeyreduceError: see :func:`file_tensors` and :func:`keyreduce.models.meta.check_loading`.
+    It returns the model on torch's meta device, and raises what :func:`file_tensors` and
+    :func:`keyreduce.models.meta.check_loading` do.
     """
     model = check_source(source)
     file_tensors(model, source)
@@ -61,12 +51,7 @@ def rehearse_writing(source: Checkpoint) -> PreTrainedModel:
 def changed_tensors(model: PreTrainedModel, source: Checkpoint, *, whole: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield name in the checkpoint and tensor of the model, in the checkpoint's dtype, where the two differ.
 
-    Args:
-        model, source: see :func:`file_tensors`.
-        whole: whether to look at all of the model, or at its mixers alone.
-
-    Raises:
-        KeyreduceError: see :func:`file_tensors`.
+    All of the model is looked at where ``whole`` is true (see :func:`file_tensors`), and else its mixers alone.
     """
     for name, tensor in file_tensors(model, source).items() if whole else mixer_tensors(model, source):
         tensor = tensor.to(TORCH_DTYPES[source.tensors[name].dtype])
@@ -75,13 +60,8 @@ def changed_tensors(model: PreTrainedModel, source: Checkpoint, *, whole: bool) 
 
 
 @torch.no_grad()
-def mixer_tensors(model: torch.nn.Module, source: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield name in the checkpoint and tensor of the model, for all mixers.
-
-    Args:
-        model: a model that was loaded from ``source``, and perhaps trained since.
-        source: the checkpoint; what it does not have is left out.
-    """
+def mixer_tensors(model: PreTrainedModel, source: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name in the checkpoint and tensor of the model, for all mixers; what it does not have is left out."""
     family = family_of(model.config.to_dict())
     rows_before: dict[str, int] = {}
     for name, tensor in expected_tensors(source.config, source.tensors).items():

@@ -46,11 +46,7 @@ class ModuleCheckpoint(Checkpoint):
 
 
 def loaded_module(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModel:
-    """Return a model in memory as commands have it that loaded it from a folder, ready to run where it is.
-
-    Raises:
-        KeyreduceError: it is not of the DeltaNet family.
-    """
+    """Return a model in memory as commands have it that loaded it from a folder, ready to run where it is."""
     family = family_of(model.config.to_dict())
     prepare_backend(model.device)
     return LoadedModel(model, tokenizer, family, Path(model.name_or_path or type(model).__name__))
@@ -59,19 +55,15 @@ def loaded_module(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
 def rebuilt(model: PreTrainedModel, config: Mapping, tensors: Mapping[str, torch.Tensor]) -> PreTrainedModel:
     """Return a new model of the same class, on the same device, each parameter in the dtype that it has in ``model``.
 
-    Args:
-        model: the model that it is like.
-        config: the content of its config.json.
-        tensors: name in files -> tensor, all that the class asks for.
+    It is made from the content of its config.json and name in files -> tensor, of all that the class asks for.
 
-    Raises:
-        KeyreduceError: the class does not load them.
+    Raises KeyreduceError if the class does not load them.
     """
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     # Some parameters may be wider than the others, and no bit of theirs may be lost on the way.
     widest = reduce(torch.promote_types, dtypes.values(), torch.float32)
     with silenced():
-        new, report = type(model).from_pretrained(
+        new, report = type(model).from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  (a pair, as asked for)
             None,
             config=type(model.config).from_dict(dict(config)),
             state_dict=dict(tensors),

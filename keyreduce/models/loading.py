@@ -32,16 +32,11 @@ class LoadedModel(NamedTuple):
 def prepare_backend(device: torch.device, *, gradients: bool = False) -> None:
     """Make fla's model classes known to transformers, and make them run on ``device``.
 
-    On a CPU that takes our PyTorch backend; on a GPU fla's own kernels are left alone, unless gradients are wanted:
-    its backward kernels refuse some dtypes and some pairs of GPU and Triton, and take minutes to tune themselves.
-    The choice holds until the next model is loaded.
+    On a CPU that takes our PyTorch backend; on a GPU fla's own kernels are left alone, unless there will be backward
+    passes: its backward kernels refuse some dtypes and some pairs of GPU and Triton, and take minutes to tune
+    themselves. The choice holds until the next model is loaded.
 
-    Args:
-        device: where the models will be.
-        gradients: whether there will be backward passes.
-
-    Raises:
-        KeyreduceError: the installed fla is of a version that the backend does not fit.
+    Raises KeyreduceError if the installed fla is of a version that the backend does not fit.
     """
     import fla_torch
 
@@ -69,15 +64,13 @@ def load_model(
 
     Args:
         folder: a Hugging Face folder, as :func:`keyreduce.checkpoint.find.find_model` returns it.
-        device: where to put the model.
+        device, gradients: see :func:`prepare_backend`.
         dtype: what to compute in; the weights are cast.
-        gradients: whether there will be backward passes (:func:`prepare_backend`).
         placement: what :func:`keyreduce.models.offloading.offloading` gives, where layers are to wait elsewhere.
         with_tokenizer: whether its tokenizer is needed; without, it need not have one.
 
-    Raises:
-        KeyreduceError: no DeltaNet-family checkpoint is there, it does not load, weights are missing, one is NaN or
-            inf, or it has no tokenizer where one is needed.
+    Raises KeyreduceError if no DeltaNet-family checkpoint is there, it does not load, weights are missing, one is NaN
+    or inf, or it has no tokenizer where one is needed.
     """
     config = open_folder(folder).config
     family = family_of(config)
@@ -87,7 +80,7 @@ def load_model(
         warn_of_wrong_results(family, config, device)
     try:
         with silenced():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  (a pair)
                 folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **(placement or {})
             )
             model = (model if placement else model.to(device)).eval()

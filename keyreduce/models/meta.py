@@ -6,6 +6,7 @@ files alone, :mod:`keyreduce.families.mixer_tensors` says which tensors a mixer 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import fla_torch  # before fla, which warns where there is no GPU: this silences it
 import torch
@@ -15,7 +16,6 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 import keyreduce.models.delta_net_2  # noqa: F401  (registers itself, and fla's models)
-from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError, UnknownArchitecture, reason
 from keyreduce.families.mixer_tensors import refuse_faults, refuse_more_layers
@@ -27,8 +27,7 @@ _META = torch.device("meta")
 def language_model(config: Mapping) -> tuple[type[PreTrainedModel], PretrainedConfig]:
     """Return the class of a config's language model and its config; of a larger model they are those of a part.
 
-    Raises:
-        UnknownArchitecture: transformers has no such class, with fla's and keyreduce's own registered.
+    Raises UnknownArchitecture if transformers has no such class, with fla's and keyreduce's own registered.
     """
     if not fla_torch.is_enabled():
         # fla builds no layer of softmax attention where flash-attn is not installed; our backend stands in for it.
@@ -39,19 +38,13 @@ def language_model(config: Mapping) -> tuple[type[PreTrainedModel], PretrainedCo
     theirs = AutoConfig.for_model(**config)
     if type(theirs) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnknownArchitecture(f"transformers has no language model of model_type {model_type!r}")
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(theirs)]
-    return model_class, theirs if isinstance(theirs, model_class.config_class) else theirs.get_text_config()
+    model_class = cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[type(theirs)])
+    is_whole = isinstance(theirs, model_class.config_class or PretrainedConfig)
+    return model_class, theirs if is_whole else theirs.get_text_config()
 
 
-def build_model(
-    config: Mapping, device: torch.device = _META, dtype: torch.dtype | None = None
-) -> PreTrainedModel:
-    """Return the language model of a config in evaluation mode: without numbers, or with random ones.
-
-    Args:
-        config: the content of config.json.
-        device: where to build it.
-        dtype: of its weights; torch's default if None.
+def build_model(config: Mapping, device: torch.device = _META, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Return the language model of a config in evaluation mode: without numbers, or on a device with random ones.
 
     Raises:
         UnknownArchitecture: see :func:`language_model`.
@@ -62,7 +55,8 @@ def build_model(
         with silenced():
             model_class, theirs = language_model(config)
             with device:
-                return model_class._from_config(theirs, dtype=dtype).to(device).eval()
+                model = model_class._from_config(theirs, dtype=dtype)
+                return model.to(device=device).eval()  # pyright: ignore[reportCallIssue]  (of a decorator)
     except (KeyreduceError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -71,17 +65,9 @@ def build_model(
 
 
 def check_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Path) -> PreTrainedModel:
-    """Refuse a checkpoint that transformers would not load whole.
+    """Refuse a checkpoint that transformers would not load whole, and return the model on torch's meta device.
 
-    What a model's class forgives is forgiven, and of tied weights one is enough.
-
-    Args:
-        config: the content of config.json.
-        shapes: tensor name -> shape, of the whole checkpoint.
-        path: what to call it.
-
-    Returns:
-        The model, on torch's meta device.
+    What a model's class forgives is forgiven, and of tied weights one is enough. ``path`` is what to call it.
 
     Raises:
         UnknownArchitecture: nothing can be said of such a model; the checkpoint may be right.
@@ -97,9 +83,8 @@ def check_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Pa
     except KeyreduceError as error:
         raise KeyreduceError(f"{path}: {error}") from None
     # What from_pretrained does with `device_map="meta"`, for which it would take accelerate.
-    settings = LoadStateDictConfig(
-        device_map={"": "meta"}, ignore_mismatched_sizes=True, weight_mapping=get_model_conversion_mapping(model)
-    )
+    mapping: Any = get_model_conversion_mapping(model)
+    settings = LoadStateDictConfig(device_map={"": "meta"}, ignore_mismatched_sizes=True, weight_mapping=mapping)
     tensors = {name: torch.empty(tuple(shape), device=_META) for name, shape in shapes.items()}
     try:
         with silenced():
@@ -121,8 +106,3 @@ def check_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Pa
 def check_source(source: Checkpoint) -> PreTrainedModel:
     """Refuse an open checkpoint that transformers would not load whole; see :func:`check_loading`."""
     return check_loading(source.config, source.shapes, source.path)
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a Hugging Face folder that transformers would not load whole; see :func:`check_loading`."""
-    check_source(open_folder(folder))

@@ -21,13 +21,7 @@ _log = logging.getLogger(__name__)
 def refuse_wrong_gradients(family: Family, config: Mapping, device: torch.device, otherwise: str = "") -> None:
     """Refuse to train with fla's kernels where their gradients may be wrong.
 
-    Args:
-        family, config: the model.
-        device: where it would be trained.
-        otherwise: what a user may do instead of installing another Triton.
-
-    Raises:
-        KeyreduceError: says why.
+    ``otherwise`` is what a user may do instead of installing another Triton.
     """
     if not _is_affected(device):
         return

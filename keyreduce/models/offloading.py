@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.errors import KeyreduceError
@@ -27,10 +28,10 @@ def offloading(config: Mapping, device: torch.device, place: str | None) -> Iter
         config: the content of config.json.
         device: where the layers run, and where everything that is no layer stays.
         place: where layers wait: ``disk``, ``cpu``, or with ``auto`` wherever there is room, the devices first; None
-            for a model that is whole on the device.
+            leaves all on the device.
 
-    Raises:
-        KeyreduceError: there is no such place, accelerate is not installed, or the model's class does not allow it.
+    Raises KeyreduceError if there is no such place, accelerate is not installed, or the model's class does not allow
+    it.
     """
     if place is None:
         yield {}
@@ -63,13 +64,10 @@ def device_of(module: torch.nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def read_parameter(model: torch.nn.Module, name: str, folder: Path | None) -> torch.Tensor:
-    """Return a parameter of a model, from its checkpoint where it waits on the disk.
+def read_parameter(model: PreTrainedModel, name: str, folder: Path | None) -> torch.Tensor:
+    """Return a parameter of a mixer by its name in the model, from the checkpoint where it waits on the disk.
 
-    Args:
-        model: the model.
-        name: the parameter's name in the model; it is one of a mixer.
-        folder: the checkpoint; None for a model that is there as a whole.
+    ``folder`` is that checkpoint; None for a model that is there as a whole.
     """
     parameter = model.get_parameter(name)
     if folder is None or not parameter.is_meta:

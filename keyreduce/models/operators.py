@@ -1,7 +1,7 @@
 """The delta-rule operators that mixers call, replaced for a while.
 
-A mixer finds its operators by their names in its module, so that a function put in their place sees, and may change,
-what each layer gives to them and gets.
+A mixer finds its operators by their names in the module of its ``forward``, so that a function put in their place sees,
+and may change, what each layer gives to them and gets.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def replaced_operators(
 ) -> Iterator[None]:
     """While the block runs, ``replace(operator)`` stands in for each operator in the modules of the mixers."""
     with contextlib.ExitStack() as undo:
-        for module in {sys.modules[type(mixer).__module__] for mixer in mixers}:
+        for module in {sys.modules[type(mixer).forward.__module__] for mixer in mixers}:
             for name in family.operators:
                 original = getattr(module, name)
                 undo.callback(setattr, module, name, original)

@@ -22,18 +22,14 @@ def refuse_quantized(source: Checkpoint) -> None:
     Raises:
         KeyreduceError: names the first such tensor.
     """
-    known = family_of(source.config).tensors
+    known, settings = family_of(source.config).tensors, source.config.get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    told = f" ({method})" if isinstance(method, str) else ""
     for name, short in below_mixers(source.config, source.tensors).items():
         dtype = source.tensors[name].dtype
         if dtype not in _PLAIN or (short not in known and _COMPANION.search(short)):
             raise KeyreduceError(
-                f"{source.path} is quantised{_format(source.config)}: tensor {name!r} ({dtype}) holds numbers or "
+                f"{source.path} is quantised{told}: tensor {name!r} ({dtype}) holds numbers or "
                 "scales of blocks of channels, which a cut would divide; prune the unquantised checkpoint, and then "
                 "quantise the result"
             )
-
-
-def _format(config) -> str:
-    settings = config.get("quantization_config")
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    return f" ({method})" if isinstance(method, str) else ""

@@ -118,7 +118,7 @@ class Budget:
             numbers = self._uniform(config)
             for layer, sizes in family.layer_sizes(config).items():
                 keep = {target: number_of[layer] for target, number_of in numbers.items()}
-                family.check_cut(sizes, sizes_after(sizes, keep))
+                family.check_cut(sizes_after(sizes, keep))
             return
         if family.tied:
             raise KeyreduceError(f"`variance` chooses key sizes alone, and {family.tied}")

@@ -12,8 +12,7 @@ import torch
 
 from keyreduce.checkpoint.rewrite import Edit
 from keyreduce.families import Family, Part
-from keyreduce.families.axes import Axis, parts_of
-from keyreduce.families.layout import kept_places, places
+from keyreduce.families.axes import Axis, kept_places, parts_of, places
 from keyreduce.pruning.plan import LayerCut
 
 

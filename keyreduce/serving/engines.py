@@ -32,8 +32,9 @@ _FLA = Engine("fla", "head_k_dim at most 256", lambda s: s.head_k_dim <= 256)
 _VLLM = Engine(
     "vLLM (Triton)",
     "head_k_dim and head_v_dim at most 256, with the same next power of two",
-    lambda s: max(s.head_k_dim, s.head_v_dim) <= 256
-    and _next_power_of_two(s.head_k_dim) == _next_power_of_two(s.head_v_dim),
+    lambda s: (
+        max(s.head_k_dim, s.head_v_dim) <= 256 and _next_power_of_two(s.head_k_dim) == _next_power_of_two(s.head_v_dim)
+    ),
 )
 _SGLANG = Engine(
     "SGLang",
@@ -48,25 +49,15 @@ _LLAMA_CPP = Engine(
 )
 # The operators of transformers are plain PyTorch, and take any size.
 _TRANSFORMERS = Engine("transformers", "any size", lambda s: True)
-ENGINES = (
-    _FLA,
-    Engine("fla, 16-bit training", "an even head_k_dim", lambda s: s.head_k_dim <= 256 and s.head_k_dim % 2 == 0),
-    _VLLM,
-    _SGLANG,
-    _MLX,
-    _LLAMA_CPP,
-    Engine("FlashInfer, FlashQLA, CuteDSL", "head_k_dim and head_v_dim 128", lambda s: s[2:] == (128, 128)),
+_TRAINING = Engine(
+    "fla, 16-bit training", "an even head_k_dim", lambda s: s.head_k_dim <= 256 and s.head_k_dim % 2 == 0
 )
+_FLASH = Engine("FlashInfer, FlashQLA, CuteDSL", "head_k_dim and head_v_dim 128", lambda s: s[2:] == (128, 128))
+ENGINES = (_FLA, _TRAINING, _VLLM, _SGLANG, _MLX, _LLAMA_CPP, _FLASH)
 # vLLM runs OLMo-Hybrid by a class of its own, whose kernels compile for 32 to 96 x 192.
 _VLLM_OLMO = _VLLM._replace(demand=_FLA.demand, is_met=_FLA.is_met)
-_NAMED: dict[EngineName, Engine] = {
-    "fla": _FLA,
-    "vllm": _VLLM,
-    "sglang": _SGLANG,
-    "mlx": _MLX,
-    "llama.cpp": _LLAMA_CPP,
-    "transformers": _TRANSFORMERS,
-}
+_NAMED: dict[EngineName, Engine] = {"fla": _FLA, "vllm": _VLLM, "sglang": _SGLANG, "mlx": _MLX, "llama.cpp": _LLAMA_CPP}
+_NAMED["transformers"] = _TRANSFORMERS
 
 
 def suited_engines(family: Family, layers: Iterable[MixerSizes]) -> tuple[list[str], list[str]]:
@@ -90,13 +81,9 @@ def check_engine(
 ) -> None:
     """Refuse sizes that an engine does not run, and name those near them that it does.
 
-    Args:
-        name: the engine.
-        family: the table of the model.
-        before, after: layer -> its sizes before and after the cut.
+    ``before`` and ``after`` are layer -> its sizes before and after the cut.
 
-    Raises:
-        KeyreduceError: the engine does not know the architecture, or does not run the sizes.
+    Raises KeyreduceError if the engine does not know the architecture, or does not run the sizes.
     """
     if family.shipped_by == "keyreduce":
         raise KeyreduceError(f"`engine` {name}: it does not know {family.model_type}, which keyreduce alone ships")

@@ -140,7 +140,7 @@ def test_layers_of_different_key_sizes_have_sums_of_their_own():
 
 def patched_state(model: torch.nn.Module) -> list:
     family = FAMILIES[model.config.model_type]
-    module = sys.modules[type(model.model.layers[0].attn).__module__]
+    module = sys.modules[type(model.model.layers[0].attn).forward.__module__]
     return [getattr(module, name) for name in family.operators] + [
         (len(part._forward_pre_hooks), len(part._forward_hooks)) for part in model.modules()
     ]

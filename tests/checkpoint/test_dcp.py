@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from keyreduce.checkpoint.dcp import write_dcp
-from keyreduce.checkpoint.dcp_source import open_dcp
+from keyreduce.checkpoint.dcp_source import DcpCheckpoint
 from keyreduce.checkpoint.find import find_dcp
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.rewrite import rewrite
@@ -51,7 +51,7 @@ def saved(folder_of, tensors) -> Path:
 
 
 def dcp_to_hf(source: Path, target: Path, *, config: Path | None = None, **options) -> None:
-    rewrite(open_dcp(source, config=config), target, **options)
+    rewrite(DcpCheckpoint(source, config=config), target, **options)
 
 
 def _load_all(folder: Path) -> dict[str, torch.Tensor]:

@@ -71,7 +71,7 @@ NAMED = {"dense_config": None, "shipped_by": "fla", "figures": {"model_parameter
 def test_a_step_keeps_the_name_of_the_dense_model_and_forgets_the_files():
     dense = Record()
     once = dense.with_step(STEP, dense="first", command="keyreduce prune", **NAMED)
-    written = once.with_files("its identity", {"model.safetensors": "00"})
+    written = dataclasses.replace(once, identity="its identity", checksums={"model.safetensors": "00"})
     twice = written.with_step(STEP | {"inputs": {"source": "its identity"}}, dense="second", **NAMED)
     assert dense == Record()
     assert (twice.dense, twice.dense_identity, len(twice.steps)) == ("first", "an identity", 2)

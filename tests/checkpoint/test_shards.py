@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from keyreduce.checkpoint.shard_writer import ShardWriter
-from keyreduce.checkpoint.shards import TORCH_DTYPES, ByteRange, TensorSpec, make_spec, read_header
+from keyreduce.checkpoint.shards import TORCH_DTYPES, ByteRange, ShardPlan, TensorSpec, make_spec, read_header
+from keyreduce.checkpoint.writing import write_shard
 from keyreduce.errors import KeyreduceError
 
 
@@ -34,15 +34,14 @@ def _file(path: Path, header: object, data: bytes = b"") -> Path:
 def test_header_points_at_the_bytes_the_library_reads(tmp_path, tensors):
     path = tmp_path / "a.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
-    header = read_header(path)
-    assert header.metadata == {"format": "pt"}
-    content = path.read_bytes()
+    plan, ranges = read_header(path)
+    assert plan.metadata == {"format": "pt"}
+    content, specs = path.read_bytes(), {spec.name: spec for spec in plan.tensors}
     for name, tensor in load_file(path).items():
-        entry = header.entries[name]
-        assert TORCH_DTYPES[entry.dtype] == tensor.dtype and entry.shape == tuple(tensor.shape)
-        assert content[entry.begin : entry.end] == _as_bytes(tensor)
-    begins = [entry.begin for entry in header.entries.values()]
-    assert begins == sorted(begins) and begins[0] == header.data_start
+        assert TORCH_DTYPES[specs[name].dtype] == tensor.dtype and specs[name].shape == tuple(tensor.shape)
+        assert ranges[name].path == path and content[ranges[name].begin : ranges[name].end] == _as_bytes(tensor)
+    begins = [ranges[name].begin for name in specs]
+    assert begins == sorted(begins) and begins[0] == 8 + int.from_bytes(content[:8], "little")
 
 
 @pytest.mark.parametrize("name", sorted(TORCH_DTYPES))
@@ -52,24 +51,21 @@ def test_every_dtype_is_written_as_the_library_writes_it(tmp_path, name):
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     save_file({"t": tensor}, theirs)
     spec = make_spec("t", tensor.dtype, tensor.shape)
-    with ShardWriter(ours, [spec]) as writer:
-        writer.write("t", tensor)
+    write_shard(ours, ShardPlan([spec], {}), {"t": tensor}.__getitem__)
     assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_a_file_from_memory_and_from_byte_ranges_loads(tmp_path, tensors):
     source = tmp_path / "source"
     save_file(tensors, source)
-    entries = read_header(source).entries
+    plan, ranges = read_header(source)
     edited = tensors["model.embeddings.weight"].t()[:5]
-    specs = [TensorSpec(name, entry.dtype, entry.shape) for name, entry in entries.items()]
-    specs = [spec._replace(shape=(5, 16)) if spec.name == "model.embeddings.weight" else spec for spec in specs]
-    target = tmp_path / "target"
-    with ShardWriter(target, specs, {"format": "pt"}) as writer:
-        for spec in specs:
-            entry = entries[spec.name]
-            is_edited = spec.name == "model.embeddings.weight"
-            writer.write(spec.name, edited if is_edited else [ByteRange(source, entry.begin, entry.end)])
+    specs = [spec._replace(shape=(5, 16)) if spec.name == "model.embeddings.weight" else spec for spec in plan.tensors]
+    data = {name: [place] for name, place in ranges.items()} | {"model.embeddings.weight": edited}
+    target, told = tmp_path / "target", []
+    write_shard(target, ShardPlan(specs, {"format": "pt"}), data.__getitem__, lambda *one: told.append(one))
+    assert [spec for spec, _ in told] == specs
+    assert [end for _, end in told] == [place.end for place in read_header(target)[1].values()]
     assert int.from_bytes(target.read_bytes()[:8], "little") % 8 == 0
     with safe_open(target, framework="pt") as opened:
         assert opened.metadata() == {"format": "pt"}
@@ -85,38 +81,35 @@ def _refuse(*arguments):
 @pytest.mark.parametrize("kernel_copy", [_refuse, lambda *arguments: 0])
 def test_a_range_is_copied_without_the_kernel_too(tmp_path, monkeypatch, kernel_copy):
     monkeypatch.setattr(os, "copy_file_range", kernel_copy, raising=False)
-    monkeypatch.setattr("keyreduce.checkpoint.shards._COPY_BYTES", 100)
+    monkeypatch.setattr("keyreduce.checkpoint.writing._COPY_BYTES", 100)
     data = os.urandom(1234)
     (tmp_path / "source").write_bytes(b"before" + data + b"after")
-    with ShardWriter(tmp_path / "target", [TensorSpec("t", "U8", (1234,))]) as writer:
-        writer.write("t", [ByteRange(tmp_path / "source", 6, 6 + 1234)])
+    plan, ranges = ShardPlan([TensorSpec("t", "U8", (1234,))], {}), [ByteRange(tmp_path / "source", 6, 6 + 1234)]
+    write_shard(tmp_path / "target", plan, lambda name: ranges)
     assert (tmp_path / "target").read_bytes().endswith(data)
-    assert read_header(tmp_path / "target").entries["t"].shape == (1234,)
+    assert read_header(tmp_path / "target")[0] == plan
 
 
 def test_a_source_that_shrinks_is_an_error(tmp_path):
     (tmp_path / "source").write_bytes(b"short")
     with pytest.raises(KeyreduceError, match="changed while it was read"):
-        with ShardWriter(tmp_path / "target", [TensorSpec("t", "U8", (100,))]) as writer:
-            writer.write("t", [ByteRange(tmp_path / "source", 0, 100)])
+        plan, ranges = ShardPlan([TensorSpec("t", "U8", (100,))], {}), [ByteRange(tmp_path / "source", 0, 100)]
+        write_shard(tmp_path / "target", plan, lambda name: ranges)
 
 
-def test_a_writer_takes_what_was_announced_and_all_of_it(tmp_path):
-    specs = [TensorSpec("a", "F32", (2,)), TensorSpec("b", "F32", (2,))]
-    with pytest.raises(ValueError, match="not the turn"), ShardWriter(tmp_path / "x", specs) as writer:
-        writer.write("b", torch.zeros(2))
+def test_only_what_was_announced_is_written(tmp_path):
+    spec = TensorSpec("a", "F32", (2,))
     for wrong in (torch.zeros(3), torch.zeros(2, dtype=torch.bfloat16), [ByteRange(tmp_path / "x", 0, 9)]):
-        with pytest.raises(ValueError, match="announced|takes 8 bytes"), ShardWriter(tmp_path / "x", specs) as writer:
-            writer.write("a", wrong)
-    with pytest.raises(ValueError, match="'b' was not written"), ShardWriter(tmp_path / "x", specs) as writer:
-        writer.write("a", torch.zeros(2))
+        with pytest.raises(ValueError, match="announced|takes 8 bytes"):
+            write_shard(tmp_path / "x", ShardPlan([spec], {}), {"a": wrong}.__getitem__)
     with pytest.raises(ValueError, match="twice"):
-        ShardWriter(tmp_path / "x", [specs[0], specs[0]])
+        write_shard(tmp_path / "y", ShardPlan([spec, spec], {}), {"a": torch.zeros(2)}.__getitem__)
+    assert not (tmp_path / "y").exists()
 
 
 def test_a_folder_that_is_not_there_is_a_user_error(tmp_path):
-    with pytest.raises(KeyreduceError, match="cannot write"), ShardWriter(tmp_path / "missing" / "x", []):
-        pass
+    with pytest.raises(KeyreduceError, match="cannot write"):
+        write_shard(tmp_path / "missing" / "x", ShardPlan([], {}), {}.__getitem__)
 
 
 def test_a_dtype_without_a_name_is_refused():

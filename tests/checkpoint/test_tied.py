@@ -11,11 +11,10 @@ import torch.distributed.checkpoint as dcp
 from tiny_models import build, save, tensors_of
 from transformers import AutoModelForCausalLM
 
-from keyreduce.checkpoint.dcp import write_dcp
-from keyreduce.checkpoint.dcp_source import open_dcp
+from keyreduce.checkpoint.dcp import tied_output, write_dcp
+from keyreduce.checkpoint.dcp_source import DcpCheckpoint
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.rewrite import rewrite
-from keyreduce.checkpoint.tied import tied_output
 from keyreduce.errors import KeyreduceError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -54,7 +53,7 @@ def written(folder: Path, target: Path, **options) -> Path:
 def test_there_and_back_is_bitwise_the_same(folder, tmp_path, nested, dtype):
     seen = []
     step = written(folder, tmp_path / "step-0", nested=nested, dtype=dtype, progress=seen.append)
-    source = open_dcp(step)
+    source = DcpCheckpoint(step)
     assert list(source.tensors) == list(open_folder(folder).tensors) and source.left_out == 0
     (tmp_path / "back").mkdir()
     rewrite(source, tmp_path / "back")
@@ -102,7 +101,7 @@ def compared(request, monkeypatch):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_what_torch_saved_loses_its_copy(saved, folder, compared, nested):
-    source = open_dcp(saved(nested=nested))
+    source = DcpCheckpoint(saved(nested=nested))
     assert source.identity == open_folder(folder).identity
     assert OUTPUT not in source.tensors and source.left_out == 0
 
@@ -114,17 +113,17 @@ def test_a_copy_with_numbers_of_its_own_is_refused(saved, folder, compared):
 
     path = saved(move_last)
     with pytest.raises(KeyreduceError, match="'lm_head.weight' that is not 'model.embeddings.weight', though") as told:
-        open_dcp(path)
+        DcpCheckpoint(path)
     assert "\n" not in str(told.value)
     config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
     (path / "config.json").write_text(json.dumps(config))
-    assert OUTPUT in open_dcp(path).tensors
+    assert OUTPUT in DcpCheckpoint(path).tensors
 
 
 @pytest.mark.parametrize("change", [torch.Tensor.double, lambda tensor: tensor[:-1]], ids=["dtype", "shape"])
 def test_a_copy_of_another_kind_is_refused(saved, change):
     with pytest.raises(KeyreduceError, match="is not 'model.embeddings.weight'"):
-        open_dcp(saved(lambda state: state.update({OUTPUT: change(state[OUTPUT])})))
+        DcpCheckpoint(saved(lambda state: state.update({OUTPUT: change(state[OUTPUT])})))
 
 
 # kimi_linear, as transformers has it, ties nothing.
@@ -144,6 +143,6 @@ def test_names_are_those_of_the_models(model_type, tmp_path):
 
 def test_two_tensors_stay_two(tmp_path):
     step = written(save(build("delta_net"), tmp_path / "source"), tmp_path / "step-0")
-    assert {OUTPUT, EMBEDDINGS} <= open_dcp(step).tensors.keys()
+    assert {OUTPUT, EMBEDDINGS} <= DcpCheckpoint(step).tensors.keys()
     assert tied_output({"text_config": {"tie_word_embeddings": True}}, [EMBEDDINGS]) == {OUTPUT: EMBEDDINGS}
     assert tied_output({"tie_word_embeddings": "yes", "text_config": 3}, [EMBEDDINGS]) == {}

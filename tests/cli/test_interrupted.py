@@ -29,7 +29,7 @@ FORKS = """
 import os, signal, sys
 import fla_torch; fla_torch.enable()
 import torch, keyreduce.pruning.prune, keyreduce.pruning.planning
-from keyreduce.checkpoint import shard_writer
+from keyreduce.checkpoint import writing
 import keyreduce.checkpoint.dcp_source, keyreduce.models.delta_net_2, transformers.modeling_utils
 from keyreduce.cli import main
 
@@ -49,7 +49,7 @@ def run(arguments, deadly):
             return function(*arguments, **options)
         return call
     os.copy_file_range = counted(os.copy_file_range)
-    shard_writer.write_all = counted(shard_writer.write_all)
+    writing.write_all = counted(writing.write_all)
     torch.save = counted(torch.save)
     sys.addaudithook(audit)
     sys.argv = ["keyreduce", *arguments]
@@ -196,7 +196,7 @@ def test_a_full_disk(keyreduce, tiny_folder, tmp_path, monkeypatch, file):
 
 
 def test_a_disk_that_fills_in_the_middle_of_a_tensor(keyreduce, tiny_folder, tmp_path, monkeypatch):
-    from keyreduce.checkpoint import shard_writer
+    from keyreduce.checkpoint import writing
 
     room = 20_000
 
@@ -210,7 +210,7 @@ def test_a_disk_that_fills_in_the_middle_of_a_tensor(keyreduce, tiny_folder, tmp
     def copy(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(shard_writer, "write_all", write)
+    monkeypatch.setattr(writing, "write_all", write)
     monkeypatch.setattr(os, "copy_file_range", copy)
     result = keyreduce(*PRUNE, tiny_folder("delta_net"), "--output", tmp_path / "cut")
     assert result.code == 2 and "No space left on device" in result.err and len(result.err.splitlines()) == 1

@@ -41,7 +41,7 @@ def operands_of(model: torch.nn.Module, tokens_BT: torch.Tensor) -> list[dict]:
     """What the operator of each layer is called with."""
     family, seen = FAMILIES[model.config.model_type], []
     mixer = model.get_submodule(family.mixer.format(layer=0))
-    module = sys.modules[type(mixer).__module__]
+    module = sys.modules[type(mixer).forward.__module__]
     with pytest.MonkeyPatch.context() as patch:
         for name in family.operators:
             operator = getattr(module, name)
@@ -196,7 +196,7 @@ def test_hybrid_models_are_measured_where_they_have_a_state():
 @pytest.mark.parametrize("model_type", MODELS)
 def test_fla_is_left_as_it_was_also_after_an_error(model_type):
     model = build(model_type)
-    module = sys.modules[type(model.model.layers[0].attn).__module__]
+    module = sys.modules[type(model.model.layers[0].attn).forward.__module__]
     before = [getattr(module, name) for name in FAMILIES[model_type].operators]
     with pytest.raises(IndexError):
         measure_rank(loaded(model), [draw_tokens(1, 8), torch.full((1, 8), 10**6)], 4)

@@ -63,7 +63,7 @@ def test_unequal_sizes_are_refused():
     with pytest.raises(KeyreduceError, match="cannot say the sizes"):
         family.resized({}, {0: MixerSizes(32, 32, 64, 128)})
     with pytest.raises(KeyreduceError, match="one size for the key and the value channels of a head"):
-        family.check_cut(family.sizes({}), MixerSizes(32, 32, 64, 128))
+        family.check_cut(MixerSizes(32, 32, 64, 128))
 
 
 @torch.no_grad()

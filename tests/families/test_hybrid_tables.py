@@ -10,8 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import FAMILIES, Joined, MixerSizes, Part, family_of
-from keyreduce.families.axes import length_of, parts_of
-from keyreduce.families.layout import kept_places, place_of, places
+from keyreduce.families.axes import kept_places, length_of, parts_of, place_of, places
 
 ALL = pytest.mark.parametrize("model_type", hybrid_models.HYBRIDS)
 LANGUAGE = pytest.mark.parametrize("model_type", hybrid_models.LANGUAGE)

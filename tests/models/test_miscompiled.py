@@ -41,7 +41,8 @@ def on_hopper(monkeypatch):
 @pytest.mark.parametrize("channels", [(24, 128), (16, 128), (32, 64), (32, 128), (64, 32)])
 def test_a_small_side_and_a_large_one_are_suspected(on_hopper, caplog, channels):
     family, config = FAMILIES["delta_net"], delta_net(*channels)
-    with pytest.raises(KeyreduceError, match=rf"gradients .* of heads of {channels[0]} x {channels[1]} channels may be"):
+    told = rf"gradients .* of heads of {channels[0]} x {channels[1]} channels may be"
+    with pytest.raises(KeyreduceError, match=told):
         refuse_wrong_gradients(family, config, GPU)
     warn_of_wrong_results(family, config, GPU)
     (record,) = caplog.records
@@ -62,7 +63,7 @@ def test_other_sizes_and_rules_are_not(on_hopper, caplog, model_type, config):
 def test_the_gated_rule_is_not_trained_without_other_kernels(on_hopper, monkeypatch, caplog):
     gated = (FAMILIES["gated_deltanet"], GATED, GPU)
     with pytest.raises(KeyreduceError, match="of the gated rule may be wrong.*, or take `kernels` torch$"):
-        refuse_wrong_gradients(*gated, ", or take --kernels torch")
+        refuse_wrong_gradients(*gated, ", or take `kernels` torch")
     warn_of_wrong_results(*gated)
     assert not caplog.records
     monkeypatch.setattr(miscompiled.importlib.util, "find_spec", lambda name: name == "tilelang")

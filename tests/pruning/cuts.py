@@ -219,7 +219,7 @@ def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     """
     family = FAMILIES[model.config.model_type]
     mixers = {layer: model.get_submodule(family.mixer.format(layer=layer)) for layer in plan.layers}
-    module = sys.modules[type(next(iter(mixers.values()))).__module__]
+    module = sys.modules[type(next(iter(mixers.values()))).forward.__module__]
     running: list[int] = []
     before = {name: getattr(module, name) for name in (*family.operators, "sum_norm") if hasattr(module, name)}
 

@@ -20,7 +20,8 @@ class DeltaNet2Config(DeltaNetConfig):
 
     Args:
         expand_k: ``num_heads * head_k_dim / hidden_size``, as one number for all layers or as a list with one for
-            each. In a list a layer of softmax attention (``attn``) has an entry too, as valid as the others, which no mixer uses.
+            each. In a list a layer of softmax attention (``attn``) has an entry too, as valid as the others, which no
+            mixer uses.
         per_head_conv: each head has a convolution kernel of its own; otherwise all heads share one. Either way q, k
             and v have one each.
         share_kv_conv: k and v have the same convolution, stored once as ``kv_conv1d``.
@@ -28,8 +29,7 @@ class DeltaNet2Config(DeltaNetConfig):
         conv_scaled_shift: with ``shift_only_conv``, ``y_t = x_t + s x_{t-1}``, where s is learned, one for each
             kernel there would be.
 
-    Raises:
-        ValueError: a value is none of those allowed, or the sizes are no whole numbers or do not divide by heads.
+    Raises ValueError if a value is none of those allowed, or the sizes are no whole numbers or do not divide by heads.
     """
 
     model_type = "delta_net_2"
@@ -47,7 +47,7 @@ class DeltaNet2Config(DeltaNetConfig):
         self.share_kv_conv = share_kv_conv
         self.shift_only_conv = shift_only_conv
         self.conv_scaled_shift = conv_scaled_shift
-        super().__init__(expand_k=expand_k, **kwargs)
+        super().__init__(expand_k=expand_k, **kwargs)  # pyright: ignore[reportArgumentType]  (a list is new)
         self.check()
 
     def expand_k_of(self, layer_idx: int) -> float:
@@ -57,8 +57,7 @@ class DeltaNet2Config(DeltaNetConfig):
     def check(self) -> None:
         """Look at all values that the mixers rest on; fields may have changed since the config was made.
 
-        Raises:
-            ValueError: one of them cannot be.
+        Raises ValueError if one of them cannot be.
         """
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:

@@ -1,6 +1,7 @@
 """DeltaNet2 as a model of transformers: fla's DeltaNet model with the mixer of ``mixer_delta_net_2.py`` in it."""
 
 from copy import copy
+from typing import ClassVar
 
 from fla.layers.delta_net import DeltaNet
 from fla.models.delta_net.modeling_delta_net import DeltaNetBlock
@@ -11,6 +12,20 @@ from torch import nn
 
 from .configuration_delta_net_2 import DeltaNet2Config
 from .mixer_delta_net_2 import DeltaNet2
+
+# Fields of the config that are arguments of the mixer.
+_OPTIONS = (
+    "hidden_size",
+    "expand_k",
+    "expand_v",
+    "num_heads",
+    "norm_eps",
+    "qk_norm",
+    "qk_activation",
+    "allow_neg_eigval",
+)
+_OPTIONS += ("use_gate", "use_beta", "use_short_conv", "conv_size")
+_OPTIONS += ("per_head_conv", "share_kv_conv", "shift_only_conv", "conv_scaled_shift")
 
 
 class DeltaNet2Block(DeltaNetBlock):
@@ -23,26 +38,8 @@ class DeltaNet2Block(DeltaNetBlock):
         super().__init__(config_of_layer, layer_idx)
         self.config = config
         if isinstance(self.attn, DeltaNet):
-            self.attn = DeltaNet2(
-                mode=config.attn_mode,
-                hidden_size=config.hidden_size,
-                expand_k=config_of_layer.expand_k,
-                expand_v=config.expand_v,
-                num_heads=config.num_heads,
-                use_gate=config.use_gate,
-                use_beta=config.use_beta,
-                use_short_conv=config.use_short_conv,
-                allow_neg_eigval=config.allow_neg_eigval,
-                conv_size=config.conv_size,
-                per_head_conv=config.per_head_conv,
-                share_kv_conv=config.share_kv_conv,
-                shift_only_conv=config.shift_only_conv,
-                conv_scaled_shift=config.conv_scaled_shift,
-                qk_norm=config.qk_norm,
-                qk_activation=config.qk_activation,
-                norm_eps=config.norm_eps,
-                layer_idx=layer_idx,
-            )
+            options = {name: getattr(config_of_layer, name) for name in _OPTIONS}
+            self.attn = DeltaNet2(mode=config.attn_mode, layer_idx=layer_idx, **options)
 
 
 class DeltaNet2PreTrainedModel(FLAPreTrainedModel):
@@ -51,15 +48,14 @@ class DeltaNet2PreTrainedModel(FLAPreTrainedModel):
     config_class = DeltaNet2Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DeltaNet2Block"]
+    _no_split_modules: ClassVar = ["DeltaNet2Block"]
     _supports_cache_class = True
 
 
 class DeltaNet2Model(DeltaNet2PreTrainedModel, FLAModel):
     """Embeddings, blocks and the last norm.
 
-    Raises:
-        ValueError: the config asks for what cannot be, see :class:`DeltaNet2Config`.
+    Raises ValueError if the config asks for what cannot be, see :class:`DeltaNet2Config`.
     """
 
     def __init__(self, config: DeltaNet2Config) -> None:
@@ -75,7 +71,7 @@ class DeltaNet2Model(DeltaNet2PreTrainedModel, FLAModel):
         if self.use_attnres:
             self.res_proj = nn.Linear(config.hidden_size, 1, bias=False)
             self.res_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-            self.res_proj._is_attnres_proj = True
+            setattr(self.res_proj, "_is_attnres_proj", True)  # noqa: B010  (a Module's types know only tensors)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -83,7 +79,7 @@ class DeltaNet2Model(DeltaNet2PreTrainedModel, FLAModel):
 class DeltaNet2ForCausalLM(DeltaNet2PreTrainedModel, FLAForCausalLM, FLAUnsupportedCacheGenerationMixin):
     """:class:`DeltaNet2Model` and the projection to logits, tied to the embeddings where the config says so."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embeddings.weight"}
 
     def __init__(self, config: DeltaNet2Config) -> None:
         super().__init__(config)
