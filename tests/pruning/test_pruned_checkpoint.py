@@ -47,7 +47,7 @@ def test_the_record_says_what_was_done(tiny_folder, tmp_path):
     assert sum(told) == sum(tensor.nbytes for tensor in tensors_of(tmp_path / "pruned").values())
     (step,) = record.steps
     assert (record.dense, record.dense_identity, record.shipped_by) == ("tiny", source.identity, "fla")
-    assert record.versions["torch"] == torch.__version__
+    assert torch.__version__.startswith(record.versions["torch"])
     assert record.identity == open_folder(tmp_path / "pruned").identity
     assert step["ran"] == {"key": "rrqr"}
     assert step["methods"]["rrqr"]["options"] == {"f": 1.5, "permute": False}
