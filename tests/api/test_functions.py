@@ -21,7 +21,11 @@ from keyreduce.api.recover import run as run_recover
 from keyreduce.calibration.file import read_statistics
 from keyreduce.errors import KeyreduceError
 
-TEXTS = ["Keys are written, values are read. " * 12, "What a state holds is of low rank. " * 12, "So it may be cut. " * 20]
+TEXTS = [
+    "Keys are written, values are read. " * 12,
+    "What a state holds is of low rank. " * 12,
+    "So it may be cut. " * 20,
+]
 AMOUNT = {"num_batches": 4, "batch_size": 2, "seq_len": 24}
 
 
@@ -60,7 +64,7 @@ def assert_same(one: torch.nn.Module, other: torch.nn.Module) -> None:
         assert torch.equal(ours[name], theirs[name]), name
 
 
-@pytest.mark.parametrize("model_type", ["delta_net", "delta_net_2", "gated_deltanet", "kda", "qwen3_next", "olmo_hybrid"])
+@pytest.mark.parametrize("model_type", [*tiny_models.FAMILIES, "kda", "qwen3_next", "olmo_hybrid"])
 def test_modules_give_what_folders_give(model_type, tmp_path, texts):
     folder = folder_of(model_type, tmp_path / "dense")
     dense = load(folder)
@@ -99,12 +103,12 @@ def test_recovery_in_memory_is_that_of_folders(mode, tmp_path, texts):
     before = parameters_of(dense)
     assert keyreduce.recover(small, teacher=dense, texts=TEXTS, mode=mode, **settings) is small
     run_prune(PruneRequest(model=str(folder), method="l2", ratio="0.5", output=tmp_path / "pruned"))
-    request = RecoverRequest(
-        mode=mode, compressed=str(tmp_path / "pruned"), output=tmp_path / "recovered", text=[texts], device="cpu", **settings
-    )
+    folders = {"compressed": str(tmp_path / "pruned"), "output": tmp_path / "recovered"}
+    request = RecoverRequest(mode=mode, **folders, text=[texts], device="cpu", **settings)
     run_recover(request)
     assert_same(small, load(tmp_path / "recovered"))
-    assert not torch.equal(small.get_parameter("model.layers.0.attn.o_proj.weight"), load(tmp_path / "pruned").get_parameter("model.layers.0.attn.o_proj.weight"))  # fmt: skip
+    refitted, cut = (one.model.layers[0].attn.o_proj.weight for one in (small, load(tmp_path / "pruned")))
+    assert not torch.equal(refitted, cut)
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.named_parameters())
 
 
@@ -112,9 +116,8 @@ def test_training_a_module_changes_it_in_place(tmp_path):
     dense = load(folder_of("delta_net", tmp_path / "dense"))
     small = keyreduce.prune(dense, method="l2", ratio=0.5)
     before = parameters_of(small)
-    keyreduce.recover(
-        small, teacher=dense, texts=TEXTS, mode="lora", num_batches=2, batch_size=2, seq_len=16, lora_rank=2, device="cpu"
-    )
+    amount = {"num_batches": 2, "batch_size": 2, "seq_len": 16}
+    keyreduce.recover(small, teacher=dense, texts=TEXTS, mode="lora", lora_rank=2, device="cpu", **amount)
     changed = {name for name, tensor in small.named_parameters() if not torch.equal(tensor, before[name])}
     assert changed and all("_proj.weight" in name for name in changed)
 
@@ -175,3 +178,21 @@ def test_the_import_loads_nothing_heavy():
     assert set(dir(keyreduce)) >= {"calibrate", "prune", "recover", "evaluate", "KeyreduceError"}
     with pytest.raises(AttributeError, match="no attribute 'cut'"):
         keyreduce.cut  # noqa: B018
+
+
+@pytest.mark.gpu
+def test_a_module_on_a_gpu_is_pruned_there_as_on_a_cpu(tmp_path):
+    folder = folder_of("delta_net", tmp_path / "dense")
+    dense = load(folder).to("cuda", torch.bfloat16)
+    before = parameters_of(dense)
+    statistics = keyreduce.calibrate(dense, TEXTS, **AMOUNT)
+    small = keyreduce.prune(dense, method="rrqr", ratio=0.5, statistics=statistics)
+    on_cpu = keyreduce.prune(load(folder).to(torch.bfloat16), method="rrqr", ratio=0.5, statistics=statistics)
+    assert small.device.type == "cuda"
+    assert_same(small.cpu(), on_cpu)
+    small = small.to("cuda")
+    keyreduce.recover(small, teacher=dense, texts=TEXTS, **AMOUNT)
+    assert small.device.type == "cuda" and small.dtype == torch.bfloat16
+    costs = [keyreduce.evaluate(one, TEXTS, num_batches=1, seq_len=24).perplexity for one in (dense, small)]
+    assert all(1 < cost < 1e4 for cost in costs)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.named_parameters())

@@ -1,4 +1,4 @@
-"""``push_to_hub`` of the verbs that write a checkpoint: what is uploaded is what lies there, also where it lay already."""
+"""``push_to_hub`` of the verbs that write a checkpoint: what lies there is uploaded, also where it lay already."""
 
 from pathlib import Path
 

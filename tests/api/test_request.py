@@ -95,7 +95,7 @@ def test_every_request_can_be_sent_as_it_is_by_default(request_type):
     request = request_type(**given)
     assert request_type.of_json(json.loads(json.dumps(request.to_json()))) == request
     for name, spec in specs(request_type).items():
-        assert spec.option.help and spec.option.help[-1] in ".)0123456789" or name in ("method", "mode"), name
+        assert (spec.option.help and spec.option.help[-1] in ".)0123456789") or name in ("method", "mode"), name
         assert all(other in specs(request_type) for other in spec.option.instead_of), name
         if spec.choices and not spec.is_many and spec.default is not None:
             assert spec.default in spec.choices

@@ -83,7 +83,7 @@ def test_help_of_prune_lists_the_methods(keyreduce):
         ("prune", ["[default: (0.25)]", "[default: auto]", "PRUNING_RATIO", "PRUNING_STRATEGY", "OUTPUT_DIR"]),
         ("convert-dcp", ["[SRC] [DST]", "[default: (what prune or recover wrote into --work)]", "COMPRESSED_MODEL"]),
         ("benchmark", ["[default: 1024]", "BASE_MODEL_DIR", "COMPRESSED_MODEL"]),
-        ("eval", ["[default: (what prune or recover wrote into --work)]", "KEYREDUCE_WORK", "[default: keyreduce-out]"]),
+        ("eval", ["[default: (what prune or recover wrote into --work)]", "KEYREDUCE_WORK", "keyreduce-out"]),
     ],
 )
 def test_help_tells_defaults_and_variables(keyreduce, monkeypatch, command, told):

@@ -46,7 +46,8 @@ def test_bare_commands_with_json(keyreduce):
     assert 1 < dense["perplexity_per_token"] < cut["perplexity_per_token"] < 2 * dense["perplexity_per_token"]
     assert json.loads((WORK / "eval.json").read_text()) == measured
 
-    for again in (CALIBRATE, ("prune", "--method", "wanda", "--ratio", 0.25), ("convert-dcp",), ("convert-dcp", WORK / "dcp")):
+    prune = ("prune", "--method", "wanda", "--ratio", 0.25)
+    for again in (CALIBRATE, prune, ("convert-dcp",), ("convert-dcp", WORK / "dcp")):
         result = keyreduce(*again, "--json")
         assert result.json()["made"] is False
         assert "is there already, from the same inputs" in result.err
@@ -122,7 +123,7 @@ def test_eval_and_benchmark_find_the_dense_model(keyreduce, tiny_copy, tiny_fold
     for command in (EVAL, BENCHMARK):
         for arguments, head_k_dim in [((), 9), (("--compressed", "twice"), 4)]:
             models = keyreduce(*command, *arguments, "--json").json()["models"]
-            assert [entry["folder"] for entry in models][0] == str(dense)
+            assert next(entry["folder"] for entry in models) == str(dense)
             if command is BENCHMARK:
                 assert [entry["head_k_dim"] for entry in models] == [16, head_k_dim]
 

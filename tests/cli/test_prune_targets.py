@@ -124,7 +124,7 @@ def test_every_method_on_every_target(prune, tiny_folder, model_type, method, ta
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_several_targets_at_once(prune, keyreduce, tiny_folder, model_type):
-    heads, value_heads, keys, values = SIZES[model_type]
+    _heads, value_heads, keys, values = SIZES[model_type]
     result = prune(model_type, "--target", "key,value,head", "--ratio", "0.25,0.75,1/2")
     kept = (1, value_heads // 2, keys * 3 // 4, values // 4)
     after = [result[name][1] for name in ("key_heads", "value_heads", "head_k_dim", "head_v_dim")]

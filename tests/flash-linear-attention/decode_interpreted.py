@@ -14,11 +14,11 @@ import warnings
 os.environ["TRITON_INTERPRET"] = "1"
 warnings.filterwarnings("ignore")
 
-import fla_decode  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from delta_rule_reference import draw_inputs, reference_delta_rule, relative_error  # noqa: E402
-from fla_decode import registry  # noqa: E402
+import fla_decode
+import torch
+import torch.nn.functional as F
+from delta_rule_reference import draw_inputs, reference_delta_rule, relative_error
+from fla_decode import registry
 
 # K, V, key heads, value heads, tiling: one side a power of two, two sides, neither, and more than one tile.
 SIZES = {

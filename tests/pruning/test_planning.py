@@ -132,7 +132,7 @@ def test_targets_that_a_method_does_not_choose_are_refused(source, method, targe
     with pytest.raises(KeyreduceError, match=told):
         check_method(source, METHODS[method], targets)
     with pytest.raises(KeyreduceError, match=told):
-        make_plan(source, METHODS[method], dict.fromkeys(targets, {}), seed=0, statistics=None, inputs={})
+        make_plan(source, METHODS[method], {key: {} for key in targets}, seed=0, statistics=None, inputs={})
 
 
 @pytest.mark.parametrize("model_type", ["delta_net", "delta_net_2"])
