@@ -32,8 +32,8 @@ import torch.nn.functional as F
 import triton
 from fla_decode.step import MAX_NUMBERS, TILINGS, Tiling, choose_tiling, decode_step, split_channels
 from fla_torch import operators
-
 from keyreduce.benchmarking.roofline import measure_roofline
+
 from keyreduce.benchmarking.timing import RoundTimes, interleave, ratio
 
 

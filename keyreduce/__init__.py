@@ -1,7 +1,7 @@
 """keyreduce: structured pruning of DeltaNet-family language models.
 
-The Python API is ``calibrate``, ``prune``, ``recover`` and ``evaluate`` (:mod:`keyreduce.api.functions`), for folders and
-for modules in memory; a module of :mod:`keyreduce.api` for each verb has its request and ``run``. Nothing heavy is
+The Python API is ``calibrate``, ``prune``, ``recover`` and ``evaluate`` (:mod:`keyreduce.api.functions`), for folders
+and for modules in memory; a module of :mod:`keyreduce.api` for each verb has its request and ``run``. Nothing heavy is
 imported here: what is named is loaded when it is first touched, so that the command line's help answers at once.
 """
 
