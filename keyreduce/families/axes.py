@@ -6,8 +6,10 @@ Shapes: H key heads, P entries of a part, N entries of an axis.
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch  # the command line reads the tables when it is loaded, and torch takes a second
 
 
 class Part(enum.Enum):
@@ -58,8 +60,10 @@ def length_of(axis: Axis, lengths: Mapping[Part, int]) -> int:
     return sum(lengths[part] for part in parts_of(axis))
 
 
-def places(axis: Axis, lengths: Mapping[Part, int], key_heads: int) -> list[tuple[Part, torch.Tensor]]:
+def places(axis: Axis, lengths: Mapping[Part, int], key_heads: int) -> "list[tuple[Part, torch.Tensor]]":
     """Return, part by part, the places ``[P]`` on an axis that hold its entries, in the part's own order."""
+    import torch
+
     if not isinstance(axis, Joined):
         return [(axis, torch.arange(lengths[axis]))]
     heads = key_heads if axis.by_key_head else 1
@@ -70,22 +74,24 @@ def places(axis: Axis, lengths: Mapping[Part, int], key_heads: int) -> list[tupl
 
 def kept_places(
     axis: Axis,
-    kept: Mapping[Part, torch.Tensor],
+    kept: "Mapping[Part, torch.Tensor]",
     before: tuple[Mapping[Part, int], int],
     after: tuple[Mapping[Part, int], int],
-) -> torch.Tensor:
+) -> "torch.Tensor":
     """Return the places ``[N]`` of an axis that stay, in the order that the axis has afterwards.
 
     ``kept`` is part -> its entries that stay, in order; ``before`` and ``after`` are the lengths of the parts and the
     number of key heads.
     """
+    import torch
+
     index = torch.empty(length_of(axis, after[0]), dtype=torch.int64)
     for (part, old_P), (_, new_P) in zip(places(axis, *before), places(axis, *after), strict=True):
         index[new_P] = old_P[kept[part]]
     return index
 
 
-def place_of(axis: Axis, part: Part, lengths: Mapping[Part, int], key_heads: int) -> torch.Tensor | None:
+def place_of(axis: Axis, part: Part, lengths: Mapping[Part, int], key_heads: int) -> "torch.Tensor | None":
     """Return the places of a part's entries; None if they are the whole axis in order."""
     if not isinstance(axis, Joined):
         return None
