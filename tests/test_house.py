@@ -1,6 +1,7 @@
 """The floors of the house: a folder imports only from those below it, and the command line imports late."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +99,27 @@ def test_the_command_line_imports_nothing_heavy_when_it_is_loaded(path):
         return  # `import keyreduce` loads it when one of its functions is first touched
     for module in imported_when_loaded(ast.parse(path.read_text())):
         assert module.split(".")[0] not in HEAVY
+
+
+BELOW_THE_API = [path for path in modules(PACKAGE) if LEVEL[path.relative_to(PACKAGE).parts[0].removesuffix(".py")] > 3]
+
+
+@pytest.mark.parametrize("path", BELOW_THE_API, ids=name_of)
+def test_libraries_know_no_flag(path):
+    """An error names a field; each caller puts its own word there."""
+    strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+    flags = [one for one in strings if isinstance(one, str) and re.search(r"(?<!lm_eval )--[a-z]", one)]
+    assert not flags
+
+
+def test_no_two_classes_have_one_name():
+    names = [
+        node.name
+        for path in modules(PACKAGE)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize("path", modules(BACKEND), ids=name_of)

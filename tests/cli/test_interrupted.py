@@ -360,16 +360,21 @@ def test_calibrate_meets_a_full_disk(tiny_folder, tmp_path):
 
 # The command line with a command that prints as all of them do.
 PRINT = """
-import sys
+from dataclasses import dataclass
 from keyreduce import cli
+from keyreduce.api.request import Result
 from keyreduce.cli.console import Console
+
+@dataclass(frozen=True, kw_only=True)
+class Made(Result):
+    made: bool = True
 
 @cli.app.command()
 def say(json: bool = False, lines: int = 1):
     console = Console(as_json=json)
     for line in range(lines):
         console.say(f"line {line}")
-    console.result({"made": True})
+    console.finish(Made())
 
 cli.main()
 """
