@@ -36,7 +36,7 @@ LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 # Code that transformers copies beside the weights of a model; in there it knows relative imports alone.
 SELF_CONTAINED = PACKAGE / "models" / "delta_net_2"
 HEAVY = {"torch", "transformers", "fla", "fla_torch", "datasets", "safetensors", "numpy", "triton", "huggingface_hub"}
-HEAVY |= {"accelerate", "fla_decode", "lm_eval", "matplotlib", "peft", "ray", "scipy"}
+HEAVY |= {"accelerate", "fla_decode", "lm_eval", "matplotlib", "pandas", "peft", "ray", "scipy"}
 
 
 def modules(folder: Path) -> list[Path]:

@@ -33,8 +33,8 @@ def show(request: SweepRequest, console: Console) -> None:
     """Do the sweep, print its first table, and say which runs failed."""
     result = sweep(request, console if console.errors.is_terminal else _Counter(console))
     _print_table(result, console)
-    for failure in result.failures:
-        console.note(f"failed: {failure.title}: {failure.message} (see {failure.log})")
+    for title, why in result.failures.items():
+        console.note(f"failed: {title}: {why}")
     console.finish(result)
     if result.failures:
         raise typer.Exit(1)
@@ -49,7 +49,7 @@ def show_table(request: TableRequest, console: Console) -> None:
 
 def _print_table(result: SweepResult, console: Console) -> None:
     """Print the tables as Markdown, and which files hold them."""
-    from keyreduce.sweep.tables import markdown
+    from keyreduce.sweep.report import markdown
 
     console.say(markdown(result.results))
     console.say(f"wrote {', '.join(map(str, result.written))}")

@@ -14,21 +14,16 @@ from keyreduce.processes import Job, Outcome, run_jobs
 
 
 def launcher_named(name: str, *, jobs: int | None, device: str) -> tuple[Launch, int]:
-    """Return what runs processes, and how many it runs at a time.
+    """Return what runs processes, on this machine or on ``ray``, and how many it runs at a time.
 
-    Args:
-        name: ``processes`` for this machine, or ``ray``.
-        jobs: how many processes at a time; None is what :func:`keyreduce.api.tasks.on_this_machine` takes, and on a
-            cluster as many as it has GPUs, or pairs of cores.
-        device: what runs compute on. With ``cuda``, each process gets a GPU of its own.
+    ``jobs`` says how many. None: see :func:`keyreduce.api.tasks.on_this_machine`, and on a cluster as many as it has
+    GPUs, or pairs of cores. Where ``device`` is ``cuda``, each process gets a GPU of its own.
 
     Raises:
         KeyreduceError: Ray is not installed, or no cluster answers.
     """
-    return _ray(jobs, device == "cuda") if name == "ray" else on_this_machine(device, jobs)
-
-
-def _ray(jobs: int | None, on_any_gpu: bool) -> tuple[Launch, int]:
+    if name != "ray":
+        return on_this_machine(device, jobs)
     if importlib.util.find_spec("ray") is None:
         raise KeyreduceError("`launcher` ray needs Ray: pip install keyreduce[ray]")
     import ray
@@ -39,7 +34,7 @@ def _ray(jobs: int | None, on_any_gpu: bool) -> tuple[Launch, int]:
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise KeyreduceError(f"Ray does not start: {reason(error)}") from error
     resources = ray.cluster_resources()
-    if on_any_gpu:
+    if device == "cuda":
         needs = {"num_cpus": 1, "num_gpus": 1}
         workers = jobs or int(resources.get("GPU", 0))
         if not workers:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -11,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from keyreduce.sweep.recipe import NO_REPAIR
-from keyreduce.sweep.results import Results, Row, pareto_front
+from keyreduce.sweep.results import Results, pareto_front
 
 # Okabe and Ito's colours, which the colour-blind tell apart, with brown for their yellow, which is pale on white, and
 # four more, as there are twelve markers.
@@ -32,34 +33,30 @@ _AXES = {
 
 def draw_perplexity(results: Results) -> Canvas:
     """Draw perplexity against the share removed: a panel for each model and target, bars for the spread over seeds."""
-    models = list(dict.fromkeys(row.model for row in results.rows))
-    targets = list(dict.fromkeys(row.target for row in results.rows))
-    style = _Style(results.rows)
+    table = results.table
+    models, targets = table["model"].unique(), table["target"].unique()
+    style = _Style(results)
     figure, panels = _panels(len(models), len(targets), style)
     for line, model in zip(panels, models, strict=True):
         for axes, target in zip(line, targets, strict=True):
-            rows = [row for row in results.rows if (row.model, row.target) == (model, target)]
-            if not rows:
+            rows: Any = table[(table["model"] == model) & (table["target"] == target)]
+            if rows.empty:
                 axes.set_axis_off()
                 continue
-            dense = rows[0].dense
-            for label, repair in dict.fromkeys((row.label, row.repair) for row in rows):
-                chosen = sorted((row for row in rows if (row.label, row.repair) == (label, repair)), key=_ratio)
+            dense = rows["dense"].iloc[0]
+            for (label, repair), chosen in rows.groupby(["label", "repair"], sort=False):
+                chosen = chosen.sort_values("ratio")
                 axes.errorbar(
-                    [0, *(100 * row.ratio for row in chosen)],
-                    [dense, *(row.perplexity.mean for row in chosen)],
-                    yerr=[0, *(row.perplexity.spread or 0 for row in chosen)],
-                    color=style.color(label),
-                    linestyle=style.line(repair),
-                    capsize=2,
-                    linewidth=1.5,
-                    elinewidth=1,
-                    **style.marker(label),
+                    [0, *(100 * chosen["ratio"])],
+                    [dense, *chosen["perplexity"]],
+                    yerr=[0, *chosen["perplexity_spread"].fillna(0)],
+                    **style.markers[label],
+                    **{"linestyle": style.lines[repair], "linewidth": 1.5, "elinewidth": 1, "capsize": 2},
                 )
             axes.axhline(dense, color="0.5", linewidth=0.8, zorder=0)
-            axes.set_xticks([0, *(100 * ratio for ratio in sorted({row.ratio for row in rows}))])
+            axes.set_xticks([0, *(100 * ratio for ratio in sorted(rows["ratio"].unique()))])
             axes.set(title=f"{model}, {target}", xlabel=f"share of {target} removed, %", ylabel="perplexity per token")
-            _scale(axes, [dense, *(row.perplexity.mean for row in rows)])
+            _scale(axes, [dense, *rows["perplexity"]])
     return figure
 
 
@@ -68,26 +65,18 @@ def draw_pareto(results: Results) -> Canvas:
 
     The front is the line through what nothing else beats in both: what is left of it is as good, but slower.
     """
-    models = list(dict.fromkeys(row.model for row in results.rows))
-    kinds = results.kinds or ["state"]
-    style = _Style(results.rows)
+    models, kinds = results.table["model"].unique(), results.kinds or ["state"]
+    style = _Style(results)
     figure, panels = _panels(len(models), len(kinds), style, front=True)
-    several = len({row.target for row in results.rows}) > 1
+    several = len(results.table["target"].unique()) > 1
     for line, model in zip(panels, models, strict=True):
         for axes, kind in zip(line, kinds, strict=True):
             rows = [row for row in results.rows if row.model == model and not math.isnan(_gain(row, kind))]
-            rows = [row for row in rows if math.isfinite(row.perplexity.mean)]
+            rows = [row for row in rows if math.isfinite(row.perplexity)]
             dense = results.dense[model][0]
-            points = [(1.0, dense), *((_gain(row, kind), row.perplexity.mean) for row in rows)]
-            for row, (gain, cost) in zip(rows, points[1:], strict=True):
-                axes.plot(
-                    gain,
-                    cost,
-                    color=style.color(row.label),
-                    linestyle="",
-                    fillstyle=style.fill(row.repair),
-                    **style.marker(row.label),
-                )
+            points = [(1.0, dense), *((_gain(row, kind), row.perplexity) for row in rows)]
+            for row, point in zip(rows, points[1:], strict=True):
+                axes.plot(*point, linestyle="", fillstyle=style.fills[row.repair], **style.markers[row.label])
             axes.plot(1.0, dense, **_DENSE)
             front = pareto_front(points)
             axes.plot(*zip(*(points[number] for number in front), strict=True), color="0.35", linewidth=1, zorder=0)
@@ -100,47 +89,32 @@ def draw_pareto(results: Results) -> Canvas:
 
 
 class _Style:
-    """Which colour, marker and line stands for which method and repair."""
+    """Which colour and marker stand for each method, and which line and filling for each repair."""
 
-    def __init__(self, rows: Sequence[Row]):
-        self.labels = list(dict.fromkeys(row.label for row in rows))
-        self.repairs = list(dict.fromkeys(row.repair for row in rows))
-
-    def color(self, label: str) -> str:
-        return _COLORS[self.labels.index(label) % len(_COLORS)]
-
-    def marker(self, label: str) -> dict[str, Any]:
-        return {"marker": _MARKERS[self.labels.index(label) % len(_MARKERS)], "markersize": 6}
-
-    def line(self, repair: str):
-        return _LINES[self.repairs.index(repair) % len(_LINES)]
-
-    def fill(self, repair: str) -> str:
-        return ("full", "none", "left", "top")[self.repairs.index(repair) % 4]
-
-    def legend(self, *, front: bool) -> list[Line2D]:
-        """Handles: the methods, and in black the repairs, where there are several."""
-        handles = [
-            Line2D([], [], color=self.color(label), label=label, linestyle="" if front else "-", **self.marker(label))
-            for label in self.labels
-        ]
-        if len(self.repairs) > 1 or self.repairs != [NO_REPAIR]:
-            for repair in self.repairs:
-                word = "no repair" if repair == NO_REPAIR else repair
-                look: dict[str, Any] = {"linestyle": self.line(repair)}
-                if front:
-                    look = {"linestyle": "", "marker": "o", "fillstyle": self.fill(repair)}
-                handles.append(Line2D([], [], color="black", label=word, **look))
-        if front:
-            handles.append(Line2D([], [], label="dense", **_DENSE))
-            handles.append(Line2D([], [], color="0.35", linewidth=1, label="Pareto front"))
-        else:
-            handles.append(Line2D([], [], color="0.5", linewidth=0.8, label="dense"))
-        return handles
+    def __init__(self, results: Results):
+        labels, repairs = results.table["label"].unique(), results.table["repair"].unique()
+        self.markers: dict[str, dict[str, Any]] = {
+            label: {"color": color, "marker": marker, "markersize": 6}
+            for label, color, marker in zip(labels, cycle(_COLORS), cycle(_MARKERS))
+        }
+        self.lines: dict[str, Any] = dict(zip(repairs, cycle(_LINES)))
+        self.fills = dict(zip(repairs, cycle(("full", "none", "left", "top"))))
 
 
 def _panels(rows: int, columns: int, style: _Style, *, front: bool = False) -> tuple[Canvas, Any]:
-    handles = style.legend(front=front)
+    """Return a figure and its axes, with a legend: the methods, and in black the repairs, where there are several."""
+    line = "" if front else "-"
+    handles = [Line2D([], [], label=label, linestyle=line, **look) for label, look in style.markers.items()]
+    for repair, line in style.lines.items() if [*style.lines] != [NO_REPAIR] else ():
+        word = "no repair" if repair == NO_REPAIR else repair
+        look: dict[str, Any] = {"linestyle": "", "marker": "o", "fillstyle": style.fills[repair]}
+        look = look if front else {"linestyle": line}
+        handles.append(Line2D([], [], color="black", label=word, **look))
+    if front:
+        handles.append(Line2D([], [], label="dense", **_DENSE))
+        handles.append(Line2D([], [], color="0.35", linewidth=1, label="Pareto front"))
+    else:
+        handles.append(Line2D([], [], color="0.5", linewidth=0.8, label="dense"))
     height = max(3.6 * rows, 0.25 * len(handles) + 0.6)
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     figure = Canvas(figsize=(4.6 * columns + _LEGEND_INCHES, height), layout=layout)
@@ -183,11 +157,5 @@ def _label_front(axes: Axes, points: Sequence[tuple[float, float]], words: Seque
             below = (x, y, word)
 
 
-def _gain(row: Row, kind: str) -> float:
-    if kind == "state":
-        return 1 / row.state
-    return row.speedups[kind].mean if kind in row.speedups else math.nan
-
-
-def _ratio(row: Row) -> float:
-    return row.ratio
+def _gain(row: Any, kind: str) -> float:
+    return 1 / row.state if kind == "state" else getattr(row, f"{kind}_speedup")

@@ -6,24 +6,12 @@ convert = true                      # also write each pruned model as a distribu
 
 [calibration]                       # keyreduce calibrate
 num_batches = 16
-batch_size = 4
-seq_len = 512
 per_seed = false                    # true: each seed draws calibration text of its own; false: one draw serves all
 
 [recover]                           # keyreduce recover; without num_batches, batch_size, seq_len: as in [calibration]
-steps = 512
-
 [heldout]                           # keyreduce eval
-num_batches = 16
-batch_size = 4
-seq_len = 512
-
 [benchmark]                         # keyreduce benchmark; without this table nothing is timed
 kinds = ["mixer", "decode"]
-batch_size = 4
-seq_len = 1024
-rounds = 10
-decode_batch_sizes = [8]
 
 [[prune]]                           # keyreduce prune, for each ratio with each method and each repair; may be repeated
 target = "key"
@@ -55,7 +43,6 @@ NO_REPAIR = "none"
 """What a recipe calls a pruned model that is left as it is cut."""
 
 _KINDS = ("mixer", "forward", "decode")
-SIZES = ("num_batches", "batch_size", "seq_len")
 _LISTS = ("ratios", "methods", "repairs")
 _TABLES = ("calibration", "heldout", "recover", "benchmark")
 # Fields of requests that a recipe does not say: the sweep fills them in, or they have no place in one.
@@ -66,16 +53,12 @@ _NOT_IN_RECIPES = {
     *("push_to_hub", "mode", "gradients", "mixer", "forward", "decode", "train_step", "scaling"),
 }
 # Fields of requests that have another name in a recipe.
-_NAMES = {"method": "methods", "per_seed": "calibration.per_seed", "ratio": "ratios", "recover": "repairs"}
-_NAMES["set"] = _NAMES["method"]
+_NAMES = {"method": "methods", "set": "methods", "ratio": "ratios", "recover": "repairs"}
+_NAMES["per_seed"] = "calibration.per_seed"
 
 
 class Combination(NamedTuple):
-    """One way of pruning a model.
-
-    Attributes:
-        request: what is removed, how it is chosen, and how quality is won back afterwards.
-    """
+    """One way of pruning a model: what is removed, how it is chosen, and how quality is recovered afterwards."""
 
     request: PruneRequest
 
@@ -117,16 +100,9 @@ class _Head(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A sweep.
+    """A sweep: what the head of the recipe, its tables and its combinations say, and the file, which messages name.
 
-    Attributes:
-        path: the file, which messages name.
-        models, seeds: what is pruned, and the seeds of everything that is drawn.
-        convert: whether pruned models are also written as distributed checkpoints.
-        per_seed: whether each seed draws calibration text of its own.
-        calibration, heldout, recover, benchmark: the settings of each command; where ``benchmark`` is None, nothing is
-            timed.
-        combinations: what is done to each model.
+    Where ``benchmark`` is None, nothing is timed.
     """
 
     path: Path
@@ -151,12 +127,11 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a sweep from a file.
+    """Read a recipe.
 
     Raises:
         KeyreduceError: the file is missing or no TOML, or it holds what the commands do not take.
     """
-    path = Path(path)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -177,8 +152,8 @@ def read_recipe(path: Path) -> Recipe:
     with named(path, "heldout"):
         evaluate = EvaluateRequest.of_json(_checked("heldout", tables["heldout"], _known(EvaluateRequest)))
     with named(path, "recover"):
-        sizes = {name: getattr(calibrate, name) for name in SIZES}
-        recover = RecoverRequest.of_json(sizes | _checked("recover", tables["recover"], _known(RecoverRequest)))
+        settings = _checked("recover", tables["recover"], _known(RecoverRequest))
+        recover = RecoverRequest.of_json(sizes_of(calibrate) | settings)
         check_repeats(recover.repeats or 0.0)
     return Recipe(
         path=path,
@@ -201,12 +176,13 @@ def named(path: Path, table: str = "") -> Iterator[None]:
         raise KeyreduceError(f"{path}: {error.with_names(lambda name: prefix + _NAMES.get(name, name))}") from None
 
 
-def check_seeds(name: str, seeds: tuple[int, ...]) -> None:
-    """Refuse no seeds at all, or one that comes twice; ``name`` is the field that holds them.
+def sizes_of(request: CalibrateRequest | EvaluateRequest) -> dict[str, int]:
+    """Return the fields that say how much text is read."""
+    return {name: getattr(request, name) for name in ("num_batches", "batch_size", "seq_len")}
 
-    Raises:
-        KeyreduceError: they are such.
-    """
+
+def check_seeds(name: str, seeds: tuple[int, ...]) -> None:
+    """Raise KeyreduceError for no seeds at all, or one that comes twice; ``name`` is the field that holds them."""
     if not seeds or len(set(seeds)) < len(seeds):
         told = ", ".join(map(str, seeds)) or "empty"
         raise KeyreduceError(f"`{name}` is {told}; give at least one seed, and each of them once")
@@ -241,7 +217,10 @@ def _benchmark(path: Path, table: Any) -> BenchmarkRequest:
 def _combinations(path: Path, table: Any) -> list[Combination]:
     with named(path, "prune"):
         shared = {"repairs": [NO_REPAIR], **_checked("prune", table, [*_LISTS, *_known(PruneRequest)])}
-        ratios, methods, repairs = (_filled(name, shared.pop(name, None)) for name in _LISTS)
+        ratios, methods, repairs = lists = [shared.pop(name, None) for name in _LISTS]
+        for name, values in zip(_LISTS, lists, strict=True):
+            if not isinstance(values, list) or not values:
+                raise KeyreduceError(f"`{name}` is {values!r}, where a list with at least one value belongs")
         requests = [
             PruneRequest.of_json(fields | {"ratio": ratio, "recover": None if repair == NO_REPAIR else repair})
             for fields in (shared | _method(method) for method in methods)
@@ -250,13 +229,7 @@ def _combinations(path: Path, table: Any) -> list[Combination]:
         ]
         for request in requests:
             Cut.of(request)  # which refuses options that the method does not take
-        return [Combination(request) for request in requests]
-
-
-def _filled(name: str, values: Any) -> list:
-    if not isinstance(values, list) or not values:
-        raise KeyreduceError(f"`{name}` is {values!r}, where a list with at least one value belongs")
-    return values
+    return [Combination(request) for request in requests]
 
 
 def _method(given: object) -> dict[str, Any]:

@@ -1,23 +1,23 @@
 """The requests of ``keyreduce sweep`` and ``keyreduce table``, and what carries them out."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from keyreduce.api import options
 from keyreduce.api.request import Request, Result, option
 from keyreduce.reporting import Reporter
 
 if TYPE_CHECKING:
-    import torch
-
-    from keyreduce.data.text import TextSource
-    from keyreduce.sweep.recipe import Recipe
     from keyreduce.sweep.results import Results
 
 _RUNS = "How it runs"
+
+
+def _text(help: str, shown_default: str) -> Any:
+    return option((), help=f"{help}; may be repeated.", metavar="FILE|FOLDER", shown_default=shown_default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,26 +32,12 @@ class SweepRequest(Request):
     model: tuple[str, ...] = option(
         (), help="Models to prune; may be repeated.", metavar="PATH|NAME", shown_default="those of the recipe"
     )
-    calibration: tuple[Path, ...] = option(
-        (),
-        help="Text for calibration and repair; may be repeated.",
-        metavar="FILE|FOLDER",
-        shown_default="the Python standard library's source",
-    )
-    heldout: tuple[Path, ...] = option(
-        (),
-        help="Text to measure on; may be repeated.",
-        metavar="FILE|FOLDER",
-        shown_default="another part of that source",
-    )
+    calibration: tuple[Path, ...] = _text("Text for calibration and repair", "the Python standard library's source")
+    heldout: tuple[Path, ...] = _text("Text to measure on", "another part of that source")
     work: Path = options.work()
     output: Path | None = options.output("The folder of the sweep.", shown_default="sweep in --work")
     seed: tuple[int, ...] = option(
-        (),
-        help="Seeds; may be repeated.",
-        shown_default="those of the recipe",
-        minimum=0,
-        maximum=options.MOST_SEED,
+        (), help="Seeds; may be repeated.", shown_default="those of the recipe", minimum=0, maximum=options.MOST_SEED
     )
     device: str | None = option(None, help="cpu, cuda, ...", metavar="DEVICE", shown_default="a GPU if there is one")
     dtype: options.Dtype | None = options.dtype()
@@ -91,41 +77,22 @@ class TableRequest(Request):
     overwrite: bool = option(False, help="Replace what is at --output.")
 
 
-class Failure(NamedTuple):
-    """A run that has no result.
-
-    Attributes:
-        title: what messages call it.
-        message: why it failed.
-        log: the file with what it reported.
-    """
-
-    title: str
-    message: str
-    log: Path
-
-
 @dataclass(frozen=True, kw_only=True)
 class SweepResult(Result):
-    """What a sweep has found.
+    """What a sweep has found, its folder, and the files that show it.
 
     Attributes:
-        sweep: its folder.
-        written: the files with tables and pictures.
-        results: what they show.
-        failures: the runs of this sweep that have no result.
+        failures: title -> why, and where its log is, of the runs of this sweep that have no result.
     """
 
     sweep: Path
     written: list[Path]
     results: "Results"
-    failures: Sequence[Failure] = ()
+    failures: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict:
-        """Return the folder, the files, and all numbers: see :func:`keyreduce.sweep.tables.as_json`."""
-        from keyreduce.sweep.tables import as_json
-
-        return {"sweep": str(self.sweep), "written": list(map(str, self.written)), **as_json(self.results)}
+        """Return the folder, the files, and all numbers: see :meth:`keyreduce.sweep.results.Results.to_json`."""
+        return {"sweep": str(self.sweep), "written": list(map(str, self.written)), **self.results.to_json()}
 
 
 def sweep(request: SweepRequest, reporter: Reporter = Reporter()) -> SweepResult:
@@ -140,8 +107,8 @@ def sweep(request: SweepRequest, reporter: Reporter = Reporter()) -> SweepResult
     from keyreduce.devices import pick_device, pick_dtype
     from keyreduce.outputs import refuse_unwritable
     from keyreduce.sweep.launchers import launcher_named
-    from keyreduce.sweep.recipe import check_seeds, read_recipe
-    from keyreduce.sweep.record import SWEEP_NAME
+    from keyreduce.sweep.recipe import check_seeds, read_recipe, sizes_of
+    from keyreduce.sweep.results import SWEEP_NAME
     from keyreduce.sweep.run import plan_sweep, run_sweep
     from keyreduce.workspace import Workspace
 
@@ -149,27 +116,38 @@ def sweep(request: SweepRequest, reporter: Reporter = Reporter()) -> SweepResult
     recipe = replace(recipe, models=request.model or recipe.models, seeds=request.seed or recipe.seeds)
     check_seeds("seed", recipe.seeds)
     device = pick_device(request.device)
-    dtype = pick_dtype(request.dtype, device)
+    where = {"device": str(device), "dtype": str(pick_dtype(request.dtype, device)).removeprefix("torch.")}
     calibration = text_source(request.calibration, default="calibration")
     heldout = text_source(request.heldout, default="heldout")
     root = Path(os.path.realpath(request.output or Workspace(request.work).sweep))
     refuse_unwritable(root / SWEEP_NAME, folder=False)
-    runs = plan_sweep(recipe, root, calibration=calibration, heldout=heldout, device=device, dtype=dtype)
+    runs = plan_sweep(recipe, root, calibration=calibration, heldout=heldout, **where)
     launch, workers = launcher_named(request.launcher, jobs=request.jobs, device=str(device))
+    drawn, timing = recipe.seeds if recipe.per_seed else recipe.seeds[:1], recipe.benchmark
+    timed = ("kinds", "batch_size", "rounds", "decode_batch_sizes")
+    about = {
+        "recipe": str(recipe.path),
+        **where,
+        "calibration": {"text": calibration.describe(), **sizes_of(recipe.calibration), "seed": [*drawn]},
+        "heldout": {"text": heldout.describe(), **sizes_of(recipe.heldout)},
+        "timing": timing and {**{name: getattr(timing, name) for name in timed}, "seq_len": max(timing.seq_len)},
+        "launcher": request.launcher,
+        "jobs": workers,
+    }
     with reporter.progress("sweeping", len(runs), "runs") as progress:
         failures = run_sweep(
             runs,
             root,
-            about=_about(recipe, calibration, heldout, device, dtype) | {"launcher": request.launcher, "jobs": workers},
+            about=about,
             launch=launch,
             workers=workers,
             keep_checkpoints=request.keep_checkpoints,
             again=request.overwrite,
             progress=progress,
         )
-    results, written = _report(root, root)
-    told = [Failure(run.title, why, root / run.folder / LOG_NAME) for run in runs if (why := failures.get(run.folder))]
-    return SweepResult(sweep=root, written=written, results=results, failures=told)
+    failed = [run for run in runs if run.folder in failures]
+    told = {run.title: f"{failures[run.folder]} (see {root / run.folder / LOG_NAME})" for run in failed}
+    return _report(root, root, told)
 
 
 def table(request: TableRequest, reporter: Reporter = Reporter()) -> SweepResult:
@@ -187,33 +165,12 @@ def table(request: TableRequest, reporter: Reporter = Reporter()) -> SweepResult
     if request.output is not None:
         for name in NAMES:
             refuse_existing(request.output / name, request.overwrite)
-    results, written = _report(source, request.output or source)
-    return SweepResult(sweep=source, written=written, results=results)
+    return _report(source, request.output or source)
 
 
-def _report(source: Path, target: Path) -> "tuple[Results, list[Path]]":
+def _report(source: Path, target: Path, failures: Mapping[str, str] | None = None) -> SweepResult:
     from keyreduce.sweep.report import write_report
     from keyreduce.sweep.results import read_results
 
     results = read_results(source)
-    return results, write_report(results, target)
-
-
-def _about(
-    recipe: "Recipe", calibration: "TextSource", heldout: "TextSource", device: "torch.device", dtype: "torch.dtype"
-) -> dict:
-    """Return what the record of a sweep says of its recipe, its texts, and where it runs."""
-    from keyreduce.sweep.recipe import SIZES
-
-    timing = None
-    if recipe.benchmark is not None:
-        names = ("kinds", "batch_size", "rounds", "decode_batch_sizes")
-        timing = {name: getattr(recipe.benchmark, name) for name in names} | {"seq_len": max(recipe.benchmark.seq_len)}
-    texts = {"calibration": (calibration, recipe.calibration), "heldout": (heldout, recipe.heldout)}
-    about: dict[str, Any] = {
-        name: {"text": text.describe(), **{size: getattr(settings, size) for size in SIZES}}
-        for name, (text, settings) in texts.items()
-    }
-    about["calibration"]["seed"] = [*(recipe.seeds if recipe.per_seed else recipe.seeds[:1])]
-    where = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
-    return {"recipe": str(recipe.path), **where, **about, "timing": timing}
+    return SweepResult(sweep=source, written=write_report(results, target), results=results, failures=failures or {})

@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_models import build, edit_config, save
 
 from keyreduce.api.benchmark import BenchmarkRequest
@@ -16,8 +15,8 @@ from keyreduce.api.recover import RecoverRequest
 from keyreduce.data.text import text_source
 from keyreduce.errors import KeyreduceError
 from keyreduce.sweep.recipe import Combination, Recipe
-from keyreduce.sweep.run import plan_sweep
-from keyreduce.sweep.runs import CALIBRATION, DENSE, PRUNED, slug
+from keyreduce.sweep.results import CALIBRATION, DENSE, PRUNED
+from keyreduce.sweep.run import plan_sweep, slug
 
 L1 = PruneRequest(method="l1", ratio=0.5)
 PCA = PruneRequest(method="pca", ratio=0.5)
@@ -53,7 +52,7 @@ def plan(tmp_path):
             tmp_path / "sweep",
             calibration=text_source([tmp_path / "one.txt"], default="calibration"),
             heldout=text_source([tmp_path / "two.txt"], default="heldout"),
-            **{"device": torch.device("cpu"), "dtype": torch.float32} | options,
+            **{"device": "cpu", "dtype": "float32"} | options,
         )
 
     return of
@@ -148,7 +147,7 @@ def test_what_decides_a_result_names_its_folder_and_nothing_else_does(plan, tiny
         folder(benchmark=BenchmarkRequest(mixer=True)),
         folder(benchmark=BenchmarkRequest(mixer=True, rounds=3)),
         folder(convert=False),
-        folder(options={"dtype": torch.bfloat16}),
+        folder(options={"dtype": "bfloat16"}),
         folder(options={"heldout": "other"}),
         folder(options={"calibration": "other"}),
     ]

@@ -28,14 +28,14 @@ def test_perplexity_against_ratio_has_a_panel_for_each_model_and_target(tmp_path
     curves = [container.lines[0].get_xydata().tolist() for container in axes.containers]
     assert len(curves) == 3 * 2
     for row in rows:
-        curve = next(curve for curve in curves if [100 * row.ratio, row.perplexity.mean] in curve)
+        curve = next(curve for curve in curves if [100 * row.ratio, row.perplexity] in curve)
         assert curve[0] == [0, 8.0]  # nothing removed: the dense model
     heights = {
         round(top - bottom, 6)
         for container in axes.containers
         for (_, bottom), (_, top) in container.lines[2][0].get_segments()
     }
-    assert {round(2 * row.perplexity.spread, 6) for row in rows} <= heights
+    assert {round(2 * row.perplexity_spread, 6) for row in rows} <= heights
     assert legend(figure) == ["rrqr", "wanda", "taylor (form squared)", "no repair", "least-squares", "dense"]
 
 
@@ -59,7 +59,7 @@ def test_the_front_goes_through_the_dense_model_and_the_best_at_each_speed(tmp_p
     }
     axes = figure.axes[0]
     best = {
-        row.ratio: row.perplexity.mean
+        row.ratio: row.perplexity
         for row in results.rows
         if row.model == "one-model" and row.label == "rrqr" and row.repair != "none"
     }

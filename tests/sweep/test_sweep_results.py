@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from made_up_sweep import DENSE, factor, make_up, speedup
 
 from keyreduce.errors import KeyreduceError
-from keyreduce.sweep.results import MeanSpread, pareto_front, read_results
+from keyreduce.sweep.results import pareto_front, read_results
 
 
 def test_figures_are_means_and_spreads_over_seeds(tmp_path):
@@ -23,18 +23,15 @@ def test_figures_are_means_and_spreads_over_seeds(tmp_path):
         repaired = row.repair != "none"
         factors = np.array([factor(methods.index(row.label), row.ratio, repaired, seed) for seed in range(3)])
         assert row.seeds == 3
-        assert row.perplexity == pytest.approx(
-            (DENSE[row.model] * factors.mean(), DENSE[row.model] * factors.std(ddof=1))
-        )
-        assert row.increase == pytest.approx((factors.mean() - 1, factors.std(ddof=1)))
-        assert row.bits_per_byte.mean == pytest.approx(DENSE[row.model] * factors.mean() / 4)
+        assert row.perplexity == pytest.approx(DENSE[row.model] * factors.mean())
+        assert row.perplexity_spread == pytest.approx(DENSE[row.model] * factors.std(ddof=1))
+        assert (row.increase, row.increase_spread) == pytest.approx((factors.mean() - 1, factors.std(ddof=1)))
+        assert row.bits_per_byte == pytest.approx(DENSE[row.model] * factors.mean() / 4)
         # What prune took, seed by seed, and what recover took.
-        assert row.seconds == pytest.approx((2.0 + (10.0 if repaired else 0.0), 1.0))
+        assert (row.seconds, row.seconds_spread) == pytest.approx((2.0 + (10.0 if repaired else 0.0), 1.0))
         assert row.state == pytest.approx(1 - row.ratio)
         # Of decoding, the whole model with the most sequences.
-        assert {kind: figure.mean for kind, figure in row.speedups.items()} == dict.fromkeys(
-            ("mixer", "decode"), speedup(row.ratio)
-        )
+        assert row.mixer_speedup == row.decode_speedup == speedup(row.ratio)
     assert results.kinds == ["mixer", "decode"]
     assert (results.failed, results.waiting) == ({}, [])
 
@@ -48,7 +45,7 @@ def test_a_cuda_graph_is_what_decoding_is_judged_by(tmp_path):
             entry["graph"] = {"speedup": {"median": 7.0}}
     path.write_text(json.dumps(result))
     (row,) = read_results(root).rows
-    assert row.speedups["decode"].mean == 7.0
+    assert row.decode_speedup == 7.0
 
 
 def test_speed_is_that_of_the_sizes_whatever_chose_them(tmp_path):
@@ -59,7 +56,8 @@ def test_speed_is_that_of_the_sizes_whatever_chose_them(tmp_path):
         result["steps"]["benchmark"]["result"]["mixer"][1]["speedup"]["median"] = speed
         path.write_text(json.dumps(result))
     rows = read_results(root).rows
-    assert [row.speedups["mixer"] for row in rows] == [(2.0, pytest.approx(np.std([1, 9, 2], ddof=1)))] * 3
+    expected = [(2.0, pytest.approx(np.std([1, 9, 2], ddof=1)))] * 3
+    assert [(row.mixer_speedup, row.mixer_speedup_spread) for row in rows] == expected
 
 
 def test_runs_that_failed_or_are_not_done(tmp_path):
@@ -76,9 +74,19 @@ def test_runs_that_failed_or_are_not_done(tmp_path):
     assert read_results(root).rows == []  # without the dense model there is nothing to compare with
 
 
-def test_a_single_seed_has_no_spread_and_an_infinite_perplexity_neither():
-    assert MeanSpread.of([3.0]) == (3.0, None)
-    assert MeanSpread.of([1.0, math.inf]) == (math.inf, None)
+@pytest.mark.parametrize("cost", [math.inf, math.nan])
+def test_a_single_seed_has_no_spread_and_a_perplexity_that_is_not_finite_neither(tmp_path, cost):
+    ways = {"ratios": (0.5,), "repairs": ("none",), "methods": ("l1", "l2"), "models": ("one-model",)}
+    root = make_up(tmp_path, seeds=(0, 1), **ways)
+    (root / "runs/one-model-key-0-0.5-none-1/result.json").unlink()
+    damaged = root / "runs/one-model-key-1-0.5-none-1/result.json"
+    result = json.loads(damaged.read_text())
+    result["steps"]["eval"]["result"]["models"][0]["perplexity_per_token"] = cost
+    damaged.write_text(json.dumps(result))
+    one, other = read_results(root).rows
+    assert (one.seeds, one.perplexity) == (1, 10.0) and math.isnan(one.perplexity_spread)
+    assert (other.seeds, str(other.perplexity)) == (2, str(cost)) and math.isnan(other.perplexity_spread)
+    assert [row["perplexity"]["spread"] for row in read_results(root).to_json()["rows"]] == [None, None]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,8 @@ from keyreduce.api.calibrate import CalibrateRequest
 from keyreduce.api.tasks import failure_of, is_done
 from keyreduce.errors import KeyreduceError
 from keyreduce.processes import Job, Outcome
-from keyreduce.sweep.record import read_sweep
-from keyreduce.sweep.run import run_sweep
-from keyreduce.sweep.runs import CALIBRATION, DENSE, PRUNED, Run
+from keyreduce.sweep.results import CALIBRATION, DENSE, PRUNED, read_results
+from keyreduce.sweep.run import Run, run_sweep
 
 HOLD = """
 import pathlib, sys, time
@@ -92,7 +91,7 @@ def test_all_runs_are_done_those_first_that_others_need(sweep, tmp_path):
     assert sorted(launch.done) == sorted(run.folder for run in runs)
     # A process does several runs, but not too many.
     assert [len(names) for names in launch.jobs] == [2, 8, 2]
-    record = read_sweep(tmp_path / "sweep")
+    record = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert record["recipe"] == "r"
     assert [run["folder"] for run in record["runs"]] == [run.folder for run in runs[::-1]]
 
@@ -183,8 +182,8 @@ def test_a_folder_that_holds_something_else(sweep, tmp_path):
 
 def test_folders_that_are_no_sweep(tmp_path):
     with pytest.raises(KeyreduceError, match=r"holds no sweep\.json; give the folder that keyreduce sweep has written"):
-        read_sweep(tmp_path)
+        read_results(tmp_path)
     for content in ("{}", '{"runs": [1]}', '{"runs": [{}]}'):
         (tmp_path / "sweep.json").write_text(content)
         with pytest.raises(KeyreduceError, match="is damaged: it lists no runs"):
-            read_sweep(tmp_path)
+            read_results(tmp_path)
