@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint folder being written: config.json, shards, index, and the small files beside them.
 
-No more than one tensor is in memory, and one that does not change is copied from file to file without being looked at.
+No more than two tensors are in memory, the one that is written and the next one. A tensor that does not change is
+copied from file to file without being looked at.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,6 +23,9 @@ from keyreduce.checkpoint.folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from keyreduce.checkpoint.shards import ByteRange, ShardPlan, TensorSpec, make_spec, read_header
 from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import write_json
+
+Fetched = torch.Tensor | Sequence[ByteRange]
+"""A tensor, or the bytes of files that hold it."""
 
 MAX_SHARD_SIZE = 5 * 10**9
 _COPY_BYTES = 1 << 24
@@ -42,7 +47,7 @@ def write_folder_files(target: Path, config: dict, sidecars: Iterable[Path]) -> 
 def write_weights(
     target: Path,
     shards: Mapping[str, ShardPlan],
-    fetch: Callable[[str], torch.Tensor | Sequence[ByteRange]],
+    fetch: Callable[[str], Fetched],
     *,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, str]:
@@ -112,7 +117,7 @@ def parse_size(text: str) -> int:
 def write_shard(
     path: Path,
     plan: ShardPlan,
-    fetch: Callable[[str], torch.Tensor | Sequence[ByteRange]],
+    fetch: Callable[[str], Fetched],
     written: Callable[[TensorSpec, int], None] = lambda spec, end: None,
 ) -> None:
     """Write one safetensors file, one tensor after another.
@@ -136,8 +141,7 @@ def write_shard(
     with file:
         with writing(path):
             write_all(file, memoryview(header))
-        for spec in plan.tensors:
-            data = fetch(spec.name)
+        for spec, data in zip(plan.tensors, _fetched_ahead(fetch, plan.tensors), strict=True):
             is_tensor = isinstance(data, torch.Tensor)
             if is_tensor and make_spec(spec.name, data.dtype, data.shape) != spec:
                 raise ValueError(f"{spec} was announced, not {data.dtype} {tuple(data.shape)}")
@@ -149,6 +153,18 @@ def write_shard(
                 else:
                     copy_ranges(data, file)
             written(spec, file.tell())
+
+
+def _fetched_ahead(fetch: Callable[[str], Fetched], specs: Sequence[TensorSpec]) -> Iterator[Fetched]:
+    """Yield what ``fetch`` gives for each tensor; the next one is read and edited while one is written."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        coming = None
+        for spec in specs:
+            current, coming = coming, pool.submit(fetch, spec.name)
+            if current is not None:
+                yield current.result()
+        if coming is not None:
+            yield coming.result()
 
 
 def _format_header(plan: ShardPlan) -> bytes:
