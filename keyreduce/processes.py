@@ -39,7 +39,9 @@ _TAIL_BYTES = 8192
 def command_line() -> str:
     """Return what started this process, for records: settings from the environment are not in it."""
     program, *arguments = sys.argv or [""]
-    return shlex.join([Path(program).name or "python", *arguments])
+    name = Path(program).name or "python"
+    # `python -m keyreduce` runs a file of that name.
+    return shlex.join(["keyreduce" if name == "__main__.py" else name, *arguments])
 
 
 def is_torchrun() -> bool:
