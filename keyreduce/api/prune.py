@@ -80,7 +80,7 @@ class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
     )
     variance: float | None = option(
         None,
-        "pca: the smallest rank that keeps this share of the energy, instead of --ratio.",
+        "pca: the smallest rank that keeps this share of the variance, instead of --ratio.",
         instead_of=("ratio", "keep"),
         **_OWN,
     )
