@@ -1,4 +1,4 @@
-"""How long work says how far it is: a use case is given a reporter, and the command line's is its console."""
+"""How long-running work reports its progress: to a reporter, which on the command line is the console."""
 
 import contextlib
 import logging

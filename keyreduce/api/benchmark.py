@@ -33,7 +33,7 @@ class BenchmarkRequest(options.OfRun, options.OfPair):
         (), "Random models of these key sizes instead, of the model's config.", metavar="K,K,...", **options.COUNTS
     )
     config: Path | None = option(None, "For --scaling: a config.json, or a folder that holds it.", metavar="PATH")
-    batch_size: int = options.batch_size(4, "Sequences in the input, but for --decode.")
+    batch_size: int = options.batch_size(4, "Sequences in the input; --decode has --decode-batch-sizes.")
     seq_len: tuple[int, ...] = option(
         (1024,), "Tokens in a sequence, but for --decode.", metavar="T,T,...", **options.COUNTS
     )

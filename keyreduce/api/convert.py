@@ -18,7 +18,7 @@ _ALGORITHM = 1  # to be raised when what is written changes
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertRequest(options.AfterPrune, options.OfFiles):
-    """Convert a checkpoint; which way is read from what the source is."""
+    """Convert a checkpoint; the direction follows from what the source is."""
 
     source: str | None = option(
         None,

@@ -44,7 +44,7 @@ class EvaluateRequest(options.OfRun, options.OfText, options.OfPair):
         "Tokens from one row's start to the next one's; only the last N of a row are scored.",
         metavar="N",
         minimum=1,
-        shown_default="as far as can be: no overlap",
+        shown_default="no overlap",
     )
     by_document: bool = option(
         False, "Score each document on its own and all of it, as lm-evaluation-harness does; else all are joined."
@@ -197,7 +197,7 @@ def row_costs(
     processes: Processes = Processes(),
     doing: str = "measuring",
 ) -> "list[Perplexity]":
-    """Return what it costs a model to predict each row of this process; ``doing`` is what the reporter is told."""
+    """Return what it costs a model to predict each row of this process; ``doing`` is what the reporter shows."""
     from keyreduce.evaluation.perplexity import text_costs
 
     num_rows = request.num_batches * request.batch_size or None

@@ -8,7 +8,7 @@ made in memory is, bit by bit, what the commands make of folders. What all funct
         standard library, of which ``evaluate`` takes another part than the others.
     tokenizer: of modules; by default the one that was given before, or that of the folder they were loaded from.
     output: a file or folder to write, as the command does.
-    reporter: what is given remarks and progress.
+    reporter: receives remarks and progress.
     settings: other fields of the function's request (:class:`keyreduce.api.prune.PruneRequest` and the like), with the
         same defaults.
 """
@@ -128,7 +128,7 @@ def prune(
     fields = {"method": method, "target": target, "ratio": ratio, **settings}
     if output is not None:
         if isinstance(model, PreTrainedModel):
-            raise KeyreduceError("`output` is for a folder that is pruned; save the pruned module by save_pretrained")
+            raise KeyreduceError("`output` is for a folder that is pruned; save the pruned module with save_pretrained")
         return run_prune(PruneRequest(model=str(model), output=Path(output), **fields), reporter, statistics).pruned
     if not isinstance(model, PreTrainedModel):
         model = _loaded(model, None).model
@@ -184,7 +184,7 @@ def recover(
             run_recover(RecoverRequest(**settings), reporter)
         return Path(output)
     if not isinstance(teacher, PreTrainedModel):
-        raise KeyreduceError("`teacher` of a module is the dense module that it was pruned from")
+        raise KeyreduceError("to recover a module, give as `teacher` the dense module that it was pruned from")
     if mode in TRAINING_MODES:
         # By way of folders, since that is where training keeps its checkpoints.
         with tempfile.TemporaryDirectory(prefix="keyreduce-") as scratch:

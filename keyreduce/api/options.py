@@ -101,9 +101,9 @@ class OfText(Request):
         shown_default="the Python standard library's source",
         **_TEXT,
     )
-    dataset: str | None = option(None, "A name for datasets, streamed.", metavar="NAME", **_TEXT)
-    dataset_config: str | None = option(None, "Its configuration.", metavar="C", **_TEXT)
-    split: str | None = option(None, "Its split.", metavar="S", shown_default="train", **_TEXT)
+    dataset: str | None = option(None, "Name of a dataset for the datasets library, streamed.", metavar="NAME", **_TEXT)
+    dataset_config: str | None = option(None, "The dataset's configuration.", metavar="C", **_TEXT)
+    split: str | None = option(None, "The dataset's split.", metavar="S", shown_default="train", **_TEXT)
 
     def text_source(self, default: "Split") -> "TextSource":
         """Return the text; ``default`` is the part of the standard library's source that is taken if none is named.
@@ -141,7 +141,7 @@ class Uploaded(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class OfFiles(Uploaded):
-    """The settings of commands that write all tensors anew."""
+    """The settings of commands that write all tensors again."""
 
     dtype: Dtype | None = option(None, "Cast the weights to it, in files and config.", shown_default="as they are")
     max_shard_size: str | None = option(

@@ -103,6 +103,6 @@ def find_dense(
     if made_from and not unrelated and open_folder(dense).identity not in made_from:
         raise KeyreduceError(
             f"{pruned_name or pruned} was not made from {name}, or that has changed since; give what it was made from "
-            f"as `{field}`, or pass `unrelated` to take this one all the same"
+            f"as `{field}`, or pass `unrelated` to take this one anyway"
         )
     return dense

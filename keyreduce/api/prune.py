@@ -33,8 +33,8 @@ _OWN = {"panel": "Options of single methods"}
 class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
     """Remove channels or heads, and write a checkpoint that fla and transformers load unchanged.
 
-    A method that needs calibration statistics runs keyreduce calibrate first, where they are missing; --device and the
-    text are for that and for --recover, --device also for --verify.
+    Where a method needs calibration statistics and there are none, keyreduce calibrate runs first. The text is for that
+    and for --recover, and --device for these two and for --verify.
     """
 
     model: str | None = options.model()
@@ -63,7 +63,7 @@ class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
     multiple_of: int = option(1, "Round kept channels to the nearest multiple.")
     allocate: Literal["uniform", "energy"] = option(
         "uniform",
-        "Key channels: alike in all layers, or where q and k have energy, in all as many (delta_net_2 alone says it).",
+        "Key channels: as many in each layer, or more where q and k have more energy (delta_net_2 only), at one total.",
     )
     calibration: Path | None = options.output("The calibration file.", metavar="FILE")
     output: Path | None = options.output("The pruned checkpoint.", env="OUTPUT_DIR")
@@ -74,24 +74,29 @@ class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
     form: Literal["first", "squared", "element"] | None = option(
         None, "taylor: gradients summed with sign, squared (Fisher), or by weight.", shown_default=_FORM, **_OWN
     )
-    include_queries: bool = option(False, "pca: of q and k, not of k alone.", **_OWN)
+    include_queries: bool = option(False, "pca: the principal directions of q and k, not of k alone.", **_OWN)
     set: tuple[str, ...] = option(
         (), "Any option of a method, also of another package; may be repeated.", metavar="NAME=VALUE", **_OWN
     )
     variance: float | None = option(
-        None, "pca: the rank that keeps this share, instead of --ratio.", instead_of=("ratio", "keep"), **_OWN
+        None,
+        "pca: the smallest rank that keeps this share of the variance, instead of --ratio.",
+        instead_of=("ratio", "keep"),
+        **_OWN,
     )
     verify: Literal["logits", "load"] | None = option(
         None,
-        "Before it appears: load, build the library's own model for it; logits, run it against the dense model "
-        "with the dropped channels masked.",
-        shown_default="tensors and shapes alone",
+        "Check more before the result appears: load builds the library's own model for it, logits compares it with the "
+        "dense model with the dropped channels masked.",
+        shown_default="the mixers' tensors and shapes alone",
     )
     engine: EngineName | None = option(
         None, "Refuse sizes that this serving engine does not run.", shown_default="the result says which do"
     )
     recover: Literal["least-squares", "reconstruct"] | None = option(
-        None, "Win quality back before it appears, as keyreduce recover --mode does.", shown_default="left as it is cut"
+        None,
+        "Win quality back before the result appears, as keyreduce recover --mode does.",
+        shown_default="left as it is cut",
     )
     config: Path | None = options.config()
 

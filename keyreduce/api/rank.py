@@ -29,7 +29,7 @@ class RankRequest(options.OfRun, options.OfText, options.OfPair):
     num_batches: int = options.num_batches(4, "Batches to measure on; 0 takes all the text.", minimum=0)
     batch_size: int = options.batch_size(4)
     seq_len: int = options.seq_len(1024)
-    every: int = option(64, "Look at the states after so many tokens each.", **options.COUNT)
+    every: int = option(64, "Tokens between two measurements of the states.", **options.COUNT)
     output: Path | None = options.output("The figures as JSON.", metavar="FILE")
     plot: Path | None = options.output("The pictures, as PNG; --overwrite replaces them too.", metavar="FOLDER")
     dtype: options.Dtype | None = options.dtype()

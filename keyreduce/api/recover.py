@@ -115,8 +115,8 @@ class RecoverRequest(options.OfRun, options.OfText, options.OfPair, options.Uplo
         "keyreduce's PyTorch, which needs no tuning, or fla's own Triton kernels, on GPUs they train on.",
         **_TRAINING,
     )
-    lora_rank: int | None = _setting("lora_rank", "Their rank.", minimum=1, **_LORA)
-    lora_alpha: float | None = _setting("lora_alpha", "Their scale times the rank.", **_LORA)
+    lora_rank: int | None = _setting("lora_rank", "Rank of the additions.", minimum=1, **_LORA)
+    lora_alpha: float | None = _setting("lora_alpha", "Scale of the additions, times their rank.", **_LORA)
     lora_targets: tuple[str, ...] = option(
         (),
         "Linear layers that get a low-rank addition, by the end of their names. May be repeated.",

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyRequest(options.AfterPrune):
-    """Read every value of a checkpoint: are all finite, all there, and those that were written?"""
+    """Read a checkpoint whole: is each value finite, each mixer tensor there, and each byte as it was written?"""
 
     path: str | None = option(
         None, "Hugging Face folder, or DCP folder.", is_argument=True, **options.COMPRESSED | {"metavar": None}
     )
     config: Path | None = options.config()
-    write_sums: bool = option(False, "Note the files' hashes in the folder, as SHA256SUMS, for later and others.")
-    load: bool = option(False, "Build the library's model of its config, and compare all tensors with it.")
+    write_sums: bool = option(False, "Write the files' hashes to SHA256SUMS in the folder, which sha256sum -c checks.")
+    load: bool = option(False, "Also build the library's own model, and compare all names and shapes.")
 
 
 @dataclass(frozen=True, kw_only=True)

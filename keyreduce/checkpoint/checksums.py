@@ -1,7 +1,7 @@
 """Checksums of whole files, taken beside the writing: xxh3_128, which keeps up with memory.
 
-A checksum tells of damage and of changes; unlike a cryptographic hash it does not withstand somebody who wants another
-file to have the same one. https://github.com/Cyan4973/xxHash
+A checksum detects damage and changes. Unlike a cryptographic hash, it does not stop somebody from making another file
+with the same checksum on purpose. https://github.com/Cyan4973/xxHash
 """
 
 import sys
@@ -33,7 +33,7 @@ class FileHasher:
         return self
 
     def written(self, path: Path, end: int) -> None:
-        """Tell that bytes [0, end) of a file will not change any more."""
+        """Report that bytes [0, end) of a file will not change any more."""
         self._pieces.append(self._thread.submit(self._follow, path, end))
 
     def __exit__(self, exception_type, *_) -> None:

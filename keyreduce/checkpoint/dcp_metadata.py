@@ -61,7 +61,7 @@ def find_model_tensors(
 ) -> tuple[str, dict[str, SavedTensor]]:
     """Return the layout, and the model's tensors by their name in the model.
 
-    The metadata tells, for each key, the path in the state dict that was saved: ``("model", "a.weight")`` where the
+    The metadata gives, for each key, the path in the state dict that was saved: ``("model", "a.weight")`` where the
     model was saved under a key of its own (nested), ``("a.weight",)`` where its tensors lie flat. Optimizer and
     training state are under keys of their own, and are left out.
 

@@ -1,4 +1,4 @@
-"""Memory of tensors that are done with."""
+"""Memory of freed tensors, given back to the system."""
 
 import contextlib
 import ctypes

@@ -76,11 +76,13 @@ class Record:
         try:
             content = _migrated(content)
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise KeyreduceError(f"{path} is damaged: its steps are none; remove it, or prune again") from None
+            raise KeyreduceError(
+                f"{path} is damaged: its steps are not those of a record; remove it, or prune again"
+            ) from None
         values = {one.name: content[one.name] for one in dataclasses.fields(cls) if one.name in content}
         values |= {name: tuple(values[name]) for name in _KINDS if name in values}
         if wrong := [name for name, value in values.items() if not _fits(name, value)]:
-            raise KeyreduceError(f"{path} is damaged: its {wrong[0]!r} is none; remove it, or prune again")
+            raise KeyreduceError(f"{path} is damaged: its {wrong[0]!r} holds no valid value; remove it, or prune again")
         return cls(**values)
 
     def write(self, folder: Path) -> None:

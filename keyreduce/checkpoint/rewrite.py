@@ -66,7 +66,7 @@ class EditedTensors:
         if not is_finite(tensor):
             kind = f" as {tensor.dtype}".replace("torch.", "") if self._dtype else ""
             raise KeyreduceError(
-                f"tensor {name!r} of {self._source.path} holds NaN or inf after its edits{kind}: is it damaged?"
+                f"tensor {name!r} of {self._source.path} holds NaN or inf after its edits{kind}: it may be damaged"
             )
         return tensor
 

@@ -74,7 +74,7 @@ def compare_sums(folder: Path, found: Mapping[str, str]) -> bool:
     for name, digest in found.items():
         if noted.get(name) != digest:
             what = "differs from" if name in noted else "is not in"
-            raise KeyreduceError(f"{folder / name} {what} {SUMS_NAME}: the checkpoint is damaged, or another one")
+            raise KeyreduceError(f"{folder / name} {what} {SUMS_NAME}: the checkpoint is damaged, or not the same one")
     return True
 
 

@@ -110,7 +110,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"([0-9]{1,12}) *([KMGT]?)B?", text.strip().upper())
     size = int(match[1]) * 1000 ** " KMGT".index(match[2] or " ") if match else 0
     if size < 1:
-        raise KeyreduceError(f"{text!r} is no size of a shard; give one such as 500MB or 5GB")
+        raise KeyreduceError(f"{text!r} is not a shard size; give one such as 500MB or 5GB")
     return size
 
 
@@ -137,7 +137,7 @@ def write_shard(
     """
     header = _format_header(plan)
     with writing(path):
-        file = open(path, "wb", buffering=0)  # noqa: SIM115  (closed below; its own errors are told here)
+        file = open(path, "wb", buffering=0)  # noqa: SIM115  (closed below; errors of opening are reported here)
     with file:
         with writing(path):
             write_all(file, memoryview(header))

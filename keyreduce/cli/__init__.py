@@ -25,7 +25,7 @@ _SHOWS = {
 }
 app = typer.Typer(
     name="keyreduce",
-    help="Prune DeltaNet-family language models after training: a smaller recurrent state, the same stock loaders.",
+    help="Prune DeltaNet-family language models after training: a smaller recurrent state, loaded as before.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,7 +36,7 @@ for _name, _show in _SHOWS.items():
 
 
 def main() -> NoReturn:
-    """Run the command line; what a user did wrong is told in one line, with exit code 2.
+    """Run the command line; a user's mistake is reported in one line, with exit code 2.
 
     A signal (SIGINT, SIGTERM, SIGHUP) ends it with 128 and its number, after what is half made has been removed.
     """

@@ -38,7 +38,7 @@ def token_rows(
     they are ``separated``.
 
     Documents are taken one at a time and encoded whole, without the tokenizer's special tokens. The last incomplete row
-    is dropped, unless there is no other: then it is yielded as it is, shorter, and the caller tells the user.
+    is dropped, unless there is no other: then it is yielded as it is, shorter, and the caller informs the user.
     """
     if row_length < 1:
         raise ValueError(f"row_length is {row_length}; a row has at least one token")

@@ -153,7 +153,7 @@ def run_tasks(
     finally:
         hook.remove()
     if not written:
-        raise KeyreduceError("lm-evaluation-harness could not save its results; see that there is room for temporaries")
+        raise KeyreduceError("lm-evaluation-harness could not save its results; make room for temporary files")
     return written[0] | {PROVENANCE: provenance}
 
 

@@ -1,6 +1,6 @@
-"""A needle in a haystack: a sentence hidden in real text tells a password, and the end of the text asks for it.
+"""A needle in a haystack: a sentence hidden in real text gives a password, and the end of the text asks for it.
 
-Where several sentences tell the passwords of several names, the text asks for one of them: the multi-key form of Hsieh
+Where several sentences give the passwords of several names, the text asks for one of them: the multi-key form of Hsieh
 et al., "RULER", arXiv:2404.06654, section 3. Names and passwords are random, so that no other text holds the answer.
 They are common words where the tokenizer has those as tokens of their own, else a few letters.
 

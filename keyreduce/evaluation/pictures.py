@@ -1,7 +1,7 @@
 """Pictures of rank utilisation, and of what pruning kept: figures of matplotlib, to be saved as PNG.
 
-The colour-blind can tell the colours apart too: the maps are matplotlib's cividis and PuOr, the other colours are of
-the palette of Okabe & Ito.
+The colours can be distinguished with colour blindness too: the maps are matplotlib's cividis and PuOr, the other
+colours are of the palette of Okabe & Ito.
 
 Shapes: L layers, W value heads, P positions, X heads, R channels, K taps.
 """
@@ -235,7 +235,7 @@ def _states(kind: str, kept: Kept) -> np.ndarray:
 
 
 def _marks(name: str, num_channels: int, kept: Kept | None) -> np.ndarray | None:
-    """Return which channels ``[X, R]`` of a convolution are kept; None where single channels are not told apart."""
+    """Return which channels ``[X, R]`` of a convolution are kept; None where single channels are not distinguished."""
     if kept is None or num_channels == 1:
         return None
     states_XR = _states("value" if name == "v" else "key", kept)

@@ -1,4 +1,4 @@
-"""What one axis of a tensor of the mixer holds: a part, or several of them in one of two orders; and at which places.
+"""What one axis of a mixer's tensor holds, and where: a single part, or several parts in one of two orders.
 
 Shapes: H key heads, P entries of a part, N entries of an axis.
 """
@@ -26,8 +26,8 @@ class Part(enum.Enum):
     SHARED_VALUE = "V value channels that all heads share"
     VALUE_HEAD = "one entry for each value head"
     HEAD_OR_ALL = "one entry for each key head, or a single one for all heads"
-    DECAY_RANK = "the V channels through which the hidden ones reach the decay, mixed at will"
-    GATE_RANK = "the V channels through which the hidden ones reach the output gate, mixed at will"
+    DECAY_RANK = "the V channels through which the hidden ones reach the decay, in any linear combination"
+    GATE_RANK = "the V channels through which the hidden ones reach the output gate, in any linear combination"
     HIDDEN = "the model's hidden channels"
     TAPS = "the taps of a convolution, one a token"
     OTHER = "a single entry"

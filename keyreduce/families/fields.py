@@ -1,6 +1,6 @@
-"""Where a config says a size, and which layers hold a delta-rule state, where others have softmax attention.
+"""Where a config gives a size, and which of its layers have a delta-rule state rather than softmax attention.
 
-A size is said outright or as a ratio of others, at the top of the config or in a section of a larger model's.
+A size is given as a number or as a ratio of other sizes, at the top of the config or in a section of it.
 """
 
 import math
@@ -12,7 +12,7 @@ from keyreduce.errors import KeyreduceError
 
 @dataclass(frozen=True)
 class Field:
-    """A size that the config says outright, the same for all layers.
+    """A size that the config gives as a number, the same for all layers.
 
     Attributes:
         name: the field.
@@ -167,7 +167,7 @@ class LayerTypes:
             return [layer for layer in range(count) if layer + 1 in listed["kda_layers"]]
         interval = config.get("full_attention_interval", 4)
         if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
-            raise KeyreduceError(f"config.json: full_attention_interval is {interval!r}, which is no interval")
+            raise KeyreduceError(f"config.json: full_attention_interval is {interval!r}, which is not a valid interval")
         softmax = set(range(self.first + interval - 4, count, interval))
         if not softmax and self.needs_softmax:
             softmax = {count - 1}

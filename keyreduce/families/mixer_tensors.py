@@ -121,4 +121,4 @@ def refuse_more_layers(config: Mapping, count: int, path: Path) -> None:
         if isinstance(value, Mapping):
             refuse_more_layers(value, count, path)
         elif "layer" in str(name) and isinstance(value, int | float) and value > max(count, 1):
-            raise KeyreduceError(f"{path}: config.json says {name} {value:g}, and there are {count} tensors in all")
+            raise KeyreduceError(f"{path}: config.json says {name} {value:g}, but there are only {count} tensors")

@@ -101,7 +101,7 @@ class Family:
             value = getattr(self, name).read(config, layer)
             values[name] = round(value)
             if values[name] < 1 or not math.isclose(value, values[name], rel_tol=1e-5):
-                raise KeyreduceError(f"config.json: its {name} comes to {value:g}, which is no size")
+                raise KeyreduceError(f"config.json: its {name} comes to {value:g}, not a positive whole number")
         sizes = MixerSizes(**values)
         if sizes.value_heads % sizes.key_heads:
             raise KeyreduceError(
@@ -123,7 +123,7 @@ class Family:
             place = getattr(self, name)
             size_of = {layer: getattr(layer_sizes, name) for layer, layer_sizes in sizes.items()}
             if len(set(size_of.values())) > 1 and name not in self.per_layer:
-                raise KeyreduceError(f"a {self.model_type} config says one {name} for all layers; cut them alike")
+                raise KeyreduceError(f"a {self.model_type} config says one {name} for all layers; cut all layers alike")
             if any(not math.isclose(place.read(changed, layer), size, rel_tol=1e-5) for layer, size in size_of.items()):
                 place.write(changed, size_of, round(self.num_layers.read(changed)))
         for layer, layer_sizes in sizes.items():

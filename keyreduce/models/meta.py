@@ -1,4 +1,4 @@
-"""The library's own model of a config, built without numbers on torch's meta device, and what it says of a checkpoint.
+"""The library's own model of a config, built without weights on torch's meta device, to compare a checkpoint with.
 
 It takes neither weights nor accelerate. The import of fla and transformers takes seconds: for what reads and writes
 files alone, :mod:`keyreduce.families.mixer_tensors` says which tensors a mixer has.

@@ -1,8 +1,9 @@
-"""Where Triton makes something else of fla's kernels than they say: on Hopper GPUs, before Triton 3.7.1.
+"""Which of fla's kernels Triton compiles wrongly: on Hopper GPUs, before Triton 3.7.1.
 
 fla refuses the backward pass of the gated rule there by itself (its issue 640). Of the ungated rule variants were found
 wrong where a head has no more than 32 channels on one side and more on the other; ``flash-linear-attention/README.md``
-says which, and ``kernel_variants.py`` beside it finds them. Whether such a one is taken hangs on which is fastest.
+says which, and ``kernel_variants.py`` beside it finds them. Whether such a variant runs depends on which
+one is fastest.
 """
 
 import importlib.util

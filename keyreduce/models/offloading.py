@@ -45,8 +45,8 @@ def offloading(config: Mapping, device: torch.device, place: str | None) -> Iter
     family = family_of(config)
     if family.shipped_by != "transformers":
         raise KeyreduceError(
-            f"`offload` is for models of transformers; those of {family.shipped_by}, such as {family.model_type}, use "
-            "weights past the modules that hold them, so that they would not be there"
+            f"`offload` is for models of transformers; those of {family.shipped_by}, such as {family.model_type}, read "
+            "weights without calling the modules that hold them, and would not find them"
         )
     if place == "cpu" and device.type == "cpu":
         raise KeyreduceError("`offload` cpu is for a GPU; on a CPU, layers can wait on the disk: `offload` disk")

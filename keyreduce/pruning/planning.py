@@ -1,4 +1,4 @@
-"""Statistics and weights to a plan: a method, asked layer by layer. Memory stays at one layer's projections."""
+"""Statistics and weights to a plan: a method chooses layer by layer. Memory stays at one layer's projections."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -58,7 +58,7 @@ def read_options(method: Method, settings: Sequence[str]) -> dict[str, object]:
         try:
             options[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError):
-            raise KeyreduceError(f"`set` {setting}: the value is to be a {kind.__name__}") from None
+            raise KeyreduceError(f"`set` {setting}: the value must be a {kind.__name__}") from None
     return options
 
 

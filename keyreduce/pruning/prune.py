@@ -1,4 +1,4 @@
-"""A plan and a checkpoint to a smaller checkpoint. No model is built: memory stays at about one tensor."""
+"""A plan and a checkpoint to a smaller checkpoint. No model is built: memory stays at about two tensors."""
 
 import os
 import zipfile

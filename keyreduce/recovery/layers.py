@@ -134,7 +134,7 @@ def recover_layers(
     model, family = pruned.model, pruned.family
     check_pair(dense.model.config.to_dict(), model.config.to_dict(), (str(dense.folder), str(pruned.folder)))
     if dense.tokenizer is None:
-        raise KeyreduceError(f"{dense.folder} has no tokenizer, which text needs to become tokens")
+        raise KeyreduceError(f"{dense.folder} has no tokenizer, without which text cannot become tokens")
     prepare_backend(device, gradients=True)
     rows = token_rows(text.documents(settings.seed), dense.tokenizer, settings.seq_len)
     rows = with_repeats(rows, repeats, text_token_ids(dense.tokenizer, model.config.vocab_size), settings.seed)

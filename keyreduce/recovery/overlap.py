@@ -1,4 +1,4 @@
-"""Whether two texts share what one of them is to be judged by: calibration and held-out text must be disjoint."""
+"""Whether two texts share a document: calibration text and held-out text must not."""
 
 import hashlib
 from collections.abc import Iterator

@@ -243,7 +243,7 @@ def _method(given: object) -> dict[str, Any]:
 
 
 def _words(name: str, value: object) -> str:
-    """Return a setting as a label tells it."""
+    """Return a setting as a label shows it."""
     name = name.replace("_", " ")
     if isinstance(value, bool):
         return name if value else f"no {name}"

@@ -55,7 +55,7 @@ class SweepRequest(Request):
         shown_default="one for each GPU, else one",
     )
     keep_checkpoints: bool = option(False, help="Leave the pruned models in the runs' folders.", panel=_RUNS)
-    overwrite: bool = option(False, help="Do also the runs that are done.", panel=_RUNS)
+    overwrite: bool = option(False, help="Repeat the runs that are done.", panel=_RUNS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a sweep does: it refuses what cannot be, then carries out in other processes each run that is not done yet."""
+"""What a sweep does: it refuses a recipe that cannot work, then carries out each missing run in other processes."""
 
 import hashlib
 import json

@@ -193,5 +193,5 @@ def test_sizes_are_read_as_transformers_counts_them(text, size):
 
 @pytest.mark.parametrize("text", ["", "0GB", "-1", "1.5GB", "5 apples", "GB"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(KeyreduceError, match="no size of a shard"):
+    with pytest.raises(KeyreduceError, match="not a shard size"):
         parse_size(text)

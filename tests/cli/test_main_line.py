@@ -192,4 +192,4 @@ def test_converted_shards_are_as_large_as_one_says(keyreduce, tiny_folder, tmp_p
     again = keyreduce("convert-dcp", tmp_path / "dcp", tmp_path / "hf", "--max-shard-size", "40kB")
     assert again.code == 2 and "differs in max_shard_size" in again.err
     refused = keyreduce("convert-dcp", tmp_path / "dcp", tmp_path / "other", "--max-shard-size", "large")
-    assert refused.code == 2 and "no size of a shard" in refused.err and not (tmp_path / "other").exists()
+    assert refused.code == 2 and "not a shard size" in refused.err and not (tmp_path / "other").exists()

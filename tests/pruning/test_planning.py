@@ -280,9 +280,9 @@ def test_options_as_text_take_the_type_of_their_default():
     for text, told in [
         ("g=1", "options of odd: f=1.5, steps=3, is_fast=False, form=first"),
         ("f", "give NAME=VALUE"),
-        ("f=x", "the value is to be a float"),
-        ("steps=1.5", "the value is to be a int"),
-        ("is_fast=2", "the value is to be a bool"),
+        ("f=x", "the value must be a float"),
+        ("steps=1.5", "the value must be a int"),
+        ("is_fast=2", "the value must be a bool"),
     ]:
         with pytest.raises(KeyreduceError, match=told):
             read_options(method, [text])

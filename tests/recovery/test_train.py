@@ -264,7 +264,7 @@ def test_bad_input_is_refused_before_anything_is_written(trained, student, tmp_p
     numbers = tokenizer["model"]["vocab"]
     numbers["A"], numbers["B"] = numbers["B"], numbers["A"]
     (shuffled / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(KeyreduceError, match="give other numbers to the same tokens"):
+    with pytest.raises(KeyreduceError, match="give different ids to the same tokens"):
         refuse_other_vocabulary(open_folder(student), open_folder(shuffled))
     for mode, options, told in (
         ("lora", {"lora_targets": ("z_proj",)}, r"z_proj matches no linear layer; there are .*q_proj"),

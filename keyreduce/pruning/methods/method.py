@@ -121,7 +121,7 @@ class Method:
 def highest(score_GC: torch.Tensor, keep: int) -> Selection:
     """Keep the ``keep`` highest-scoring channels of each group; KeyreduceError if a score is NaN."""
     if score_GC.isnan().any():
-        raise KeyreduceError("a score of the method is NaN; is the calibration damaged, or the method wrong?")
+        raise KeyreduceError("the method gave a NaN score: the calibration file is damaged, or the method is wrong")
     by_score_GC = score_GC.sort(dim=-1, descending=True, stable=True).indices
     return Selection(by_score_GC[:, :keep].sort(dim=-1).values)
 

@@ -39,7 +39,7 @@ def _select(gram_of):
 
 def _check(options) -> None:
     if not 1 <= options["f"] < math.inf:
-        raise KeyreduceError(f"`f` is {options['f']:g}; it is at least 1, and swaps end where none gains more")
+        raise KeyreduceError(f"`f` is {options['f']:g}; it is at least 1, and finite")
 
 
 RRQR = Method(

@@ -69,7 +69,7 @@ def refuse_other_vocabulary(student: Checkpoint, teacher: Checkpoint) -> None:
     except Exception as error:  # what a tokenizer's library raises is anything
         raise KeyreduceError(f"{told}: a tokenizer does not load ({type(error).__name__})") from error
     if vocabularies[0] != vocabularies[1]:
-        raise KeyreduceError(f"{told}: their tokenizers give other numbers to the same tokens")
+        raise KeyreduceError(f"{told}: their tokenizers give different ids to the same tokens")
 
 
 def check(
