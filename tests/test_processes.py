@@ -13,7 +13,7 @@ import pytest
 
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.perplexity import Perplexity
-from keyreduce.processes import Job, Processes, gpus, last_line, run_jobs
+from keyreduce.processes import Job, Processes, command_line, gpus, last_line, run_jobs
 
 REPOSITORY = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("processes_worker.py")
@@ -293,3 +293,12 @@ def test_torch_is_not_loaded_with_the_module():
     code = "import sys, keyreduce.processes; sys.exit('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("program", "named"),
+    [("/a/bin/keyreduce", "keyreduce"), (str(REPOSITORY / "keyreduce/__main__.py"), "keyreduce"), ("/a/b.py", "b.py")],
+)
+def test_a_command_line_is_one_that_runs_again(monkeypatch, program, named):
+    monkeypatch.setattr(sys, "argv", [program, "prune", "--text", "a b"])
+    assert command_line() == f"{named} prune --text 'a b'"

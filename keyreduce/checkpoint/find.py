@@ -97,7 +97,7 @@ def find_checkpoints(base: Path) -> dict[str, str]:
 
 
 def _find_folder(name: str | None) -> Path:
-    name = name or DEFAULT_MODEL
+    name = DEFAULT_MODEL if name is None else name
     if os.path.isdir(name):
         return Path(name)
     if name in shipped_models():
@@ -112,7 +112,7 @@ def _find_folder(name: str | None) -> Path:
 
 def model_name(name: str | None) -> str:
     """Return what to call a model in records and titles: a folder by its full path, since they are read elsewhere."""
-    name = name or DEFAULT_MODEL
+    name = DEFAULT_MODEL if name is None else name
     return os.path.realpath(name) if os.path.isdir(name) else name
 
 

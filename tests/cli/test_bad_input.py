@@ -153,6 +153,7 @@ def test_cuda_where_there_is_none(refused, command):
     [
         ("nonsense", "there is no model 'nonsense': give a checkpoint folder, a name on the hub (owner/name), or a"),
         ("n" * 300, "there is no model"),
+        ("", "there is no model ''"),  # a variable of a shell that is not set
         ("nonsense/nonsense", "there is no folder nonsense/nonsense, and the hub did not give a model of that name"),
         (".", "has no config.json"),
     ],

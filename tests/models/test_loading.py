@@ -24,7 +24,7 @@ def load(folder):
 
 def test_shipped_models():
     assert shipped_models() == ["delta-net-5m", "gated-deltanet-5m"]
-    assert find_model(None) == find_model("") == find_model(DEFAULT_MODEL) == SHIPPED / DEFAULT_MODEL
+    assert find_model(None) == find_model(DEFAULT_MODEL) == SHIPPED / DEFAULT_MODEL
     for name in shipped_models():
         loaded = load(find_model(name))
         assert loaded.family.sizes(loaded.model.config.to_dict()).head_k_dim == 128
