@@ -22,9 +22,13 @@ def show(request: rank.RankRequest, console: Console) -> None:
 def _rows(entries: Sequence[dict]) -> list[list[str]]:
     """A row a layer: of each model the state's size, the mean along the sequence, and the last position."""
     rows = []
-    for layers in zip(*(entry["layers"] for entry in entries), strict=True):
-        row = [str(layers[0]["layer"])]
-        for layer in layers:
+    layers_of = [{layer["layer"]: layer for layer in entry["layers"]} for entry in entries]
+    for number in sorted(set().union(*layers_of)):  # models that are not related may have others
+        row = [str(number)]
+        for layers in layers_of:
+            if (layer := layers.get(number)) is None:
+                row += [""] * 3
+                continue
             heads = layer["utilisation"]
             means = fmean(fmean(head) for head in heads), fmean(head[-1] for head in heads)
             row += [f"{layer['head_k_dim']} x {layer['head_v_dim']}", *(f"{share:.2%}" for share in means)]

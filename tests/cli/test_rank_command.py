@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import FAMILIES, edit_tensors, tensors_of
+from tiny_models import FAMILIES, build, edit_tensors, save, tensors_of
 
 RANK = ("rank", "--num-batches", 1, "--batch-size", 2, "--seq-len", 72, "--every", 32)
 PRUNE = ("prune", "--method", "l1")
@@ -114,3 +114,12 @@ def test_what_is_refused_leaves_nothing(keyreduce, tiny_copy, tmp_path):
         assert "Traceback" not in result.err
     assert (tmp_path / "full" / "letter.txt").read_text() == "dear"
     assert not WORK.exists()
+
+
+def test_an_unrelated_model_of_fewer_layers(keyreduce, tiny_folder, tmp_path):
+    assert keyreduce(*PRUNE, "--model", tiny_folder("delta_net"), "--ratio", 0.5).code == 0
+    other = save(build("gated_deltanet", num_hidden_layers=1), tmp_path / "other")
+    shown = keyreduce(*RANK, "--model", other, "--unrelated")
+    assert shown.code == 0
+    first, second = (line.split() for line in shown.out.splitlines() if line.split()[:1] in (["0"], ["1"]))
+    assert len(first) == 11 and len(second) == 6  # "16 x 16" and two shares, of both models or of the pruned alone
