@@ -79,7 +79,7 @@ def calibrate(
     if not isinstance(model, PreTrainedModel):
         with tempfile.TemporaryDirectory(prefix="keyreduce-") as scratch, _as_fields(text) as fields:
             target = Path(output or Path(scratch, "calibration.safetensors"))
-            run_calibrate(CalibrateRequest(model=str(model), output=target, **fields, **settings), reporter)
+            run_calibrate(CalibrateRequest(model=_name_of(model), output=target, **fields, **settings), reporter)
             return read_statistics(target)  # mapped: a temporary file lives on until the statistics are let go
     request = CalibrateRequest(**settings)
     amount = Settings(request.num_batches, request.batch_size, request.seq_len, request.seed)
@@ -129,7 +129,8 @@ def prune(
     if output is not None:
         if isinstance(model, PreTrainedModel):
             raise KeyreduceError("`output` is for a folder that is pruned; save the pruned module with save_pretrained")
-        return run_prune(PruneRequest(model=str(model), output=Path(output), **fields), reporter, statistics).pruned
+        request = PruneRequest(model=_name_of(model), output=Path(output), **fields)
+        return run_prune(request, reporter, statistics).pruned
     if not isinstance(model, PreTrainedModel):
         model = _loaded(model, None).model
     source, cut = ModuleCheckpoint(model), Cut.of(PruneRequest(**fields))
@@ -178,11 +179,13 @@ def recover(
     if not isinstance(model, PreTrainedModel):
         if output is None or isinstance(teacher, PreTrainedModel):
             raise KeyreduceError("a folder is not changed in place: give `output`, and a folder as `teacher`")
-        dense = None if teacher is None else str(teacher)
+        dense = None if teacher is None else _name_of(teacher)
         with _as_fields(text) as fields:
-            settings |= {"mode": mode, "compressed": str(model), "teacher": dense, "output": output, **fields}
+            settings |= {"mode": mode, "compressed": _name_of(model), "teacher": dense, "output": output, **fields}
             run_recover(RecoverRequest(**settings), reporter)
         return Path(output)
+    if output is not None:
+        raise KeyreduceError("`output` is for a folder that is recovered; save that module with save_pretrained")
     if not isinstance(teacher, PreTrainedModel):
         raise KeyreduceError("to recover a module, give as `teacher` the dense module that it was pruned from")
     if mode in TRAINING_MODES:
@@ -277,7 +280,14 @@ def _loaded(
     if isinstance(model, PreTrainedModel):
         return loaded_module(model, _tokenizer_of(model, tokenizer))
     place = pick_device(device)
-    return load_model(find_model(str(model)), place, pick_dtype(dtype, place))
+    return load_model(find_model(_name_of(model)), place, pick_dtype(dtype, place))
+
+
+def _name_of(model: Any) -> str:
+    """Return what a request calls a model that is no module in memory."""
+    if not isinstance(model, str | Path):
+        raise KeyreduceError(f"a model is a folder, a name or a module of transformers, not a {type(model).__name__}")
+    return str(model)
 
 
 def _tokenizer_of(model: PreTrainedModel, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

@@ -164,6 +164,28 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path):
         keyreduce.evaluate(tiny_models.build("delta_net"), TEXTS)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: keyreduce.calibrate(model, TEXTS),
+        lambda model: keyreduce.prune(model, method="l2"),
+        lambda model: keyreduce.prune(model, method="l2", output="out"),
+        lambda model: keyreduce.recover(model, output="out"),
+        lambda model: keyreduce.recover("folder", teacher=model, output="out"),
+        lambda model: keyreduce.evaluate(model, TEXTS),
+    ],
+)
+def test_what_is_no_model_is_said_in_one_line(call):
+    with pytest.raises(KeyreduceError, match="a module of transformers, not a Sequential$"):
+        call(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)))
+
+
+def test_a_module_is_recovered_in_place_and_not_into_a_folder():
+    model = tiny_models.build("delta_net")
+    with pytest.raises(KeyreduceError, match="`output` is for a folder that is recovered"):
+        keyreduce.recover(model, teacher=model, texts=TEXTS, output="out")
+
+
 def test_a_tokenizer_that_was_given_serves_what_is_pruned_too(tmp_path):
     folder = folder_of("delta_net", tmp_path / "dense")
     dense = tiny_models.build("delta_net")
