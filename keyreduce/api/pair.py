@@ -97,7 +97,13 @@ def find_dense(
     name, config = (record.dense, record.dense_config) if model is None else (model, None)
     if name is None:
         raise KeyreduceError(f"{pruned_name or pruned} does not say what it was pruned from; name that with `{field}`")
-    dense = find_model(name, config=Path(config) if config else None)
+    try:
+        dense = find_model(name, config=Path(config) if config else None)
+    except KeyreduceError as error:
+        if model is not None:
+            raise
+        found = f"{pruned_name or pruned} was pruned from {name}, which is not found now; say where with `{field}`"
+        raise KeyreduceError(f"{found} ({error})") from error
     entries = record.steps + record.repairs
     made_from = {entry["inputs"].get(source) for entry in entries for source in ("source", "pruned")} - {None}
     if made_from and not unrelated and open_folder(dense).identity not in made_from:

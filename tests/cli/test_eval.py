@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,16 @@ def test_the_variable_says_where_prune_wrote(monkeypatch, keyreduce, tiny_folder
     monkeypatch.setenv("OUTPUT_DIR", "apart")
     assert keyreduce("prune", "--model", tiny_folder("delta_net"), "--method", "l1").code == 0
     assert [entry["folder"] for entry in eval_tiny("--json").json()["models"]][1:] == ["apart"]
+
+
+def test_a_dense_model_that_is_gone_is_asked_for(keyreduce, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder("delta_net"), tmp_path / "dense")
+    assert keyreduce("prune", "--model", tmp_path / "dense", "--method", "l1", "--output", "cut").code == 0
+    (tmp_path / "dense").rename(tmp_path / "moved")
+    refused = keyreduce("eval", *SIZES, "--compressed", "cut")
+    assert (refused.code, refused.out) == (2, "")
+    assert f"cut was pruned from {tmp_path / 'dense'}, which is not found now; say where with --model" in refused.err
+    assert keyreduce("eval", *SIZES, "--compressed", "cut", "--model", tmp_path / "moved").code == 0
 
 
 def test_a_folder_of_models_or_one(monkeypatch, eval_tiny):
