@@ -149,7 +149,7 @@ def test_every_fault_is_listed_in_one_line():
 
 def test_a_billion_layers_are_refused_at_once():
     config = {"model_type": "qwen3_5", "text_config": {"num_hidden_layers": 10**9}}
-    with pytest.raises(KeyreduceError, match="says num_hidden_layers 1e.09, and there are 1 tensors"):
+    with pytest.raises(KeyreduceError, match="says num_hidden_layers 1e.09, but there are only 1 tensors"):
         check_mixers(config, {"model.norm.weight": (3,)}, "somewhere")
 
 

@@ -109,7 +109,7 @@ def test_every_fault_is_listed_in_one_line(tiny_copy):
     [
         ({"hidden_size": 10**18}, "no model is made"),
         ({"hidden_size": -32}, "no model is made"),
-        ({"num_hidden_layers": 10**9}, "says num_hidden_layers 1e.09, and there are"),
+        ({"num_hidden_layers": 10**9}, "says num_hidden_layers 1e.09, but there are only"),
         ({"vocab_size": "x"}, "no model is made"),
         ({"vocab_size": 10**12}, "of another shape: .* for .1000000000000, 32."),
     ],
