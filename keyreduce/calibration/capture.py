@@ -18,7 +18,7 @@ from keyreduce.calibration.taylor import differentiating
 from keyreduce.families import Family
 from keyreduce.models.loading import LoadedModel
 from keyreduce.models.offloading import device_of, read_parameter
-from keyreduce.models.operators import operands, replaced_operators
+from keyreduce.models.operators import operands, replaced_operators, writing_strength
 
 
 @torch.no_grad()
@@ -64,8 +64,7 @@ def collect(
             tokens += tokens_BT.numel()
             if progress is not None:
                 progress(tokens_BT.numel())
-    on_cpu = {layer: LayerStatistics.of_tensors(statistics.tensors()) for layer, statistics in layers.items()}
-    return on_cpu, tokens
+    return {layer: statistics.on_cpu() for layer, statistics in layers.items()}, tokens
 
 
 @contextlib.contextmanager
@@ -98,9 +97,12 @@ def watching(
 
     def watched(operator):
         def call(*args, **kwargs):
-            if running:
-                running[0].add_operands(*operands(args, kwargs)[:2])
-            return operator(*args, **kwargs)
+            if not running:
+                return operator(*args, **kwargs)
+            running[0].add_operands(*operands(args, kwargs)[:2])
+            output_BTWV, state_BWKV = operator(*args, **kwargs | {"output_final_state": True})
+            running[0].add_readout(output_BTWV, writing_strength(args, kwargs), state_BWKV)
+            return output_BTWV, state_BWKV if kwargs.get("output_final_state") else None
 
         return call
 

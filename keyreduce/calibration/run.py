@@ -117,6 +117,7 @@ def calibrate_loaded(
             for name, tensor in vars(layers[layer]).items():
                 if name != "taylor":  # what gradients gave is the sum over all processes already
                     add(tensor)
+            layers[layer].find_constant()
     tokens = int(count)
     if tokens < settings.tokens and len(first_row) == settings.seq_len:
         note(f"the text ended after {tokens:,} of {settings.tokens:,} tokens")

@@ -17,6 +17,8 @@ _UNIT_EPS = 1e-6
 
 TAYLOR = "taylor."
 """The prefix of the names of statistics that come from gradients."""
+_NOT_KEPT = {"taylor", "input_moments_DE"}
+"""Fields of :class:`LayerStatistics` that are no tensors of the file."""
 
 
 @dataclass
@@ -69,7 +71,15 @@ class LayerStatistics:
         unit_query_gram_HKK, unit_key_gram_HKK: the same of q and k divided by their L2 norm.
         output_gram_WVV: Gram matrix of the output projection's input, after norm and gate.
         output_energy_W: squared norm of what each value head adds to the mixer's output.
+        readout_square_WV: squares of the operator's output, per value channel, each token's divided by their mean over
+            the head's channels: what the output norm makes of it before its weight.
+        beta_W: the writing strengths; of a strength for each value channel their mean.
+        state_rank_W, state_norm_W: stable rank and Frobenius norm of the state at the end of each row.
+        constant_D: the direction u in which the mixer's input x is nearest to the constant 1, in the mean of
+            ``(u x - 1)^2`` (:meth:`find_constant`).
         taylor: the statistics of gradients, if they were asked for.
+        input_moments_DE: while calibration runs, the sums of ``x x^T`` and, in the last column, of ``x``. They are as
+            wide as the model and do not go into the file.
     """
 
     input_square_D: torch.Tensor
@@ -79,19 +89,26 @@ class LayerStatistics:
     unit_key_gram_HKK: torch.Tensor
     output_gram_WVV: torch.Tensor
     output_energy_W: torch.Tensor
+    readout_square_WV: torch.Tensor
+    beta_W: torch.Tensor
+    state_rank_W: torch.Tensor
+    state_norm_W: torch.Tensor
+    constant_D: torch.Tensor
     taylor: TaylorStatistics | None = None
+    input_moments_DE: torch.Tensor | None = None
 
     @classmethod
     def names(cls, *, gradients: bool) -> set[str]:
         """Return the names that :meth:`tensors` gives, with or without those of gradients."""
-        own = {field.name for field in fields(cls) if field.name != "taylor"}
+        own = {field.name for field in fields(cls) if field.name not in _NOT_KEPT}
         return own | ({TAYLOR + field.name for field in fields(TaylorStatistics)} if gradients else set())
 
     @classmethod
     def zeros(cls, hidden: int, sizes: MixerSizes, device: torch.device) -> "LayerStatistics":
         """Return statistics of no text."""
         tensors = _zeros(cls.names(gradients=False), sizes, device, hidden)
-        return cls(**tensors)  # pyright: ignore[reportArgumentType]  (there is no taylor among them)
+        moments_DE = torch.zeros(hidden, hidden + 1, dtype=torch.float64, device=device)
+        return cls(**tensors, input_moments_DE=moments_DE)  # pyright: ignore  (there is no taylor among them)
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "LayerStatistics":
@@ -105,7 +122,11 @@ class LayerStatistics:
     @torch.no_grad()
     def add_input(self, hidden_BTD: torch.Tensor) -> None:
         """Add one batch of the mixer's input."""
-        self.input_square_D += hidden_BTD.double().square().sum(dim=(0, 1))
+        rows_ND = hidden_BTD.double().flatten(0, 1)
+        self.input_square_D += rows_ND.square().sum(dim=0)
+        assert self.input_moments_DE is not None  # statistics that were read from a file are complete
+        self.input_moments_DE[:, :-1].addmm_(rows_ND.T, rows_ND)
+        self.input_moments_DE[:, -1] += rows_ND.sum(dim=0)
 
     @torch.no_grad()
     def add_operands(self, query_BTHK: torch.Tensor, key_BTHK: torch.Tensor) -> None:
@@ -121,6 +142,35 @@ class LayerStatistics:
             _add_gram(getattr(self, f"unit_{kind}_gram_HKK"), unit_HTK)
 
     @torch.no_grad()
+    def add_readout(self, output_BTWV: torch.Tensor, beta: torch.Tensor | None, state_BWKV: torch.Tensor) -> None:
+        """Add one batch of what the operator gives: its output, and the state at the end of each row.
+
+        ``beta`` are the writing strengths that it was given, ``[B, T, W]`` or ``[B, T, W, V]``, if it was given any.
+        """
+        square_BTWV = output_BTWV.double().square()
+        mean_BTW1 = square_BTWV.mean(dim=-1, keepdim=True)
+        self.readout_square_WV += torch.where(mean_BTW1 > 0, square_BTWV / mean_BTW1, 0.0).sum(dim=(0, 1))
+        if beta is not None:
+            beta_BTWX = beta.double().unflatten(2, (len(self.beta_W), -1)) if beta.ndim == 3 else beta.double()
+            self.beta_W += beta_BTWX.mean(-1).sum(dim=(0, 1))
+        self.state_rank_W += stable_rank(state_BWKV).sum(dim=0)
+        self.state_norm_W += state_BWKV.double().square().sum(dim=(-2, -1)).sqrt().sum(dim=0)
+
+    @torch.no_grad()
+    def find_constant(self) -> None:
+        """Compute ``constant_D`` from the sums of all rows, by ridge regression of 1 on the input, and let these go.
+
+        The ridge is a hundredth of the input's mean square, which keeps directions that few rows have out of it.
+        """
+        assert self.input_moments_DE is not None
+        gram_DD, sum_D = self.input_moments_DE[:, :-1], self.input_moments_DE[:, -1]
+        ridge = 1e-2 * gram_DD.diagonal().mean()
+        if ridge > 0:
+            eye_DD = torch.eye(len(sum_D), dtype=gram_DD.dtype, device=gram_DD.device)
+            self.constant_D = torch.linalg.solve(gram_DD + ridge * eye_DD, sum_D)
+        self.input_moments_DE = None
+
+    @torch.no_grad()
     def add_output(self, output_BTC: torch.Tensor) -> None:
         """Add one batch of the output projection's input."""
         _add_gram(self.output_gram_WVV, _by_head(output_BTC.unflatten(-1, self.output_gram_WVV.shape[:2])))
@@ -134,9 +184,15 @@ class LayerStatistics:
         weight_WDV = weight_DC.double().unflatten(1, self.output_gram_WVV.shape[:2]).transpose(0, 1)
         self.output_energy_W = (weight_WDV @ self.output_gram_WVV).mul_(weight_WDV).sum(dim=(1, 2))
 
+    def on_cpu(self) -> "LayerStatistics":
+        """Return the same statistics on the CPU."""
+        moved = LayerStatistics.of_tensors(self.tensors())
+        moved.input_moments_DE = None if self.input_moments_DE is None else self.input_moments_DE.cpu()
+        return moved
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return name -> tensor, on the CPU; the names of what comes from gradients begin with ``taylor.``."""
-        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "taylor"}
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _NOT_KEPT}
         taylor = {} if self.taylor is None else {TAYLOR + name: tensor for name, tensor in vars(self.taylor).items()}
         return {name: tensor.cpu() for name, tensor in (own | taylor).items()}
 
@@ -174,6 +230,20 @@ def _zeros(names: Iterable[str], sizes: MixerSizes, device: torch.device, hidden
     size_of = dict(zip("HWKV", sizes, strict=True)) | {"D": hidden}
     shapes = {name: [size_of[axis] for axis in name.rsplit("_", 1)[1]] for name in names}
     return {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
+
+
+def stable_rank(state_BWKV: torch.Tensor) -> torch.Tensor:
+    """Return ``||S||_F^2 / ||S||_2^2`` of each state, in float64 ``[B, W]``; 0 of a state that is all zeros.
+
+    Both norms come from the Gram matrix of the state's shorter side, whose largest eigenvalue is the squared spectral
+    norm and whose trace is the squared Frobenius norm. A transposed state gives the same.
+    """
+    wide = state_BWKV.double()
+    wide_BWMX = wide if wide.shape[-2] <= wide.shape[-1] else wide.mT
+    gram_BWMM = wide_BWMX @ wide_BWMX.mT
+    frobenius_BW = gram_BWMM.diagonal(dim1=-2, dim2=-1).sum(-1)
+    spectral_BW = torch.linalg.eigvalsh(gram_BWMM)[..., -1]
+    return torch.where(frobenius_BW > 0, frobenius_BW / spectral_BW, 0.0)
 
 
 def _by_head(operand_BTHK: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ The measure is rank utilisation, ``sr(S) / min(K, V)`` with the stable rank ``sr
 Rusch, "The Key to State Reduction in Linear Attention", arXiv:2602.04852). A state of one direction has 1 / min(K, V),
 one that holds all directions alike has 1.
 
-Shapes: B rows, T tokens, P positions, W value heads, K key channels, V value channels, M the smaller of K and V.
+Shapes: B rows, T tokens, P positions, W value heads, K key channels, V value channels.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from keyreduce.calibration.statistics import stable_rank
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.perplexity import refuse_not_finite
 from keyreduce.families import MixerSizes
@@ -54,15 +55,9 @@ class StateRank:
 def rank_utilisation(state_BWKV: torch.Tensor) -> torch.Tensor:
     """Return ``sr(S) / min(K, V)`` of each state, in float64 ``[B, W]``; 0 of a state that is all zeros.
 
-    Both norms come from the Gram matrix of the state's shorter side, whose largest eigenvalue is the squared spectral
-    norm and whose trace is the squared Frobenius norm. A transposed state gives the same.
+    A transposed state gives the same.
     """
-    wide = state_BWKV.double()
-    wide_BWMX = wide if wide.shape[-2] <= wide.shape[-1] else wide.mT
-    gram_BWMM = wide_BWMX @ wide_BWMX.mT
-    frobenius_BW = gram_BWMM.diagonal(dim1=-2, dim2=-1).sum(-1)
-    spectral_BW = torch.linalg.eigvalsh(gram_BWMM)[..., -1]
-    return torch.where(frobenius_BW > 0, frobenius_BW / (spectral_BW * gram_BWMM.shape[-1]), 0.0)
+    return stable_rank(state_BWKV) / min(state_BWKV.shape[-2:])
 
 
 def positions_of(num_tokens: int, every: int) -> tuple[int, ...]:

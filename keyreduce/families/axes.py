@@ -25,6 +25,7 @@ class Part(enum.Enum):
     DECAY = "the K key channels of value head 0, then of head 1, ...: each decays in its own time"
     SHARED_VALUE = "V value channels that all heads share"
     VALUE_HEAD = "one entry for each value head"
+    BETA = "the writing strength of each value head, before its sigmoid"
     HEAD_OR_ALL = "one entry for each key head, or a single one for all heads"
     DECAY_RANK = "the V channels through which the hidden ones reach the decay, in any linear combination"
     GATE_RANK = "the V channels through which the hidden ones reach the output gate, in any linear combination"

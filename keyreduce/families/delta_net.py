@@ -11,7 +11,7 @@ FLA_TENSORS = {
     "q_proj.weight": (Part.QUERY, Part.HIDDEN),
     "k_proj.weight": (Part.KEY, Part.HIDDEN),
     "v_proj.weight": (Part.VALUE, Part.HIDDEN),
-    "b_proj.weight": (Part.VALUE_HEAD, Part.HIDDEN),
+    "b_proj.weight": (Part.BETA, Part.HIDDEN),
     "g_proj.weight": (Part.GATE, Part.HIDDEN),
     "q_conv1d.weight": (Part.QUERY, Part.OTHER, Part.TAPS),
     "k_conv1d.weight": (Part.KEY, Part.OTHER, Part.TAPS),

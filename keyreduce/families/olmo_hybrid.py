@@ -26,5 +26,6 @@ OLMO_HYBRID = Family(
     taps=Field("linear_conv_kernel_dim", 4),
     layers=LayerTypes(needs_softmax=True),
     shipped_by="transformers",
+    doubled=("linear_allow_neg_eigval", True),
     inside=JOINED_CONVOLUTIONS,
 )

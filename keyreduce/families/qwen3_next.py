@@ -32,7 +32,7 @@ QWEN3_NEXT = Family(
     tensors=_SHARED_TENSORS
     | {
         "in_proj_qkvz.weight": (Joined((Part.QUERY, Part.KEY, Part.VALUE, Part.GATE), by_key_head=True), Part.HIDDEN),
-        "in_proj_ba.weight": (Joined((Part.VALUE_HEAD, Part.VALUE_HEAD), by_key_head=True), Part.HIDDEN),
+        "in_proj_ba.weight": (Joined((Part.BETA, Part.VALUE_HEAD), by_key_head=True), Part.HIDDEN),
     },
     taps=Field("linear_conv_kernel_dim", 4),
     layers=LayerTypes(),
@@ -50,7 +50,7 @@ QWEN3_5_TEXT = replace(
     | {
         "in_proj_qkv.weight": (_QUERY_KEY_VALUE, Part.HIDDEN),
         "in_proj_z.weight": (Part.GATE, Part.HIDDEN),
-        "in_proj_b.weight": (Part.VALUE_HEAD, Part.HIDDEN),
+        "in_proj_b.weight": (Part.BETA, Part.HIDDEN),
         "in_proj_a.weight": (Part.VALUE_HEAD, Part.HIDDEN),
     },
     elsewhere=(_WITHIN,),

@@ -38,6 +38,7 @@ class MixerSizes(NamedTuple):
             Part.DECAY: self.value_heads * self.head_k_dim,
             Part.SHARED_VALUE: self.head_v_dim,
             Part.VALUE_HEAD: self.value_heads,
+            Part.BETA: self.value_heads,
             Part.HEAD_OR_ALL: self.key_heads,
             Part.DECAY_RANK: self.head_v_dim,
             Part.GATE_RANK: self.head_v_dim,
@@ -67,6 +68,8 @@ class Family:
         elsewhere: other paths of a mixer in checkpoints, as in those of a larger model of which this is a part.
         inside: name below the mixer in files -> its name in the model, only for those that have another one there.
             Those of one name are joined there, in this order, along the first axis.
+        doubled: the switch of a config by which the writing strength is twice its sigmoid, and what holds where it does
+            not say it.
         tied: where a head has always as many key as value channels, why, and what to ask for.
     """
 
@@ -89,6 +92,7 @@ class Family:
     shipped_by: str = "fla"
     elsewhere: tuple[str, ...] = ()
     inside: Mapping[str, str] = field(default_factory=dict)
+    doubled: tuple[str, bool] = ("allow_neg_eigval", False)
     tied: str | None = None
 
     def sizes(self, config: Mapping, layer: int = 0) -> MixerSizes:
@@ -155,6 +159,11 @@ class Family:
         """Return whether mixers of a config have a tensor, by its name below the mixer."""
         flags = self.only_with.get(name, {})
         return all(bool(config.get(flag, self.switches[flag])) is value for flag, value in flags.items())
+
+    def largest_beta(self, config: Mapping) -> float:
+        """Return the largest writing strength that mixers of a config can have, 1 or 2."""
+        name, default = self.doubled
+        return 2.0 if config.get(name, default) else 1.0
 
     def mixer_layers(self, config: Mapping) -> list[int]:
         """Return the numbers of the layers whose mixer holds a delta-rule state."""

@@ -19,6 +19,13 @@ def operands(args: Sequence, kwargs: Mapping) -> tuple[torch.Tensor, torch.Tenso
     return tuple(args[:3]) if args else (kwargs["q"], kwargs["k"], kwargs["v"])
 
 
+def writing_strength(args: Sequence, kwargs: Mapping) -> torch.Tensor | None:
+    """Return the beta of such a call, ``[B, T, W]`` or ``[B, T, W, V]``; None where there is none, and it is 1."""
+    beta = kwargs.get("beta", args[4] if len(args) > 4 else None)
+    is_logit = beta is not None and kwargs.get("use_beta_sigmoid_in_kernel")
+    return beta.sigmoid() * (2 if kwargs.get("allow_neg_eigval") else 1) if is_logit else beta
+
+
 @contextlib.contextmanager
 def replaced_operators(
     family: Family, mixers: Iterable[nn.Module], replace: Callable[[Callable], Callable]

@@ -12,7 +12,7 @@ import torch
 
 from keyreduce.checkpoint.rewrite import Edit
 from keyreduce.families import Family, Part
-from keyreduce.families.axes import Axis, kept_places, parts_of, places
+from keyreduce.families.axes import Axis, kept_places, parts_of, place_of, places
 from keyreduce.pruning.plan import LayerCut
 
 
@@ -121,6 +121,30 @@ class Fill(MixerEdit):
 
 
 @dataclass(frozen=True)
+class Shift(MixerEdit):
+    """Add multiples of one vector to some rows, in float32 or better.
+
+    Attributes:
+        rows_P: the rows.
+        factor_P: the multiple of each.
+        vector_D: the vector.
+    """
+
+    rows_P: torch.Tensor
+    factor_P: torch.Tensor
+    vector_D: torch.Tensor
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        result = tensor.to(wide, copy=True)
+        result[self.rows_P] += (self.factor_P[:, None] * self.vector_D).to(wide)
+        return result.to(tensor.dtype)
+
+
+@dataclass(frozen=True)
 class Divide(MixerEdit):
     """Replace one of several tensors, which a model joins along their rows, by other rows of the joined tensor.
 
@@ -203,7 +227,8 @@ def layer_edits(
     where each head can keep channels of its own, together with ``sqrt(V / R)``, since the mean is now over R channels
     instead of V, of which the others were zero; the norm's weight becomes one. That is exact, up to the norm's eps and
     the rounding of the projection to its dtype, also with an output gate. A bottleneck as wide as a head's values is
-    narrowed with them, which is not exact.
+    narrowed with them, which is not exact. A correction changes the factors of the heads, and the rows that give the
+    writing strength.
 
     Args:
         shapes: tensor name -> shape, of the whole checkpoint; a model need not have every tensor of its table.
@@ -252,7 +277,18 @@ class _Mixer:
             return []
         index = kept_places(part, self._kept, *self._layouts)
         selection = [] if _is_whole(index, length) else [Select(axis, index)]
-        return (self._fold(axis) if part is Part.VALUE and axis > 0 else []) + selection
+        first = self._fold(axis) if part is Part.VALUE and axis > 0 else []
+        first += self._shift(axes) if Part.BETA in parts else []
+        return first + selection
+
+    def _shift(self, axes: tuple[Axis, ...]) -> list[MixerEdit]:
+        """The edit that changes the writing strength, where a correction does."""
+        correction = self.cut.correction
+        if correction is None or axes[1:] != (Part.HIDDEN,) or not correction.beta_shift_W.any():
+            return []
+        found = place_of(axes[0], Part.BETA, *self._layouts[0])
+        rows_W = self.cut.value_heads_W if found is None else found[self.cut.value_heads_W]
+        return [Shift(rows_W, correction.beta_shift_W, correction.constant_D)]
 
     def _value_edit(self, part: Part, axis: int) -> MixerEdit:
         """The edit of an axis as long as a head's values, from which channels are dropped."""
@@ -274,7 +310,10 @@ class _Mixer:
             return []
         before, after = self.cut.before, self.cut.after
         weight_V = self.read(norm).double() * (before.head_v_dim / after.head_v_dim) ** 0.5
-        return [Scale(axis, weight_V.repeat(before.value_heads))]
+        weight_WV = weight_V.repeat(before.value_heads, 1)
+        if self.cut.correction is not None:
+            weight_WV[self.cut.value_heads_W] *= self.cut.correction.value_scale_W[:, None]
+        return [Scale(axis, weight_WV.flatten())]
 
     def _projection(self, axes: tuple[Axis, ...], matrix_HKR: torch.Tensor) -> Project:
         if Part.OTHER in axes:
@@ -311,6 +350,7 @@ class _Mixer:
             Part.GATE: value,
             Part.DECAY: (value_heads_W[:, None] * before.head_k_dim + decay_WR).flatten(),
             Part.VALUE_HEAD: value_heads_W,
+            Part.BETA: value_heads_W,
             Part.HEAD_OR_ALL: cut.heads_H,
         }
 

@@ -18,6 +18,25 @@ def value_heads_of(sizes: MixerSizes, heads_H: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """How what stays in a layer is changed to make good what the cut did to it (:mod:`keyreduce.pruning.corrections`).
+
+    Attributes:
+        value_scale_W: the factor of the output projection's columns, for each value head that stays.
+        beta_shift_W: what is added to the logit of the writing strength, for each value head that stays.
+        constant_D: the direction of the mixer's input that is as good as constant.
+    """
+
+    value_scale_W: torch.Tensor
+    beta_shift_W: torch.Tensor
+    constant_D: torch.Tensor
+
+    def to_json(self) -> dict:
+        """Return the factors and shifts as a JSON object."""
+        return {"value_scale": self.value_scale_W.tolist(), "beta_shift": self.beta_shift_W.tolist()}
+
+
+@dataclass(frozen=True)
 class LayerCut:
     """What stays of one layer's mixer.
 
@@ -28,6 +47,7 @@ class LayerCut:
         value_WR: the value channels that stay in each value head that stays.
         projection_HKR: the projection of queries and keys, float64.
         report: target -> metrics of the method, for the record.
+        correction: how what stays is changed; None leaves it exactly as it was.
     """
 
     before: MixerSizes
@@ -37,6 +57,7 @@ class LayerCut:
     value_WR: torch.Tensor
     projection_HKR: torch.Tensor | None = None
     report: Mapping[str, Mapping[str, list]] = field(default_factory=dict)
+    correction: Correction | None = None
 
     @classmethod
     def of_nothing(cls, sizes: MixerSizes) -> "LayerCut":
@@ -59,7 +80,7 @@ class LayerCut:
             "key": None if self.key_HR is None else self.key_HR.tolist(),
             "value": self.value_WR.tolist(),
             "report": self.report,
-        }
+        } | ({} if self.correction is None else {"correction": self.correction.to_json()})
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Statistics and weights to a plan: a method chooses layer by layer. Memory stays at one layer's projections."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from keyreduce.families import Family, MixerSizes, family_of
 from keyreduce.families.mixer_tensors import check_mixers
 from keyreduce.models.quantized import refuse_quantized
 from keyreduce.pruning.budget import SIZE_OF, sizes_after
+from keyreduce.pruning.corrections import correction_of
 from keyreduce.pruning.methods import LayerView, Method, Selection
 from keyreduce.pruning.plan import LayerCut, Plan, value_heads_of
 
@@ -71,6 +73,7 @@ def make_plan(
     statistics: Statistics | None,
     inputs: Mapping,
     options: Mapping[str, object] | None = None,
+    correct: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
     """Choose what stays.
@@ -81,6 +84,7 @@ def make_plan(
         statistics: the calibration statistics, if the method needs them.
         inputs: what the plan is recorded to be made from.
         options: of the method, where they are not its defaults.
+        correct: whether what stays is changed to make good what the cut does to it, where there are statistics.
         progress: called with 1 after each layer.
 
     Raises:
@@ -94,6 +98,7 @@ def make_plan(
     if statistics is not None:
         _check_statistics(source, method, statistics, list(layers))
     options = {**method.options, **(options or {})}
+    largest = family.largest_beta(source.config)
     cuts = {}
     for layer, sizes in layers.items():
         projection = partial(_projection, source, family, layer, sizes)
@@ -107,6 +112,9 @@ def make_plan(
                 _check_selection(method, target, selection, sizes, number)
                 chosen[target] = selection
         cuts[layer] = _cut(sizes, sizes_after(sizes, numbers), chosen)
+        if correct and statistics is not None and chosen:
+            found = correction_of(cuts[layer], statistics.layers[layer], statistics.tokens, largest)
+            cuts[layer] = replace(cuts[layer], correction=found)
         if progress is not None:
             progress(1)
     ran = {target: method.parts.get(target, method) for target in keep}

@@ -171,7 +171,7 @@ def layer_statistics(sizes: MixerSizes, hidden: int, *, seed: int = 0, tokens: i
         return drawn if "signed" in name else drawn.abs()
 
     def all_sums(kind: type) -> dict[str, torch.Tensor]:
-        return {field.name: sums(field.name) for field in dataclasses.fields(kind) if field.name != "taylor"}
+        return {field.name: sums(field.name) for field in dataclasses.fields(kind) if field.default is not None}
 
     return LayerStatistics(**all_sums(LayerStatistics), taylor=TaylorStatistics(**all_sums(TaylorStatistics)))
 

@@ -12,12 +12,14 @@ from keyreduce.pruning.methods.energy import ENERGY, MAGNITUDE
 from keyreduce.pruning.methods.method import TARGETS, LayerView, Method, Selection, all_targets, highest, ranked
 from keyreduce.pruning.methods.pca import PCA
 from keyreduce.pruning.methods.random import RANDOM
+from keyreduce.pruning.methods.rank_norm import RANK_NORM
 from keyreduce.pruning.methods.row_norm import L1, L2
 from keyreduce.pruning.methods.rrqr import RRQR
 from keyreduce.pruning.methods.taylor import TAYLOR
 from keyreduce.pruning.methods.wanda import WANDA
 
-METHODS = {method.name: method for method in (AUTO, RRQR, WANDA, TAYLOR, PCA, L1, L2, MAGNITUDE, ENERGY, RANDOM)}
+_OURS = (AUTO, RRQR, WANDA, TAYLOR, PCA, L1, L2, MAGNITUDE, ENERGY, RANK_NORM, RANDOM)
+METHODS = {method.name: method for method in _OURS}
 ENTRY_POINT_GROUP = "keyreduce.methods"
 
 __all__ = [
