@@ -145,6 +145,31 @@ class Shift(MixerEdit):
 
 
 @dataclass(frozen=True)
+class Absorb(MixerEdit):
+    """Replace some columns of each head by combinations of all its columns, in float32.
+
+    Attributes:
+        heads_W: the heads.
+        kept_WR: the columns of each head that are replaced.
+        columns_WVR: how they are made of its V columns.
+    """
+
+    heads_W: torch.Tensor
+    kept_WR: torch.Tensor
+    columns_WVR: torch.Tensor
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        wide, channels = torch.promote_types(tensor.dtype, torch.float32), self.columns_WVR.shape[1]
+        result_DWV = tensor.clone().unflatten(1, (-1, channels))
+        for head, kept_R, columns_VR in zip(self.heads_W, self.kept_WR, self.columns_WVR, strict=True):
+            result_DWV[:, head, kept_R] = (result_DWV[:, head].to(wide) @ columns_VR.to(wide)).to(tensor.dtype)
+        return result_DWV.flatten(1)
+
+
+@dataclass(frozen=True)
 class Divide(MixerEdit):
     """Replace one of several tensors, which a model joins along their rows, by other rows of the joined tensor.
 
@@ -310,10 +335,12 @@ class _Mixer:
             return []
         before, after = self.cut.before, self.cut.after
         weight_V = self.read(norm).double() * (before.head_v_dim / after.head_v_dim) ** 0.5
-        weight_WV = weight_V.repeat(before.value_heads, 1)
-        if self.cut.correction is not None:
-            weight_WV[self.cut.value_heads_W] *= self.cut.correction.value_scale_W[:, None]
-        return [Scale(axis, weight_WV.flatten())]
+        weight_WV, correction = weight_V.repeat(before.value_heads, 1), self.cut.correction
+        if correction is None:
+            return [Scale(axis, weight_WV.flatten())]
+        heads_W = self.cut.value_heads_W
+        weight_WV[heads_W] *= correction.value_scale_W[:, None]
+        return [Absorb(heads_W, self.cut.value_WR, correction.columns_WVR), Scale(axis, weight_WV.flatten())]
 
     def _projection(self, axes: tuple[Axis, ...], matrix_HKR: torch.Tensor) -> Project:
         if Part.OTHER in axes:

@@ -22,11 +22,14 @@ class Correction:
     """How what stays in a layer is changed to make good what the cut did to it (:mod:`keyreduce.pruning.corrections`).
 
     Attributes:
+        columns_WVR: for each value head that stays, how the output projection's columns of all its channels make up
+            those of the channels that stay.
         value_scale_W: the factor of the output projection's columns, for each value head that stays.
         beta_shift_W: what is added to the logit of the writing strength, for each value head that stays.
         constant_D: the direction of the mixer's input that is as good as constant.
     """
 
+    columns_WVR: torch.Tensor
     value_scale_W: torch.Tensor
     beta_shift_W: torch.Tensor
     constant_D: torch.Tensor

@@ -1,0 +1,100 @@
+"""How much a cut will cost, predicted from the calibration statistics alone: a score that ranks sizes.
+
+The score of a cut is a mean over layers of
+
+    weight * sum_h e_h (-log s_h) + sum_h e_h r_h  +  the energy share of the heads that go
+
+over the key heads h that stay, with e_h a head's share of the squares of the mixer's output. s_h is the share of the
+squares of its normalised keys that the kept key channels hold: ``-log s_h`` grows as ``1 / s_h`` does, by which keys
+overwrite each other more. r_h is the share of the squares of what its value heads add to the mixer's output that no
+linear map of the kept value channels gives: the residual of the least squares that the output projection's refit is,
+from the Gram matrix of the projection's input.
+
+For both, channels are taken in the order of their energy. So one Cholesky factorisation a head gives r_h for all
+numbers of value channels: with ``G = L L^T`` in that order and W the projection's rows, the squares of the rows of
+``L^T W`` from the R-th on are what the first R channels cannot give.
+
+How well it ranks is measured by benchmarks/state_budget.py, and told in docs/state-budget.md.
+
+Shapes: H key heads, W value heads, K key channels, V value channels, D hidden.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from keyreduce.calibration.statistics import LayerStatistics
+from keyreduce.families import MixerSizes
+
+KEY_WEIGHT = {None: 0.5, "least-squares": 0.25, "reconstruct": 0.25}
+"""Recovery that follows the cut -> the weight of the keys' part. It wins back more of what keys cost than of values."""
+
+
+class Curves(NamedTuple):
+    """What a layer loses, by how much of it stays.
+
+    Attributes:
+        energy_H: each key head's share of the squares of the mixer's output, in descending order.
+        key_HK: ``-log s_h`` with the first 1 to K key channels of each of these heads.
+        value_HV: ``r_h`` with the first 1 to V value channels.
+    """
+
+    energy_H: torch.Tensor
+    key_HK: torch.Tensor
+    value_HV: torch.Tensor
+
+    def loss(self, sizes: MixerSizes, key_weight: float) -> float:
+        """Return the layer's term of the score for the sizes that stay."""
+        energy_H = self.energy_H[: sizes.key_heads]
+        key_H = self.key_HK[: sizes.key_heads, sizes.head_k_dim - 1]
+        value_H = self.value_HV[: sizes.key_heads, sizes.head_v_dim - 1]
+        gone = max(0.0, 1 - float(energy_H.sum()))
+        return float((energy_H * (key_weight * key_H + value_H)).sum()) + gone
+
+
+def curves_of(statistics: LayerStatistics, sizes: MixerSizes, output_weight_WVD: torch.Tensor) -> Curves:
+    """Return the curves of one layer, float64, from its statistics and the rows of its output projection's weight."""
+    groups = (sizes.key_heads, -1)
+    squares_WV = _squares(statistics.output_gram_WVV, output_weight_WVD.double())
+    squares_HV = squares_WV.unflatten(0, groups).sum(1)
+    energy_H, order_H = squares_HV.sum(-1).sort(descending=True, stable=True)
+    value_HV = 1 - _cumulative_share(squares_HV)
+    raw_HK = _diagonal(statistics.query_gram_HKK) + _diagonal(statistics.key_gram_HKK)
+    order_HK = raw_HK.sort(dim=-1, descending=True, stable=True).indices
+    key_HK = -_cumulative_share(_diagonal(statistics.unit_key_gram_HKK).gather(1, order_HK)).clamp(min=1e-6).log()
+    total = energy_H.sum().clamp(min=torch.finfo(energy_H.dtype).tiny)
+    return Curves(energy_H / total, key_HK[order_H], value_HV[order_H].clamp(min=0))
+
+
+def predicted_loss(
+    layers: Mapping[int, Curves], sizes: Callable[[int], MixerSizes], recovery: str | None = None
+) -> float:
+    """Return the score of a cut that leaves ``sizes(layer)``: the higher, the more it will cost. It has no unit.
+
+    Args:
+        recovery: the mode of the recovery that will follow, if one will.
+    """
+    weight = KEY_WEIGHT[recovery]
+    return sum(curves.loss(sizes(layer), weight) for layer, curves in layers.items()) / len(layers)
+
+
+def _squares(gram_WVV: torch.Tensor, weight_WVD: torch.Tensor) -> torch.Tensor:
+    """Return the squares of the rows of ``L^T W`` of each head, ``[W, V]``, in the order of the channels' energy."""
+    order_WV = _diagonal(gram_WVV).sort(dim=-1, descending=True, stable=True).indices
+    rows_W1 = torch.arange(len(gram_WVV))[:, None]
+    gram_WVV = gram_WVV[rows_W1[..., None], order_WV[:, :, None], order_WV[:, None]]
+    # Channels without energy of their own would end the factorisation.
+    mean_W1 = _diagonal(gram_WVV).mean(-1, keepdim=True)
+    gram_WVV = gram_WVV + torch.diag_embed((1e-9 * mean_W1 + 1e-30).expand(-1, gram_WVV.shape[-1]))
+    factor_WVV = torch.linalg.cholesky(gram_WVV)
+    return (factor_WVV.mT @ weight_WVD[rows_W1, order_WV]).square().sum(-1)
+
+
+def _cumulative_share(square_HC: torch.Tensor) -> torch.Tensor:
+    total_H1 = square_HC.sum(-1, keepdim=True)
+    return torch.where(total_H1 > 0, square_HC.cumsum(-1) / total_H1, 1.0)
+
+
+def _diagonal(gram_HKK: torch.Tensor) -> torch.Tensor:
+    return gram_HKK.diagonal(dim1=-2, dim2=-1)
