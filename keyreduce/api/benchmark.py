@@ -1,6 +1,7 @@
 """Models side by side, in time and memory."""
 
 import contextlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from keyreduce.benchmarking.timed_models import TimedModel
 
 _KIND = {"panel": "What to time"}
+_SIZE = re.compile("([1-9][0-9]{0,8})(?:x([1-9][0-9]{0,8}))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +31,12 @@ class BenchmarkRequest(options.OfRun, options.OfPair):
     forward: bool = option(False, "The whole model, reading a prompt.", **_KIND)
     decode: bool = option(False, "One token at a time, through the cache.", **_KIND)
     train_step: bool = option(False, "Forward, backward and optimizer.", **_KIND)
-    scaling: tuple[int, ...] = option(
-        (), "Random models of these key sizes instead, of the model's config.", metavar="K,K,...", **options.COUNTS
+    scaling: tuple[str, ...] = option(
+        (),
+        "Random models of the model's config instead, whose heads have K key channels, or K key and V value channels; "
+        "with --mixer also its time per token.",
+        metavar="K|KxV,...",
+        commas=True,
     )
     config: Path | None = option(None, "For --scaling: a config.json, or a folder that holds it.", metavar="PATH")
     batch_size: int = options.batch_size(4, "Sequences in the input; --decode has --decode-batch-sizes.")
@@ -91,6 +97,8 @@ def run(request: BenchmarkRequest, reporter: Reporter = Reporter()) -> Report:
         raise KeyreduceError("fla's kernels for whole sequences refuse float32 on a GPU; set `dtype` to bfloat16")
     batch_sizes = request.decode_batch_sizes or ((1, 32, 256) if on_gpu else (1, 8))
     most = request.max_batch_size if request.max_batch_size is not None else 65536 if on_gpu else 32
+    if request.scaling and "mixer" in kinds:
+        kinds = [*kinds, "per_token"]
     rounds: dict[str, Any] = {"kinds": kinds, "seq_lens": request.seq_len, "decode_batch_sizes": batch_sizes}
     rounds |= {"scopes": request.scopes, "rounds": request.rounds}
     amounts: dict[str, Any] = {"batch_size": request.batch_size, "seed": request.seed, "max_batch_size": most}
@@ -112,18 +120,32 @@ def run(request: BenchmarkRequest, reporter: Reporter = Reporter()) -> Report:
 
 def _check(request: BenchmarkRequest) -> None:
     if request.config is not None and not request.scaling:
-        raise KeyreduceError("`config` is for `scaling`, which makes random models of it; name the key sizes")
+        raise KeyreduceError("`config` is for `scaling`, which makes random models of it; name their sizes")
+    _head_sizes(request.scaling)
     if not request.seq_len:
         raise KeyreduceError("`seq_len` names no length; give at least one")
     if request.plot is not None and request.plot.suffix not in (".png", ".svg", ".pdf"):
         raise KeyreduceError(f"`plot` is {request.plot}; its name ends in .png, .svg or .pdf")
 
 
+def _head_sizes(scaling: tuple[str, ...]) -> list[tuple[int, int | None]]:
+    """Return the key and the value channels of a head for each size; None stands for those of the config."""
+    pairs = []
+    for size in scaling:
+        match = _SIZE.fullmatch(size)
+        if match is None:
+            raise KeyreduceError(
+                f"`scaling` has {size!r}; a size is K or KxV, in whole numbers from 1, such as 96 or 96x104"
+            )
+        pairs.append((int(match[1]), int(match[2]) if match[2] else None))
+    return pairs
+
+
 def _models(
     request: BenchmarkRequest, device: "torch.device", dtype: "torch.dtype", reporter: Reporter
 ) -> "list[TimedModel]":
     from keyreduce.api.pair import load_pair
-    from keyreduce.benchmarking.timed_models import random_models, timed_models
+    from keyreduce.benchmarking.timed_models import random_models, sizes_named, timed_models
     from keyreduce.checkpoint.find import find_model
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.outputs import read_json
@@ -135,4 +157,8 @@ def _models(
         config = open_folder(find_model(request.model)).config
     else:
         config = read_json(path / "config.json" if path.is_dir() else path)
-    return random_models(config, request.scaling, device, dtype, whole=whole, seed=request.seed)
+    sizes = sizes_named(config, _head_sizes(request.scaling))
+    for size in sizes:
+        if sizes.count(size) > 1:
+            raise KeyreduceError(f"`scaling` names {size.head_k_dim}x{size.head_v_dim} twice; give different sizes")
+    return random_models(config, sizes, device, dtype, whole=whole, seed=request.seed)

@@ -35,15 +35,14 @@ def time_decoding(
     ``progress`` is called with 1 after each round: ``rounds`` times, on CUDA twice as often.
 
     Returns:
-        One entry for each model, with ``scope``, ``label``, ``head_k_dim``, ``batch_size``;
+        One entry for each model, with ``scope``, ``label``, ``head_k_dim``, ``head_v_dim``, ``batch_size``;
         ``floor_seconds``, the time in which a copy moves the bytes of a step; ``peak_memory_bytes`` and
         ``peak_reserved_bytes``, beyond weights and states; ``eager`` and ``graph``, the metrics of one step
         (:mod:`keyreduce.benchmarking.metrics`) with ``times_floor``, the latency divided by ``floor_seconds``.
         ``graph`` is None on a CPU, and where a step cannot be recorded; ``graph_note`` says why.
     """
-    needed = sum(3 * timed.family.state_bytes(timed.config) for timed in models)
-    device = models[0].model.device
-    check_memory(batch_size * needed, device, f"decoding {batch_size} sequences")
+    check_states(models, scope, batch_size)
+    device = models[0].device
     steps = {timed.label: STEPS[scope](timed, batch_size, seed) for timed in models}
 
     def times_of_one_step(functions: Mapping[str, Callable[[], object]]) -> dict[str, RoundTimes]:
@@ -63,7 +62,7 @@ def time_decoding(
     for timed in models:
         work = steps[timed.label].work
         floor = work.bytes / roofline.bytes_per_second
-        entry = {"scope": scope, "label": timed.label, "head_k_dim": timed.sizes.head_k_dim}
+        entry = {"scope": scope, "label": timed.label, **timed.head_sizes}
         entry |= {"batch_size": batch_size, "floor_seconds": floor}
         entry |= {"peak_memory_bytes": memory[timed.label].allocated}
         entry |= {"peak_reserved_bytes": memory[timed.label].reserved, "graph_note": graph_note, "graph": None}
@@ -74,6 +73,15 @@ def time_decoding(
     for way, timings in ways.items():
         compare([entry[way] for entry in entries], list(timings.values()))
     return entries
+
+
+def check_states(models: Sequence[TimedModel], scope: str, batch_size: int) -> None:
+    """Raise a KeyreduceError where there is no memory for the states of a scope, and for what is computed from them."""
+    needed = sum(
+        timed.family.state_bytes(timed.config) if scope == "model" else 4 * timed.sizes.state_elements
+        for timed in models
+    )
+    check_memory(3 * batch_size * needed, models[0].device, f"decoding {batch_size} sequences")
 
 
 def capture(function: Callable[[], object], device: torch.device, reads: object = None) -> Callable[[], None]:

@@ -34,7 +34,7 @@ def time_passes(
     ``progress`` is called with 1 after each round.
     """
     first, tokens = models[0], batch_size * seq_len
-    device, dtype = first.model.device, first.model.dtype
+    device, dtype = first.device, first.dtype
     # A mixer's input, q, k, v and output are in memory at once, and in training all logits.
     width = 5 * first.hidden + (first.vocabulary if kind == "train_step" else 0)
     check_memory(tokens * width * dtype.itemsize, device, f"a batch of {batch_size} x {seq_len} tokens")
@@ -51,7 +51,7 @@ def time_passes(
     timings = interleave(calls, device, rounds=rounds, progress=progress)
     entries = []
     for timed in models:
-        entry = {"label": timed.label, "head_k_dim": timed.sizes.head_k_dim}
+        entry = {"label": timed.label, **timed.head_sizes}
         entry |= {"batch_size": batch_size, "seq_len": seq_len}
         memory = peak_memory(calls[timed.label], device)
         work = work_of(timed, batch_size=batch_size, seq_len=seq_len)
@@ -61,7 +61,8 @@ def time_passes(
     return entries
 
 
-def _mixer_pass(timed: TimedModel) -> Callable[[torch.Tensor], object]:
+def mixer_pass(timed: TimedModel) -> Callable[[torch.Tensor], object]:
+    """Return a function that runs the first delta-rule mixer layer on hidden states ``[B, T, D]``."""
     return torch.inference_mode()(lambda hidden_BTD: timed.mixer(hidden_states=hidden_BTD))
 
 
@@ -83,7 +84,7 @@ def _training(timed: TimedModel) -> Callable[[torch.Tensor], object]:
 
 
 _KINDS = {
-    "mixer": (_mixer_pass, mixer_work),
+    "mixer": (mixer_pass, mixer_work),
     "forward": (_prefill, model_work),
     "train_step": (_training, training_work),
 }

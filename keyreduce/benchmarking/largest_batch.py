@@ -35,11 +35,11 @@ def time_largest_batch(models: Sequence[TimedModel], *, start: int, at_most: int
     models stay on the device meanwhile.
 
     Returns:
-        One entry for each model, with ``label``; ``head_k_dim``; ``batch_size``, 0 if ``start`` does not fit;
-        ``ended_by``, the limit that was met: ``bound`` for ``at_most``, ``memory``, or ``kernel`` where a kernel takes
-        no larger batch; and ``tokens_per_second``, None for a batch of 0.
+        One entry for each model, with ``label``; ``head_k_dim``; ``head_v_dim``; ``batch_size``, 0 if ``start`` does
+        not fit; ``ended_by``, the limit that was met: ``bound`` for ``at_most``, ``memory``, or ``kernel`` where a
+        kernel takes no larger batch; and ``tokens_per_second``, None for a batch of 0.
     """
-    on_gpu = models[0].model.device.type == "cuda"
+    on_gpu = models[0].device.type == "cuda"
     with tuned_once_for_any_batch() if on_gpu else contextlib.nullcontext():
         return [_largest_batch(timed, start, at_most, rounds) for timed in models]
 
@@ -66,7 +66,7 @@ def _largest_batch(timed: TimedModel, start: int, at_most: int, rounds: int) -> 
         if fits == 0 or (fails is not None and fails - fits <= max(1, fits // 8)):
             break
     speed = None if step is None else fits / step.seconds
-    entry = {"label": timed.label, "head_k_dim": timed.sizes.head_k_dim, "batch_size": fits}
+    entry = {"label": timed.label, **timed.head_sizes, "batch_size": fits}
     return entry | {"ended_by": ended_by, "tokens_per_second": speed}
 
 
@@ -100,7 +100,7 @@ def tuned_once_for_any_batch() -> Iterator[None]:
 
 def _step(timed: TimedModel, batch_size: int, rounds: int) -> _Step | str:
     """Return a decoding step that fits, or the limit that was met: ``memory`` or ``kernel``."""
-    device = timed.model.device
+    device = timed.device
     free = available_memory(device)
     # On a CPU: two states and what is computed from them. It is checked before the step, since an operating system
     # kills a process that uses more memory than there is.

@@ -1,6 +1,6 @@
 """The metrics of one timing as JSON, the same for every kind of measurement, and the roofline they are measured by.
 
-An entry has ``label``, ``head_k_dim``, ``batch_size``, ``seq_len``, and:
+An entry has ``label``, ``head_k_dim``, ``head_v_dim``, ``batch_size``, ``seq_len``, and:
 ``tokens_per_second``, at the median latency; ``latency_seconds``, the median and its 95% interval;
 ``warmup_seconds``, the time of the calls before, in which kernels are tuned; ``peak_memory_bytes`` and
 ``peak_reserved_bytes``, beyond weights and input; ``gigabytes_per_second`` and ``teraflops``, by the formulas of

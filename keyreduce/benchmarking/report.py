@@ -1,7 +1,7 @@
 """All measurements of a benchmark, in one JSON object."""
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -11,11 +11,12 @@ import keyreduce
 from keyreduce.benchmarking.decode import time_decoding
 from keyreduce.benchmarking.forward import time_passes
 from keyreduce.benchmarking.largest_batch import time_largest_batch
-from keyreduce.benchmarking.metrics import measure_roofline
+from keyreduce.benchmarking.metrics import Roofline, measure_roofline
+from keyreduce.benchmarking.per_token import token_entries
 from keyreduce.benchmarking.timed_models import TimedModel, explained_out_of_memory
 from keyreduce.models.miscompiled import refuse_wrong_gradients
 
-_ORDER = ("mixer", "forward", "decode", "train_step")
+_ORDER = ("mixer", "forward", "decode", "per_token", "train_step")
 _LARGEST_BATCH_ROUNDS = 5
 
 
@@ -36,7 +37,8 @@ def benchmark_report(
 
     Args:
         models: the first is the one that the others are compared with.
-        kinds: of ``mixer``, ``forward``, ``decode`` and ``train_step``.
+        kinds: of ``mixer``, ``forward``, ``decode`` and ``train_step``; beside ``mixer`` also ``per_token``, which puts
+            together what was measured of the mixer layer, and times a decoding step of it where ``decode`` did not.
         batch_size: sequences in the input of all kinds but ``decode``.
         seq_lens: tokens in a sequence; each length is a measurement.
         decode_batch_sizes: sequences that are decoded at once; each number is a measurement.
@@ -47,13 +49,14 @@ def benchmark_report(
 
     Returns:
         A JSON object: ``settings``, which hardware, versions and inputs; ``ceilings``, the roofline of the device;
-        ``models``, their sizes; for each kind a list of entries (:mod:`keyreduce.benchmarking.metrics`), with
-        ``largest_batch`` beside ``decode``; and ``warmup_seconds``, the time of all warming up together.
+        ``models``, their sizes; for each kind a list of entries (:mod:`keyreduce.benchmarking.metrics`,
+        ``per_token``: :func:`keyreduce.benchmarking.per_token.token_entries`), with ``largest_batch`` beside
+        ``decode``; and ``warmup_seconds``, the time of all warming up together.
 
     Raises:
         KeyreduceError: a measurement needs more memory than there is, or fla's kernels cannot train a model here.
     """
-    device, dtype = models[0].model.device, models[0].model.dtype
+    device, dtype = models[0].device, models[0].dtype
     if "train_step" in kinds:
         for timed in models:
             refuse_wrong_gradients(timed.family, timed.config, device, ", or leave `train_step` out")
@@ -64,22 +67,42 @@ def benchmark_report(
     report: dict = {"settings": _environment(device, dtype) | inputs}
     report |= {"ceilings": roofline._asdict(), "models": _descriptions(models)}
     common: dict[str, Any] = {"rounds": rounds, "seed": seed, "progress": progress}
+    measured: list[dict] = []
     for kind in (kind for kind in _ORDER if kind in kinds):
         report[kind] = entries = []
         if kind == "decode":
-            for number in decode_batch_sizes:
-                with explained_out_of_memory(f"decoding {number} sequences"):
-                    for scope in scopes:
-                        entries += time_decoding(models, roofline, scope, batch_size=number, **common)
-            continue
-        for seq_len in seq_lens:
-            with explained_out_of_memory(f"a batch of {batch_size} x {seq_len} tokens"):
-                entries += time_passes(models, roofline, kind, batch_size=batch_size, seq_len=seq_len, **common)
+            entries += _decoding(models, roofline, decode_batch_sizes, scopes, common)
+        elif kind == "per_token":
+            steps = [entry for entry in report.get("decode", ()) if entry["scope"] == "mixer"]
+            if not steps:
+                steps = _decoding(models, roofline, decode_batch_sizes, ("mixer",), common)
+                measured += steps
+            report[kind] = token_entries(models, report["mixer"], steps)
+        else:
+            for seq_len in seq_lens:
+                with explained_out_of_memory(f"a batch of {batch_size} x {seq_len} tokens"):
+                    entries += time_passes(models, roofline, kind, batch_size=batch_size, seq_len=seq_len, **common)
+        measured += entries
     if "decode" in kinds and max_batch_size:
         few, start = min(rounds, _LARGEST_BATCH_ROUNDS), max(decode_batch_sizes)
         report["largest_batch"] = time_largest_batch(models, start=start, at_most=max_batch_size, rounds=few)
-    report["warmup_seconds"] = sum(_warmup_seconds(entry) for kind in kinds for entry in report[kind])
+    report["warmup_seconds"] = sum(map(_warmup_seconds, measured))
     return report
+
+
+def _decoding(
+    models: Sequence[TimedModel],
+    roofline: Roofline,
+    batch_sizes: Sequence[int],
+    scopes: Sequence[str],
+    settings: Mapping[str, Any],
+) -> list[dict]:
+    entries = []
+    for number in batch_sizes:
+        with explained_out_of_memory(f"decoding {number} sequences"):
+            for scope in scopes:
+                entries += time_decoding(models, roofline, scope, batch_size=number, **settings)
+    return entries
 
 
 def total_rounds(
@@ -93,8 +116,10 @@ def total_rounds(
 ) -> int:
     """Return how often ``progress`` of :func:`benchmark_report` is called, at most."""
     ways = 2 if device.type == "cuda" else 1
-    decode = len(decode_batch_sizes) * len(scopes) * ways
-    return rounds * sum(decode if kind == "decode" else len(seq_lens) for kind in kinds)
+    of_a_scope = len(decode_batch_sizes) * ways
+    has_steps = "decode" in kinds and "mixer" in scopes
+    amounts = {"decode": of_a_scope * len(scopes), "per_token": 0 if has_steps else of_a_scope}
+    return rounds * sum(amounts.get(kind, len(seq_lens)) for kind in kinds)
 
 
 def _descriptions(models: Sequence[TimedModel]) -> list[dict]:

@@ -59,8 +59,8 @@ def mixer_steps(timed: TimedModel, batch_size: int, seed: int) -> DecodeSteps:
     """Return one step for each of several copies of the mixer, each with a cache of its own."""
     generator = torch.Generator().manual_seed(seed)
     work = mixer_work(timed, batch_size=batch_size, seq_len=1, cached=True)
-    mixers = [copy.deepcopy(timed.mixer) for _ in range(copies_past_cache(work.bytes, timed.model.device))]
-    hidden_B1D = torch.randn(batch_size, 1, timed.hidden, generator=generator).to(timed.model.device, timed.model.dtype)
+    mixers = [copy.deepcopy(timed.mixer) for _ in range(copies_past_cache(work.bytes, timed.device))]
+    hidden_B1D = torch.randn(batch_size, 1, timed.hidden, generator=generator).to(timed.device, timed.dtype)
     # The layers of fla and of transformers differ in the name of the argument and in the class of the cache.
     if "cache_params" in signature(timed.mixer.forward).parameters:
         keyword, caches = "cache_params", [DynamicCache(config=timed.model.config) for _ in mixers]
@@ -112,7 +112,7 @@ def operator_steps(timed: TimedModel, batch_size: int, seed: int) -> DecodeSteps
         # All results are kept until the end: a new state at the address of the last one would stay in the cache.
         return [operator(*operands, **arguments | {"initial_state": state}) for state in states]
 
-    work = operator_work(timed.sizes, batch_size=batch_size, item=timed.model.dtype.itemsize)
+    work = operator_work(timed.sizes, batch_size=batch_size, item=timed.dtype.itemsize)
     return DecodeSteps(run, count, lambda: states, work)
 
 

@@ -1,4 +1,4 @@
-"""The models of a benchmark: from checkpoints, or random ones of several key sizes made from one config."""
+"""The models of a benchmark: from checkpoints, or random ones of several sizes made from one config."""
 
 import contextlib
 import re
@@ -15,7 +15,7 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.families import Family, family_of
 from keyreduce.families.table import MixerSizes
 from keyreduce.models.loading import LoadedModel, prepare_backend
-from keyreduce.models.meta import build_model
+from keyreduce.models.meta import build_mixer, build_model
 
 _OUT_OF_MEMORY = re.compile(
     "can't allocate memory|not enough memory|invalid storage size|storage size calculation over"
@@ -28,9 +28,9 @@ class TimedModel:
     """A model to be timed, and its first delta-rule layer.
 
     Attributes:
-        model: the model, in evaluation mode. It may have fewer layers than ``config`` says, where one layer is timed.
+        model: the model, in evaluation mode. Where one mixer alone is timed, all else may be on the meta device.
         layer: the number of the first delta-rule layer. Other layers may have other sizes.
-        config: the content of the whole model's config.json.
+        config: the content of the model's config.json.
         folder: the folder of the checkpoint; None if the weights are random.
     """
 
@@ -47,6 +47,16 @@ class TimedModel:
         return self.model.get_submodule(self.family.mixer.format(layer=self.layer))
 
     @property
+    def device(self) -> torch.device:
+        """The device of the mixer."""
+        return next(self.mixer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model; a mixer may keep some of its parameters in float32."""
+        return self.model.dtype
+
+    @property
     def hidden(self) -> int:
         return round(self.family.hidden.read(self.config))
 
@@ -58,6 +68,11 @@ class TimedModel:
     def sizes(self) -> MixerSizes:
         """The sizes of the first delta-rule layer."""
         return self.family.sizes(self.config, self.layer)
+
+    @property
+    def head_sizes(self) -> dict[str, int]:
+        """The channels of a head, as they stand in each entry of a report."""
+        return {"head_k_dim": self.sizes.head_k_dim, "head_v_dim": self.sizes.head_v_dim}
 
     def describe(self) -> dict:
         """Return the sizes as JSON; ``state_bytes_per_sequence`` counts all layers, in float32."""
@@ -86,8 +101,8 @@ def timed_models(models: Mapping[str, LoadedModel]) -> list[TimedModel]:
         first, other = made[0], made[-1]
         for name, ours, theirs in (
             ("hidden size", first.hidden, other.hidden),
-            ("device", first.model.device, other.model.device),
-            ("dtype", first.model.dtype, other.model.dtype),
+            ("device", first.device, other.device),
+            ("dtype", first.dtype, other.dtype),
         ):
             if ours != theirs:
                 raise KeyreduceError(
@@ -98,30 +113,42 @@ def timed_models(models: Mapping[str, LoadedModel]) -> list[TimedModel]:
 
 
 def random_models(
-    config: Mapping, key_sizes: Sequence[int], device: torch.device, dtype: torch.dtype, *, whole: bool, seed: int
+    config: Mapping, sizes: Sequence[MixerSizes], device: torch.device, dtype: torch.dtype, *, whole: bool, seed: int
 ) -> list[TimedModel]:
-    """Return models of a config.json with random weights, one for each ``head_k_dim`` of ``key_sizes``.
+    """Return models of a config.json with random weights, one for each of ``sizes``, which all its layers have.
 
-    They have all layers if they are to be ``whole``, else only those up to the first delta-rule layer.
+    Their labels are ``KxV``. Where they are not to be ``whole``, only the first delta-rule mixer takes memory.
 
     Raises:
-        KeyreduceError: the config cannot express such a size, or no model can be made from it.
+        KeyreduceError: the config cannot express such sizes, or no model can be made from it.
     """
     family = family_of(config)
     prepare_backend(device)
     layer = _first_layer(family, config, "the config")
     made = []
-    for keys in key_sizes:
-        sizes = {number: size._replace(head_k_dim=keys) for number, size in family.layer_sizes(config).items()}
-        resized = family.resized(config, sizes)
-        built = resized if whole else _first_layers(family, resized, layer + 1)
+    for size in sizes:
+        label = f"{size.head_k_dim}x{size.head_v_dim}"
         torch.manual_seed(seed)
         try:
-            model = build_model(built, device, dtype)
+            resized = family.resized(config, dict.fromkeys(family.mixer_layers(config), size))
+            model = build_model(resized, device, dtype) if whole else build_mixer(resized, layer, device, dtype)
         except KeyreduceError as error:
-            raise KeyreduceError(f"with head_k_dim {keys}: {error}") from error
-        made.append(TimedModel(f"K={keys}", model, family, layer, resized, None))
+            raise KeyreduceError(f"with heads of {label} channels: {error}") from error
+        built = model.config.to_dict()
+        made.append(TimedModel(label, model, family_of(built), layer, built, None))
     return made
+
+
+def sizes_named(config: Mapping, pairs: Sequence[tuple[int, int | None]]) -> list[MixerSizes]:
+    """Return the sizes of a config's first delta-rule layer, but for the channels of a head.
+
+    ``pairs`` are ``head_k_dim`` and ``head_v_dim``, where None stands for that of the config.
+
+    Raises KeyreduceError if the config has no such layer, or is none that keyreduce knows.
+    """
+    family = family_of(config)
+    sizes = family.sizes(config, _first_layer(family, config, "the config"))
+    return [sizes._replace(head_k_dim=keys, head_v_dim=values or sizes.head_v_dim) for keys, values in pairs]
 
 
 @contextlib.contextmanager
@@ -147,17 +174,6 @@ def check_memory(size: int, device: torch.device, what: str) -> None:
     """
     if size > available_memory(device):
         raise KeyreduceError(_TOO_LARGE.format(what))
-
-
-def _first_layers(family: Family, config: Mapping, count: int) -> dict:
-    """Return the config of a model of the first ``count`` layers; ratios that are listed by layer may stay longer."""
-    cut = dict(config)
-    family.num_layers.write(cut, {0: count}, count)
-    # A vision-language model nests its language model's config, which the line above has copied.
-    for part in (cut, cut.get("text_config") or {}):
-        if isinstance(part.get("layer_types"), list):
-            part["layer_types"] = part["layer_types"][:count]
-    return cut
 
 
 def _first_layer(family: Family, config: Mapping, name: str) -> int:

@@ -9,6 +9,7 @@ _KINDS = {"mixer": "one mixer layer", "forward": "the whole model", "train_step"
 _SCOPES = {"model": "the whole model", "mixer": "one mixer layer", "operator": "the delta-rule operator alone"}
 _CELLS: dict[str, Callable[[dict], str]] = {
     "head_k_dim": lambda entry: str(entry["head_k_dim"]),
+    "head_v_dim": lambda entry: str(entry["head_v_dim"]),
     "tokens/s": lambda entry: scaled(entry["tokens_per_second"]),
     "latency, ms": lambda entry: _spread(entry["latency_seconds"], 1e3),
     "a step, us": lambda entry: _spread(entry["latency_seconds"], 1e6),
@@ -19,7 +20,8 @@ _CELLS: dict[str, Callable[[dict], str]] = {
     "TFLOP/s": lambda entry: _share(entry["teraflops"], entry["compute_share"]),
     "GB/s": lambda entry: _share(entry["gigabytes_per_second"], entry["bandwidth_share"]),
 }
-_SIDE_BY_SIDE = ("head_k_dim", "tokens/s", "latency, ms", "peak memory", "state per sequence", "TFLOP/s", "GB/s")
+_SIZES = ("head_k_dim", "head_v_dim")
+_SIDE_BY_SIDE = (*_SIZES, "tokens/s", "latency, ms", "peak memory", "state per sequence", "TFLOP/s", "GB/s")
 _LISTED = ("latency, ms", "speedup", "tokens/s", "peak memory", "state per sequence", "TFLOP/s")
 _STEP = ("a step, us", "speedup", "tokens/s", "times floor", "GB/s")
 
@@ -50,6 +52,9 @@ def print_tables(console: Console, report: dict) -> None:
                 _side_by_side(console, full)
             else:
                 _listed(console, _LISTED, [(entry["label"], entry) for entry in full])
+    if report.get("per_token"):
+        console.say(f"one mixer layer, microseconds a token in a prefill, and a decoding step, {run}")
+        _per_token(console, report["per_token"])
     for group in _groups(report.get("decode", []), len(models)):
         console.say(f"decoding, {_SCOPES[group[0]['scope']]}, {group[0]['batch_size']} sequences at once, {run}")
         _decoded(console, group, settings["device_type"])
@@ -70,10 +75,12 @@ def _groups(entries: Sequence[dict], size: int) -> Iterator[Sequence[dict]]:
 def _side_by_side(console: Console, entries: Sequence[dict]) -> None:
     dense, *pruned = entries
     header = [entry["label"] for entry in entries]
-    rows = {name: [_CELLS[name](entry) for entry in entries] for name in _SIDE_BY_SIDE}
+    # A size that is the same in all of them says nothing here, but for the one that is most often cut.
+    same = {name for name in _SIZES[1:] if len({entry[name] for entry in entries}) == 1}
+    rows = {name: [_CELLS[name](entry) for entry in entries] for name in _SIDE_BY_SIDE if name not in same}
     for entry in pruned:
         header.append(f"{dense['label']} / {entry['label']}")
-        ratios = {"head_k_dim": _times(dense["head_k_dim"] / entry["head_k_dim"])}
+        ratios = {name: _times(dense[name] / entry[name]) for name in _SIZES}
         ratios |= {"latency, ms": _spread(entry["speedup"]), "state per sequence": _times(entry["state_ratio"])}
         ratios["peak memory"] = _times(entry["memory_ratio"]) if "memory_ratio" in entry else ""
         for name, row in rows.items():
@@ -84,6 +91,18 @@ def _side_by_side(console: Console, entries: Sequence[dict]) -> None:
 def _listed(console: Console, names: Sequence[str], entries: Sequence[tuple[str, dict]]) -> None:
     rows = [(label, *(_CELLS[name](entry) for name in names)) for label, entry in entries]
     console.table("", ("", *(name.removesuffix(" per sequence") for name in names)), rows)
+
+
+def _per_token(console: Console, entries: Sequence[dict]) -> None:
+    header = ["", "state", *(f"prefill, {one['batch_size']} x {one['seq_len']}" for one in entries[0]["prefill"])]
+    header += [f"decode step, {one['batch_size']}" for one in entries[0]["decode"]]
+    rows = []
+    for entry in entries:
+        times = [one["seconds_per_token"] for one in entry["prefill"]]
+        times += [one["seconds_per_step"] for one in entry["decode"]]
+        state = mebibytes(entry["state_bytes_per_sequence"])
+        rows.append((entry["label"], state, *(_spread(time, 1e6) for time in times)))
+    console.table("", header, rows)
 
 
 def _decoded(console: Console, entries: Sequence[dict], device_type: str) -> None:

@@ -18,6 +18,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 import keyreduce.models.delta_net_2  # noqa: F401  (registers itself, and fla's models)
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError, UnknownArchitecture, reason
+from keyreduce.families import family_of
 from keyreduce.families.mixer_tensors import refuse_faults, refuse_more_layers
 from keyreduce.models.loading import prepare_backend, silenced
 
@@ -62,6 +63,24 @@ def build_model(config: Mapping, device: torch.device = _META, dtype: torch.dtyp
     except Exception as error:
         # A config that no model would have makes its constructor raise nearly anything.
         raise KeyreduceError(f"no model is made from its config.json: {reason(error)}") from error
+
+
+def build_mixer(
+    config: Mapping, layer: int, device: torch.device = _META, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Return the language model of a config without numbers, but for a layer's mixer: random ones, on a device.
+
+    A large model takes no more memory than this mixer does. It is initialised as the model's class does it.
+
+    Raises what :func:`build_model` does.
+    """
+    model = build_model(config, dtype=dtype)
+    # Of a larger model this is the language model alone, whose mixers are at another path.
+    path = family_of(model.config.to_dict()).mixer.format(layer=layer)
+    mixer = model.get_submodule(path).to_empty(device=device)
+    with torch.no_grad():
+        mixer.apply(model._init_weights)
+    return model
 
 
 def check_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Path) -> PreTrainedModel:

@@ -6,7 +6,7 @@ import torch
 from keyreduce.benchmarking import decode
 from keyreduce.benchmarking.decode import NotRecordedError, capture
 from keyreduce.benchmarking.steps import STEPS, mixer_steps, model_steps, operator_steps
-from keyreduce.benchmarking.timed_models import random_models, timed_models
+from keyreduce.benchmarking.timed_models import random_models, sizes_named, timed_models
 from keyreduce.benchmarking.timing import PeakMemory, RoundTimes
 from keyreduce.errors import KeyreduceError
 
@@ -31,7 +31,7 @@ def timed(request, loaded):
         linear_key_head_dim=16, linear_value_head_dim=16, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
         num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
     ).to_dict()  # fmt: skip
-    return random_models(config, [16], CPU, torch.float32, whole=True, seed=0)[0]
+    return random_models(config, sizes_named(config, [(16, 16)]), CPU, torch.float32, whole=True, seed=0)[0]
 
 
 def test_a_model_writes_one_token_after_the_other(timed):

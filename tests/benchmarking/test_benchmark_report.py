@@ -52,6 +52,23 @@ def test_report_is_json_and_says_what_was_run(pair, quick_roofline):
     assert report["warmup_seconds"] == pytest.approx(sum(entry["warmup_seconds"] for entry in warmed))
 
 
+def test_the_mixer_is_decoded_once_for_its_time_per_token(pair, quick_roofline):
+    for kinds, is_there in ((("mixer", "per_token"), False), ((*KINDS, "per_token"), True)):
+        ticks = []
+        report = benchmark_report(pair, kinds=kinds, **INPUTS, progress=ticks.append)
+        assert ("decode" in report) == is_there
+        assert sum(ticks) == total_rounds(kinds=kinds, **SIZES, device=torch.device("cpu"))
+        assert sum(ticks) == 2 * (2 + 2 + (4 if is_there else 0))
+        dense, pruned = report["per_token"]
+        assert (dense["label"], pruned["label"]) == ("dense", "pruned")
+        assert [(one["batch_size"], one["seq_len"]) for one in pruned["prefill"]] == [(2, 5), (2, 70)]
+        assert [one["batch_size"] for one in pruned["decode"]] == [1, 2]
+        assert report["warmup_seconds"] > sum(entry["warmup_seconds"] for entry in report["mixer"])
+    # What the steps took is what was measured of them beside.
+    steps = [entry for entry in report["decode"] if entry["label"] == "pruned"]
+    assert [one["seconds_per_step"] for one in pruned["decode"]] == [one["eager"]["latency_seconds"] for one in steps]
+
+
 def test_what_was_not_asked_for_is_not_there(pair, quick_roofline):
     report = benchmark_report(pair, kinds=["decode"], **INPUTS | {"max_batch_size": 0, "scopes": ["operator"]})
     assert not {"mixer", "forward", "train_step", "largest_batch"} & report.keys()
@@ -97,5 +114,10 @@ def test_pictures_show_each_measurement(report, tmp_path):
     drawn = (tmp_path / "decode.svg").read_text()
     assert "CUDA graph" in drawn
     assert "tokens" not in drawn
+    assert "key channels a head (K)" in drawn
+    pairs = [entry | {"head_v_dim": 16 - number} for number, entry in enumerate(report["decode"][:2])]
+    plot_report({"settings": report["settings"], "decode": pairs}, tmp_path / "pairs.svg")
+    drawn = (tmp_path / "pairs.svg").read_text()
+    assert "16x16" in drawn and "8x15" in drawn and "key x value channels a head" in drawn
     plot_report({"settings": report["settings"], "mixer": report["mixer"]}, tmp_path / "mixer.png")
     assert (tmp_path / "mixer.png").read_bytes().startswith(b"\x89PNG")

@@ -12,7 +12,7 @@ import torch
 import triton.testing
 
 from keyreduce.benchmarking.metrics import Roofline
-from keyreduce.benchmarking.timed_models import random_models
+from keyreduce.benchmarking.timed_models import random_models, sizes_named
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "vocab_size": 50}
@@ -48,10 +48,8 @@ def script(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["delta-net", "gated-deltanet"])
 def test_configs_have_the_sizes_that_the_script_promises(script, name):
     config = json.loads((REPOSITORY / f"configs/benchmark/{name}-2048.json").read_text())
-    with torch.device("meta"):
-        models = random_models(
-            config, script.module.KEY_SIZES, torch.device("meta"), torch.bfloat16, whole=False, seed=0
-        )
+    sizes, meta = sizes_named(config, [(keys, None) for keys in script.module.KEY_SIZES]), torch.device("meta")
+    models = random_models(config, sizes, meta, torch.bfloat16, whole=False, seed=0)
     assert [tuple(timed.sizes) for timed in models] == [(16, 16, keys, 128) for keys in (128, 96, 64, 48, 32)]
     assert {timed.hidden for timed in models} == {2048}
 
@@ -73,7 +71,7 @@ def test_measurements_are_made_once_and_put_together(script, tmp_path, capsys, m
     told = capsys.readouterr().out
     assert "### gated-deltanet" in told
     assert "one mixer layer, 1 x 2 tokens, bfloat16" in told
-    assert re.search(r"K=8 +2 +bound", told)
+    assert re.search(r"8x16 +2 +bound", told)
     monkeypatch.setattr("keyreduce.api.benchmark.run", lambda *arguments: pytest.fail("measured again"))
     script("--only", "mixer-2048", "decode-32", "largest-batch")
     script("--table")

@@ -1,14 +1,16 @@
-from types import SimpleNamespace
-
+import hybrid_models
 import pytest
 import torch
+from hybrid_models import CHANNEL_DECAY, LANGUAGE, SEEING
 from tiny_models import COMMON, build
+from tiny_models import FAMILIES as TINY
 
 from keyreduce.benchmarking.timed_models import (
     check_memory,
     explained_out_of_memory,
     is_out_of_memory,
     random_models,
+    sizes_named,
     timed_models,
 )
 from keyreduce.errors import KeyreduceError
@@ -16,8 +18,8 @@ from keyreduce.errors import KeyreduceError
 CPU = torch.device("cpu")
 
 
-def sizes_of(config: dict, key_sizes: list[int], whole: bool = True):
-    return random_models(config, key_sizes, CPU, torch.float32, whole=whole, seed=0)
+def of_sizes(config: dict, pairs: list, whole: bool = True):
+    return random_models(config, sizes_named(config, pairs), CPU, torch.float32, whole=whole, seed=0)
 
 
 def test_sizes_of_each_model(loaded):
@@ -52,10 +54,7 @@ def test_a_hybrid_is_timed_in_its_first_delta_rule_layer(loaded):
     [
         (lambda model: build("delta_net", hidden_size=64), "dense and other differ in hidden size .32 and 64."),
         (lambda model: build("delta_net").bfloat16(), "differ in dtype"),
-        (
-            lambda model: SimpleNamespace(config=model.config, device=torch.device("meta"), dtype=model.dtype),
-            "differ in device .cpu and meta.",
-        ),
+        (lambda model: build("delta_net").to("meta"), "differ in device .cpu and meta."),
     ],
 )
 def test_models_that_differ_are_refused(loaded, change, message):
@@ -70,40 +69,60 @@ def test_model_without_a_delta_rule_layer_is_refused(loaded):
 
 
 @pytest.mark.parametrize("model_type", ["delta_net", "delta_net_2", "gated_deltanet"])
-def test_random_models_of_several_key_sizes(model_type):
+def test_random_models_of_several_sizes(model_type):
     model = build(model_type)
-    whole = sizes_of(model.config.to_dict(), [24, 7])
-    assert [timed.label for timed in whole] == ["K=24", "K=7"]
-    for timed, keys in zip(whole, (24, 7), strict=True):
-        assert timed.sizes.head_k_dim == keys
-        assert timed.mixer.k_proj.weight.shape == (2 * keys, 32)
-        assert timed.mixer.v_proj.weight.shape == model.model.layers[0].attn.v_proj.weight.shape
+    values = model.model.layers[0].attn.head_v_dim
+    whole = of_sizes(model.config.to_dict(), [(24, None), (7, 10)])
+    assert [timed.label for timed in whole] == [f"24x{values}", "7x10"]
+    for timed, sizes in zip(whole, ((24, values), (7, 10)), strict=True):
+        assert timed.sizes[2:] == sizes
+        assert timed.mixer.k_proj.weight.shape == (2 * sizes[0], 32)
+        assert timed.mixer.v_proj.weight.shape == (timed.sizes.value_heads * sizes[1], 32)
         assert len(timed.model.model.layers) == 2
         assert not timed.model.training
-    (short,) = sizes_of(model.config.to_dict(), [24], whole=False)
-    assert len(short.model.model.layers) == 1
-    assert torch.equal(short.mixer.k_proj.weight, whole[0].mixer.k_proj.weight) or short.mixer.k_proj.weight.std() > 0
-    assert short.describe() == whole[0].describe()
+    (short,) = of_sizes(model.config.to_dict(), [(7, 10)], whole=False)
+    assert short.describe() == whole[1].describe()
 
 
-def test_random_models_of_a_hybrid_of_transformers():
-    from transformers import Qwen3NextConfig
+@pytest.mark.parametrize("model_type", [*TINY, *LANGUAGE, *SEEING, *CHANNEL_DECAY])
+def test_of_one_mixer_nothing_else_is_made(model_type, monkeypatch):
+    is_tiny = model_type in TINY
+    config = (build(model_type) if is_tiny else hybrid_models.build(model_type)).config.to_dict()
+    (whole,) = of_sizes(config, [(6, 6)])
+    # Memory that nobody writes to is NaN then.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        (alone,) = of_sizes(config, [(6, 6)], whole=False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    theirs, ours = dict(whole.mixer.named_parameters()), dict(alone.mixer.named_parameters())
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in ours.items()} == {
+        name: (tensor.shape, tensor.dtype) for name, tensor in theirs.items()
+    }
+    assert all(tensor.isfinite().all() for tensor in ours.values())
+    assert all((tensor.std() > 0) == (theirs[name].std() > 0) for name, tensor in ours.items() if tensor.numel() > 1)
+    assert not list(alone.mixer.buffers())  # they would have no numbers
+    inside = {id(tensor) for tensor in ours.values()}
+    assert all(tensor.is_meta == (id(tensor) not in inside) for tensor in alone.model.parameters())
+    assert (alone.device, alone.dtype, alone.describe()) == (CPU, torch.float32, whole.describe())
+    with torch.no_grad():
+        outputs = alone.mixer(hidden_states=torch.randn(2, 5, 32))
+    outputs_BTD = outputs[0] if isinstance(outputs, tuple) else outputs
+    assert outputs_BTD.shape == (2, 5, 32) and outputs_BTD.isfinite().all()
 
-    config = Qwen3NextConfig(
-        hidden_size=32, num_hidden_layers=4, vocab_size=64, linear_num_key_heads=2, linear_num_value_heads=4,
-        linear_key_head_dim=16, linear_value_head_dim=16, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-        num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
-    ).to_dict()  # fmt: skip
-    (short,) = sizes_of(config, [8], whole=False)
-    assert len(short.model.model.layers) == 1
-    assert len(config["layer_types"]) == 4
-    assert short.describe()["state_bytes_per_sequence"] == 4 * 3 * 4 * 8 * 16
+
+def test_sizes_that_a_config_cannot_say_are_refused():
+    config = hybrid_models.build("kimi_linear").config.to_dict()
+    with pytest.raises(KeyreduceError, match="with heads of 8x6 channels: a kimi_linear config cannot say the sizes"):
+        of_sizes(config, [(8, 6)])
 
 
 def test_a_config_that_no_model_has_is_told():
     config = build("delta_net").config.to_dict() | {"hidden_size": 33}
     with pytest.raises(KeyreduceError):
-        sizes_of(config, [8])
+        of_sizes(config, [(8, None)])
 
 
 @pytest.mark.parametrize("shape", [(1 << 61,), (1 << 45,)])

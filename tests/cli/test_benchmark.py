@@ -56,7 +56,7 @@ def test_all_kinds_in_one_call(keyreduce, tiny_folder):
         "--plot", "figures.png", "--json",
     )  # fmt: skip
     report = result.json()
-    assert [entry["label"] for entry in report["models"]] == ["K=16", "K=8", "K=4"]
+    assert [entry["label"] for entry in report["models"]] == ["16x24", "8x24", "4x24"]
     assert [len(report[kind]) for kind in ("mixer", "forward", "train_step", "decode")] == [3, 3, 3, 2 * 3 * 3]
     assert Path("figures.png").read_bytes().startswith(b"\x89PNG")
     for told in (
@@ -72,7 +72,29 @@ def test_scaling_takes_a_config_alone(keyreduce, tmp_path):
     config.write_text(json.dumps(build("delta_net").config.to_dict()))
     for path in (config, tmp_path):
         report = keyreduce("benchmark", "--scaling", "8", "--config", path, *QUICK, "--json").json()
-        assert [(entry["label"], entry["folder"]) for entry in report["models"]] == [("K=8", None)]
+        assert [(entry["label"], entry["folder"]) for entry in report["models"]] == [("8x16", None)]
+
+
+def test_time_per_token_of_pairs_of_sizes(keyreduce, tiny_folder):
+    given = ("benchmark", *QUICK, "--mixer", "--model", tiny_folder("delta_net"), "--decode-batch-sizes", "1,3")
+    result = keyreduce(*given, "--scaling", "16,8x12", "--plot", "figures.svg", "--json")
+    report = result.json()
+    full, cut = report["per_token"]
+    assert [(entry["label"], entry["head_k_dim"], entry["head_v_dim"]) for entry in (full, cut)] == [
+        ("16x16", 16, 16), ("8x12", 8, 12),
+    ]  # fmt: skip
+    # Two layers of two heads, 4 bytes a number.
+    assert [entry["state_bytes_per_sequence"] for entry in (full, cut)] == [16 * 16 * 16, 16 * 8 * 12]
+    assert [entry["state_bytes_per_sequence"] for entry in report["models"]] == [16 * 16 * 16, 16 * 8 * 12]
+    for entry, passed in zip((full, cut), report["mixer"], strict=True):
+        (prefill,) = entry["prefill"]
+        assert prefill["seconds_per_token"]["median"] == pytest.approx(passed["latency_seconds"]["median"] / 8)
+        assert [step["batch_size"] for step in entry["decode"]] == [1, 3]
+        assert all(step["seconds_per_step"]["median"] > 0 for step in entry["decode"])
+    assert "decode" not in report
+    for text in ("microseconds a token in a prefill, and a decoding step", "8x12", "head_v_dim", "decode step, 3"):
+        assert text in result.err
+    assert "8x12" in Path("figures.svg").read_text()
 
 
 def test_no_tokenizer_is_needed(keyreduce, tiny_copy):
@@ -95,8 +117,11 @@ def test_layers_that_differ_are_told(keyreduce, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--scaling", "8,x"), "--scaling has 'x', where whole numbers with commas between them belong"),
-        (("--scaling", "8,0"), "--scaling is 0; it is at least 1"),
+        (("--scaling", "8,x"), "--scaling has 'x'; a size is K or KxV, in whole numbers from 1, such as 96 or 96x104"),
+        (("--scaling", "8x8x8"), "--scaling has '8x8x8'; a size is K or KxV"),
+        (("--scaling", "8,0x8"), "--scaling has '0x8'; a size is K or KxV"),
+        (("--scaling", ""), "--scaling has ''; a size is K or KxV"),
+        (("--scaling", "8,8x4,8x16"), "--scaling names 8x16 twice"),
         (("--seq-len", ""), "--seq-len has '', where whole numbers"),
         (("--config", "config.json"), "--config is for --scaling"),
         (("--scaling", "8", "--config", "nowhere"), "there is no file nowhere"),
