@@ -13,16 +13,17 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from keyreduce.serving.state_formats import FORMATS, StateDtype
+from keyreduce.serving.state_formats import FORMATS
 
 _PLAIN = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_AXES = {"row": -2, "key": -1, "head": (-2, -1)}
 _LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
 # dtype -> the integer of its size, the bits of the exponent, and how many bits follow them.
 _BITS = {torch.float32: (torch.int32, 0x7F800000, 23), torch.float64: (torch.int64, 0x7FF << 52, 52)}
 _E4M3_BITS, _E4M3_LEAST = 3, 2.0**-6  # the bits of its mantissa, and its least number that is not subnormal
 
 
-def storing(names: Sequence[StateDtype]) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def storing(names: Sequence[str]) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Return a function that stores states ``[B, W, K, V]`` of a layer and reads them back; None if nothing changes.
 
     ``names`` are the formats of its W value heads. The function may overwrite the state that it is given.
@@ -30,30 +31,31 @@ def storing(names: Sequence[StateDtype]) -> Callable[[torch.Tensor], torch.Tenso
     if len(set(names)) == 1:
         name = names[0]
         return None if name == "float32" else lambda state_BWKV: round_state(state_BWKV, name)
-    heads = {name: [head for head, own in enumerate(names) if own == name] for name in dict.fromkeys(names)}
-    heads.pop("float32", None)
+    kinds = [name for name in dict.fromkeys(names) if name != "float32"]
+    heads = {name: torch.tensor([head for head, own in enumerate(names) if own == name]) for name in kinds}
 
     def store(state_BWKV: torch.Tensor) -> torch.Tensor:
-        for name, own in heads.items():
+        for name in kinds:
+            own = heads[name] = heads[name].to(state_BWKV.device)
             state_BWKV[:, own] = round_state(state_BWKV[:, own], name)
         return state_BWKV
 
     return store
 
 
-def round_state(state_BWKV: torch.Tensor, name: StateDtype) -> torch.Tensor:
+def round_state(state_BWKV: torch.Tensor, name: str) -> torch.Tensor:
     """Return float32 or float64 states as they are read back after they were stored; of a format without scales, what
     it cannot hold becomes infinite."""
     if name == "float32":
         return state_BWKV
-    if name in _PLAIN:
-        return state_BWKV.to(_PLAIN[name]).to(state_BWKV.dtype)
     form = FORMATS[name]
+    if form.scaled is None:
+        return state_BWKV.to(_PLAIN[name]).to(state_BWKV.dtype)
     kind = name.partition("-")[0]
     if form.rotated:
         rotation_KK = _rotation(state_BWKV.shape[-2], state_BWKV.dtype, state_BWKV.device)
         return rotation_KK @ _scaled(rotation_KK @ state_BWKV, kind, -2)
-    axes = {"row": -2, "key": -1, "head": (-2, -1)}[form.scaled]
+    axes = _AXES[form.scaled]
     return _scaled(state_BWKV, kind, axes) if form.group is None else _in_groups(state_BWKV, kind, axes, form.group)
 
 

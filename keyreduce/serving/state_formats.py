@@ -32,6 +32,8 @@ StateDtype = Literal[
     "int4-key",
     "int4-key-32",
 ]
+StateChoice = Literal[StateDtype, "auto"]
+"""A format, or a choice of one for each head."""
 SCALE_BYTES = 4  # a scale is a float32
 
 
@@ -59,7 +61,7 @@ class StateFormat(NamedTuple):
         return math.ceil(head_k_dim * head_v_dim * self.bits / 8) + SCALE_BYTES * scales
 
 
-FORMATS: dict[StateDtype, StateFormat] = {
+FORMATS: dict[str, StateFormat] = {
     "float32": StateFormat(32),
     "bfloat16": StateFormat(16),
     "float16": StateFormat(16),
@@ -74,11 +76,11 @@ FORMATS: dict[StateDtype, StateFormat] = {
     "int4-key": StateFormat(4, "key"),
     "int4-key-32": StateFormat(4, "key", group=32),
 }
-StateDtypes = StateDtype | Mapping[int, Sequence[StateDtype]]
+StateDtypes = str | Mapping[int, Sequence[str]]
 """One format for all heads, or layer -> the format of each value head."""
 
 
-def formats_of(dtypes: StateDtypes, sizes: Mapping[int, MixerSizes]) -> dict[int, list[StateDtype]]:
+def formats_of(dtypes: StateDtypes, sizes: Mapping[int, MixerSizes]) -> dict[int, list[str]]:
     """Return layer -> the format of each value head, for the layers that ``sizes`` has.
 
     Raises KeyreduceError if a format is unknown, a layer is missing, or its formats are not as many as its value heads.

@@ -18,8 +18,8 @@ def coarse(state: torch.Tensor) -> torch.Tensor:
 
 def loop(query, key, value, beta, log_decay, state, every, store):
     """Head by head and token by token; the output sees the state before it is stored."""
-    B, T, H, K = key.shape
-    W, V = value.shape[2:]
+    B, T, H = key.shape[:3]
+    W = value.shape[2]
     output, final = torch.zeros_like(value), torch.zeros_like(state)
     for row in range(B):
         for head in range(W):

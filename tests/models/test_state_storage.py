@@ -4,7 +4,7 @@ Shapes: B rows, T tokens, H key heads, W value heads, K key channels, V value ch
 """
 
 import sys
-from pathlib import Path
+from functools import partial
 
 import hybrid_models
 import pytest
@@ -129,7 +129,11 @@ def test_float32_is_the_same_to_the_last_bit(model_type):
 
 @pytest.mark.parametrize("model_type", ["delta_net", "gated_deltanet"])
 def test_one_head_alone(model_type):
-    """What a head of another layer stores leaves the operators before it alone."""
+    """What a head stores changes its own readout, no other of its layer, and no layer before it."""
+
+    def see(seen, part, args, kwargs):
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
     model, tokens = build(model_type).double(), draw_tokens(1, TOKENS)
     family = FAMILIES[model_type]
     heads = family.sizes(model.config.to_dict()).value_heads
@@ -138,8 +142,7 @@ def test_one_head_alone(model_type):
     for dtypes in ("float32", choice):
         seen = []
         mixer = model.model.layers[1].attn
-        hooks = [mixer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True)]  # noqa: B023, E501
-        hooks.append(mixer.o_norm.register_forward_pre_hook(lambda _, args: seen.append(args[0])))  # noqa: B023
+        hooks = [part.register_forward_pre_hook(partial(see, seen), with_kwargs=True) for part in (mixer, mixer.o_norm)]
         with stored_states(model, family, dtypes):
             run(model, tokens)
         for hook in hooks:
@@ -184,17 +187,17 @@ def test_operators_that_are_out_of_reach_are_refused(monkeypatch):
     model = made("qwen3_next")
     for layer in (0, 2):
         monkeypatch.setattr(model.model.layers[layer].linear_attn, "forward", lambda hidden_states, **_: hidden_states)
-    with pytest.raises(KeyreduceError, match="hides the operators of qwen3_next"):
-        with stored_states(model, FAMILIES["qwen3_next"], "int8"):
-            run(model, draw_tokens(1, 8))
+    hidden = pytest.raises(KeyreduceError, match="hides the operators of qwen3_next")
+    with hidden, stored_states(model, FAMILIES["qwen3_next"], "int8"):
+        run(model, draw_tokens(1, 8))
     with stored_states(model, FAMILIES["qwen3_next"], "int8"):
         pass  # no mixer ran
 
 
 def test_an_unknown_format_is_refused():
-    with pytest.raises(KeyreduceError, match="take one of"):
-        with stored_states(build("delta_net"), FAMILIES["delta_net"], "int3"):
-            pass
+    unknown = pytest.raises(KeyreduceError, match="take one of")
+    with unknown, stored_states(build("delta_net"), FAMILIES["delta_net"], "int3"):
+        pass
 
 
 @pytest.mark.gpu
