@@ -30,6 +30,7 @@ EXACT = "float32"
 AUTO = "auto"
 _FIRST_BIN = 64  # tokens; each bin of positions after the second is twice as long as the one before it
 _EPS = 1e-6  # of the norm that readouts are compared after
+_TINY = torch.finfo(torch.float64).tiny
 _MOST_MEASURED = 8  # choices of a format for each head that are measured
 
 
@@ -111,7 +112,7 @@ class _HeadSums:
             kept_BTWK = kept_BTWK * decay_BTWX.square()
             added_W = decay_BTWX.mean(dim=-1).sum(dim=(0, 1))
             self.decay_W = added_W if self.decay_W is None else self.decay_W + added_W
-        self.log_kept_W = self.log_kept_W + kept_BTWK.mean(dim=-1).clamp(min=1e-12).log().sum(dim=(0, 1))
+        self.log_kept_W = self.log_kept_W + kept_BTWK.mean(dim=-1).clamp(min=_TINY).log().sum(dim=(0, 1))
         self.tokens += key_BTHK.shape[0] * key_BTHK.shape[1]
 
     def to_json(self, layer: int) -> list[dict]:
@@ -221,18 +222,24 @@ def search_choice(
         The choice, float32 for all heads where no other is cheap enough, and what was measured: for each the ``limit``,
         ``bytes_per_sequence`` and ``perplexity_increase``.
     """
-    choices: list[tuple[float, dict[int, list[str]]]] = []
-    for limit in sorted({error for head in heads for error in head["errors"].values()}):
-        choice = cheapest_choice(heads, dtypes, limit, sizes)
-        if not choices or choice != choices[-1][1]:
-            choices.append((limit, choice))
+    limits = sorted({error for head in heads for error in head["errors"].values()})
     best = cheapest_choice(heads, dtypes, -1.0, sizes)
     tried: list[dict] = []
-    low, high, place = 0, len(choices), len(choices) - 1  # from `high` on they cost too much, below `low` they do not
-    while low < high and len(tried) < _MOST_MEASURED:
-        limit, choice = choices[place]
-        cost = increase(choice)
-        tried.append({"limit": limit, "bytes_per_sequence": bytes_of(choice, sizes), "perplexity_increase": cost})
+    costs: list[tuple[dict, float | None]] = []
+    # Below `low` all limits are cheap enough, from `high` on they cost too much. The largest one comes first.
+    low, high, place = 0, len(limits), len(limits) - 1
+    while low < high:
+        choice = cheapest_choice(heads, dtypes, limits[place], sizes)
+        known = [cost for other, cost in costs if other == choice]
+        if not known and len(costs) == _MOST_MEASURED:
+            break
+        cost = known[0] if known else increase(choice)
+        if not known:
+            costs.append((choice, cost))
+            bytes_per_sequence = bytes_of(choice, sizes)
+            tried.append(
+                {"limit": limits[place], "bytes_per_sequence": bytes_per_sequence, "perplexity_increase": cost}
+            )
         if cost is not None and cost <= tolerance:
             best, low = choice, place + 1
         else:
