@@ -31,6 +31,7 @@ AUTO = "auto"
 _FIRST_BIN = 64  # tokens; each bin of positions after the second is twice as long as the one before it
 _EPS = 1e-6  # of the norm that readouts are compared after
 _TINY = torch.finfo(torch.float64).tiny
+_HEAD_TOKENS = 2048  # of each row, that the errors of heads are measured on
 _MOST_MEASURED = 8  # choices of a format for each head that are measured
 
 
@@ -267,7 +268,8 @@ def measure_states(
         batches: windows of at most ``seq_len`` tokens that run in this process.
         label: what the reporter calls the model.
         ask: asks recall probes, and is given what reports progress.
-        processes: which process this is; the heads are measured in the first, on its first batch.
+        processes: which process this is; the heads are measured in the first, on the first 2,048 tokens of the rows of
+            its first batch.
 
     Raises:
         KeyreduceError: a logit is NaN or inf, or the text leaves nothing to predict.
@@ -289,7 +291,7 @@ def measure_states(
     entries = [measure(name, name) for name in (EXACT, *formats)]
     heads: list[dict] = []
     if processes.rank == 0 and formats and batches:
-        tokens_BT = torch.stack([window.tokens_T for window in batches[0]])
+        tokens_BT = torch.stack([window.tokens_T[:_HEAD_TOKENS] for window in batches[0]])
         with reporter.progress(f"comparing the heads of {label}", None, "tokens"):
             heads = head_errors(loaded, [tokens_BT], formats, settings.chunk)
     if settings.tolerance is not None:
