@@ -27,7 +27,8 @@ ALL = (
     "bfloat16", "float16", "int8", "int8-key", "int8-key-32", "fp8", "fp8-head", "int4", "int4-rotated", "int4-32",
     "int4-key", "int4-key-32",
 )  # fmt: skip
-LONG = ("bfloat16", "int8", "fp8")
+FEWER = tuple(name for name in ALL if name not in ("int8-key-32", "int4-key", "int4-key-32"))
+LONG = ("bfloat16", "int8")
 MIXED = ("bfloat16", "int8", "int4-key", "auto")
 
 
@@ -68,7 +69,7 @@ def studies(model: str | None, heldout: Path | None) -> list[Study]:
         found.append(Study(shipped, 4096, 1, MIXED))
     found.append(Study("delta-net-5m", 32768, 1, LONG))
     if model is not None:
-        found.append(Study(model, 1024, 6, ALL, text=(heldout,) if heldout else ()))
+        found.append(Study(model, 1024, 3, FEWER, text=(heldout,) if heldout else ()))
     return found
 
 

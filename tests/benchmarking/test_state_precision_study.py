@@ -40,4 +40,5 @@ def test_a_study_and_its_table(script, monkeypatch, tmp_path, capsys, tiny_folde
 
 def test_committed_figures_are_those_of_the_studies(script):
     names = {study.name for study in script.studies("delta-net-21m", None)}
-    assert {file.stem for file in script.FOLDER.glob("*.json")} == names
+    files = {file.stem for file in script.FOLDER.glob("*.json")}
+    assert files and files <= names
