@@ -28,7 +28,7 @@ def chunk_kda(
         q, k, v, activate_beta(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval), None, key_log_decay=g,
         scale=scale, initial_state=initial_state, output_final_state=output_final_state,
         normalize=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens,
-        state_v_first=state_v_first or kwargs.get("transpose_state_layout", False),
+        state_v_first=state_v_first or kwargs.get("transpose_state_layout", False), recurrence=kwargs.get("recurrence"),
     )  # fmt: skip
 
 

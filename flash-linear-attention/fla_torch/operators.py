@@ -1,7 +1,8 @@
 """fla's delta-rule operators, with fla's names, arguments and results, computed by ``delta_rule.py``.
 
 Shapes as there; N sequences, which are the batch, or lie packed in one row where ``cu_seqlens`` is given.
-fla's own docstrings describe the arguments: https://github.com/fla-org/flash-linear-attention.
+fla's own docstrings describe the arguments: https://github.com/fla-org/flash-linear-attention. One is ours alone: the
+``recurrence`` of the operators for prefill, which runs in place of those of ``delta_rule.py`` (:func:`_delta_rule`).
 """
 
 import torch
@@ -22,6 +23,7 @@ def chunk_delta_rule(
         q, k, v, beta, None,
         scale=scale, initial_state=initial_state, output_final_state=output_final_state,
         normalize=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens, chunk_size=kwargs.get("chunk_size", CHUNK_SIZE),
+        recurrence=kwargs.get("recurrence"),
     )  # fmt: skip
 
 
@@ -42,7 +44,7 @@ def chunk_gated_delta_rule(
     q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False,
     use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, state_v_first=False, cu_seqlens=None,
     cu_seqlens_cpu=None, chunk_indices=None, cp_context=None, *, use_gate_in_kernel=False, A_log=None, dt_bias=None,
-    chunk_size=CHUNK_SIZE, transpose_state_layout=False,
+    chunk_size=CHUNK_SIZE, transpose_state_layout=False, recurrence=None,
 ):  # fmt: skip
     """The gated delta rule; ``g`` is a log decay, or with ``use_gate_in_kernel`` what precedes the gate."""
     if cp_context is not None:
@@ -52,7 +54,7 @@ def chunk_gated_delta_rule(
         activate_gate(g, A_log, dt_bias) if use_gate_in_kernel else widen(g),
         scale=scale, initial_state=initial_state, output_final_state=output_final_state,
         normalize=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens, chunk_size=chunk_size,
-        state_v_first=state_v_first or transpose_state_layout,
+        state_v_first=state_v_first or transpose_state_layout, recurrence=recurrence,
     )  # fmt: skip
 
 
@@ -96,9 +98,12 @@ def activate_beta(beta: torch.Tensor, use_sigmoid: bool, allow_neg_eigval: bool)
 
 def _delta_rule(
     query, key, value, beta, log_decay, *, scale, initial_state, output_final_state, normalize, cu_seqlens,
-    key_log_decay=None, value_log_decay=None, chunk_size=CHUNK_SIZE, state_v_first=False,
+    key_log_decay=None, value_log_decay=None, chunk_size=CHUNK_SIZE, state_v_first=False, recurrence=None,
 ):  # fmt: skip
-    """What the operators share: precision, normalisation, packing, the state's layout, and which form runs."""
+    """What the operators share: precision, normalisation, packing, the state's layout, and which form runs.
+
+    Where there is a ``recurrence``, that runs: it takes and returns what ``recurrent_delta_rule`` does.
+    """
     output_dtype = value.dtype
     scale = key.shape[-1] ** -0.5 if scale is None else scale
     # autocast would lower the matrix products to 16 bits; fla's kernels keep the state in float32, and so do we.
@@ -117,14 +122,14 @@ def _delta_rule(
             state = widen(initial_state).to(value.dtype)
             state = state.mT if state_v_first else state
         is_per_channel = key_log_decay is not None or value_log_decay is not None or beta.ndim == value.ndim
-        if key.shape[1] <= 1 or is_per_channel:
+        if recurrence is not None or key.shape[1] <= 1 or is_per_channel:
             decays = [
                 None if log_decay is None else log_decay[..., None, None],
                 None if key_log_decay is None else widen(key_log_decay)[..., None],
                 None if value_log_decay is None else widen(value_log_decay)[..., None, :],
             ]
             decays = [decay for decay in decays if decay is not None]
-            output, state = recurrent_delta_rule(
+            output, state = (recurrence or recurrent_delta_rule)(
                 query, key, value, beta, sum(decays) if decays else None, scale=scale, initial_state_BWKV=state
             )
         else:

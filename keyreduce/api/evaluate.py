@@ -1,7 +1,7 @@
 """Models and text to perplexity, recall, and the metrics of lm-evaluation-harness."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,17 +13,21 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import claimed, refuse_existing, write_json
 from keyreduce.processes import Processes, command_line
 from keyreduce.reporting import Reporter
+from keyreduce.serving.state_formats import StateChoice
 
 if TYPE_CHECKING:
     from keyreduce.data.text import TextSource
     from keyreduce.evaluation.harness import Tasks
     from keyreduce.evaluation.perplexity import Perplexity
-    from keyreduce.evaluation.recall import RecallSettings
+    from keyreduce.evaluation.recall import RecallProbes, RecallSettings
+    from keyreduce.evaluation.state_precision import StateSettings
     from keyreduce.models.loading import LoadedModel
 
 _RECALL = {"panel": "Recall"}
+_STATES = {"panel": "Precision of the state"}
 _TASKS = {"panel": "Tasks of lm-evaluation-harness"}
 _MANY = {"panel": "Many models"}
+_AUTO_FORMATS = ("bfloat16", "float16", "fp8", "int8")  # which auto chooses from where no others are named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,21 @@ class EvaluateRequest(options.OfRun, options.OfText, options.OfPair):
         (1, 4, 16, 64), "Keys with a value in a sequence.", metavar="N,...", **_RECALL, **options.COUNTS
     )
     recall_probes: int = option(16, "Sequences for each length and number of pairs.", **_RECALL, **options.COUNT)
+    state_dtype: tuple[StateChoice, ...] = option(
+        (),
+        "Measure with the recurrent state kept in these too: float32, bfloat16, float16, fp8, int8, int4; auto finds "
+        "the cheapest for each head.",
+        commas=True,
+        metavar="DTYPE,...",
+        **_STATES,
+    )
+    state_chunk: int | None = option(
+        None, "Round it after every N tokens, as in prefill.", metavar="N", shown_default="each token", **_STATES,
+        **options.COUNT,
+    )  # fmt: skip
+    state_tolerance: float = option(
+        0.001, "The increase in perplexity that auto may cost, as a share.", minimum=0, **_STATES
+    )
     tasks: tuple[str, ...] = option(
         (),
         "Run these too: names, patterns or .yaml files; 'paper' is wikitext, lambada_openai, piqa, hellaswag, "
@@ -100,6 +119,8 @@ class EvaluateRequest(options.OfRun, options.OfText, options.OfPair):
         super().__post_init__()
         if self.limit == 0:
             raise KeyreduceError("`limit` is 0; it is above 0")
+        if self.state_chunk is not None and not self.state_dtype:
+            raise KeyreduceError("`state_chunk` says when the state is rounded: give `state_dtype` too")
         if self.base is not None and self.compressed is not None:
             raise KeyreduceError("`base` measures a folder of models and `compressed` one: give one of the two")
 
@@ -112,8 +133,9 @@ def run(request: EvaluateRequest, reporter: Reporter = Reporter()) -> Report | N
         a ``base``; else ``text``, where the text is from; ``seq_len``; ``stride``; ``by_document``; ``models``: for
         each its ``label`` and ``folder``, :meth:`keyreduce.evaluation.perplexity.Perplexity.metrics`, but for the first
         one ``perplexity_increase`` over it, and where they were asked for ``recall``
-        (:func:`keyreduce.evaluation.recall.recall_metrics`), ``tasks`` and ``tasks_file``; and ``recall``, the settings
-        of the recall probes, if there were any.
+        (:func:`keyreduce.evaluation.recall.recall_metrics`), ``precision``
+        (:func:`keyreduce.evaluation.state_precision.state_metrics`), ``tasks`` and ``tasks_file``; and ``recall``, the
+        settings of the recall probes, if there were any.
 
     Raises:
         KeyreduceError: a model does not load, the pruned one was not made from the dense one, the text leaves nothing
@@ -156,6 +178,20 @@ def _check(request: EvaluateRequest) -> "tuple[RecallSettings | None, Tasks | No
     return recall, find_tasks(request.tasks, request.include_path) if request.tasks else None
 
 
+def _state_settings(request: EvaluateRequest, processes: Processes) -> "StateSettings | None":
+    """Return in what formats the state is to be kept, or None where none was asked for."""
+    from keyreduce.evaluation.state_precision import AUTO, EXACT, StateSettings
+
+    if not request.state_dtype:
+        return None
+    is_auto = AUTO in request.state_dtype
+    if is_auto and processes.number > 1:
+        raise KeyreduceError("`state_dtype` auto measures one choice after another: leave out torchrun")
+    formats = tuple(name for name in request.state_dtype if name not in (AUTO, EXACT))
+    formats = formats or (_AUTO_FORMATS if is_auto else ())
+    return StateSettings(formats, request.state_chunk, request.state_tolerance if is_auto else None)
+
+
 def _measure(request: EvaluateRequest, target: Path, processes: Processes, reporter: Reporter) -> dict:
     """Return what this process's share of the batches gives, as a JSON object; what the tasks give, is written too."""
     from keyreduce.devices import pick_device, pick_dtype
@@ -163,6 +199,7 @@ def _measure(request: EvaluateRequest, target: Path, processes: Processes, repor
     from keyreduce.evaluation.recall import RecallProbes
 
     recall, tasks = _check(request)
+    states = _state_settings(request, processes)
     text = request.text_source("heldout")
     device = pick_device(processes.device(request.device))
     models = load_pair(request, reporter, device, pick_dtype(request.dtype, device), each=True)
@@ -170,6 +207,7 @@ def _measure(request: EvaluateRequest, target: Path, processes: Processes, repor
     for label, loaded in models.items():
         entry: dict[str, Any] = {"label": label, "folder": str(loaded.folder)}
         entry["rows"] = row_costs(request, loaded, text, reporter, processes, f"measuring {label}")
+        probes = None
         if recall is not None:
             probes = RecallProbes(loaded, text, recall)
             if probes.left_out and not entries:
@@ -177,6 +215,8 @@ def _measure(request: EvaluateRequest, target: Path, processes: Processes, repor
                 reporter.note(f"left out of recall, as the pairs do not fit: {cells}")
             with reporter.progress(f"asking {label}", probes.tokens // processes.number, "tokens") as progress:
                 entry["recall"] = probes.ask(batch_size=request.batch_size, processes=processes, progress=progress)
+        if states is not None:
+            entry["precision"] = _measure_states(request, loaded, states, text, probes, reporter, processes, label)
         if tasks is not None:
             file = target.with_name(f"{target.stem}-tasks-{label}.json")
             how = {name: getattr(request, name) for name in ("num_fewshot", "limit", "batch_size")}
@@ -200,17 +240,46 @@ def row_costs(
     """Return what it costs a model to predict each row of this process; ``doing`` is what the reporter shows."""
     from keyreduce.evaluation.perplexity import text_costs
 
-    num_rows = request.num_batches * request.batch_size or None
-    tokens = (num_rows or 0) * request.seq_len // processes.number or None
-    how = {name: getattr(request, name) for name in ("seq_len", "batch_size", "stride", "by_document")}
+    how = _rows_of(request)
+    tokens = (how["num_rows"] or 0) * request.seq_len // processes.number or None
     with reporter.progress(doing, tokens, "tokens") as progress:
-        return text_costs(loaded, text, num_rows=num_rows, processes=processes, progress=progress, **how)
+        return text_costs(loaded, text, processes=processes, progress=progress, **how)
+
+
+def _rows_of(request: EvaluateRequest) -> dict[str, Any]:
+    """Return how the text is cut into rows, and how many are taken."""
+    how = {name: getattr(request, name) for name in ("seq_len", "batch_size", "stride", "by_document")}
+    return {"num_rows": request.num_batches * request.batch_size or None, **how}
+
+
+def _measure_states(
+    request: EvaluateRequest,
+    loaded: "LoadedModel",
+    states: "StateSettings",
+    text: "TextSource",
+    probes: "RecallProbes | None",
+    reporter: Reporter,
+    processes: Processes,
+    label: str,
+) -> dict:
+    """Return what this process finds of the model with its state in other formats."""
+    from keyreduce.evaluation.perplexity import text_batches
+    from keyreduce.evaluation.state_precision import measure_states
+
+    def ask(progress: Callable[[int], None]) -> list[dict]:
+        assert probes is not None
+        return probes.ask(batch_size=request.batch_size, processes=processes, progress=progress)
+
+    batches = list(text_batches(loaded.tokenizer, text, processes=processes, **_rows_of(request)))
+    more = {"ask": None if probes is None else ask, "processes": processes, "label": label}
+    return measure_states(loaded, batches, states, request.seq_len, reporter, **more)
 
 
 def _join(request: EvaluateRequest, shares: Sequence[dict], reporter: Reporter) -> dict:
     """Combine what all processes found."""
     from keyreduce.evaluation.perplexity import chosen_stride, total
     from keyreduce.evaluation.recall import recall_metrics
+    from keyreduce.evaluation.state_precision import state_metrics
 
     models: list[dict[str, Any]] = []
     for parts in zip(*(share["models"] for share in shares), strict=True):
@@ -222,6 +291,9 @@ def _join(request: EvaluateRequest, shares: Sequence[dict], reporter: Reporter) 
         entry = {"label": first["label"], "folder": first["folder"], **cost.metrics()}
         if "recall" in first:
             entry["recall"] = recall_metrics(part["recall"] for part in parts)
+        if "precision" in first:
+            found = state_metrics([part["precision"] for part in parts], request.seq_len)
+            entry["precision"] = {"chunk": request.state_chunk, **found}
         entry |= {name: first[name] for name in ("tasks", "tasks_file") if name in first}
         if models:
             dense, own = models[0]["perplexity_per_token"], entry["perplexity_per_token"]

@@ -1,11 +1,13 @@
 """``keyreduce eval``: dense against pruned, in quality."""
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from keyreduce.api import evaluate, many
-from keyreduce.cli.console import Console
+from keyreduce.cli.console import Console, mebibytes
 
 _TITLES = {"perplexity_per_token": "perplexity", "perplexity_increase": "over dense", "bits_per_byte": "bits per byte"}
+_MOST_HEADS = 5
 
 
 def show(request: evaluate.EvaluateRequest, console: Console) -> None:
@@ -20,6 +22,9 @@ def show(request: evaluate.EvaluateRequest, console: Console) -> None:
         _show_perplexity(console, result.content)
         if "recall" in result.content:
             _show_recall(console, models)
+        for entry in models:
+            if "precision" in entry:
+                _show_states(console, entry["label"], entry["precision"])
         if request.tasks:
             _show_tasks(console, models)
     console.say(f"wrote {result.output}")
@@ -58,6 +63,43 @@ def _show_recall(console: Console, entries: Sequence[dict]) -> None:
                 place = ("", "")
         header = ("tokens", "pairs", "", "right", f"right of {CHOICES}", "mean rank", "log-probability")
         console.table(f"{KINDS[kind]}, {cells[0]['probes']} sequences a row", header, rows)
+
+
+def _show_states(console: Console, label: str, precision: dict) -> None:
+    """Print what keeping the state in other formats costs: in all, along the sequence, and the heads that it hurts."""
+    states, chunk = precision["states"], precision["chunk"]
+    when = "each token" if chunk is None else f"every {chunk:,} tokens"
+    kinds = list(states[0].get("recall", {}))
+    rows = []
+    for state in states:
+        shares = [f"{fmean(cell['choice_accuracy'] for cell in state['recall'][kind]):.1%}" for kind in kinds]
+        increase = state["perplexity_increase"]
+        cost = _metric("perplexity_per_token", state["perplexity_per_token"]), f"{increase:+.2%}" if increase else ""
+        rows.append((state["dtype"], mebibytes(state["bytes_per_sequence"]), *cost, *shares))
+    header = ("state in", "of a sequence", "perplexity", "over float32", *(f"{kind}, right" for kind in kinds))
+    console.table(f"{label}: the state rounded after {when}", header, rows)
+    exact = states[0]["drift"]
+    first = ("float32", *(f"{part['nats']:.4f}" for part in exact))
+    others = [(state["dtype"], *(f"{part['difference']:+.4f}" for part in state["drift"])) for state in states[1:]]
+    places = (f"{part['start']:,} to {part['end'] - 1:,}" for part in exact)
+    console.table("nats of a prediction by position, and the difference from float32", ("", *places), [first, *others])
+    if heads := precision.get("heads"):
+        _show_heads(console, heads, precision["memory_correlation"])
+
+
+def _show_heads(console: Console, heads: Sequence[dict], correlations: dict) -> None:
+    """Print the heads whose readout changes most where all formats hurt, and how that goes with their memory."""
+    names = list(correlations)
+    worst = sorted(heads, key=lambda head: -head["errors"][names[-1]])[:_MOST_HEADS]
+    rows = []
+    for head in worst:
+        memory = "" if head["memory_tokens"] is None else f"{head['memory_tokens']:,.0f}"
+        errors = (f"{head['errors'][name]:.2%}" for name in names)
+        rows.append((f"layer {head['layer']}, head {head['head']}", memory, *errors))
+    known = ("" if correlations[name] is None else f"{correlations[name]:+.2f}" for name in names)
+    rows.append(("correlation with memory", f"{len(heads)} heads", *known))
+    title = f"relative error of what heads read out of their state, the worst by {names[-1]}"
+    console.table(title, ("", "memory, tokens", *names), rows)
 
 
 def _show_tasks(console: Console, entries: Sequence[dict]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedTokenizerFast
 
 from keyreduce.data.batches import bytes_per_token
 from keyreduce.data.text import TextSource
@@ -17,6 +18,8 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.windows import Window, document_windows, equal_length_batches, windows
 from keyreduce.models.loading import LoadedModel
 from keyreduce.processes import Processes
+
+_AT_ONCE = 2048  # positions of a row whose logits are widened together
 
 
 class Perplexity(NamedTuple):
@@ -120,13 +123,26 @@ def window_costs(
     for errors, see `row_logits`.
     """
     costs = []
-    # Row by row: with a large vocabulary, the logits may fit into memory and a float32 copy of them all may not.
     for (tokens_T, words_T, first), logits_TV in row_logits(model, window_batches, name, progress):
         targets = tokens_T[first:]
-        nats = F.cross_entropy(logits_TV[first - 1 : -1].float(), targets.to(logits_TV.device), reduction="none")
         num_bytes, num_words = int(bytes_V[targets].sum()), int(words_T[first:].sum())
-        costs.append(Perplexity(nats.double().sum().item(), len(targets), num_bytes, num_words))
+        nats = prediction_nats(logits_TV, tokens_T, first).sum().item()
+        costs.append(Perplexity(nats, len(targets), num_bytes, num_words))
     return costs
+
+
+def prediction_nats(logits_TV: torch.Tensor, tokens_T: torch.Tensor, first: int) -> torch.Tensor:
+    """Return the cross entropy of each token of a row from the ``first`` on: float64 ``[T - first]``, on the CPU.
+
+    It is computed in float32.
+    """
+    targets = tokens_T[first:].to(logits_TV.device)
+    nats = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
+    # In parts: with a large vocabulary, the logits of a row may fit into memory and a float32 copy of them all may not.
+    for start in range(0, len(targets), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        nats[part] = F.cross_entropy(logits_TV[first - 1 : -1][part].float(), targets[part], reduction="none")
+    return nats.cpu()
 
 
 def measure_rows(
@@ -175,11 +191,30 @@ def text_costs(
     Raises:
         KeyreduceError: windows cannot be that far apart, a logit is NaN or inf, or the text cannot be read.
     """
+    batches = text_batches(
+        loaded.tokenizer, text, seq_len=seq_len, batch_size=batch_size, num_rows=num_rows, stride=stride,
+        by_document=by_document, processes=processes,
+    )  # fmt: skip
+    bytes_V = bytes_per_token(loaded.tokenizer)
+    return window_costs(loaded.model, batches, bytes_V, name=str(loaded.folder), progress=progress)
+
+
+def text_batches(
+    tokenizer: PreTrainedTokenizerFast,
+    text: TextSource,
+    *,
+    seq_len: int,
+    batch_size: int,
+    num_rows: int | None,
+    stride: int | None = None,
+    by_document: bool = False,
+    processes: Processes = Processes(),
+) -> Iterator[list[Window]]:
+    """Yield the batches of windows that run in this process; see :func:`text_costs`."""
     stride = chosen_stride(seq_len, stride, by_document=by_document)
     cut = document_windows if by_document else windows
-    taken = islice(cut(text.documents(), loaded.tokenizer, seq_len, stride), num_rows)
-    batches, bytes_V = processes.own(equal_length_batches(taken, batch_size)), bytes_per_token(loaded.tokenizer)
-    return window_costs(loaded.model, batches, bytes_V, name=str(loaded.folder), progress=progress)
+    taken = islice(cut(text.documents(), tokenizer, seq_len, stride), num_rows)
+    return processes.own(equal_length_batches(taken, batch_size))
 
 
 def total(rows: Iterable[Perplexity]) -> Perplexity:
