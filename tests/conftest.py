@@ -12,6 +12,7 @@ import pytest
 
 FAST = {
     "test_budget.py",
+    "test_capacity.py",
     "test_engines.py",
     "test_help.py",
     "test_house.py",
