@@ -29,6 +29,7 @@ FAST = {
     "test_sweep_recipe.py",
     "test_sweep_tables.py",
     "test_text.py",
+    "test_vllm_capacity.py",
 }
 
 
