@@ -111,7 +111,7 @@ class _Unpickler(pickle.Unpickler):
             return tuple
         if module == "torch" and name in SAFETENSORS_NAMES:
             return _Dtype(name)
-        # DCP's own classes, and what is of no interest here: layouts, the folder that it was saved to, an enum's member.
+        # DCP's own classes, and what is of no interest here: layouts, an enum's member, the folder it was saved to.
         return type(name, (_Plain,), {"__module__": module})
 
 
