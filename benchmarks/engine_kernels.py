@@ -4,9 +4,10 @@
     python benchmarks/engine_kernels.py fla --kernels kda --sizes 64x64 48x48 --architectures 90 --output found.json
 
 The engine must be installed, as its wheel alone: fla, vLLM, or SGLang. Its own functions for prefill and decode are
-called as the engine calls them, with 16 key and 32 value heads, and Triton compiles each kernel down to machine code
-for A100 (80), H100 (90) and B200 (100) without running it. Of the settings that a kernel tries in tuning, one is
-compiled for each shape of its tiles; where none fits into the GPU's shared memory, the kernel counts as not compiled.
+called as the engine calls them, with 16 key and 32 value heads where nothing else is said, and Triton compiles each
+kernel down to machine code for A100 (80), H100 (90) and B200 (100) without running it. Of the settings that a kernel
+tries in tuning, one is compiled for each shape of its tiles; where none fits into the GPU's shared memory, the kernel
+counts as not compiled.
 
 A row has: the kernels, the architecture, K key and V value channels of a head, whether all compiled, and the first
 error. What compiles need not be right, nor fast. keyreduce/serving/engines.py takes its "compiled" rows from here.
@@ -46,6 +47,7 @@ GRIDS = {
     },
     "sglang": {
         "qwen3_next": (_QWEN, ("128x128", "96x128", "64x128", "64x64")),
+        "qwen3_5": (("128x128", "96x128", "64x128", "64x96", "80x104", "64x64"), ("128x128", "64x128", "64x96")),
         "kimi_linear": (("128x128", "96x96", "80x80", "64x64", "48x48", "32x32"), ("128x128", "64x64")),
     },
 }
@@ -213,25 +215,33 @@ def _vllm_sequences(with_chunks: bool = True) -> dict:
 
 
 def sglang_qwen3_next(key: int, value: int) -> None:
-    """Qwen3-Next and Qwen3.5: the projections taken apart, the prefill and the decoding."""
+    """Qwen3-Next: the projections, packed by key head, taken apart, the prefill and the decoding."""
+    _sglang_qwen("fused_qkvzba_split_reshape_cat", key, value, VALUE_HEADS)
+
+
+def sglang_qwen3_5(key: int, value: int) -> None:
+    """Qwen3.5, with three value heads for each key head as in 27B: its projections are taken apart otherwise."""
+    _sglang_qwen("fused_qkvzba_split_reshape_cat_contiguous", key, value, 3 * KEY_HEADS)
+
+
+def _sglang_qwen(split: str, key: int, value: int, heads: int) -> None:
     import torch
     from sglang.kernels.ops.attention import triton_gdn_fused_proj as projections
     from sglang.kernels.ops.attention.fla.chunk import chunk_gated_delta_rule
     from sglang.kernels.ops.attention.fla.fused_recurrent import fused_recurrent_gated_delta_rule_packed_decode
 
-    packed = torch.zeros(2, 2 * KEY_HEADS * key + 2 * VALUE_HEADS * value, dtype=torch.bfloat16)
-    ba = torch.zeros(2, 2 * VALUE_HEADS, dtype=torch.bfloat16)
-    for split in ("fused_qkvzba_split_reshape_cat", "fused_qkvzba_split_reshape_cat_contiguous"):
-        raw, _, b, a = getattr(projections, split)(packed, ba, KEY_HEADS, VALUE_HEADS, key, value)
-    states, indices = torch.zeros(4, VALUE_HEADS, value, key), torch.arange(1, 3, dtype=torch.int32)
+    packed = torch.zeros(2, 2 * KEY_HEADS * key + 2 * heads * value, dtype=torch.bfloat16)
+    ba = torch.zeros(2, 2 * heads, dtype=torch.bfloat16)
+    raw, _, b, a = getattr(projections, split)(packed, ba, KEY_HEADS, heads, key, value)
+    states, indices = torch.zeros(4, heads, value, key), torch.arange(1, 3, dtype=torch.int32)
     chunk_gated_delta_rule(
-        **_inputs(key, value), initial_state=states, initial_state_indices=indices, head_first=False,
-        use_qk_l2norm_in_kernel=True, cu_seqlens=_sequences()["cu_seqlens"].int(),
+        **_inputs(key, value, value_heads=heads), initial_state=states, initial_state_indices=indices,
+        head_first=False, use_qk_l2norm_in_kernel=True, cu_seqlens=_sequences()["cu_seqlens"].int(),
     )  # fmt: skip
     fused_recurrent_gated_delta_rule_packed_decode(
-        mixed_qkv=raw, a=a, b=b, A_log=torch.zeros(VALUE_HEADS), dt_bias=torch.zeros(VALUE_HEADS), scale=key**-0.5,
-        initial_state=states, out=torch.zeros(2, 1, VALUE_HEADS, value, dtype=torch.bfloat16),
-        ssm_state_indices=indices, use_qk_l2norm_in_kernel=True,
+        mixed_qkv=raw, a=a, b=b, A_log=torch.zeros(heads), dt_bias=torch.zeros(heads), scale=key**-0.5,
+        initial_state=states, out=torch.zeros(2, 1, heads, value, dtype=torch.bfloat16), ssm_state_indices=indices,
+        use_qk_l2norm_in_kernel=True,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ Sizes of a whole sequence are those of all layers and all GPUs together; pages a
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -318,9 +319,16 @@ VLLM_UTILIZATION = 0.92
 """vLLM's ``gpu_memory_utilization``."""
 
 
-def default_max_num_seqs(gpu_bytes: int) -> int:
-    """Return vLLM's own ``max_num_seqs`` on a GPU of so much memory; on an A100 it is 256 at any size."""
-    return 1024 if gpu_bytes >= 70 * 2**30 else 256
+def parse_memory(text: str, field: str) -> int:
+    """Return the bytes that a text such as ``80GB``, ``79.6GiB`` or ``500MB`` says.
+
+    ``field`` is the field of a request that the text is from. Raises KeyreduceError if it is no such text.
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?) *([KMGT])(I?)B?", text.strip().upper())
+    size = round(float(match[1]) * (1024 if match[3] else 1000) ** (" KMGT".index(match[2]))) if match else 0
+    if size < 1:
+        raise KeyreduceError(f"`{field}` is {text!r}; give an amount of memory such as 80GB or 79.6GiB")
+    return size
 
 
 def check_gpus(layout: CacheLayout, gpus: int) -> None:

@@ -80,12 +80,25 @@ def _alike_when_padded(sizes: MixerSizes) -> bool:
     return _up_to_256(sizes) and len(padded) == 1
 
 
-def _split_by_sglang(sizes: MixerSizes) -> bool:
-    per_key_head = sizes.value_heads // sizes.key_heads * sizes.head_v_dim
-    return _is_power_of_two(sizes.head_k_dim) and _is_power_of_two(per_key_head)
+def _split_by_head(sizes: MixerSizes) -> bool:
+    """SGLang's kernel for Qwen3-Next, which takes projections apart that are packed by key head; others use PyTorch."""
+    per_key_head = sizes.value_heads // sizes.key_heads
+    if per_key_head not in (1, 2, 4):
+        return _up_to_256(sizes)
+    are_values = _is_power_of_two(per_key_head * sizes.head_v_dim)
+    return _up_to_256(sizes) and _is_power_of_two(sizes.head_k_dim) and are_values
 
 
-_QWEN = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")
+def _split_in_order(sizes: MixerSizes) -> bool:
+    """That for Qwen3.5, whose values may also be taken one head at a time."""
+    per_key_head = sizes.value_heads // sizes.key_heads
+    if per_key_head not in (1, 2, 3, 4):
+        return _up_to_256(sizes)
+    are_values = _is_power_of_two(sizes.head_v_dim) or _is_power_of_two(per_key_head * sizes.head_v_dim)
+    return _up_to_256(sizes) and _is_power_of_two(sizes.head_k_dim) and are_values
+
+
+_QWEN: tuple[str, ...] = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")
 _NOVEMBER = "2026-11"
 _FILE = "benchmarks/serving/kernels_{}.json"
 _FLA_COMPILED = Evidence("compiled", "0.6.0", _NOVEMBER, _FILE.format("fla"))
@@ -145,8 +158,8 @@ _VLLM = Engine(
             ),
         ),
     ),
-    dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid", "kimi_linear"), "0.26")
-    | dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), "0.33"),
+    dict.fromkeys((*_QWEN, "olmo_hybrid", "kimi_linear"), "0.26")
+    | dict.fromkeys(_QWEN[3:], "0.33"),
 )
 _SGLANG = Engine(
     "SGLang",
@@ -158,9 +171,15 @@ _SGLANG = Engine(
             (_SGLANG_COMPILED,),
         ),
         Row(
+            _QWEN[1:],
+            "head_k_dim and head_v_dim powers of two, at most 256",
+            _split_in_order,
+            (_SGLANG_COMPILED,),
+        ),
+        Row(
             (),
-            "head_k_dim and the value channels of a key head powers of two",
-            _split_by_sglang,
+            "head_k_dim and the value channels of a key head powers of two, head_k_dim and head_v_dim at most 256",
+            _split_by_head,
             (_SGLANG_COMPILED,),
         ),
     ),
@@ -176,6 +195,7 @@ _MLX = Engine(
             (Evidence("read", "mlx-lm 0.32.2", _NOVEMBER, "its kernel for Metal; its code for a CPU was run"),),
         ),
     ),
+    dict.fromkeys((*_QWEN, "olmo_hybrid", "kimi_linear"), "mlx-lm 0.32.2"),
 )
 _LLAMA_CPP = Engine(
     "llama.cpp",
@@ -187,6 +207,7 @@ _LLAMA_CPP = Engine(
             (Evidence("read", "of late 2026", _NOVEMBER, "its kernels"),),
         ),
     ),
+    dict.fromkeys((*_QWEN, "kimi_linear"), "late 2026"),
 )
 _TRANSFORMERS = Engine(
     "transformers",

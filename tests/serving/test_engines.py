@@ -23,7 +23,7 @@ SUITED = {
     48: FLA_ALONE | {"fla, 16-bit training"},
     31: FLA_ALONE,
     1: FLA_ALONE | {"SGLang"},
-    512: {"SGLang", "MLX (Metal)"},
+    512: {"MLX (Metal)"},
 }
 
 
@@ -47,9 +47,24 @@ def test_llama_cpp_wants_square_states():
     assert "llama.cpp" not in suited_engines(FLA, [MixerSizes(2, 2, 64, 128)])[0]
 
 
-def test_sglang_splits_the_values_of_a_key_head_too():
-    for value_heads, head_v_dim, suits in [(2, 64, True), (4, 64, True), (6, 64, False), (2, 48, False)]:
-        assert ("SGLang" in suited_engines(FLA, [MixerSizes(2, value_heads, 64, head_v_dim)])[0]) == suits
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "suits"),
+    [
+        ("qwen3_next", (2, 2, 64, 64), True),
+        ("qwen3_next", (2, 4, 64, 64), True),
+        # Three value heads for a key head: the kernel that wants powers of two is not called.
+        ("qwen3_next", (2, 6, 96, 64), True),
+        ("qwen3_next", (2, 2, 64, 48), False),
+        ("qwen3_next", (2, 2, 48, 64), False),
+        # The 16 key and 48 value heads of Qwen3.5-27B, whose values are taken one head at a time.
+        ("qwen3_5", (16, 48, 128, 128), True),
+        ("qwen3_5", (16, 48, 64, 96), False),
+        ("qwen3_5", (16, 48, 96, 128), False),
+        ("qwen3_5", (16, 64, 64, 64), True),
+    ],
+)
+def test_sglang_splits_the_values_of_a_key_head_too(model_type, sizes, suits):
+    assert ("SGLang" in suited_engines(FAMILIES[model_type], [MixerSizes(*sizes)])[0]) == suits
 
 
 def test_no_engine_knows_what_fla_does_not_ship():
