@@ -55,7 +55,7 @@ class Engine(NamedTuple):
 
     label: str
     rows: tuple[Row, ...]
-    knows: Mapping[str, str] | None = None
+    knows: dict[str, str] | None = None
 
     def row(self, model_type: str) -> Row:
         """Return the row that speaks of an architecture."""
@@ -158,8 +158,7 @@ _VLLM = Engine(
             ),
         ),
     ),
-    dict.fromkeys((*_QWEN, "olmo_hybrid", "kimi_linear"), "0.26")
-    | dict.fromkeys(_QWEN[3:], "0.33"),
+    dict.fromkeys([*_QWEN, "olmo_hybrid", "kimi_linear"], "0.26") | dict.fromkeys(_QWEN[3:], "0.33"),
 )
 _SGLANG = Engine(
     "SGLang",
@@ -183,7 +182,7 @@ _SGLANG = Engine(
             (_SGLANG_COMPILED,),
         ),
     ),
-    dict.fromkeys((*_QWEN, "kimi_linear"), "0.5.23"),
+    dict.fromkeys([*_QWEN, "kimi_linear"], "0.5.23"),
 )
 _MLX = Engine(
     "MLX (Metal)",
@@ -195,7 +194,7 @@ _MLX = Engine(
             (Evidence("read", "mlx-lm 0.32.2", _NOVEMBER, "its kernel for Metal; its code for a CPU was run"),),
         ),
     ),
-    dict.fromkeys((*_QWEN, "olmo_hybrid", "kimi_linear"), "mlx-lm 0.32.2"),
+    dict.fromkeys([*_QWEN, "olmo_hybrid", "kimi_linear"], "mlx-lm 0.32.2"),
 )
 _LLAMA_CPP = Engine(
     "llama.cpp",
@@ -207,7 +206,7 @@ _LLAMA_CPP = Engine(
             (Evidence("read", "of late 2026", _NOVEMBER, "its kernels"),),
         ),
     ),
-    dict.fromkeys((*_QWEN, "kimi_linear"), "late 2026"),
+    dict.fromkeys([*_QWEN, "kimi_linear"], "late 2026"),
 )
 _TRANSFORMERS = Engine(
     "transformers",
