@@ -97,6 +97,11 @@ class InspectResult(Result):
     notes: list[str]  # what should be known before one of the figures is taken at its word.
 
 
+def inspect(model: str | Path | None = None, **settings: Any) -> InspectResult:
+    """Return what a model's config and headers say, as :func:`run` does; the settings are the request's fields."""
+    return run(InspectRequest(model=None if model is None else str(model), **settings))
+
+
 def run(request: InspectRequest, reporter: Reporter = Reporter()) -> InspectResult:
     """Return what a model's config and headers say.
 

@@ -294,14 +294,17 @@ def near_sizes(engine: EngineName, family: Family, before: MixerSizes, after: Mi
     were tried); the same value channels with other keys; the same keys with other value channels.
     """
     row = NAMED[engine].row(family.model_type)
-    pairs = [
-        (key, value)
-        for key in range(1, before.head_k_dim + 1)
-        for value in range(1, before.head_v_dim + 1)
-        if key * value < before.head_k_dim * before.head_v_dim and (key == value or not family.tied)
-        if row.is_met(after._replace(head_k_dim=key, head_v_dim=value))
-    ]
-    neat = [pair for pair in pairs if not any(size % _STEP for size in pair)] or pairs
+
+    def running(step: int) -> list[tuple[int, int]]:
+        return [
+            (key, value)
+            for key in range(step, before.head_k_dim + 1, step)
+            for value in range(step, before.head_v_dim + 1, step)
+            if key * value < before.head_k_dim * before.head_v_dim and (key == value or not family.tied)
+            if row.is_met(after._replace(head_k_dim=key, head_v_dim=value))
+        ]
+
+    neat = running(_STEP) or running(1)
 
     def distance(pair: tuple[int, int]) -> float:
         key, value = pair
