@@ -12,10 +12,13 @@ import pytest
 
 FAST = {
     "test_budget.py",
+    "test_capacity.py",
+    "test_engine_kernels.py",
     "test_engines.py",
     "test_help.py",
     "test_house.py",
     "test_hub.py",
+    "test_launch.py",
     "test_model_card.py",
     "test_outputs.py",
     "test_overlap.py",
@@ -28,6 +31,7 @@ FAST = {
     "test_sweep_recipe.py",
     "test_sweep_tables.py",
     "test_text.py",
+    "test_vllm_capacity.py",
 }
 
 

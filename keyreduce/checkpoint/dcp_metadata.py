@@ -9,7 +9,6 @@ import io
 import math
 import pathlib
 import pickle
-import pickletools
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -17,6 +16,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
+from keyreduce.checkpoint.headers import check_pickle_sizes
 from keyreduce.checkpoint.source import METADATA_NAME
 from keyreduce.errors import KeyreduceError
 
@@ -119,7 +119,7 @@ def _get_member(owner: Any, name: str) -> Any:
 def _read_metadata(path: Path) -> Metadata:
     try:
         content = path.read_bytes()
-        _check_sizes(content)
+        check_pickle_sizes(content)
         metadata = _RestrictedUnpickler(io.BytesIO(content)).load()
     except OSError as error:
         raise KeyreduceError(f"{path} cannot be read: {error.strerror}") from None
@@ -129,17 +129,6 @@ def _read_metadata(path: Path) -> Metadata:
     if not isinstance(metadata, Metadata):
         raise KeyreduceError(f"{path} is damaged, or not what DCP writes: it holds no checkpoint metadata")
     return metadata
-
-
-def _check_sizes(content: bytes) -> None:
-    """Refuse a pickle that announces more than it holds: the unpickler would allocate that much.
-
-    pickletools itself refuses strings longer than what is left; what remains is the place in the memo, a table that
-    has room for every place before it.
-    """
-    for opcode, argument, _ in pickletools.genops(content):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > len(content):
-            raise pickle.UnpicklingError("it asks for more memory than its size can need")
 
 
 def _check_tensor(folder: Path, metadata: Metadata, key: str) -> SavedTensor:

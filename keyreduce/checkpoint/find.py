@@ -97,13 +97,22 @@ def find_checkpoints(base: Path) -> dict[str, str]:
 
 
 def _find_folder(name: str | None) -> Path:
+    found = find_local(name)
+    return _from_hub(str(name)) if found is None else found
+
+
+def find_local(name: str | None) -> Path | None:
+    """Return the folder that a model's name stands for on this machine; None for a name on the hub.
+
+    Raises KeyreduceError if the name stands for nothing.
+    """
     name = DEFAULT_MODEL if name is None else name
     if os.path.isdir(name):
         return Path(name)
     if name in shipped_models():
         return SHIPPED / name
     if not os.path.exists(name) and _HUB_NAME.fullmatch(name):
-        return _from_hub(name)
+        return None
     raise KeyreduceError(
         f"there is no model {name!r}: give a checkpoint folder, a name on the hub (owner/name), "
         f"or a shipped model ({', '.join(shipped_models())})"

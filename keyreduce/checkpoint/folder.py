@@ -1,16 +1,19 @@
 """A Hugging Face checkpoint folder: config.json, safetensors shards, and the small files beside them."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING
 
 from keyreduce.checkpoint.shards import ByteRange, ShardPlan, read_header
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import read_json
 from keyreduce.workspace import PROJECTIONS_NAME, RECORD_NAME
+
+if TYPE_CHECKING:
+    import torch  # headers are read without it
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
@@ -38,6 +41,8 @@ class HfCheckpoint(Checkpoint):
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor, mapped from its file. The mapping goes with the tensor, so read one at a time."""
+        from safetensors import SafetensorError, safe_open
+
         ((file, _, _),) = self.ranges(name)
         try:
             with safe_open(str(file), framework="pt") as opened:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from keyreduce.checkpoint.shards import TORCH_DTYPES, ByteRange, TensorSpec, make_spec
+from keyreduce.checkpoint.shards import ByteRange, TensorSpec, make_spec, torch_dtypes
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.checkpoint.writing import MAX_SHARD_SIZE, split_into_shards, write_folder_files, write_weights
 from keyreduce.errors import KeyreduceError
@@ -62,7 +62,7 @@ class EditedTensors:
             return tensor
         for edit in self._edits.get(name, ()):
             tensor = edit.apply(tensor)
-        tensor = tensor.to(TORCH_DTYPES[self.tensors[name].dtype])
+        tensor = tensor.to(torch_dtypes()[self.tensors[name].dtype])
         if not is_finite(tensor):
             kind = f" as {tensor.dtype}".replace("torch.", "") if self._dtype else ""
             raise KeyreduceError(

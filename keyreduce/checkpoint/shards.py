@@ -4,42 +4,48 @@ The format, https://github.com/huggingface/safetensors#format: an 8-byte little-
 that length which gives each tensor's dtype, shape and byte range, then the bytes.
 """
 
+from __future__ import annotations
+
+import functools
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keyreduce.errors import KeyreduceError
 
-TORCH_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F4": torch.float4_e2m1fn_x2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
+if TYPE_CHECKING:
+    import torch  # headers are read without it: it takes a second to import
+
+_TORCH_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F4": "float4_e2m1fn_x2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
 }
-_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+SAFETENSORS_NAMES = {torch_name: name for name, torch_name in _TORCH_NAMES.items()}
+"""What torch calls a dtype -> what a safetensors header calls it."""
 # Torch has no 6-bit types and holds F4 in pairs, but a file may have them, and they can be copied.
-_BITS = {name: 8 * dtype.itemsize for name, dtype in TORCH_DTYPES.items()} | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+_BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+_BITS |= {name: int(name.strip("BCFIU").split("_")[0]) for name in _TORCH_NAMES if name not in _BITS}
 
 # The limit that the safetensors library sets.
 _MAX_HEADER_BYTES = 100_000_000
@@ -78,15 +84,24 @@ class ByteRange(NamedTuple):
     end: int
 
 
+@functools.cache
+def torch_dtypes() -> dict[str, torch.dtype]:
+    """Return safetensors' name of a dtype -> torch's dtype, for all that torch has."""
+    import torch
+
+    return {name: getattr(torch, torch_name) for name, torch_name in _TORCH_NAMES.items()}
+
+
 def make_spec(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorSpec:
     """Describe a torch tensor as a safetensors header does. Raises KeyreduceError if safetensors has no such dtype."""
-    if dtype not in _NAMES:
+    found = SAFETENSORS_NAMES.get(str(dtype).removeprefix("torch."))
+    if found is None:
         raise KeyreduceError(f"tensor {name!r} is {dtype}, which safetensors cannot hold; convert it to another dtype")
     shape = tuple(shape)
-    if dtype == torch.float4_e2m1fn_x2:
+    if found == "F4":
         # Torch counts pairs along the last axis, safetensors counts single numbers.
         shape = (*shape[:-1], 2 * shape[-1])
-    return TensorSpec(name, _NAMES[dtype], shape)
+    return TensorSpec(name, found, shape)
 
 
 def torch_layout(spec: TensorSpec) -> dict[str, Any]:
@@ -94,12 +109,12 @@ def torch_layout(spec: TensorSpec) -> dict[str, Any]:
 
     Raises KeyreduceError if torch has no such dtype.
     """
-    if spec.dtype not in TORCH_DTYPES:
+    if spec.dtype not in _TORCH_NAMES:
         raise KeyreduceError(f"tensor {spec.name!r} is {spec.dtype}, which torch cannot hold")
     size = spec.shape
     if spec.dtype == "F4" and size:
         size = (*size[:-1], size[-1] // 2)
-    return {"dtype": TORCH_DTYPES[spec.dtype], "size": size}
+    return {"dtype": torch_dtypes()[spec.dtype], "size": size}
 
 
 def read_header(path: Path) -> tuple[ShardPlan, dict[str, ByteRange]]:

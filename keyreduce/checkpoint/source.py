@@ -1,5 +1,7 @@
 """A checkpoint that is read from, whatever files its tensors lie in."""
 
+from __future__ import annotations
+
 import bisect
 import hashlib
 import itertools
@@ -10,11 +12,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from keyreduce.checkpoint.shards import ByteRange, ShardPlan, TensorSpec
 from keyreduce.errors import KeyreduceError
+
+if TYPE_CHECKING:
+    import torch  # headers are read without it
 
 METADATA_NAME = ".metadata"  # the file by which a folder is a DCP
 
@@ -101,6 +105,8 @@ class Checkpoint(ABC):
     def _read_bytes(self, name: str, begin: int, end: int) -> bytes:
         ranges = self.ranges(name)
         if ranges is None:
+            import torch
+
             raw = self.read(name).contiguous().reshape(-1).view(torch.uint8)
             return raw[begin:end].numpy().tobytes()
         found = []

@@ -6,12 +6,13 @@ from typing import Any, NoReturn
 
 import typer
 
-from keyreduce.cli import benchmark, calibrate, convert_dcp, errors, prune, rank, recover, sweep, verify
+from keyreduce.cli import benchmark, calibrate, convert_dcp, errors, inspect, prune, rank, recover, sweep, verify
 from keyreduce.cli import eval as evaluate
 from keyreduce.cli.command import add_command
 from keyreduce.errors import KeyreduceError
 
 _SHOWS = {
+    "inspect": inspect.show,
     "calibrate": calibrate.show,
     "prune": prune.show,
     "recover": recover.show,

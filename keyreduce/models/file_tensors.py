@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from keyreduce.checkpoint.shards import TORCH_DTYPES
+from keyreduce.checkpoint.shards import torch_dtypes
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
@@ -54,7 +54,7 @@ def changed_tensors(model: PreTrainedModel, source: Checkpoint, *, whole: bool) 
     All of the model is looked at where ``whole`` is true (see :func:`file_tensors`), and else its mixers alone.
     """
     for name, tensor in file_tensors(model, source).items() if whole else mixer_tensors(model, source):
-        tensor = tensor.to(TORCH_DTYPES[source.tensors[name].dtype])
+        tensor = tensor.to(torch_dtypes()[source.tensors[name].dtype])
         if not tensor.equal(source.read(name)):
             yield name, tensor
 

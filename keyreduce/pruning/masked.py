@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from keyreduce.checkpoint.folder import open_folder
-from keyreduce.checkpoint.shards import TORCH_DTYPES
+from keyreduce.checkpoint.shards import torch_dtypes
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError, reason
 from keyreduce.families import Part, family_of
@@ -137,7 +137,7 @@ def _masked_weights(source: Checkpoint, plan: Plan, cut: Checkpoint) -> dict[str
             tensor = edit.masked(tensor)
         # Weights that were cast to another dtype in the pruned checkpoint are rounded alike.
         rounded = name in cut.tensors and not any(isinstance(edit, Fill) for edit in changes)
-        weights[name] = tensor.to(TORCH_DTYPES[cut.tensors[name].dtype]) if rounded else tensor
+        weights[name] = tensor.to(torch_dtypes()[cut.tensors[name].dtype]) if rounded else tensor
     return weights
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from keyreduce.calibration.run import Settings
-from keyreduce.checkpoint.shards import TORCH_DTYPES
+from keyreduce.checkpoint.shards import torch_dtypes
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.data.batches import batches, text_token_ids, token_rows
 from keyreduce.data.text import TextSource
@@ -189,7 +189,7 @@ def _written_dtypes(loaded: LoadedModel, source: Checkpoint, *, whole: bool) -> 
     """Return parameter -> its dtype in the checkpoint, whose files may name and divide parameters in another way."""
     in_files = file_tensors(loaded.model, source) if whole else dict(mixer_tensors(loaded.model, source))
     # The first piece of a parameter begins where the parameter does.
-    dtypes = {tensor.data_ptr(): TORCH_DTYPES[source.tensors[name].dtype] for name, tensor in in_files.items()}
+    dtypes = {tensor.data_ptr(): torch_dtypes()[source.tensors[name].dtype] for name, tensor in in_files.items()}
     parameters = loaded.model.named_parameters()
     return {name: dtypes[one.data_ptr()] for name, one in parameters if one.data_ptr() in dtypes}
 

@@ -1,63 +1,251 @@
-"""The sizes that serving engines and kernel libraries run. The facts are of late 2026; engines change."""
+"""The sizes that serving engines and kernel libraries run: one table an engine, each row with how it is known.
+
+"run" means that a model of such sizes was started or compared with another library, "compiled" that the engine's own
+kernels were compiled for these sizes (``benchmarks/engine_kernels.py`` and its JSON in ``benchmarks/serving/``), and
+"read" that somebody read the engine's source. Engines change: a row says of which version it speaks, and when.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from keyreduce.errors import KeyreduceError
 
 if TYPE_CHECKING:
-    # Only for the types: the names of the engines appear in the help, which must not wait for torch.
+    # Only for the types: the names of the engines appear in the help, which must not wait for more.
     from keyreduce.families import Family, MixerSizes
 
 EngineName = Literal["fla", "transformers", "vllm", "sglang", "mlx", "llama.cpp"]
+Known = Literal["run", "compiled", "read"]
+_STEP = 8  # sizes that are named to users are multiples of it where the engine runs any
+
+
+class Evidence(NamedTuple):
+    """How a row is known: ``how``, of which ``version`` of the engine, ``when`` (year and month), and from ``what``."""
+
+    how: Known
+    version: str
+    when: str
+    what: str
+
+
+class Row(NamedTuple):
+    """What an engine demands of the sizes of some architectures.
+
+    Attributes:
+        model_types: the architectures; none stands for all that no other row names.
+        demand: what it demands, in words.
+        is_met: whether sizes meet it.
+        evidence: how that is known, the strongest first.
+    """
+
+    model_types: tuple[str, ...]
+    demand: str
+    is_met: Callable[[MixerSizes], bool]
+    evidence: tuple[Evidence, ...]
 
 
 class Engine(NamedTuple):
-    """What an engine demands of a mixer's sizes."""
+    """An engine's ``label``, its ``rows``, and the architectures that it ``knows``: model type -> since which version.
 
-    name: str
-    demand: str
-    is_met: Callable[[MixerSizes], bool]
+    ``knows`` is None where that was not looked up, or where the engine is a library of kernels.
+    """
+
+    label: str
+    rows: tuple[Row, ...]
+    knows: dict[str, str] | None = None
+
+    def row(self, model_type: str) -> Row:
+        """Return the row that speaks of an architecture."""
+        named = (row for row in self.rows if model_type in row.model_types)
+        return next(named, self.rows[-1])
 
 
 def _next_power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-_FLA = Engine("fla", "head_k_dim at most 256", lambda s: s.head_k_dim <= 256)
-# vLLM 0.20 to 0.33 pads both sizes to powers of two in one kernel after the convolution, which must then be alike:
-# 64 x 128 does not start (run on an H100 with 0.26.0: 96 x 128, 72 x 128 and 64 x 64 do).
+def _is_power_of_two(number: int) -> bool:
+    return number.bit_count() == 1
+
+
+def _up_to_256(sizes: MixerSizes) -> bool:
+    return max(sizes.head_k_dim, sizes.head_v_dim) <= 256
+
+
+def _alike_when_padded(sizes: MixerSizes) -> bool:
+    padded = {_next_power_of_two(size) for size in (sizes.head_k_dim, sizes.head_v_dim)}
+    return _up_to_256(sizes) and len(padded) == 1
+
+
+def _split_by_head(sizes: MixerSizes) -> bool:
+    """SGLang's kernel for Qwen3-Next, which takes projections apart that are packed by key head; others use PyTorch."""
+    per_key_head = sizes.value_heads // sizes.key_heads
+    if per_key_head not in (1, 2, 4):
+        return _up_to_256(sizes)
+    are_values = _is_power_of_two(per_key_head * sizes.head_v_dim)
+    return _up_to_256(sizes) and _is_power_of_two(sizes.head_k_dim) and are_values
+
+
+def _split_in_order(sizes: MixerSizes) -> bool:
+    """That for Qwen3.5, whose values may also be taken one head at a time."""
+    per_key_head = sizes.value_heads // sizes.key_heads
+    if per_key_head not in (1, 2, 3, 4):
+        return _up_to_256(sizes)
+    are_values = _is_power_of_two(sizes.head_v_dim) or _is_power_of_two(per_key_head * sizes.head_v_dim)
+    return _up_to_256(sizes) and _is_power_of_two(sizes.head_k_dim) and are_values
+
+
+_QWEN: tuple[str, ...] = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")
+_NOVEMBER = "2026-11"
+_FILE = "benchmarks/serving/kernels_{}.json"
+_FLA_COMPILED = Evidence("compiled", "0.6.0", _NOVEMBER, _FILE.format("fla"))
+_VLLM_COMPILED = Evidence("compiled", "0.26.0", _NOVEMBER, _FILE.format("vllm"))
+_SGLANG_COMPILED = Evidence("compiled", "0.5.23", _NOVEMBER, _FILE.format("sglang"))
+
+_FLA = Engine(
+    "fla",
+    (
+        Row(
+            (),
+            "head_k_dim and head_v_dim at most 256",
+            _up_to_256,
+            (Evidence("run", "0.6.0", _NOVEMBER, "decode and prefill on an H100"), _FLA_COMPILED),
+        ),
+    ),
+)
+_TRAINING = Engine(
+    "fla, 16-bit training",
+    (
+        Row(
+            (),
+            "an even head_k_dim",
+            lambda sizes: _up_to_256(sizes) and sizes.head_k_dim % 2 == 0,
+            (Evidence("run", "0.6.0", _NOVEMBER, "training on an H100"),),
+        ),
+    ),
+)
+# One kernel of vLLM, which prepares a prefill, gives one variable a shape of padded keys in one branch and a shape of
+# padded values in the other. Triton refuses that unless both are alike.
 _VLLM = Engine(
     "vLLM (Triton)",
-    "head_k_dim and head_v_dim at most 256, with the same next power of two",
-    lambda s: (
-        max(s.head_k_dim, s.head_v_dim) <= 256 and _next_power_of_two(s.head_k_dim) == _next_power_of_two(s.head_v_dim)
+    (
+        Row(
+            ("olmo_hybrid",),
+            "head_k_dim and head_v_dim at most 256",
+            _up_to_256,
+            (_VLLM_COMPILED,),
+        ),
+        Row(
+            ("kimi_linear",),
+            "as many key as value channels, at most 128",
+            lambda sizes: sizes.head_k_dim == sizes.head_v_dim <= 128,
+            (_VLLM_COMPILED,),
+        ),
+        Row(
+            (),
+            "head_k_dim and head_v_dim at most 256, with the same next power of two",
+            _alike_when_padded,
+            (
+                Evidence(
+                    *("run", "0.26.0", _NOVEMBER),
+                    "an H100: 128 x 128, 96 x 128, 72 x 128 and 64 x 64 start, 64 x 128 does not",
+                ),
+                _VLLM_COMPILED,
+                Evidence("compiled", "0.33.0", _NOVEMBER, _FILE.format("vllm_0_33")),
+            ),
+        ),
     ),
+    dict.fromkeys([*_QWEN, "olmo_hybrid", "kimi_linear"], "0.26") | dict.fromkeys(_QWEN[3:], "0.33"),
 )
 _SGLANG = Engine(
     "SGLang",
-    "head_k_dim and the value channels of a key head powers of two",
-    lambda s: s.head_k_dim.bit_count() == (s.value_heads // s.key_heads * s.head_v_dim).bit_count() == 1,
+    (
+        Row(
+            ("kimi_linear",),
+            "as many key as value channels, at most 128",
+            lambda sizes: sizes.head_k_dim == sizes.head_v_dim <= 128,
+            (_SGLANG_COMPILED,),
+        ),
+        Row(
+            _QWEN[1:],
+            "head_k_dim and head_v_dim powers of two, at most 256",
+            _split_in_order,
+            (_SGLANG_COMPILED,),
+        ),
+        Row(
+            (),
+            "head_k_dim and the value channels of a key head powers of two, head_k_dim and head_v_dim at most 256",
+            _split_by_head,
+            (_SGLANG_COMPILED,),
+        ),
+    ),
+    dict.fromkeys([*_QWEN, "kimi_linear"], "0.5.23"),
 )
-_MLX = Engine("MLX (Metal)", "head_k_dim a multiple of 32", lambda s: s.head_k_dim % 32 == 0)
+_MLX = Engine(
+    "MLX (Metal)",
+    (
+        Row(
+            (),
+            "head_k_dim a multiple of 32",
+            lambda sizes: sizes.head_k_dim % 32 == 0,
+            (Evidence("read", "mlx-lm 0.32.2", _NOVEMBER, "its kernel for Metal; its code for a CPU was run"),),
+        ),
+    ),
+    dict.fromkeys([*_QWEN, "olmo_hybrid", "kimi_linear"], "mlx-lm 0.32.2"),
+)
 _LLAMA_CPP = Engine(
     "llama.cpp",
-    "head_k_dim of 16, 32, 64 or 128, equal to head_v_dim",
-    lambda s: s.head_k_dim in (16, 32, 64, 128) and s.head_k_dim == s.head_v_dim,
+    (
+        Row(
+            (),
+            "head_k_dim of 16, 32, 64 or 128, equal to head_v_dim",
+            lambda sizes: sizes.head_k_dim in (16, 32, 64, 128) and sizes.head_k_dim == sizes.head_v_dim,
+            (Evidence("read", "of late 2026", _NOVEMBER, "its kernels"),),
+        ),
+    ),
+    dict.fromkeys([*_QWEN, "kimi_linear"], "late 2026"),
 )
-# The operators of transformers are plain PyTorch, and take any size.
-_TRANSFORMERS = Engine("transformers", "any size", lambda s: True)
-_TRAINING = Engine(
-    "fla, 16-bit training", "an even head_k_dim", lambda s: s.head_k_dim <= 256 and s.head_k_dim % 2 == 0
+_TRANSFORMERS = Engine(
+    "transformers",
+    (
+        Row(
+            (),
+            "any size",
+            lambda sizes: True,
+            (Evidence("run", "5.6 to 5.23", _NOVEMBER, "plain PyTorch; tests/pruning/test_plain_transformers.py"),),
+        ),
+    ),
 )
-_FLASH = Engine("FlashInfer, FlashQLA, CuteDSL", "head_k_dim and head_v_dim 128", lambda s: s[2:] == (128, 128))
+_FLASH = Engine(
+    "FlashInfer, FlashQLA, CuteDSL",
+    (
+        Row(
+            (),
+            "head_k_dim and head_v_dim 128",
+            lambda sizes: sizes[2:] == (128, 128),
+            (Evidence("read", "of late 2026", _NOVEMBER, "their kernels"),),
+        ),
+    ),
+)
 ENGINES = (_FLA, _TRAINING, _VLLM, _SGLANG, _MLX, _LLAMA_CPP, _FLASH)
-# vLLM runs OLMo-Hybrid by a class of its own, whose kernels compile for 32 to 96 x 192.
-_VLLM_OLMO = _VLLM._replace(demand=_FLA.demand, is_met=_FLA.is_met)
-_NAMED: dict[EngineName, Engine] = {"fla": _FLA, "vllm": _VLLM, "sglang": _SGLANG, "mlx": _MLX, "llama.cpp": _LLAMA_CPP}
-_NAMED["transformers"] = _TRANSFORMERS
+"""The tables, in the order in which they are shown; that of transformers stands apart, as it runs only its own."""
+NAMED: Mapping[EngineName, Engine] = {
+    **{"fla": _FLA, "transformers": _TRANSFORMERS, "vllm": _VLLM, "sglang": _SGLANG},
+    **{"mlx": _MLX, "llama.cpp": _LLAMA_CPP},
+}
+"""The engines that a user can ask for, by name."""
+
+
+def runs(engine: EngineName, family: Family, sizes: MixerSizes) -> bool:
+    """Return whether an engine's kernels run a mixer of these sizes, of this architecture.
+
+    That the engine also has a class for the architecture is another question: see :class:`Engine`. Pure and quick, so
+    that a grid of sizes can be filtered with it.
+    """
+    return family.shipped_by != "keyreduce" and NAMED[engine].row(family.model_type).is_met(sizes)
 
 
 def suited_engines(family: Family, layers: Iterable[MixerSizes]) -> tuple[list[str], list[str]]:
@@ -69,10 +257,11 @@ def suited_engines(family: Family, layers: Iterable[MixerSizes]) -> tuple[list[s
         return [], [f"serving engines (none knows {family.model_type})"]
     sizes = list(layers)
     engines = (_TRANSFORMERS, *ENGINES) if family.shipped_by == "transformers" else ENGINES
-    suited = {engine: all(engine.is_met(layer) for layer in sizes) for engine in map(_for(family), engines)}
+    rows = {engine.label: engine.row(family.model_type) for engine in engines}
+    suited = {label: all(row.is_met(layer) for layer in sizes) for label, row in rows.items()}
     return (
-        [engine.name for engine, is_met in suited.items() if is_met],
-        [f"{engine.name} ({engine.demand})" for engine, is_met in suited.items() if not is_met],
+        [label for label, is_met in suited.items() if is_met],
+        [f"{label} ({rows[label].demand})" for label, is_met in suited.items() if not is_met],
     )
 
 
@@ -87,29 +276,53 @@ def check_engine(
     """
     if family.shipped_by == "keyreduce":
         raise KeyreduceError(f"`engine` {name}: it does not know {family.model_type}, which keyreduce alone ships")
-    engine = _for(family)(_NAMED[name])
+    row = NAMED[name].row(family.model_type)
     for layer, sizes in after.items():
-        if not engine.is_met(sizes):
+        if not row.is_met(sizes):
+            found = near_sizes(name, family, before[layer], sizes)
+            told = [f"{key} x {value} (`target` {_targets(before[layer], key, value)})" for key, value in found]
             raise KeyreduceError(
-                f"`engine` {name} wants {engine.demand}, and the cut leaves {sizes.head_k_dim} key and "
-                f"{sizes.head_v_dim} value channels a head; {_fitting(engine, before[layer], sizes)}"
+                f"`engine` {name} wants {row.demand}, and the cut leaves {sizes.head_k_dim} x {sizes.head_v_dim} "
+                f"channels a head; {'near it run ' + ', '.join(told) if told else 'no cut of this model fits'}"
             )
 
 
-def _for(family: Family) -> Callable[[Engine], Engine]:
-    return lambda engine: _VLLM_OLMO if engine is _VLLM and family.model_type == "olmo_hybrid" else engine
+def near_sizes(engine: EngineName, family: Family, before: MixerSizes, after: MixerSizes) -> list[tuple[int, int]]:
+    """Return up to three pairs of key and value channels that an engine runs, near those that a cut leaves.
 
+    They are: keys and values cut to about the same state, the keys about twice as much (what loses least where both
+    were tried); the same value channels with other keys; the same keys with other value channels.
+    """
+    row = NAMED[engine].row(family.model_type)
 
-def _fitting(engine: Engine, before: MixerSizes, after: MixerSizes) -> str:
-    """Return what to ask for instead: key sizes with the same value size, or else pairs of the two."""
-    keys = [key for key in range(1, before.head_k_dim + 1) if engine.is_met(after._replace(head_k_dim=key))]
-    if keys:
-        listed = ", ".join(map(str, keys)) if len(keys) < 12 else f"{keys[0]} to {keys[-1]}"
-        return f"with `target` key, `keep` one of {listed}"
-    pairs = [
-        f"{key},{value}"
-        for value in range(before.head_v_dim, 0, -1)
-        for key in range(before.head_k_dim, 0, -1)
-        if engine.is_met(after._replace(head_k_dim=key, head_v_dim=value))
+    def running(step: int) -> list[tuple[int, int]]:
+        return [
+            (key, value)
+            for key in range(step, before.head_k_dim + 1, step)
+            for value in range(step, before.head_v_dim + 1, step)
+            if key * value < before.head_k_dim * before.head_v_dim and (key == value or not family.tied)
+            if row.is_met(after._replace(head_k_dim=key, head_v_dim=value))
+        ]
+
+    neat = running(_STEP) or running(1)
+
+    def distance(pair: tuple[int, int]) -> float:
+        key, value = pair
+        state = math.log(key * value / (after.head_k_dim * after.head_v_dim))
+        lopsided = math.log(key / before.head_k_dim) - 2 * math.log(value / before.head_v_dim)
+        return abs(state) + abs(lopsided) / 10
+
+    wanted = [
+        min(neat, key=distance, default=None),
+        min((one for one in neat if one[1] == after.head_v_dim), key=distance, default=None),
+        min((one for one in neat if one[0] == after.head_k_dim), key=distance, default=None),
     ]
-    return f"with `target` key,value, `keep` one of {' '.join(pairs[:8])}" if pairs else "no cut of this model fits"
+    return list(dict.fromkeys(one for one in wanted if one is not None))
+
+
+def _targets(before: MixerSizes, key: int, value: int) -> str:
+    if value == before.head_v_dim:
+        return f"key, `keep` {key}"
+    if key == before.head_k_dim:
+        return f"value, `keep` {value}"
+    return f"key,value, `keep` {key},{value}"

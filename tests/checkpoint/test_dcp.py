@@ -22,7 +22,7 @@ from keyreduce.checkpoint.dcp_source import DcpCheckpoint
 from keyreduce.checkpoint.find import find_dcp
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.rewrite import rewrite
-from keyreduce.checkpoint.shards import TORCH_DTYPES
+from keyreduce.checkpoint.shards import torch_dtypes
 from keyreduce.errors import KeyreduceError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -77,7 +77,7 @@ def _edit_metadata(folder: Path, edit) -> None:
 
 def test_safetensors_to_dcp_and_back_is_bitwise_the_same(make_folder, folder_of, tensors):
     generator = torch.Generator().manual_seed(0)
-    for name, dtype in TORCH_DTYPES.items():
+    for name, dtype in torch_dtypes().items():
         raw = torch.randint(0, 256, (3, 8 * dtype.itemsize), dtype=torch.uint8, generator=generator)
         tensors[f"dtype.{name}"] = raw > 127 if dtype == torch.bool else raw.view(dtype)
     source = make_folder(tensors, shards=2)
@@ -88,7 +88,7 @@ def test_safetensors_to_dcp_and_back_is_bitwise_the_same(make_folder, folder_of,
     _assert_same(_load_all(target), tensors)
     converted = open_folder(target)
     for name, spec in converted.tensors.items():
-        assert converted.ranges(name)[0].begin % TORCH_DTYPES[spec.dtype].itemsize == 0
+        assert converted.ranges(name)[0].begin % torch_dtypes()[spec.dtype].itemsize == 0
     total_size = sum(tensor.nbytes for tensor in tensors.values())
     assert sum(saved_bytes) == sum(loaded_bytes) == total_size
     for name in ("config.json", "tokenizer.json"):

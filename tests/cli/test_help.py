@@ -15,7 +15,7 @@ from keyreduce.pruning.methods import METHODS
 
 REPOSITORY = Path(__file__).parents[2]
 COMMANDS = (
-    *("calibrate", "prune", "recover", "convert-dcp", "benchmark", "eval"),
+    *("inspect", "calibrate", "prune", "recover", "convert-dcp", "benchmark", "eval"),
     *("rank", "sweep", "table", "verify"),
 )
 HEAVY = ("torch", "transformers", "fla", "datasets", "numpy", "safetensors", "matplotlib", "scipy", "lm_eval", "ray")

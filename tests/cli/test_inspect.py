@@ -1,0 +1,51 @@
+"""``keyreduce inspect``: what people read, and one JSON object for shells."""
+
+import shlex
+
+from sparse_checkpoints import QWEN3_5_27B, write_sparse
+
+
+def test_tables_and_commands(keyreduce, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = write_sparse(tmp_path / "my models", QWEN3_5_27B)
+    result = keyreduce("inspect", folder, "--gpu-memory", "80GB", "--tokens", 512, "--gpus", 2)
+    assert result.code == 0, result.err
+    words = " ".join(result.out.split())
+    assert "48 layers with a delta-rule state and 16 of softmax attention" in words
+    assert "recurrent state, float32 144.00 MiB" in words
+    assert "vllm yes since 0.26 run, 0.26.0, 2026-11" in words
+    assert "64 x 128 -50% 72.56 MiB 503,709,696 does not run" in words
+    assert "vLLM, with about half the state:" in words
+    commands = [shlex.split(line) for line in result.out.splitlines() if line.startswith("  ")]
+    commands = [command for command in commands if command[:2] in (["vllm", "serve"], ["keyreduce", "prune"])]
+    dense, prune, cut = commands[:3]
+    assert dense[2] == str(folder)
+    assert prune[-6:] == ["--target", "key,value", "--keep", "80,104", "--output", "PRUNED"]
+    assert cut[2] == "PRUNED"
+    assert "from 2,304 tokens on the keys and values" in result.err
+
+
+def test_commands_to_paste_are_those_of_the_json(keyreduce, tmp_path):
+    folder = write_sparse(tmp_path / "qwen", QWEN3_5_27B)
+    found = keyreduce("inspect", folder, "--gpu-memory", "79.6GiB", "--json").json()
+    plain = keyreduce("inspect", folder, "--gpu-memory", "79.6GiB")
+    for one in found["capacity"]:
+        assert f"  {one['command']}\n" in plain.out
+
+
+def test_the_shipped_model_without_an_argument(keyreduce):
+    found = keyreduce("inspect", "--json").json()
+    assert (found["model"], found["head_k_dim"], found["capacity"]) == ("delta-net-5m", 128, [])
+    assert keyreduce("inspect").code == 0
+
+
+def test_mistakes_are_told_in_one_line(keyreduce, tmp_path):
+    for arguments, told in (
+        ([tmp_path / "nowhere"], "there is no model"),
+        (["--gpu-memory", "big"], "--gpu-memory is 'big'; give an amount of memory such as 80GB or 79.6GiB"),
+        (["--state-dtype", "int4"], "--state-dtype"),
+    ):
+        result = keyreduce("inspect", *arguments)
+        assert result.code == 2
+        assert told in result.err
+        assert len(result.err.splitlines()) == 1
