@@ -18,6 +18,7 @@ class Workspace:
         self.root = Path(root)
         self.calibration = self.root / "calibration.safetensors"
         self.pruned = pruned or self.root / "pruned"
+        self.state_budget = self.root / "state-budget.json"
         self.dcp = self.root / "dcp"
         self.hf = self.root / "hf"
         self.benchmark = self.root / "benchmark.json"

@@ -37,15 +37,14 @@ from keyreduce.calibration.file import read_statistics, write_statistics
 from keyreduce.calibration.run import Settings, calibrate_loaded
 from keyreduce.calibration.statistics import Statistics
 from keyreduce.checkpoint.find import find_model
-from keyreduce.checkpoint.rewrite import EditedTensors
 from keyreduce.data.text import DatasetText, DocumentText, FileText, StdlibText, TextSource
 from keyreduce.devices import pick_device, pick_dtype
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.perplexity import Perplexity, total
 from keyreduce.families import family_of
-from keyreduce.models.in_memory import ModuleCheckpoint, loaded_module, rebuilt
+from keyreduce.models.in_memory import ModuleCheckpoint, loaded_module
 from keyreduce.models.loading import LoadedModel, load_model
-from keyreduce.pruning.prune import plan_edits
+from keyreduce.pruning.in_memory import pruned_module
 from keyreduce.recovery.layers import recover_layers
 from keyreduce.recovery.modes import REPEATS, TRAINING_MODES, Mode, make_steps
 from keyreduce.reporting import Reporter
@@ -141,9 +140,7 @@ def prune(
     elif cut.needs_statistics:
         raise KeyreduceError(f"`method` {method} needs `statistics`; make them with keyreduce.calibrate")
     plan = cut.plan(source, statistics, {}, reporter)
-    edited = EditedTensors(source, plan_edits(source, plan))
-    config = family_of(source.config).resized(source.config, plan.after)
-    small = rebuilt(model, config, {name: edited.read(name) for name in edited.tensors})
+    small = pruned_module(model, source, plan)
     if model in _tokenizers:
         _tokenizers[small] = _tokenizers[model]
     return small

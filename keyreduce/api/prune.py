@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from keyreduce.api import options
 from keyreduce.api.request import Result, option, specs
 from keyreduce.errors import KeyreduceError
-from keyreduce.pruning.budget import DEFAULT_RATIO
+from keyreduce.pruning.budget import DEFAULT_RATIO, SIZE_OF
 from keyreduce.pruning.methods import METHODS, method_named, registered_elsewhere
+from keyreduce.pruning.state_budget import DEFAULT_STATE_RATIO, SearchMode
 from keyreduce.reporting import Reporter
 from keyreduce.serving.engines import EngineName
+from keyreduce.serving.state_formats import StateDtype
 
 if TYPE_CHECKING:
     from keyreduce.calibration.statistics import Statistics
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from keyreduce.pruning.budget import Budget
     from keyreduce.pruning.methods import Method
     from keyreduce.pruning.plan import Plan
+    from keyreduce.pruning.search import Found
+    from keyreduce.pruning.state_budget import StateBudget
 
 _SUMMARIES = {method.name: method.summary for method in METHODS.values()}
 _SUMMARIES |= {name: f"from {point.value.split(':')[0]}" for name, point in registered_elsewhere().items()}
@@ -27,6 +31,7 @@ _METHOD_HELP = "\n\n".join(f"{name}: {summary}" for name, summary in _SUMMARIES.
 _TEXT = tuple(specs(options.OfText))
 _F, _FORM = str(METHODS["rrqr"].options["f"]), str(METHODS["taylor"].options["form"])
 _OWN = {"panel": "Options of single methods"}
+_BUDGET = {"panel": "A budget for the state"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +45,57 @@ class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
     model: str | None = options.model()
     work: Path = options.work()
     method: str = option("auto", _METHOD_HELP, env="PRUNING_STRATEGY", metavar="NAME")
+    state_ratio: str | None = option(
+        None,
+        "Share of the state's bytes to remove; heads, key and value channels are chosen for the least loss.",
+        env="STATE_RATIO",
+        metavar="SHARE",
+        shown_default=f"{DEFAULT_STATE_RATIO}, where nothing says what to remove",
+        instead_of=("state_bytes", "fit", "ratio", "keep", "variance"),
+        **_BUDGET,
+    )
+    state_bytes: str | None = option(
+        None,
+        "Bytes that the state of a sequence may take: 36MiB.",
+        metavar="SIZE",
+        instead_of=("state_ratio", "fit", "ratio", "keep", "variance"),
+        **_BUDGET,
+    )
+    fit: str | None = option(
+        None,
+        "What one GPU is to serve: memory, tokens of a sequence, sequences: 80GB,4096,200.",
+        metavar="MEMORY,TOKENS,SEQUENCES",
+        instead_of=("state_ratio", "state_bytes", "ratio", "keep", "variance"),
+        **_BUDGET,
+    )
+    state_dtypes: tuple[StateDtype, ...] = option(
+        ("float32",),
+        "Formats in which the engine can store the state; a share is of the bytes in the first one.",
+        commas=True,
+        metavar="NAME,...",
+        **_BUDGET,
+    )
+    search: SearchMode | None = option(
+        None,
+        "Compare candidates by statistics alone, or measure the best few on text that the choice did not see.",
+        shown_default="measured on a GPU, and for small models",
+        **_BUDGET,
+    )
+    dry_run: bool = option(False, "Show what was considered, and write no checkpoint.", **_BUDGET)
     target: tuple[Literal["key", "value", "head"], ...] = option(
-        ("key",), "What to remove: key or value channels, whole key heads, or several, with commas.", commas=True
+        (),
+        "What to remove: key or value channels, whole key heads, or several, with commas.",
+        commas=True,
+        shown_default="key; for a budget whatever loses least",
     )
     ratio: tuple[str, ...] = option(
         (),
         "Share to remove: of each head's channels, of a layer's heads. One for each target, with commas.",
         env="PRUNING_RATIO",
         metavar="SHARE",
-        shown_default=DEFAULT_RATIO,
+        shown_default=f"{DEFAULT_RATIO}, where a method or target is named",
         commas=True,
-        instead_of=("keep", "variance"),
+        instead_of=("keep", "variance", "state_ratio", "state_bytes", "fit"),
     )
     keep: tuple[str, ...] = option(
         (),
@@ -58,7 +103,7 @@ class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
         metavar="NUMBER",
         flags=("--keep", "--rank"),
         commas=True,
-        instead_of=("ratio", "variance"),
+        instead_of=("ratio", "variance", "state_ratio", "state_bytes", "fit"),
     )
     multiple_of: int = option(1, "Round kept channels to the nearest multiple.")
     allocate: Literal["uniform", "energy"] = option(
@@ -81,7 +126,7 @@ class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
     variance: float | None = option(
         None,
         "pca: the smallest rank that keeps this share of the variance, instead of --ratio.",
-        instead_of=("ratio", "keep"),
+        instead_of=("ratio", "keep", "state_ratio", "state_bytes", "fit"),
         **_OWN,
     )
     verify: Literal["logits", "load"] | None = option(
@@ -98,7 +143,45 @@ class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
         "Win quality back before the result appears, as keyreduce recover --mode does.",
         shown_default="left as it is cut",
     )
+    uncorrected: bool = option(
+        False,
+        "Leave what stays exactly as it was. By default the statistics correct what the cut enlarges, unless --recover "
+        "follows.",
+    )
     config: Path | None = options.config()
+
+    @property
+    def budget(self) -> "StateBudget | None":
+        """The budget for the state, if one is given, or nothing else says what to remove.
+
+        Raises KeyreduceError if it is given in two ways, or contradicts other fields.
+        """
+        from keyreduce.pruning.state_budget import StateBudget
+
+        amounts = {name: getattr(self, name) for name in ("state_ratio", "state_bytes", "fit")}
+        given = [name for name, amount in amounts.items() if amount is not None]
+        by_hand = [name for name in ("ratio", "keep", "variance") if getattr(self, name) not in (None, ())]
+        if given and by_hand:
+            raise KeyreduceError(f"`{given[0]}` chooses what to remove, and `{by_hand[0]}` says it: give one of them")
+        named = self.method != "auto" or self.target or self.allocate != "uniform"
+        if not given and (by_hand or named):
+            asked = [name for name in ("dry_run", "search") if getattr(self, name)]
+            if asked or self.state_dtypes != ("float32",):
+                raise KeyreduceError(f"`{(*asked, 'state_dtypes')[0]}` goes with a budget: give `state_ratio`")
+            return None
+        if self.allocate != "uniform":
+            raise KeyreduceError("`allocate` goes with `ratio` or `keep`; a budget gives all layers the same sizes")
+        amounts["state_ratio"] = amounts["state_ratio"] if given else DEFAULT_STATE_RATIO
+        able = tuple(target for target in SIZE_OF if target in method_named(self.method).select)
+        return StateBudget.of(
+            ratio=amounts["state_ratio"],
+            bytes=self.state_bytes,
+            fit=self.fit,
+            dtypes=self.state_dtypes,
+            targets=self.target or able,
+            multiple_of=self.multiple_of if self.multiple_of > 1 else None,
+            engine=self.engine,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +209,26 @@ class PruneResult(Result):
     unsuited_engines: list[str]
     pushed: str | None = None  # the address on the hub that it was uploaded to, if that was asked for.
     repair: dict | None = None  # mode, tokens, seconds and layers of the recovery that followed the cut, if one did.
+    # for a budget what was considered, and its picture: :meth:`keyreduce.pruning.search.Found.to_json`. It is missing
+    # where the output was there already.
+    state_budget: dict | None = None
 
 
-def run(request: PruneRequest, reporter: Reporter = Reporter(), statistics: "Statistics | None" = None) -> PruneResult:
+@dataclass(frozen=True, kw_only=True)
+class DryRunResult(Result):
+    """What a budget would come to; nothing was pruned."""
+
+    report: Path  # the file that holds what was considered; the picture lies beside it.
+    dense: str  # the model.
+    state_budget: dict  # see :class:`PruneResult`.
+
+
+def run(
+    request: PruneRequest, reporter: Reporter = Reporter(), statistics: "Statistics | None" = None
+) -> PruneResult | DryRunResult:
     """Prune a checkpoint, or leave the one that was made from the same inputs.
 
-    ``statistics`` are taken in the place of those of the calibration file.
+    ``statistics`` are taken in the place of those of the calibration file. Of a ``dry_run`` the result is another one.
 
     Raises:
         KeyreduceError: there is no such model or method, they do not go together, the amounts are impossible, the
@@ -150,23 +247,29 @@ def run(request: PruneRequest, reporter: Reporter = Reporter(), statistics: "Sta
         source.refuse_other_dtype()  # pyright: ignore[reportAttributeAccessIssue]  (DCPs alone have no shards)
     cut.check(source)
     text = request.text_source("calibration")
+    if request.dry_run:
+        found = cut.search(request, source, statistics or _statistics(request, source, cut, reporter), reporter)
+        report = Workspace(request.work).state_budget
+        return DryRunResult(report=report, dense=str(source.path), state_budget=found.to_json())
     target = request.output or Workspace(request.work).pruned
     refuse_source(target, Path(request.model) if request.model and os.path.isdir(request.model) else source.path)
     inputs = {"source": source.identity, **cut.describe(source), **files}
     wanted = {"repairs": [[request.recover, text.identity]]} if request.recover else {}
+    searched = None
     with claimed(target, folder=True) as claim:
         recorded = None if request.overwrite else _recorded_inputs(target)
         # What differs already is refused before calibration, which takes time and leaves a file.
         comparable = recorded and {name: value for name, value in recorded.items() if name != "calibration"}
         is_already_made(target, comparable, inputs | wanted, request.overwrite)
         if cut.needs_statistics:
-            statistics = statistics or _statistics(request, source, cut.method.needs_gradients, reporter)
+            statistics = statistics or _statistics(request, source, cut, reporter)
             # Gradients leave the other statistics as they are.
             without = () if cut.method.needs_gradients else ("gradients",)
             inputs["calibration"] = {name: value for name, value in statistics.inputs.items() if name not in without}
         made = not is_already_made(target, recorded, inputs | wanted, request.overwrite)
         if made:
-            plan = cut.plan(source, statistics, inputs, reporter)
+            searched = None if cut.state_budget is None else cut.search(request, source, statistics, reporter)
+            plan = cut.plan(source, statistics, inputs, reporter, searched)
             folder = claim.scratch / "cut" if request.recover else target
             _write(request, source, plan, folder, run_on, reporter)
             if request.recover:
@@ -175,7 +278,7 @@ def run(request: PruneRequest, reporter: Reporter = Reporter(), statistics: "Sta
                 own = {"mode": request.recover, "compressed": str(folder), "output": target}
                 given = {name: getattr(request, name) for name in (*_TEXT, "seed", "device", "overwrite")}
                 recover.run(recover.RecoverRequest(**own, **given), reporter)
-    return _result(source, target, made, request.pushed(target))
+    return _result(source, target, made, request.pushed(target), searched)
 
 
 @dataclass(frozen=True)
@@ -184,9 +287,11 @@ class Cut:
 
     method: "Method"  # what chooses.
     options: Mapping[str, object]  # all of its options.
-    budget: "Budget"  # how much stays.
+    budget: "Budget | None"  # how much stays; None where a budget for the state decides that.
+    state_budget: "StateBudget | None"  # the budget for the state.
     engine: EngineName | None  # the serving engine that must run the sizes, if any.
     seed: int  # of what is drawn.
+    correct: bool  # whether the statistics correct what the cut enlarges.
 
     @classmethod
     def of(cls, request: PruneRequest) -> "Cut":
@@ -197,21 +302,29 @@ class Cut:
         method = method_named(request.method)
         given = {name: getattr(request, name) for name in ("f", "form", "permute", "include_queries")}
         given = {name: value for name, value in given.items() if value is not None and value is not False}
-        amounts = ("ratio", "keep", "variance", "allocate", "multiple_of")
-        budget = Budget.of(request.target, **{name: getattr(request, name) for name in amounts})
+        amounts = {name: getattr(request, name) for name in ("ratio", "keep", "variance", "allocate", "multiple_of")}
+        of_state = request.budget
+        budget = Budget.of(request.target or ("key",), **amounts) if of_state is None else None
         chosen = check_options(method, given | read_options(method, request.set))
-        return cls(method, chosen, budget, request.engine, request.seed)
+        correct = not request.uncorrected and request.recover is None
+        return cls(method, chosen, budget, of_state, request.engine, request.seed, correct)
 
     @property
     def needs_statistics(self) -> bool:
         """Whether the calibration decides anything."""
-        return self.method.needs_statistics or self.budget.needs_statistics
+        return self.method.needs_statistics or self.budget is None or self.budget.needs_statistics
 
     def describe(self, source: "Checkpoint") -> dict:
         """Return what decides the result beside the model and the statistics, as a JSON object."""
-        from keyreduce.pruning.prune import ALGORITHM
+        from keyreduce.pruning.prune import ALGORITHM, CORRECTION
 
-        chosen = {"method": self.method.name, "options": dict(self.options), **self.budget.describe(source.config)}
+        chosen = {"method": self.method.name, "options": dict(self.options)}
+        if self.budget is not None:
+            chosen |= self.budget.describe(source.config)
+        elif self.state_budget is not None:
+            chosen |= {"target": ",".join(self.state_budget.targets), "keep": self.state_budget.describe()}
+        if self.correct and self.needs_statistics:
+            chosen |= {"corrected": CORRECTION}
         return chosen | {"seed": self.seed, "algorithm": ALGORITHM, "method_version": self.method.version}
 
     def check(self, source: "Checkpoint") -> None:
@@ -219,23 +332,69 @@ class Cut:
         the serving engine does not run.
         """
         from keyreduce.pruning.planning import check_method
+        from keyreduce.pruning.state_budget import find_candidates
 
+        if self.budget is None:
+            assert self.state_budget is not None  # one of the two says how much stays
+            check_method(source, self.method, list(self.state_budget.targets))
+            find_candidates(source, self.state_budget)
+            return
         self.budget.check(source.config, self.method)
         check_method(source, self.method, self.budget.targets)
         if self.engine is not None and not self.budget.needs_statistics:
             self._check_engine(source, self.budget.numbers(source.config, None, self.method, self.options))
 
+    def search(
+        self, request: PruneRequest, source: "Checkpoint", statistics: "Statistics", reporter: Reporter
+    ) -> "Found":
+        """Find the sizes that lose least within the budget, and write what was considered into the work folder."""
+        from keyreduce.devices import pick_device
+        from keyreduce.pruning.search import Search, write_search
+        from keyreduce.workspace import Workspace
+
+        assert self.state_budget is not None
+        found = Search(
+            source=source,
+            statistics=statistics,
+            text=request.text_source("calibration"),
+            budget=self.state_budget,
+            method=self.method,
+            options=self.options,
+            seed=self.seed,
+            correct=self.correct,
+            recovery=request.recover,
+            mode=request.search,
+            device=pick_device(request.device),
+        ).run(reporter)
+        write_search(found, Workspace(request.work).state_budget, model=source.path.name)
+        return found
+
     def plan(
-        self, source: "Checkpoint", statistics: "Statistics | None", inputs: Mapping, reporter: Reporter
+        self,
+        source: "Checkpoint",
+        statistics: "Statistics | None",
+        inputs: Mapping,
+        reporter: Reporter,
+        found: "Found | None" = None,
     ) -> "Plan":
-        """Choose what stays of a model; for the errors see :func:`keyreduce.pruning.planning.make_plan`."""
+        """Choose what stays of a model, of a budget for the state what was ``found``.
+
+        For the errors see :func:`keyreduce.pruning.planning.make_plan`.
+        """
+        from keyreduce.families import family_of
         from keyreduce.pruning.planning import make_plan
 
-        keep = self.budget.numbers(source.config, statistics, self.method, self.options)
-        self._check_engine(source, keep)
-        with reporter.progress("selecting", len(next(iter(keep.values()))), "layers") as progress:
+        if found is not None:
+            keep = found.keep
+        else:
+            assert self.budget is not None  # for a budget of the state there is something found
+            keep = self.budget.numbers(source.config, statistics, self.method, self.options)
+            self._check_engine(source, keep)
+        layers = family_of(source.config).mixer_layers(source.config)
+        with reporter.progress("selecting", len(layers), "layers") as progress:
             given: dict[str, Any] = {"seed": self.seed, "statistics": statistics, "inputs": inputs}
-            return make_plan(source, self.method, keep, options=self.options, progress=progress, **given)
+            given |= {"options": self.options, "correct": self.correct}
+            return make_plan(source, self.method, keep, progress=progress, **given)
 
     def _check_engine(self, source: "Checkpoint", keep: Mapping[str, Mapping[int, int]]) -> None:
         from keyreduce.families import family_of
@@ -262,14 +421,14 @@ def _recorded_inputs(folder: Path) -> dict | None:
     return record.steps[-1]["inputs"] | ({"repairs": repairs} if repairs else {})
 
 
-def _statistics(request: PruneRequest, source: "Checkpoint", gradients: bool, reporter: Reporter) -> "Statistics":
+def _statistics(request: PruneRequest, source: "Checkpoint", cut: Cut, reporter: Reporter) -> "Statistics":
     """Return the calibration statistics, which are made from the text where none are named and none are there."""
     from keyreduce.api import calibrate
     from keyreduce.calibration.file import read_record, read_statistics
     from keyreduce.pruning.planning import check_calibration
     from keyreduce.workspace import Workspace
 
-    path = request.calibration or Workspace(request.work).calibration
+    path, gradients = request.calibration or Workspace(request.work).calibration, cut.method.needs_gradients
     if request.calibration is None and not path.exists():
         reporter.note(f"there are no calibration statistics at {path}: calibrating first")
         given = {name: getattr(request, name) for name in (*_TEXT, "model", "config", "device")}
@@ -317,7 +476,9 @@ def _write(
         write_pruned(source, plan, folder, **named, **files, verify=verify, overwrite=overwrite, progress=progress)
 
 
-def _result(source: "Checkpoint", folder: Path, made: bool, pushed: str | None) -> PruneResult:
+def _result(
+    source: "Checkpoint", folder: Path, made: bool, pushed: str | None, searched: "Found | None"
+) -> PruneResult:
     """Return the result, from the checkpoint that was pruned, the one that is there, and its record."""
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.checkpoint.record import Record
@@ -339,4 +500,6 @@ def _result(source: "Checkpoint", folder: Path, made: bool, pushed: str | None) 
         figures["repair"] = {name: last.get(name) for name in ("tokens", "seconds", "layers")}
         figures["repair"]["mode"] = last["inputs"]["mode"]
     figures |= {"smaller": saved.sentence, "method": inputs["method"], "target": inputs["target"]}
+    if searched is not None:
+        figures["state_budget"] = searched.to_json()
     return PruneResult(pruned=folder, made=made, dense=record.dense or "", pushed=pushed, **figures)

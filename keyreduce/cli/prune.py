@@ -4,6 +4,7 @@ from pathlib import Path
 
 from keyreduce.api import prune
 from keyreduce.cli.console import Console, mebibytes
+from keyreduce.workspace import Workspace
 
 _SIZES = {
     "key_heads": "key heads",
@@ -13,15 +14,39 @@ _SIZES = {
     "mixer_parameters": "mixer parameters",
     "model_parameters": "model parameters",
 }
+_SHOWN = 12
+"""How many candidates are printed; the file has all."""
+_MEASURED_AFTER = {"reconstruct": "least-squares"}
 _ALWAYS = ("state_bytes_per_sequence", "mixer_parameters", "model_parameters")
 
 
 def show(request: prune.PruneRequest, console: Console) -> None:
     """Prune, and print what became smaller, and where such sizes run."""
     result = prune.run(request, console)
-    if result.made:
+    if result.state_budget:
+        _print_candidates(result.state_budget, console)
+        report = Workspace(request.work).state_budget
+        console.say(f"wrote {report} and {report.with_suffix('.png').name}")
+    if isinstance(result, prune.PruneResult) and result.made:
         _print_cut(Path(request.model or result.dense).name, result, console)
     console.finish(result)
+
+
+def _print_candidates(found: dict, console: Console) -> None:
+    """Print what was considered for a budget, the choice first."""
+    rows = []
+    for row in found["candidates"][:_SHOWN]:
+        increase = ""
+        if "perplexity_increase" in row:
+            increase = f"{row['perplexity_increase']:+.2%} ± {row['perplexity_error']:.2%}"
+        sizes = f"{row['key_heads']} x {row['head_k_dim']} x {row['head_v_dim']}"
+        step = f"{1e6 * row['decode_seconds']:,.0f}" if "decode_seconds" in row else ""
+        state = f"{row['state_bytes'] / found['dense_state_bytes']:.1%}"
+        rows.append((sizes, row["state_dtype"], state, f"{row['predicted']:.3f}", increase, step))
+    after = f", after {_MEASURED_AFTER.get(found['recover'], found['recover'])}" if found.get("recover") else ""
+    title = f"{len(found['candidates'])} candidates, the choice first"
+    header = ("key heads x K x V", "state", "bytes left", "predicted", f"perplexity{after}", "decode step, µs")
+    console.table(title, header, rows)
 
 
 def _print_cut(model: str, result: prune.PruneResult, console: Console) -> None:

@@ -45,10 +45,15 @@ class ModuleCheckpoint(Checkpoint):
         return None
 
 
-def loaded_module(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModel:
-    """Return a model in memory as commands have it that loaded it from a folder, ready to run where it is."""
+def loaded_module(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, gradients: bool = False
+) -> LoadedModel:
+    """Return a model in memory as commands have it that loaded it from a folder, ready to run where it is.
+
+    For ``gradients`` see :func:`keyreduce.models.loading.prepare_backend`.
+    """
     family = family_of(model.config.to_dict())
-    prepare_backend(model.device)
+    prepare_backend(model.device, gradients=gradients)
     return LoadedModel(model, tokenizer, family, Path(model.name_or_path or type(model).__name__))
 
 

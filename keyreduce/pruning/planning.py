@@ -101,8 +101,7 @@ def make_plan(
     largest = family.largest_beta(source.config)
     cuts = {}
     for layer, sizes in layers.items():
-        projection = partial(_projection, source, family, layer, sizes)
-        view = LayerView(sizes, None if statistics is None else statistics.layers[layer], projection)
+        view = layer_view(source, family, layer, sizes, statistics)
         numbers = {target: number_of[layer] for target, number_of in keep.items()}
         chosen = {}
         for target, number in numbers.items():
@@ -123,6 +122,14 @@ def make_plan(
         chosen_options = options if one is method else dict(one.options)
         methods[one.name] = {"summary": one.summary, "citation": one.citation, "options": chosen_options}
     return Plan(inputs, cuts, {target: one.name for target, one in ran.items()}, methods)
+
+
+def layer_view(
+    source: Checkpoint, family: Family, layer: int, sizes: MixerSizes, statistics: Statistics | None
+) -> LayerView:
+    """Return one layer as methods see it; ``family`` is located in the checkpoint, and ``sizes`` are the layer's."""
+    projection = partial(_projection, source, family, layer, sizes)
+    return LayerView(sizes, None if statistics is None else statistics.layers[layer], projection)
 
 
 def check_calibration(source: Checkpoint, calibrated: str) -> None:

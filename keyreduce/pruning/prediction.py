@@ -19,15 +19,17 @@ How well it ranks is measured by benchmarks/state_budget.py, and told in docs/st
 Shapes: H key heads, W value heads, K key channels, V value channels, D hidden.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
-from keyreduce.calibration.statistics import LayerStatistics
-from keyreduce.families import MixerSizes
+from keyreduce.calibration.statistics import LayerStatistics, Statistics
+from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.families import MixerSizes, family_of
+from keyreduce.pruning.planning import layer_view
 
-KEY_WEIGHT = {None: 0.5, "least-squares": 0.25, "reconstruct": 0.25}
+KEY_WEIGHT = {None: 0.5, "least-squares": 0.35, "reconstruct": 0.35}
 """Recovery that follows the cut -> the weight of the keys' part. It wins back more of what keys cost than of values."""
 
 
@@ -67,16 +69,23 @@ def curves_of(statistics: LayerStatistics, sizes: MixerSizes, output_weight_WVD:
     return Curves(energy_H / total, key_HK[order_H], value_HV[order_H].clamp(min=0))
 
 
-def predicted_loss(
-    layers: Mapping[int, Curves], sizes: Callable[[int], MixerSizes], recovery: str | None = None
-) -> float:
-    """Return the score of a cut that leaves ``sizes(layer)``: the higher, the more it will cost. It has no unit.
+def read_curves(source: Checkpoint, statistics: Statistics) -> dict[int, Curves]:
+    """Return layer -> its curves; the weights of the output projections are read from the checkpoint."""
+    family = family_of(source.config, source.tensors)
+    found = {}
+    for layer, sizes in family.layer_sizes(source.config).items():
+        view = layer_view(source, family, layer, sizes, statistics)
+        found[layer] = curves_of(view.statistics, sizes, view.output_weight_WVD)
+    return found
 
-    Args:
-        recovery: the mode of the recovery that will follow, if one will.
+
+def predicted_loss(layers: Mapping[int, Curves], sizes: MixerSizes, recovery: str | None = None) -> float:
+    """Return the score of a cut that leaves all layers of these sizes: the higher, the more it costs, without a unit.
+
+    ``recovery`` is the mode of the recovery that will follow, if one will.
     """
     weight = KEY_WEIGHT[recovery]
-    return sum(curves.loss(sizes(layer), weight) for layer, curves in layers.items()) / len(layers)
+    return sum(curves.loss(sizes, weight) for curves in layers.values()) / len(layers)
 
 
 def _squares(gram_WVV: torch.Tensor, weight_WVD: torch.Tensor) -> torch.Tensor:

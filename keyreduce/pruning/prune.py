@@ -25,6 +25,9 @@ from keyreduce.workspace import PROJECTIONS_NAME
 ALGORITHM = 1
 """Raised when a cut comes out otherwise than before, so that older outputs are not taken for the same."""
 
+CORRECTION = 1
+"""The same for the corrections of a cut."""
+
 
 def plan_edits(source: Checkpoint, plan: Plan) -> dict[str, list[MixerEdit]]:
     """Return tensor name -> its edits, for a whole checkpoint."""

@@ -1,0 +1,224 @@
+"""A budget of state bytes to the sizes that lose least: candidates are predicted, the best few measured."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from keyreduce.benchmarking.timing import ratio
+from keyreduce.calibration.statistics import Statistics
+from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.data.text import TextSource
+from keyreduce.evaluation.perplexity import Perplexity
+from keyreduce.families import MixerSizes, family_of
+from keyreduce.outputs import write_json
+from keyreduce.pruning.budget import SIZE_OF
+from keyreduce.pruning.methods import Method
+from keyreduce.pruning.prediction import predicted_loss, read_curves
+from keyreduce.pruning.state_budget import Candidate, SearchMode, StateBudget, find_candidates
+from keyreduce.pruning.trial import Trial
+from keyreduce.reporting import Reporter
+from keyreduce.serving.state_formats import bytes_of
+
+MEASURED = 4
+"""How many of each format are measured: those of the lowest predicted loss."""
+SMALL = 100_000_000
+"""A model of up to so many parameters is small enough to be measured on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Considered:
+    """A cut that was considered.
+
+    Attributes:
+        key_heads, head_k_dim, head_v_dim: the sizes that it leaves.
+        state_dtype, state_bytes: the format of the state, and what it takes for a sequence in all layers.
+        predicted: the score of :mod:`keyreduce.pruning.prediction`; it has no unit, and knows nothing of formats.
+        perplexity_increase: the measured increase over the dense model with a state in float32, as a share; and its
+            standard error over rows of text.
+        decode_seconds, prefill_seconds: of one mixer layer, for a step of eight sequences and a token of a prompt.
+    """
+
+    key_heads: int
+    head_k_dim: int
+    head_v_dim: int
+    state_dtype: str
+    state_bytes: int
+    predicted: float
+    perplexity_increase: float | None = None
+    perplexity_error: float | None = None
+    decode_seconds: float | None = None
+    prefill_seconds: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The cut in words."""
+        return f"{self.key_heads} heads of {self.head_k_dim}x{self.head_v_dim}, {self.state_dtype}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        mode: whether the best few were measured.
+        candidates: all that were considered, the best first, of which the first is the choice.
+        keep: target -> layer -> how many stay, of the choice; targets of which all stay are missing.
+        dense_bytes: what the dense model's state takes in the first format that was allowed.
+        recovery: the recovery that the measured ones had.
+    """
+
+    mode: SearchMode
+    candidates: tuple[Considered, ...]
+    keep: Mapping[str, Mapping[int, int]]
+    dense_bytes: int
+    recovery: str | None
+
+    @property
+    def chosen(self) -> Considered:
+        """The choice."""
+        return self.candidates[0]
+
+    def to_json(self) -> dict:
+        """Return the search as a JSON object."""
+        rows = [{name: value for name, value in vars(one).items() if value is not None} for one in self.candidates]
+        return {
+            "search": self.mode,
+            "recover": self.recovery,
+            "dense_state_bytes": self.dense_bytes,
+            "chosen": rows[0],
+            "candidates": rows,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What is searched for, and on what.
+
+    Attributes:
+        source, statistics: the model, and its calibration statistics.
+        text: the text that these were made from; candidates are measured on what follows.
+        budget: the bytes and formats.
+        method, options, seed, correct: what chooses the channels; see :func:`keyreduce.pruning.planning.make_plan`.
+        recovery: the mode of the recovery that follows; for ``reconstruct`` candidates are measured after
+            ``least-squares``, which takes a hundredth of the time.
+        mode: None measures on a GPU, and on a CPU if the model is small.
+        device: where candidates run.
+    """
+
+    source: Checkpoint
+    statistics: Statistics
+    text: TextSource
+    budget: StateBudget
+    method: Method
+    options: Mapping[str, object]
+    seed: int
+    correct: bool
+    recovery: str | None
+    mode: SearchMode | None
+    device: torch.device
+
+    def run(self, reporter: Reporter) -> Found:
+        """Search; KeyreduceError if no cut fits into the budget, or a candidate cannot be measured."""
+        layers = self._layers
+        candidates = find_candidates(self.source, self.budget)
+        curves = read_curves(self.source, self.statistics)
+        scored = [(predicted_loss(curves, one.sizes, self.recovery), one) for one in candidates]
+        order = {dtype: place for place, dtype in enumerate(self.budget.dtypes)}
+        scored.sort(key=lambda pair: (pair[0], order[pair[1].state_dtype]))
+        considered = [_considered(one, score) for score, one in scored]
+        sizes = {row: one.sizes for row, (_, one) in zip(considered, scored, strict=True)}
+        mode = self.mode or self._default_mode()
+        if mode == "measured":
+            measured = self._measure([(row, sizes[row]) for row in _best(considered)], reporter)
+            rest = [row for row in considered if row not in measured]
+            chosen = {new: sizes[old] for old, new in measured.items()}
+            considered, sizes = [*chosen, *rest], sizes | chosen
+        dense = bytes_of(self.budget.dtypes[0], layers)
+        keep = self._keep(sizes[considered[0]])
+        made = tuple(considered)
+        return Found(mode=mode, candidates=made, keep=keep, dense_bytes=dense, recovery=self.recovery)
+
+    @property
+    def _layers(self) -> dict[int, MixerSizes]:
+        return family_of(self.source.config).layer_sizes(self.source.config)
+
+    def _keep(self, after: MixerSizes) -> dict[str, dict[int, int]]:
+        before = next(iter(self._layers.values()))
+        numbers = {target: getattr(after, size) for target, size in SIZE_OF.items()}
+        changed = {target: n for target, n in numbers.items() if n != getattr(before, SIZE_OF[target])}
+        return {target: dict.fromkeys(self._layers, number) for target, number in changed.items()}
+
+    def _default_mode(self) -> SearchMode:
+        parameters = sum(math.prod(spec.shape) for spec in self.source.tensors.values())
+        return "measured" if self.device.type == "cuda" or parameters <= SMALL else "predicted"
+
+    def _measure(
+        self, chosen: Sequence[tuple[Considered, MixerSizes]], reporter: Reporter
+    ) -> dict[Considered, Considered]:
+        """Return what was predicted -> the same, measured, the best first."""
+        choose = {"method": self.method, "options": self.options, "seed": self.seed, "correct": self.correct}
+        trial = Trial.of(self.source, self.statistics, self.text, choose, self.recovery, self.device)
+        found = []
+        with reporter.progress("measuring candidates", len(chosen) + 1, "models") as progress:
+            dense = trial.costs(trial.dense, "float32")
+            progress(1)
+            for row, sizes in chosen:
+                costs = trial.candidate_costs(self._keep(sizes), row.state_dtype)
+                increase, error = _increase(costs, dense)
+                found.append((row, costs, {"perplexity_increase": increase, "perplexity_error": error}))
+                progress(1)
+        measured, times = [], trial.times([sizes for _, sizes in chosen], reporter)
+        for (row, costs, figures), time in zip(found, times, strict=True):
+            figures |= {"decode_seconds": time.decode.median, "prefill_seconds": time.prefill.median}
+            measured.append((row, dataclasses.replace(row, **figures), costs, time.decode))
+        measured.sort(key=lambda entry: entry[1].perplexity_increase)
+        best = first = measured[0]
+        for entry in measured[1:]:
+            # What the rows of text cannot tell apart is a tie, and goes to what is faster beyond doubt.
+            if not _is_worse(entry[2], best[2]) and ratio(first[3], entry[3])[1][0] > 1:
+                first = entry
+        ordered = [first, *(entry for entry in measured if entry is not first)]
+        return {entry[0]: entry[1] for entry in ordered}
+
+
+def write_search(found: Found, path: Path, model: str) -> None:
+    """Write what a search found as JSON, and beside it the picture of it."""
+    from keyreduce.pruning.budget_picture import draw_search  # matplotlib takes a second
+
+    write_json(path, {"model": model, **found.to_json()}, overwrite=True)
+    draw_search(found.to_json(), model, path.with_suffix(".png"))
+
+
+def _considered(one: Candidate, score: float) -> Considered:
+    sizes = {name: getattr(one.sizes, name) for name in ("key_heads", "head_k_dim", "head_v_dim")}
+    return Considered(**sizes, state_dtype=one.state_dtype, state_bytes=one.state_bytes, predicted=score)
+
+
+def _best(considered: Sequence[Considered]) -> list[Considered]:
+    """The few of each format that are worth measuring."""
+    formats = dict.fromkeys(one.state_dtype for one in considered)
+    return [one for dtype in formats for one in [row for row in considered if row.state_dtype == dtype][:MEASURED]]
+
+
+def _increase(costs: Sequence[Perplexity], dense: Sequence[Perplexity]) -> tuple[float, float]:
+    """The relative increase in perplexity, and its standard error over rows."""
+    difference, error = _difference(costs, dense)
+    return math.expm1(difference), math.exp(difference) * error
+
+
+def _is_worse(costs: Sequence[Perplexity], best: Sequence[Perplexity]) -> bool:
+    difference, error = _difference(costs, best)
+    return difference > error
+
+
+def _difference(costs: Sequence[Perplexity], others: Sequence[Perplexity]) -> tuple[float, float]:
+    """The mean difference in nats per token of rows of one length, and its standard error."""
+    rows = [(one.nats - other.nats) / one.predictions for one, other in zip(costs, others, strict=True)]
+    mean = math.fsum(rows) / len(rows)
+    if len(rows) < 2:
+        return mean, 0.0
+    return mean, math.sqrt(math.fsum((row - mean) ** 2 for row in rows) / (len(rows) - 1) / len(rows))

@@ -1,0 +1,124 @@
+"""Cuts of one model that are made in memory, recovered and measured, on text that chose none of them."""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from keyreduce.benchmarking.per_token import TokenTimes, time_per_token
+from keyreduce.calibration.run import Settings
+from keyreduce.calibration.statistics import Statistics
+from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.data.batches import bytes_per_token, token_rows
+from keyreduce.data.text import TextSource
+from keyreduce.errors import KeyreduceError
+from keyreduce.evaluation.perplexity import Perplexity, window_costs
+from keyreduce.evaluation.windows import Window, equal_length_batches
+from keyreduce.families import MixerSizes
+from keyreduce.models.in_memory import ModuleCheckpoint, loaded_module
+from keyreduce.models.loading import LoadedModel, load_model
+from keyreduce.models.state_storage import stored_states
+from keyreduce.pruning.in_memory import pruned_module
+from keyreduce.pruning.planning import make_plan
+from keyreduce.recovery.layers import recover_layers
+from keyreduce.reporting import Reporter
+
+ROWS, ROW_LENGTH, BATCH = 32, 512, 4
+"""The text that candidates are measured on: rows, tokens of a row, rows at a time."""
+RECOVERED = Settings(num_batches=8)
+"""The text that candidates are recovered on: a part of what a recovery takes by default, since there are several."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A dense model, and how its cuts are tried.
+
+    Attributes:
+        dense: the model, in float32, on the device.
+        source: the same as a checkpoint in memory.
+        statistics: its calibration statistics.
+        windows: the text to measure on.
+        text: the text that recovery takes.
+        choose: arguments of :func:`keyreduce.pruning.planning.make_plan`: what chooses the channels.
+        recovery: the mode of the recovery that follows, if one does. For any, the candidates are measured after
+            ``least-squares``, which takes a small part of the time of ``reconstruct``.
+    """
+
+    dense: LoadedModel
+    source: ModuleCheckpoint
+    statistics: Statistics
+    windows: Sequence[Window]
+    text: TextSource
+    choose: Mapping[str, Any]
+    recovery: str | None
+
+    @classmethod
+    def of(
+        cls,
+        source: Checkpoint,
+        statistics: Statistics,
+        text: TextSource,
+        choose: Mapping[str, Any],
+        recovery: str | None,
+        device: torch.device,
+    ) -> "Trial":
+        """Load the model, and take the text that follows what it was calibrated on and will be recovered on.
+
+        Raises KeyreduceError if there is no such text.
+        """
+        dense = load_model(source.path, device, torch.float32, gradients=True)
+        seen = max(statistics.tokens, RECOVERED.tokens)
+        rows = token_rows(text.documents(_seed(statistics)), dense.tokenizer, ROW_LENGTH)
+        first = -(-seen // ROW_LENGTH)
+        taken = list(itertools.islice(rows, first, first + ROWS))
+        if len(taken) < 2:
+            raise KeyreduceError(
+                f"after the {seen:,} tokens that the choice saw, the text has not {2 * ROW_LENGTH:,} more to measure "
+                "candidates on: give more text, or `search` predicted"
+            )
+        windows = [Window(row_T, torch.zeros_like(row_T), 1) for row_T in taken]
+        module = ModuleCheckpoint(dense.model)
+        known = dataclasses.replace(statistics, model=module.identity)
+        return cls(dense, module, known, windows, text, choose, recovery)
+
+    def costs(self, loaded: LoadedModel, state_dtype: str) -> list[Perplexity]:
+        """Return what each row costs a model that stores its state in a format."""
+        batches, bytes_V = equal_length_batches(self.windows, BATCH), bytes_per_token(self.dense.tokenizer)
+        with contextlib.ExitStack() as stack:
+            if state_dtype != "float32":
+                stack.enter_context(stored_states(loaded.model, loaded.family, state_dtype))
+            return window_costs(loaded.model, batches, bytes_V, name=str(loaded.folder))
+
+    def candidate_costs(self, keep: Mapping[str, Mapping[int, int]], state_dtype: str) -> list[Perplexity]:
+        """Return the same of what a cut leaves of the model, recovered if that is to follow."""
+        if not keep:
+            return self.costs(self.dense, state_dtype)
+        plan = make_plan(self.source, keep=keep, statistics=self.statistics, inputs={}, **self.choose)
+        module: Any = pruned_module(self.dense.model, self.source, plan)
+        pruned = loaded_module(module, self.dense.tokenizer, gradients=True)
+        if self.recovery is not None:
+            device, cpu = self.dense.model.device, torch.device("cpu")
+            settings = RECOVERED._replace(seed=_seed(self.statistics))
+            dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
+            self.dense.model.to(cpu)
+            module.to(cpu)
+            recover_layers(self.dense, pruned, dtypes, self.text, settings, steps=None, device=device)
+            self.dense.model.to(device)
+            module.to(device)
+        return self.costs(pruned, state_dtype)
+
+    def times(self, sizes: Sequence[MixerSizes], reporter: Reporter) -> list[TokenTimes]:
+        """Return how long a mixer layer of each of these sizes takes."""
+        device = self.dense.model.device
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        with reporter.progress("timing candidates", None, "rounds") as progress:
+            return time_per_token(self.source.config, sizes, device, dtype, progress=progress)
+
+
+def _seed(statistics: Statistics) -> int:
+    """The seed of the order of documents in which the statistics were made."""
+    return statistics.inputs.get("seed", 0)
