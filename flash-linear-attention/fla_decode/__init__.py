@@ -7,6 +7,17 @@ A step is bound by reading and writing the state, and the kernel is laid out for
 """
 
 from fla_decode.registry import UnsupportedVersionError, disable, enable, is_enabled
+from fla_decode.state import Int8State, dequantize, quantize
 from fla_decode.step import Tiling, decode_step
 
-__all__ = ["Tiling", "UnsupportedVersionError", "decode_step", "disable", "enable", "is_enabled"]
+__all__ = [
+    "Int8State",
+    "Tiling",
+    "UnsupportedVersionError",
+    "decode_step",
+    "dequantize",
+    "disable",
+    "enable",
+    "is_enabled",
+    "quantize",
+]
