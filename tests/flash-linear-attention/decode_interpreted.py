@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from delta_rule_reference import draw_inputs, reference_delta_rule, relative_error
 from fla_decode import registry
+from state_formats import read, steps_off
 
 # K, V, key heads, value heads, tiling: one side a power of two, two sides, neither, and more than one tile.
 SIZES = {
@@ -70,6 +71,51 @@ def decode(size: str, rule: str, state_v_first: bool, inplace: bool, dtype: torc
     return [relative_error(torch.cat(outputs, dim=1), output_reference), relative_error(state, state_reference)]
 
 
+# What states are stored as, one after the other: the layout of int8 is its own, and any can follow any.
+FORMATS = {
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float16": (torch.float16, torch.float16),
+    "int8": (torch.int8, torch.int8),
+    "int8, then float32": (torch.int8, torch.float32),
+}
+# K, V: in one part, in two without a rest (96, 80), in two with one, and value channels that no tile divides.
+FORMAT_SIZES = ((16, 8), (96, 4), (80, 13), (23, 5), (4, 104))
+
+
+def store(dtype: torch.dtype, K: int, V: int, rule: str, state_v_first: bool, inplace: bool) -> tuple[float, float]:
+    """Return how far states are off, in steps of their format, and the relative error of the output, at worst.
+
+    The first state is float32. Each step is compared with one in float64 from the state that it found.
+    """
+    query, key, value, beta, log_decay, state = draw_inputs(
+        K + V, B=2, T=STEPS + 1, H=1, W=2, K=K, V=V, gated=rule != "ungated"
+    )
+    state[0, 0] = 0  # nothing was written yet
+    state[:, 1] *= 1e-3
+    if rule == "forgetting":
+        log_decay.fill_(-1000.0)  # the old state counts for nothing, and its decay is 0 in float32
+    state = (state.mT if state_v_first else state).contiguous()
+    off, worst = [], []
+    for t, dtype_after in enumerate((dtype[0], *dtype)):
+        step = [tensor[:, t : t + 1] for tensor in (query, key, value, beta)]
+        gate = None if log_decay is None else log_decay[:, t : t + 1]
+        before = read(state, state_v_first=state_v_first)
+        right, exact = reference_delta_rule(*step, gate, scale=0.3, initial_state=before)
+        held, is_int8 = state, not torch.is_tensor(state)
+        options = dict(gate_B1W=gate, scale=0.3, state_v_first=state_v_first, inplace=inplace)
+        output, state = fla_decode.decode_step(*step, state, state_dtype=dtype_after, **options)
+        if is_int8 and dtype_after == torch.int8:
+            assert all((new is old) == inplace for new, old in zip(state, held, strict=True))
+        elif not is_int8 and dtype_after == held.dtype:
+            assert (state is held) == inplace
+        assert is_int8 == (dtype_after == torch.int8) or state is not held
+        if not inplace:
+            assert torch.equal(read(held, state_v_first=state_v_first), before)
+        off.append(steps_off(state, exact, state_v_first=state_v_first))
+        worst.append(relative_error(output, right))
+    return max(off), max(worst)
+
+
 def dispatch() -> dict[str, float]:
     """Return the errors of fla's functions where tensors pass for tensors on CUDA, and how often ours was called."""
     import fla.ops
@@ -106,4 +152,11 @@ if __name__ == "__main__":
         name = f"{size}, {rule}, {'v first' if v_first else 'k first'}, {'in place' if inplace else 'new'}"
         errors[name] = decode(size, rule, v_first, inplace, torch.float32)
     half = decode("odd", "gated", False, False, torch.bfloat16)
-    json.dump({"float32": errors, "bfloat16": half, "dispatch": dispatch()}, sys.stdout)
+    formats = {}
+    for index, (name, (K, V)) in enumerate(itertools.product(FORMATS, FORMAT_SIZES)):
+        rule = ("ungated", "gated", "forgetting")[index % 3]
+        v_first, inplace = index % 2 == 0, index % 4 < 2
+        title = f"{name}, {K} x {V}, {rule}, {'v first' if v_first else 'k first'}, {'in place' if inplace else 'new'}"
+        formats[title] = store(FORMATS[name], K, V, rule, v_first, inplace)
+    result = {"float32": errors, "bfloat16": half, "formats": formats, "dispatch": dispatch()}
+    json.dump(result, sys.stdout)

@@ -18,6 +18,8 @@ from fla.layers import delta_net
 from fla.models import DeltaNetConfig, DeltaNetForCausalLM, GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 from fla.ops.gated_delta_rule import fused_recurrent, fused_recurrent_gated_delta_rule
 from fla_decode import registry, step
+from fla_decode.state import FLOATS
+from state_formats import read, steps_off
 from torch._subclasses import FakeTensorMode
 
 # Not in a fixture: the test modules that are imported after this one must find the dispatched names already.
@@ -58,6 +60,34 @@ def test_half_precision_rounds_only_the_output(interpreted):
     assert state < 1e-6
 
 
+def test_stored_states_are_rounded_to_their_format(interpreted):
+    formats = interpreted["formats"]
+    assert len(formats) == 20
+    # The interpreter cuts bfloat16 off, where a GPU rounds to nearest: a whole step, not half of one.
+    most = {name: 1 if name.startswith("bfloat16") else 0.5 for name in formats}
+    assert {name: (off, output) for name, (off, output) in formats.items() if not (off < most[name] + 1e-3)} == {}
+    # The output is taken before the rounding.
+    assert {name: output for name, (_, output) in formats.items() if not output < 1e-6} == {}
+
+
+@pytest.mark.parametrize("state_v_first", [False, True])
+def test_a_state_becomes_int8_and_comes_back(state_v_first):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 3, 5, 7, generator=generator)
+    rows[0, 1, 2] = 0  # a row of zeros has scale 0, and no quotient
+    rows[1, 0, 0] = torch.tensor([127.0, 0.5, 1.5, -2.5, -126.5, 3, -127])  # ties go to the even neighbour
+    state = rows if state_v_first else rows.mT.contiguous()
+    stored = fla_decode.quantize(state, state_v_first=state_v_first)
+    assert stored.codes_BWVK.shape == rows.shape and stored.codes_BWVK.is_contiguous()
+    assert stored.codes_BWVK[1, 0, 0].tolist() == [127, 0, 2, -2, -126, 3, -127]
+    assert stored.codes_BWVK[0, 1, 2].tolist() == [0] * 7 and stored.scales_BWV[0, 1, 2] == 0
+    assert stored.nbytes == 2 * 3 * 5 * (7 + 4)
+    assert steps_off(stored, rows.mT) < 0.5 + 1e-4
+    back = fla_decode.dequantize(stored, state_v_first=state_v_first)
+    assert back.shape == state.shape and back.dtype == torch.float32
+    assert relative_error(back, read(stored).mT if state_v_first else read(stored)) < 1e-7
+
+
 def test_functions_of_fla_come_to_the_kernel(interpreted):
     errors = dict(interpreted["dispatch"])
     assert errors.pop("calls") == len(errors) == 3
@@ -81,8 +111,10 @@ def test_common_sizes_waste_no_channel():
 @pytest.mark.parametrize("V", [1, 64, 127, 128, 512])
 @pytest.mark.parametrize("heads", [1, 1024, 10**6])
 @pytest.mark.parametrize("state_v_first", [False, True])
-def test_every_size_has_a_tiling(K, V, heads, state_v_first):
-    tiling = step.choose_tiling(K, V, heads=heads, state_v_first=state_v_first)
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int8])
+def test_every_size_has_a_tiling(K, V, heads, state_v_first, dtype):
+    v_first = state_v_first or dtype == torch.int8
+    tiling = step.choose_tiling(K, V, heads=heads, state_v_first=v_first, state_dtype=dtype)
     assert math.log2(tiling.block_v).is_integer() and math.log2(tiling.warps).is_integer()
     # More would not stay in registers.
     assert sum(step.split_channels(K)) * tiling.block_v <= 64 * 32 * tiling.warps
@@ -243,6 +275,25 @@ def test_on_a_gpu_steps_equal_the_definition(K, V, state_v_first, dtype):
         outputs.append(output)
     assert relative_error(torch.cat(outputs, dim=1).cpu(), expected[0]) < (1e-6 if dtype == torch.float32 else 2**-8)
     assert relative_error((state.mT if state_v_first else state).cpu(), expected[1]) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state_v_first", [False, True])
+@pytest.mark.parametrize("K, V", [(128, 128), (96, 104), (80, 104), (64, 64), (32, 128), (57, 80), (256, 127), (4, 16)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
+def test_on_a_gpu_stored_states_round_to_nearest(K, V, state_v_first, dtype):
+    inputs = draw_inputs(K + V, B=3, T=4, H=2, W=4, K=K, V=V, device="cuda")
+    state = (inputs[-1].mT if state_v_first else inputs[-1]).contiguous()
+    for t in range(4):
+        *arguments, gate = (tensor[:, t : t + 1] for tensor in inputs[:-1])
+        before = read(state, state_v_first=state_v_first).cpu()
+        cpu = [tensor.cpu() for tensor in (*arguments, gate)]
+        right, exact = reference_delta_rule(*cpu, scale=K**-0.5, initial_state=before)
+        options = dict(state_v_first=state_v_first, state_dtype=dtype, inplace=t % 2 == 1)
+        output, state = fla_decode.decode_step(*arguments, state, gate_B1W=gate, **options)
+        host = state.cpu() if torch.is_tensor(state) else tuple(part.cpu() for part in state)
+        assert steps_off(host, exact, state_v_first=state_v_first) < 0.5 + 1e-3
+        assert relative_error(output.cpu(), right) < 1e-6
 
 
 @pytest.mark.gpu
