@@ -123,7 +123,7 @@ def decode_step(
     """
     tensors = (query_B1HK, key_B1HK, value_B1WV, beta_B1W, gate_B1W, A_log_W, dt_bias_W)
     query, key, value, beta, gate, A_log, dt_bias = (t if t is None else t.contiguous() for t in tensors)
-    v_first = state_v_first or isinstance(state, Int8State) or state_dtype == torch.int8
+    v_first = state_v_first or state_dtype == torch.int8 or not torch.is_tensor(state)
     if v_first != state_v_first and torch.is_tensor(state):
         state = state.mT
     old, scales = parts = _parts(state)

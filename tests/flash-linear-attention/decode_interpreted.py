@@ -144,6 +144,34 @@ def dispatch() -> dict[str, float]:
     return found
 
 
+def stored_dispatch() -> dict[str, str]:
+    """Return what states fla's functions return where `enable` was asked for another format, and what int8 refuses."""
+    import fla.ops
+
+    query, key, value, beta, log_decay, state = draw_inputs(3, B=2, T=2, H=1, W=1, K=6, V=4)
+    functions = {"ungated": (fla.ops.fused_recurrent_delta_rule, {})}
+    functions["gated"] = (fla.ops.fused_recurrent_gated_delta_rule, {"g": log_decay})
+    found = {}
+    for (name, (function, gate)), dtype in itertools.product(functions.items(), (torch.bfloat16, torch.int8)):
+        fla_decode.enable(state_dtype=dtype)
+        held = state
+        for t in range(2):
+            step = {name: tensor[:, t : t + 1] for name, tensor in (gate | {"beta": beta}).items()}
+            arguments = [tensor[:, t : t + 1] for tensor in (query, key, value)]
+            with torch.no_grad():
+                held = function(*arguments, **step, initial_state=held, output_final_state=True)[1]
+            # fla's cache holds pairs too, but gives them back as plain tuples.
+            held = held if torch.is_tensor(held) else tuple(held)
+        title = f"{name}, {str(dtype)[6:]}"
+        found[title] = str(held.dtype if torch.is_tensor(held) else held[0].dtype)
+        if dtype == torch.int8:
+            try:
+                function(query, key, value, beta=beta, **gate, initial_state=held, output_final_state=True)
+            except ValueError as error:
+                found[f"{title}, more tokens"] = str(error)
+    return found
+
+
 if __name__ == "__main__":
     errors = {}
     for index, (size, rule) in enumerate(itertools.product(SIZES, RULES)):
@@ -159,4 +187,5 @@ if __name__ == "__main__":
         title = f"{name}, {K} x {V}, {rule}, {'v first' if v_first else 'k first'}, {'in place' if inplace else 'new'}"
         formats[title] = store(FORMATS[name], K, V, rule, v_first, inplace)
     result = {"float32": errors, "bfloat16": half, "formats": formats, "dispatch": dispatch()}
+    result["stored"] = stored_dispatch()
     json.dump(result, sys.stdout)

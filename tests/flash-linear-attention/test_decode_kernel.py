@@ -94,6 +94,15 @@ def test_functions_of_fla_come_to_the_kernel(interpreted):
     assert max(errors.values()) < 1e-6
 
 
+def test_functions_of_fla_keep_the_state_as_asked(interpreted):
+    found = dict(interpreted["stored"])
+    for name in ("ungated", "gated"):
+        assert "only single tokens can follow" in found.pop(f"{name}, int8, more tokens")
+        assert found.pop(f"{name}, int8") == "torch.int8"
+        assert found.pop(f"{name}, bfloat16") == "torch.bfloat16"
+    assert found == {}
+
+
 @pytest.mark.parametrize("K", range(1, 257))
 def test_two_powers_of_two_cover_the_key_channels(K):
     head, tail = step.split_channels(K)
@@ -200,6 +209,22 @@ def test_it_is_off_unless_asked_for():
     assert fla_decode.is_enabled()
     fla_decode.disable()
     assert not registry.takes_gated(**fake_call())[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8, torch.float8_e4m3fn])
+def test_a_format_that_no_state_has_is_refused(dtype):
+    with pytest.raises(ValueError, match=f"`state_dtype` is {dtype}"):
+        fla_decode.enable(state_dtype=dtype)
+    assert not fla_decode.is_enabled()
+
+
+def test_a_state_in_int8_is_never_left_to_fla(enabled):
+    state = fake_tensor(2, 3, 4, 8, dtype=torch.int8), fake_tensor(2, 3, 4)
+    assert registry.takes_ungated(**fake_call(initial_state=state)) == (True, None)
+    more = fake_call(initial_state=state, q=fake_tensor(2, 5, 3, 8))
+    assert registry.takes_ungated(**more)[0]
+    with pytest.raises(ValueError, match="only single tokens can follow"):
+        registry.fused_recurrent_delta_rule(**more)
 
 
 def test_on_a_cpu_nothing_changes(enabled, monkeypatch):
@@ -321,34 +346,58 @@ def test_on_a_gpu_overlapping_launches_wait_for_each_other(inplace):
         assert torch.equal(found, right)
 
 
+def tiny_model(family):
+    sizes = dict(hidden_size=96, num_hidden_layers=2, vocab_size=50, num_heads=2, initializer_range=0.2)
+    torch.manual_seed(0)
+    if family == "delta_net":
+        return DeltaNetForCausalLM(DeltaNetConfig(**sizes)).eval().cuda()
+    config = GatedDeltaNetConfig(**sizes, head_dim=24, expand_v=2, num_v_heads=4)
+    return GatedDeltaNetForCausalLM(config).eval().cuda()
+
+
+def decode_tokens(model):
+    """Return the logits of 6 tokens at once and 6 one by one, and the states after them."""
+    ids = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(1)).cuda()
+    prefill = model(ids[:, :6], use_cache=True)
+    logits, cache = [prefill.logits], prefill.past_key_values
+    for t in range(6, 12):
+        result = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+        logits, cache = [*logits, result.logits], result.past_key_values
+    return torch.cat(logits, dim=1), [layer["recurrent_state"] for layer in cache]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("family", ["delta_net", "gated_deltanet"])
 @torch.no_grad()
 def test_on_a_gpu_models_decode_by_it(monkeypatch, family, inplace):
-    sizes = dict(hidden_size=96, num_hidden_layers=2, vocab_size=50, num_heads=2, initializer_range=0.2)
-    torch.manual_seed(0)
-    if family == "delta_net":
-        model = DeltaNetForCausalLM(DeltaNetConfig(**sizes))
-    else:
-        model = GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**sizes, head_dim=24, expand_v=2, num_v_heads=4))
-    model = model.eval().cuda()
-    ids = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(1)).cuda()
-
-    def decode():
-        prefill = model(ids[:, :6], use_cache=True)
-        logits, cache = [prefill.logits], prefill.past_key_values
-        for t in range(6, 12):
-            result = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
-            logits, cache = [*logits, result.logits], result.past_key_values
-        return torch.cat(logits, dim=1)
-
-    expected, steps, ours = decode(), [], registry.decode_step
+    model = tiny_model(family)
+    expected, steps, ours = decode_tokens(model)[0], [], registry.decode_step
     monkeypatch.setattr(registry, "decode_step", lambda *a, **b: steps.append(b["inplace"]) or ours(*a, **b))
     fla_decode.enable(inplace=inplace)
     try:
-        actual = decode()
+        actual = decode_tokens(model)[0]
     finally:
         fla_decode.disable()
     assert steps == [inplace] * 12
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, within", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.int8, 2e-2)])
+@pytest.mark.parametrize("family", ["delta_net", "gated_deltanet"])
+@torch.no_grad()
+def test_on_a_gpu_models_keep_their_states_in_fewer_bytes(family, dtype, within):
+    model = tiny_model(family)
+    expected, wide = decode_tokens(model)
+    fla_decode.enable(state_dtype=dtype)
+    try:
+        actual, states = decode_tokens(model)
+    finally:
+        fla_decode.disable()
+    assert 0 < relative_error(actual, expected) < within
+    for state, full in zip(states, wide, strict=True):
+        if dtype == torch.int8:
+            assert sum(part.nbytes for part in state) < 0.3 * full.nbytes
+        else:
+            assert state.dtype == dtype and state.shape == full.shape
