@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from fla_decode.state import Int8State, dequantize, quantize
-from fla_decode.step import MAX_NUMBERS, TILINGS, Tiling, choose_tiling, decode_step, split_channels
+from fla_decode.step import MAX_NUMBERS, TILINGS, Tiling, choose_tiling, decode_step, part_width
 from fla_torch import operators
 
 from keyreduce.benchmarking.metrics import measure_roofline
@@ -68,7 +68,7 @@ FLA = (fla.ops.fused_recurrent_delta_rule, fla.ops.fused_recurrent_gated_delta_r
 PYTORCH = (operators.chunk_delta_rule, operators.chunk_gated_delta_rule)
 # What the search tells the caches. Not evict_last: a model does not come back to an old state for long.
 READS, WRITES = ("evict_first", "", ".cg"), ("evict_first", "")
-SHAPES, FINALISTS, SEARCH_ROUNDS, FINAL_ROUNDS = 2, 5, 6, 40
+SHAPES, FINALISTS, SEARCH_ROUNDS, FINAL_ROUNDS = 2, 3, 6, 20
 START = time.perf_counter()
 
 
@@ -271,11 +271,15 @@ def told(row: dict) -> str:
 
 
 def shapes_of(size: Size) -> Iterator[Tiling]:
-    """Yield tilings that leave each thread 8 to `MAX_NUMBERS` numbers."""
-    for block_v, warps in itertools.product((8, 16, 32, 64, 128), (1, 2, 4, 8)):
-        numbers = sum(split_channels(size.K)) * block_v / (32 * warps)
-        if 8 <= numbers <= MAX_NUMBERS and block_v < 2 * size.V:
-            yield Tiling(block_v, warps)
+    """Yield tilings that leave each thread 16 to `MAX_NUMBERS` numbers, with parts and runs of all kinds."""
+    widths = {part_width(size.K), min(16, size.K)} if size.is_v_first else {part_width(size.K)}
+    runs = (16, 8, 4) if size.is_v_first else (16,)  # bytes
+    for block_v, warps, width, run in itertools.product((8, 16, 32, 64, 128), (1, 2, 4, 8), widths, runs):
+        numbers = width * math.ceil(size.K / width) * block_v / (32 * warps)
+        # More keys and queries than this do not stay in registers either.
+        held = 2 * size.K * min(1, run / size.dtype.itemsize / width)
+        if 16 <= numbers <= MAX_NUMBERS and block_v < 2 * size.V and held <= 96:
+            yield Tiling(block_v, warps, width=width, run=min(run // size.dtype.itemsize, width))
 
 
 def policies_of(tiling: Tiling) -> Iterator[Tiling]:

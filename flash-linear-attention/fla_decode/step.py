@@ -21,7 +21,8 @@ class Tiling(NamedTuple):
 
     ``reads`` and ``writes`` of the state are an eviction policy or, with a dot, a modifier of PTX (of reads alone).
     With ``overlaps`` a launch begins while the one before it ends, on GPUs that can (programmatic dependent launch,
-    Hopper and later).
+    Hopper and later). A tile comes in parts of ``width`` key channels, by default what `part_width` says; of a state
+    ``[V, K]`` a thread takes ``run`` channels of a part in a row, by default 16 bytes.
     """
 
     block_v: int
@@ -29,6 +30,8 @@ class Tiling(NamedTuple):
     reads: str = "evict_first"
     writes: str = "evict_first"
     overlaps: bool = True
+    width: int | None = None
+    run: int | None = None
 
 
 # By bytes of a number, layout and key channels, the best of the search in decode_benchmark.py on an H100, with V = 128.
@@ -42,13 +45,28 @@ TILINGS = {
         256: Tiling(16, 8),
     },
     (2, False): {32: Tiling(128, 2), 64: Tiling(64, 2), 96: Tiling(32, 2), 128: Tiling(64, 4), 256: Tiling(32, 8)},
-    (2, True): {32: Tiling(128, 2), 64: Tiling(32, 1), 96: Tiling(16, 1), 128: Tiling(16, 1), 256: Tiling(16, 8)},
-    (1, True): {32: Tiling(64, 1), 64: Tiling(32, 1), 96: Tiling(16, 1), 128: Tiling(16, 1), 256: Tiling(16, 4)},
+    (2, True): {
+        32: Tiling(32, 1, width=16),
+        64: Tiling(16, 1),
+        80: Tiling(32, 1, run=4),
+        96: Tiling(32, 2, run=4),
+        128: Tiling(32, 2),
+        256: Tiling(16, 8),
+    },
+    (1, True): {
+        32: Tiling(64, 1),
+        64: Tiling(32, 1),
+        80: Tiling(16, 1, run=4),
+        96: Tiling(16, 1, width=16, run=4),
+        128: Tiling(16, 1),
+        256: Tiling(16, 4),
+    },
 }
 # So few columns of a state, over all heads, want small tiles, to reach every multiprocessor.
 FEW_COLUMNS = 1 << 16
 FEW = {False: Tiling(16, 1), True: Tiling(8, 1)}
-MAX_NUMBERS = 64  # of a thread: more would not stay in registers
+MAX_NUMBERS = 80  # of a thread: more would not stay in registers
+LEAST_WIDTH = 16  # narrower parts would waste fewer channels of odd sizes, but are too many
 
 
 def choose_tiling(
@@ -59,17 +77,17 @@ def choose_tiling(
     if heads * V >= FEW_COLUMNS:
         by_channels = TILINGS[state_dtype.itemsize, state_v_first]
         tiling = next(found for most, found in by_channels.items() if most >= K)
+    # A width that was found for one size need not suit the others for which it stands.
+    width = tiling.width if tiling.width and K % tiling.width == 0 else part_width(K)
+    run = min(tiling.run or 16 // state_dtype.itemsize, width)
     block_v = min(tiling.block_v, triton.next_power_of_2(V))
-    needed = triton.next_power_of_2(triton.cdiv(sum(split_channels(K)) * block_v, 32 * MAX_NUMBERS))
-    return tiling._replace(block_v=block_v, warps=max(needed, tiling.warps))
+    needed = triton.next_power_of_2(triton.cdiv(width * triton.cdiv(K, width) * block_v, 32 * MAX_NUMBERS))
+    return tiling._replace(block_v=block_v, warps=max(needed, tiling.warps), width=width, run=run)
 
 
-def split_channels(K: int) -> tuple[int, int]:
-    """Return the two sides, powers of two (the second may be 0), that cover K channels with the least left over."""
-    whole = triton.next_power_of_2(K)
-    head = whole // 2
-    tail = max(4, triton.next_power_of_2(K - head)) if head else whole
-    return (whole, 0) if tail >= head else (head, tail)
+def part_width(K: int) -> int:
+    """Return the key channels of a part: the largest power of two that divides K, but 16 at least, if K has as many."""
+    return max(K & -K, min(LEAST_WIDTH, triton.next_power_of_2(K)))
 
 
 @functools.cache
@@ -133,7 +151,7 @@ def decode_step(
     output = torch.empty_like(value)
     W, V, K = value.shape[2], value.shape[3], key.shape[3]
     tiling = tiling or choose_tiling(K, V, heads=old.shape[0] * W, state_v_first=v_first, state_dtype=state_dtype)
-    head, tail = split_channels(K)
+    width = tiling.width or part_width(K)
     programs = old.shape[0] * W * triton.cdiv(V, tiling.block_v)
     overlap = {"launch_pdl": True} if tiling.overlaps and can_overlap(old.device) else {}
     with torch.cuda.device(old.device) if old.is_cuda else contextlib.nullcontext():
@@ -141,7 +159,8 @@ def decode_step(
             query, key, value, beta, gate, A_log, dt_bias,
             old.contiguous(), scales if scales is None else scales.contiguous(), new, new_scales, output,
             K**-0.5 if scale is None else scale,
-            H=key.shape[2], W=W, K=K, V=V, HEAD=head, TAIL=tail, BLOCK_V=tiling.block_v,
+            H=key.shape[2], W=W, K=K, V=V,
+            WIDTH=width, RUN=min(tiling.run or 16 // state_dtype.itemsize, width), BLOCK_V=tiling.block_v,
             HAS_GATE=gate is not None, IS_GATE_RAW=A_log is not None, HAS_DT_BIAS=dt_bias is not None,
             NORMALIZE=normalize, BETA_IS_LOGIT=beta_is_logit, DOUBLE_BETA=allow_neg_eigval, V_FIRST=v_first,
             HAS_SCALES=scales is not None, WRITES_SCALES=new_scales is not None,

@@ -21,12 +21,12 @@ from delta_rule_reference import draw_inputs, reference_delta_rule, relative_err
 from fla_decode import registry
 from state_formats import read, steps_off
 
-# K, V, key heads, value heads, tiling: one side a power of two, two sides, neither, and more than one tile.
+# K, V, key heads, value heads, tiling: channels in one part, in one with a rest, in two with one, and several tiles.
 SIZES = {
     "whole": (8, 8, 1, 1, None),
-    "two parts": (12, 5, 1, 2, None),
+    "a rest": (12, 5, 1, 2, None),
     "odd": (23, 40, 2, 4, None),
-    "long": (96, 16, 1, 1, fla_decode.Tiling(8, 2)),
+    "long": (96, 16, 1, 1, fla_decode.Tiling(8, 2, width=16, run=4)),
     "tiles of four": (12, 18, 1, 3, fla_decode.Tiling(4, 1, ".cg", "")),
 }
 RULES = ("ungated", "gated", "raw")
@@ -78,7 +78,7 @@ FORMATS = {
     "int8": (torch.int8, torch.int8),
     "int8, then float32": (torch.int8, torch.float32),
 }
-# K, V: in one part, in two without a rest (96, 80), in two with one, and value channels that no tile divides.
+# K, V: in one part, in several (96, 80), in several with a rest, and value channels that no tile divides.
 FORMAT_SIZES = ((16, 8), (96, 4), (80, 13), (23, 5), (4, 104))
 
 

@@ -104,19 +104,19 @@ def test_functions_of_fla_keep_the_state_as_asked(interpreted):
 
 
 @pytest.mark.parametrize("K", range(1, 257))
-def test_two_powers_of_two_cover_the_key_channels(K):
-    head, tail = step.split_channels(K)
-    assert all(side == 0 or math.log2(side).is_integer() for side in (head, tail))
-    assert head + tail >= K
-    assert tail == 0 or (head < K and tail < head)
-    assert head + tail <= 2 ** math.ceil(math.log2(max(K, 4)))
+def test_parts_of_a_power_of_two_cover_the_key_channels(K):
+    width = step.part_width(K)
+    parts = math.ceil(K / width)
+    assert math.log2(width).is_integer() and parts <= 16
+    assert K % width == 0 or width <= 16
 
 
 def test_common_sizes_waste_no_channel():
-    assert [sum(step.split_channels(K)) for K in (32, 48, 64, 80, 96, 128, 192)] == [32, 48, 64, 80, 96, 128, 192]
+    widths = {K: step.part_width(K) for K in (32, 48, 64, 80, 96, 112, 128, 192)}
+    assert widths == {32: 32, 48: 16, 64: 64, 80: 16, 96: 32, 112: 16, 128: 128, 192: 64}
 
 
-@pytest.mark.parametrize("K", [1, 20, 32, 64, 96, 128, 256])
+@pytest.mark.parametrize("K", [1, 20, 32, 57, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("V", [1, 64, 127, 128, 512])
 @pytest.mark.parametrize("heads", [1, 1024, 10**6])
 @pytest.mark.parametrize("state_v_first", [False, True])
@@ -126,7 +126,8 @@ def test_every_size_has_a_tiling(K, V, heads, state_v_first, dtype):
     tiling = step.choose_tiling(K, V, heads=heads, state_v_first=v_first, state_dtype=dtype)
     assert math.log2(tiling.block_v).is_integer() and math.log2(tiling.warps).is_integer()
     # More would not stay in registers.
-    assert sum(step.split_channels(K)) * tiling.block_v <= 64 * 32 * tiling.warps
+    assert tiling.width * math.ceil(K / tiling.width) * tiling.block_v <= step.MAX_NUMBERS * 32 * tiling.warps
+    assert tiling.width % tiling.run == 0
 
 
 def fake_call(**changes):
