@@ -34,7 +34,7 @@ class Tiling(NamedTuple):
     run: int | None = None
 
 
-# By bytes of a number, layout and key channels, the best of the search in decode_benchmark.py on an H100, with V = 128.
+# By bytes of a number, layout and key channels, the best of searches as in decode_benchmark.py on an H100.
 TILINGS = {
     (4, False): {32: Tiling(128, 2), 64: Tiling(64, 2), 96: Tiling(32, 2), 128: Tiling(64, 4), 256: Tiling(32, 8)},
     (4, True): {
@@ -44,20 +44,28 @@ TILINGS = {
         128: Tiling(16, 8, "", ""),
         256: Tiling(16, 8),
     },
-    (2, False): {32: Tiling(128, 2), 64: Tiling(64, 2), 96: Tiling(32, 2), 128: Tiling(64, 4), 256: Tiling(32, 8)},
+    (2, False): {
+        32: Tiling(64, 1, "", ""),
+        64: Tiling(32, 2, ""),
+        80: Tiling(32, 2, "", ""),
+        96: Tiling(64, 4),
+        128: Tiling(64, 4),
+        256: Tiling(32, 8),
+    },
     (2, True): {
-        32: Tiling(32, 1, width=16),
-        64: Tiling(16, 1),
-        80: Tiling(32, 1, run=4),
-        96: Tiling(32, 2, run=4),
-        128: Tiling(32, 2),
+        32: Tiling(64, 1, width=16),
+        64: Tiling(64, 2, width=32, run=4),
+        80: Tiling(64, 2, run=4),
+        96: Tiling(32, 2),
+        128: Tiling(64, 4),
         256: Tiling(16, 8),
     },
+    # Of 80 channels a thread takes 4 bytes, and so each sector of memory is asked for twice: the cache must keep it.
     (1, True): {
         32: Tiling(64, 1),
         64: Tiling(32, 1),
-        80: Tiling(16, 1, run=4),
-        96: Tiling(16, 1, width=16, run=4),
+        80: Tiling(16, 1, "", run=4),
+        96: Tiling(64, 4, run=8),
         128: Tiling(16, 1),
         256: Tiling(16, 4),
     },
