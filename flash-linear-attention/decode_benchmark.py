@@ -408,6 +408,8 @@ def time_from_python(K: int = 64, calls: int = 500) -> list[dict]:
 def table(rows: Sequence[dict], dtypes: Sequence[str]) -> Iterator[str]:
     """Yield the comparison as Markdown, for 64 and 256 sequences, and how far the 95% intervals reach."""
     shown = [row for row in rows if row["state_dtype"] in dtypes and row["B"] in (64, 256)]
+    if not shown:
+        return
     head = "µs | of the bandwidth | of its copy | fla: µs | faster |"
     yield f"| rule | state | K | V | B=64: {head} B=256: {head}"
     yield "|" + "---|" * 14
@@ -423,6 +425,19 @@ def table(rows: Sequence[dict], dtypes: Sequence[str]) -> Iterator[str]:
     for name in ("speedup", "of_copy"):
         reach = max(max(row[name + "_high"] - row[name], row[name] - row[name + "_low"]) for row in shown)
         yield f"95% intervals of {name} reach at most {reach:.3f} to either side."
+
+
+def search_table(rows: Sequence[dict]) -> Iterator[str]:
+    """Yield the fastest tiling of each size in a search as Markdown, beside a copy of its state and fla's kernel."""
+    yield "| size | B | µs | of the bandwidth | of its copy | fla: µs | faster |"
+    yield "|" + "---|" * 7
+    finals: dict[tuple[str, int], dict[str, dict]] = {}
+    for row in rows:
+        finals.setdefault((row["size"], row["B"]), {})[row["name"]] = row
+    for (size, B), found in finals.items():
+        ours = next(row for name, row in found.items() if name.startswith("("))  # the best comes first
+        cells = [size, str(B), f"{ours['us']:.1f}", f"{ours['share']:.0%}", f"{found['copy']['us'] / ours['us']:.0%}"]
+        yield f"| {' | '.join(cells)} | {found['fla']['us']:.1f} | {ours['speedup']:.2f} |"
 
 
 def falls_short(row: dict) -> bool:
@@ -450,7 +465,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     if options.table:
-        print(*table(json.loads(options.table.read_text())["comparison"], options.state_dtype), sep="\n")
+        found = json.loads(options.table.read_text())
+        print(*search_table(found.get("search", [])), sep="\n")
+        print(*table(found.get("comparison", []), options.state_dtype), sep="\n")
         return
     result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
 

@@ -3,7 +3,8 @@
     import fla_decode
     fla_decode.enable()   # from here on fla's models decode by it on CUDA; fla_decode.disable() takes it back
 
-A step is bound by reading and writing the state, and the kernel is laid out for that. It is off unless asked for.
+A step is bound by reading and writing the state, and the kernel is laid out for that. It can keep the state in fewer
+bytes: ``fla_decode.enable(state_dtype=torch.bfloat16)``, float16 or int8. It is off unless asked for.
 """
 
 from fla_decode.registry import UnsupportedVersionError, disable, enable, is_enabled
