@@ -9,29 +9,38 @@ import importlib
 import torch
 from fla_torch.registry import TESTED_VERSIONS, UnsupportedVersionError, refuse_disabled_dispatch, replace_everywhere
 
+from fla_decode.state import FLOATS
 from fla_decode.step import MAX_KEY_CHANNELS, decode_step
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _is_placed = False
 _is_enabled = False
-_is_inplace = False
+# What `decode_step` is called with, by choice of whoever enables it.
+_options: dict = {}
 
 
-def enable(*, inplace: bool = False) -> None:
+def enable(*, inplace: bool = False, state_dtype: torch.dtype = torch.float32) -> None:
     """Let fla's models and those of transformers decode by the kernel, on CUDA, where no gradient is asked for.
 
     With ``inplace`` the new state is written over the old one. fla's caches drop the old one anyway; a program that
-    keeps it, to go back to it, must not ask for this. Calling it again changes nothing but this choice.
+    keeps it, to go back to it, must not ask for this. Calling it again changes nothing but these choices.
+
+    The first decoding step after a prefill reads fla's float32 state and writes one in ``state_dtype``, and so it
+    stays. bfloat16 and float16 halve what caches of fla hold and what a step moves; float16 ends at 65,504. int8 nearly
+    quarters it: there the cache holds an `Int8State`, and only single tokens can follow. transformers' own models copy
+    each state into a float32 one, so that for them the state is rounded and nothing is saved, and int8 fails.
 
     Raises:
+        ValueError: ``state_dtype`` is none of float32, bfloat16, float16, int8.
         UnsupportedVersionError: the installed fla lacks what the kernel needs, or its dispatch is switched off.
     """
-    global _is_enabled, _is_inplace, _is_placed
+    global _is_enabled, _is_placed
+    if state_dtype not in (*FLOATS, torch.int8):
+        raise ValueError(f"`state_dtype` is {state_dtype}; states are kept in float32, bfloat16, float16 or int8")
     if not _is_placed:
         _place_all()
         _is_placed = True
-    _is_enabled, _is_inplace = True, inplace
+    _is_enabled = True
+    _options.update(inplace=inplace, state_dtype=state_dtype)
 
 
 def disable() -> None:
@@ -50,8 +59,9 @@ def fused_recurrent_delta_rule(
     cu_seqlens=None,
 ):  # fmt: skip
     """fla's function of that name, for the calls that `takes_ungated` takes."""
+    _refuse_more_tokens(q, cu_seqlens)
     output, state = decode_step(
-        q, k, v, beta, initial_state, scale=scale, normalize=use_qk_l2norm_in_kernel, inplace=_is_inplace
+        q, k, v, beta, initial_state, scale=scale, normalize=use_qk_l2norm_in_kernel, **_options
     )
     return output.to(q.dtype), state
 
@@ -62,12 +72,13 @@ def fused_recurrent_gated_delta_rule(
     use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, state_v_first=False, cu_seqlens=None, **_,
 ):  # fmt: skip
     """fla's function of that name, for the calls that `takes_gated` takes."""
+    _refuse_more_tokens(q, cu_seqlens)
     return decode_step(
         q, k, v, beta, initial_state,
         scale=scale, gate_B1W=g, A_log_W=A_log if use_gate_in_kernel else None,
         dt_bias_W=dt_bias if use_gate_in_kernel else None, normalize=use_qk_l2norm_in_kernel,
         beta_is_logit=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval, state_v_first=state_v_first,
-        inplace=_is_inplace,
+        **_options,
     )  # fmt: skip
 
 
@@ -77,11 +88,12 @@ def fused_recurrent_gated_delta_rule_fwd(
     allow_neg_eigval=False, state_v_first=False, cu_seqlens=None,
 ):  # fmt: skip
     """fla's function of that name, for the calls that `takes_gated_fwd` takes."""
+    _refuse_more_tokens(q, cu_seqlens)
     return decode_step(
         q, k, v, beta, initial_state,
         scale=scale, gate_B1W=g, A_log_W=A_log, dt_bias_W=dt_bias, normalize=use_qk_l2norm_in_kernel,
         beta_is_logit=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval, state_v_first=state_v_first,
-        inplace=_is_inplace,
+        **_options,
     )  # fmt: skip
 
 
@@ -118,8 +130,18 @@ def takes_gated_fwd(
 
 
 def _answer(*call) -> tuple[bool, str | None]:
-    reason = _refusal(*call)
-    return reason is None, reason
+    inputs, *others = call
+    reason = _refusal(inputs, *others)
+    # fla cannot read int8: such a call comes to ours, which says so where it cannot be taken.
+    return reason is None or isinstance(inputs[-1], tuple), reason
+
+
+def _refuse_more_tokens(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
+    if q.shape[1] != 1 or cu_seqlens is not None:
+        raise ValueError(
+            "after a state in int8 only single tokens can follow: decode without packed sequences, one token at a "
+            "time, or keep the state in bfloat16 (fla_decode.enable(state_dtype=torch.bfloat16))"
+        )
 
 
 def _refusal(inputs, output_final_state, cu_seqlens, gates=(), channel_gates=()) -> str | None:
@@ -137,8 +159,9 @@ def _refusal(inputs, output_final_state, cu_seqlens, gates=(), channel_gates=())
         return "beta is absent, or beta or the decay per channel"
     if k.shape[-1] > MAX_KEY_CHANNELS or v.shape[2] % k.shape[2]:
         return f"more than {MAX_KEY_CHANNELS} key channels, or value heads that key heads do not divide"
-    tensors = [tensor for tensor in (*inputs, *gates) if tensor is not None]
-    if any(tensor.dtype not in _DTYPES for tensor in tensors):
+    states = () if isinstance(initial_state, tuple) else (initial_state,)
+    tensors = [tensor for tensor in (q, k, v, beta, *states, *gates) if tensor is not None]
+    if any(tensor.dtype not in FLOATS for tensor in tensors):
         return "a dtype that is not one of float32, bfloat16, float16"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "a gradient is asked for"

@@ -18,6 +18,8 @@ from fla.layers import delta_net
 from fla.models import DeltaNetConfig, DeltaNetForCausalLM, GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 from fla.ops.gated_delta_rule import fused_recurrent, fused_recurrent_gated_delta_rule
 from fla_decode import registry, step
+from fla_decode.state import FLOATS
+from state_formats import read, steps_off
 from torch._subclasses import FakeTensorMode
 
 # Not in a fixture: the test modules that are imported after this one must find the dispatched names already.
@@ -58,34 +60,75 @@ def test_half_precision_rounds_only_the_output(interpreted):
     assert state < 1e-6
 
 
+def test_stored_states_are_rounded_to_their_format(interpreted):
+    formats = interpreted["formats"]
+    assert len(formats) == 20
+    # The interpreter cuts bfloat16 off, where a GPU rounds to nearest: a whole step, not half of one.
+    most = {name: 1 if name.startswith("bfloat16") else 0.5 for name in formats}
+    assert {name: (off, output) for name, (off, output) in formats.items() if not (off < most[name] + 1e-3)} == {}
+    # The output is taken before the rounding.
+    assert {name: output for name, (_, output) in formats.items() if not output < 1e-6} == {}
+
+
+@pytest.mark.parametrize("state_v_first", [False, True])
+def test_a_state_becomes_int8_and_comes_back(state_v_first):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 3, 5, 7, generator=generator)
+    rows[0, 1, 2] = 0  # a row of zeros has scale 0, and no quotient
+    rows[1, 0, 0] = torch.tensor([127.0, 0.5, 1.5, -2.5, -126.5, 3, -127])  # ties go to the even neighbour
+    state = rows if state_v_first else rows.mT.contiguous()
+    stored = fla_decode.quantize(state, state_v_first=state_v_first)
+    assert stored.codes_BWVK.shape == rows.shape and stored.codes_BWVK.is_contiguous()
+    assert stored.codes_BWVK[1, 0, 0].tolist() == [127, 0, 2, -2, -126, 3, -127]
+    assert stored.codes_BWVK[0, 1, 2].tolist() == [0] * 7 and stored.scales_BWV[0, 1, 2] == 0
+    assert stored.nbytes == 2 * 3 * 5 * (7 + 4)
+    assert steps_off(stored, rows.mT) < 0.5 + 1e-4
+    back = fla_decode.dequantize(stored, state_v_first=state_v_first)
+    assert back.shape == state.shape and back.dtype == torch.float32
+    assert relative_error(back, read(stored).mT if state_v_first else read(stored)) < 1e-7
+
+
 def test_functions_of_fla_come_to_the_kernel(interpreted):
     errors = dict(interpreted["dispatch"])
     assert errors.pop("calls") == len(errors) == 3
     assert max(errors.values()) < 1e-6
 
 
+def test_functions_of_fla_keep_the_state_as_asked(interpreted):
+    found = dict(interpreted["stored"])
+    for name in ("ungated", "gated"):
+        assert "only single tokens can follow" in found.pop(f"{name}, int8, more tokens")
+        assert found.pop(f"{name}, int8") == "torch.int8"
+        assert found.pop(f"{name}, bfloat16") == "torch.bfloat16"
+    assert found == {}
+
+
 @pytest.mark.parametrize("K", range(1, 257))
-def test_two_powers_of_two_cover_the_key_channels(K):
-    head, tail = step.split_channels(K)
-    assert all(side == 0 or math.log2(side).is_integer() for side in (head, tail))
-    assert head + tail >= K
-    assert tail == 0 or (head < K and tail < head)
-    assert head + tail <= 2 ** math.ceil(math.log2(max(K, 4)))
+def test_parts_of_a_power_of_two_cover_the_key_channels(K):
+    width = step.part_width(K)
+    parts = math.ceil(K / width)
+    assert math.log2(width).is_integer() and parts <= 16
+    assert K % width == 0 or width <= 16
 
 
 def test_common_sizes_waste_no_channel():
-    assert [sum(step.split_channels(K)) for K in (32, 48, 64, 80, 96, 128, 192)] == [32, 48, 64, 80, 96, 128, 192]
+    widths = {K: step.part_width(K) for K in (32, 48, 64, 80, 96, 112, 128, 192)}
+    assert widths == {32: 32, 48: 16, 64: 64, 80: 16, 96: 32, 112: 16, 128: 128, 192: 64}
 
 
-@pytest.mark.parametrize("K", [1, 20, 32, 64, 96, 128, 256])
+@pytest.mark.parametrize("K", [1, 20, 32, 57, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("V", [1, 64, 127, 128, 512])
 @pytest.mark.parametrize("heads", [1, 1024, 10**6])
 @pytest.mark.parametrize("state_v_first", [False, True])
 def test_every_size_has_a_tiling(K, V, heads, state_v_first):
-    tiling = step.choose_tiling(K, V, heads=heads, state_v_first=state_v_first)
-    assert math.log2(tiling.block_v).is_integer() and math.log2(tiling.warps).is_integer()
-    # More would not stay in registers.
-    assert sum(step.split_channels(K)) * tiling.block_v <= 64 * 32 * tiling.warps
+    for dtype in (*FLOATS, torch.int8):
+        v_first = state_v_first or dtype == torch.int8
+        tiling = step.choose_tiling(K, V, heads=heads, state_v_first=v_first, state_dtype=dtype)
+        assert math.log2(tiling.block_v).is_integer() and math.log2(tiling.warps).is_integer()
+        # More would not stay in registers.
+        numbers = tiling.width * math.ceil(K / tiling.width) * tiling.block_v
+        assert numbers <= step.MAX_NUMBERS * 32 * tiling.warps
+        assert tiling.width % tiling.run == 0
 
 
 def fake_call(**changes):
@@ -170,6 +213,22 @@ def test_it_is_off_unless_asked_for():
     assert not registry.takes_gated(**fake_call())[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8, torch.float8_e4m3fn])
+def test_a_format_that_no_state_has_is_refused(dtype):
+    with pytest.raises(ValueError, match=f"`state_dtype` is {dtype}"):
+        fla_decode.enable(state_dtype=dtype)
+    assert not fla_decode.is_enabled()
+
+
+def test_a_state_in_int8_is_never_left_to_fla(enabled):
+    state = fake_tensor(2, 3, 4, 8, dtype=torch.int8), fake_tensor(2, 3, 4)
+    assert registry.takes_ungated(**fake_call(initial_state=state)) == (True, None)
+    more = fake_call(initial_state=state, q=fake_tensor(2, 5, 3, 8))
+    assert registry.takes_ungated(**more)[0]
+    with pytest.raises(ValueError, match="only single tokens can follow"):
+        registry.fused_recurrent_delta_rule(**more)
+
+
 def test_on_a_cpu_nothing_changes(enabled, monkeypatch):
     monkeypatch.setattr(registry, "decode_step", lambda *_, **__: pytest.fail("the kernel was called"))
     query, key, value, beta, log_decay, state = draw_inputs(0, B=2, T=1, H=2, W=2, K=6, V=5)
@@ -246,6 +305,25 @@ def test_on_a_gpu_steps_equal_the_definition(K, V, state_v_first, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("state_v_first", [False, True])
+@pytest.mark.parametrize("K, V", [(128, 128), (96, 104), (80, 104), (64, 64), (32, 128), (57, 80), (256, 127), (4, 16)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
+def test_on_a_gpu_stored_states_round_to_nearest(K, V, state_v_first, dtype):
+    inputs = draw_inputs(K + V, B=3, T=4, H=2, W=4, K=K, V=V, device="cuda")
+    state = (inputs[-1].mT if state_v_first else inputs[-1]).contiguous()
+    for t in range(4):
+        *arguments, gate = (tensor[:, t : t + 1] for tensor in inputs[:-1])
+        before = read(state, state_v_first=state_v_first).cpu()
+        cpu = [tensor.cpu() for tensor in (*arguments, gate)]
+        right, exact = reference_delta_rule(*cpu, scale=K**-0.5, initial_state=before)
+        options = dict(state_v_first=state_v_first, state_dtype=dtype, inplace=t % 2 == 1)
+        output, state = fla_decode.decode_step(*arguments, state, gate_B1W=gate, **options)
+        host = state.cpu() if torch.is_tensor(state) else tuple(part.cpu() for part in state)
+        assert steps_off(host, exact, state_v_first=state_v_first) < 0.5 + 1e-3
+        assert relative_error(output.cpu(), right) < 1e-6
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("inplace", [False, True])
 def test_on_a_gpu_overlapping_launches_wait_for_each_other(inplace):
     inputs = draw_inputs(0, B=64, T=32, H=16, W=16, K=128, V=128, device="cuda")
@@ -270,34 +348,58 @@ def test_on_a_gpu_overlapping_launches_wait_for_each_other(inplace):
         assert torch.equal(found, right)
 
 
+def tiny_model(family):
+    sizes = dict(hidden_size=96, num_hidden_layers=2, vocab_size=50, num_heads=2, initializer_range=0.2)
+    torch.manual_seed(0)
+    if family == "delta_net":
+        return DeltaNetForCausalLM(DeltaNetConfig(**sizes)).eval().cuda()
+    config = GatedDeltaNetConfig(**sizes, head_dim=24, expand_v=2, num_v_heads=4)
+    return GatedDeltaNetForCausalLM(config).eval().cuda()
+
+
+def decode_tokens(model):
+    """Return the logits of 6 tokens at once and 6 one by one, and the states after them."""
+    ids = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(1)).cuda()
+    prefill = model(ids[:, :6], use_cache=True)
+    logits, cache = [prefill.logits], prefill.past_key_values
+    for t in range(6, 12):
+        result = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+        logits, cache = [*logits, result.logits], result.past_key_values
+    return torch.cat(logits, dim=1), [layer["recurrent_state"] for layer in cache]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("family", ["delta_net", "gated_deltanet"])
 @torch.no_grad()
 def test_on_a_gpu_models_decode_by_it(monkeypatch, family, inplace):
-    sizes = dict(hidden_size=96, num_hidden_layers=2, vocab_size=50, num_heads=2, initializer_range=0.2)
-    torch.manual_seed(0)
-    if family == "delta_net":
-        model = DeltaNetForCausalLM(DeltaNetConfig(**sizes))
-    else:
-        model = GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**sizes, head_dim=24, expand_v=2, num_v_heads=4))
-    model = model.eval().cuda()
-    ids = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(1)).cuda()
-
-    def decode():
-        prefill = model(ids[:, :6], use_cache=True)
-        logits, cache = [prefill.logits], prefill.past_key_values
-        for t in range(6, 12):
-            result = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
-            logits, cache = [*logits, result.logits], result.past_key_values
-        return torch.cat(logits, dim=1)
-
-    expected, steps, ours = decode(), [], registry.decode_step
+    model = tiny_model(family)
+    expected, steps, ours = decode_tokens(model)[0], [], registry.decode_step
     monkeypatch.setattr(registry, "decode_step", lambda *a, **b: steps.append(b["inplace"]) or ours(*a, **b))
     fla_decode.enable(inplace=inplace)
     try:
-        actual = decode()
+        actual = decode_tokens(model)[0]
     finally:
         fla_decode.disable()
     assert steps == [inplace] * 12
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, within", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.int8, 2e-2)])
+@pytest.mark.parametrize("family", ["delta_net", "gated_deltanet"])
+@torch.no_grad()
+def test_on_a_gpu_models_keep_their_states_in_fewer_bytes(family, dtype, within):
+    model = tiny_model(family)
+    expected, wide = decode_tokens(model)
+    fla_decode.enable(state_dtype=dtype)
+    try:
+        actual, states = decode_tokens(model)
+    finally:
+        fla_decode.disable()
+    assert 0 < relative_error(actual, expected) < within
+    for state, full in zip(states, wide, strict=True):
+        if dtype == torch.int8:
+            assert sum(part.nbytes for part in state) < 0.3 * full.nbytes
+        else:
+            assert state.dtype == dtype and state.shape == full.shape
