@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from keyreduce.api.calibrate import CalibrateRequest
 from keyreduce.api.calibrate import run as run_calibrate
 from keyreduce.api.evaluate import EvaluateRequest, row_costs
-from keyreduce.api.prune import Cut, PruneRequest
+from keyreduce.api.prune import Cut, PruneRequest, PruneResult
 from keyreduce.api.prune import run as run_prune
 from keyreduce.api.recover import RecoverRequest
 from keyreduce.api.recover import run as run_recover
@@ -101,7 +101,7 @@ def prune(
     model: Model,
     *,
     method: str = "auto",
-    target: str | Sequence[str] = "key",
+    target: str | Sequence[str] = (),
     ratio: float | str | Sequence[float | str] = (),
     statistics: Statistics | None = None,
     output: str | Path | None = None,
@@ -113,10 +113,13 @@ def prune(
     Args:
         method: how to choose what is removed.
         target: ``key``, ``value``, ``head``, or several.
-        ratio: the share to remove, for all targets or one for each.
+        ratio: the share to remove, for all targets or one for each. Without it, and where nothing else says what to
+            remove, half of the state goes, in the sizes that lose least (``state_ratio``); of a module they are chosen
+            by the statistics alone.
         statistics: what :func:`calibrate` returned. A folder is calibrated first where they are needed and missing. Of
             a module's they must have the sizes; that they are of another model of the same sizes is not noticed.
-        settings: ``keep``, ``variance``, ``multiple_of``, ``engine``, ``seed``, ...
+        settings: ``state_ratio``, ``state_bytes``, ``keep``, ``variance``, ``multiple_of``, ``engine``, ``seed``,
+            ``uncorrected``, ... A module that is to be recovered layer by layer is best pruned ``uncorrected``.
 
     Returns:
         A new module on the model's device; or the path of the folder, where ``output`` is given.
@@ -128,18 +131,24 @@ def prune(
     if output is not None:
         if isinstance(model, PreTrainedModel):
             raise KeyreduceError("`output` is for a folder that is pruned; save the pruned module with save_pretrained")
-        request = PruneRequest(model=_name_of(model), output=Path(output), **fields)
-        return run_prune(request, reporter, statistics).pruned
+        result = run_prune(PruneRequest(model=_name_of(model), output=Path(output), **fields), reporter, statistics)
+        return result.pruned if isinstance(result, PruneResult) else result.report
     if not isinstance(model, PreTrainedModel):
         model = _loaded(model, None).model
-    source, cut = ModuleCheckpoint(model), Cut.of(PruneRequest(**fields))
+    request = PruneRequest(**fields)
+    if request.dry_run or request.search == "measured":
+        raise KeyreduceError("`dry_run` and `search` measured are for a folder: give its path, and `output`")
+    source, cut = ModuleCheckpoint(model), Cut.of(request)
     cut.check(source)
     if statistics is not None:
         _check_sizes(statistics, source)
         statistics = replace(statistics, model=source.identity)
     elif cut.needs_statistics:
         raise KeyreduceError(f"`method` {method} needs `statistics`; make them with keyreduce.calibrate")
-    plan = cut.plan(source, statistics, {}, reporter)
+    found = None
+    if cut.state_budget is not None and statistics is not None:
+        found = cut.search(replace(request, search="predicted"), source, statistics, reporter)
+    plan = cut.plan(source, statistics, {}, reporter, found)
     small = pruned_module(model, source, plan)
     if model in _tokenizers:
         _tokenizers[small] = _tokenizers[model]

@@ -249,7 +249,7 @@ def run(
     text = request.text_source("calibration")
     if request.dry_run:
         found = cut.search(request, source, statistics or _statistics(request, source, cut, reporter), reporter)
-        report = Workspace(request.work).state_budget
+        report = _write_search(request, source, found)
         return DryRunResult(report=report, dense=str(source.path), state_budget=found.to_json())
     target = request.output or Workspace(request.work).pruned
     refuse_source(target, Path(request.model) if request.model and os.path.isdir(request.model) else source.path)
@@ -268,7 +268,10 @@ def run(
             inputs["calibration"] = {name: value for name, value in statistics.inputs.items() if name not in without}
         made = not is_already_made(target, recorded, inputs | wanted, request.overwrite)
         if made:
-            searched = None if cut.state_budget is None else cut.search(request, source, statistics, reporter)
+            if cut.state_budget is not None:
+                assert statistics is not None  # such a cut needs them
+                searched = cut.search(request, source, statistics, reporter)
+                _write_search(request, source, searched)
             plan = cut.plan(source, statistics, inputs, reporter, searched)
             folder = claim.scratch / "cut" if request.recover else target
             _write(request, source, plan, folder, run_on, reporter)
@@ -347,13 +350,12 @@ class Cut:
     def search(
         self, request: PruneRequest, source: "Checkpoint", statistics: "Statistics", reporter: Reporter
     ) -> "Found":
-        """Find the sizes that lose least within the budget, and write what was considered into the work folder."""
+        """Find the sizes that lose least within the budget."""
         from keyreduce.devices import pick_device
-        from keyreduce.pruning.search import Search, write_search
-        from keyreduce.workspace import Workspace
+        from keyreduce.pruning.search import Search
 
         assert self.state_budget is not None
-        found = Search(
+        return Search(
             source=source,
             statistics=statistics,
             text=request.text_source("calibration"),
@@ -366,8 +368,6 @@ class Cut:
             mode=request.search,
             device=pick_device(request.device),
         ).run(reporter)
-        write_search(found, Workspace(request.work).state_budget, model=source.path.name)
-        return found
 
     def plan(
         self,
@@ -408,6 +408,16 @@ class Cut:
         for layer, sizes in before.items():
             after[layer] = sizes_after(sizes, {target: number_of[layer] for target, number_of in keep.items()})
         check_engine(self.engine, family, before, after)
+
+
+def _write_search(request: PruneRequest, source: "Checkpoint", found: "Found") -> Path:
+    """Write what was considered, and its picture, into the work folder, and return the file."""
+    from keyreduce.pruning.search import write_search
+    from keyreduce.workspace import Workspace
+
+    path = Workspace(request.work).state_budget
+    write_search(found, path, model=source.path.name)
+    return path
 
 
 def _recorded_inputs(folder: Path) -> dict | None:

@@ -133,7 +133,7 @@ class Search:
         sizes = {row: one.sizes for row, (_, one) in zip(considered, scored, strict=True)}
         mode = self.mode or self._default_mode()
         if mode == "measured":
-            measured = self._measure([(row, sizes[row]) for row in _best(considered)], reporter)
+            measured = self._measure(sizes, reporter)
             rest = [row for row in considered if row not in measured]
             chosen = {new: sizes[old] for old, new in measured.items()}
             considered, sizes = [*chosen, *rest], sizes | chosen
@@ -156,30 +156,36 @@ class Search:
         parameters = sum(math.prod(spec.shape) for spec in self.source.tensors.values())
         return "measured" if self.device.type == "cuda" or parameters <= SMALL else "predicted"
 
-    def _measure(
-        self, chosen: Sequence[tuple[Considered, MixerSizes]], reporter: Reporter
-    ) -> dict[Considered, Considered]:
-        """Return what was predicted -> the same, measured, the best first."""
+    def _measure(self, sizes: Mapping[Considered, MixerSizes], reporter: Reporter) -> dict[Considered, Considered]:
+        """Return what was predicted -> the same, measured, the best first; ``sizes`` has all, the best predicted first.
+
+        After the few of the lowest predicted loss, those next to the best one follow for as long as that changes.
+        """
         choose = {"method": self.method, "options": self.options, "seed": self.seed, "correct": self.correct}
         trial = Trial.of(self.source, self.statistics, self.text, choose, self.recovery, self.device)
-        found = []
-        with reporter.progress("measuring candidates", len(chosen) + 1, "models") as progress:
+        costs: dict[Considered, list[Perplexity]] = {}
+        with reporter.progress("measuring candidates", None, "models") as progress:
             dense = trial.costs(trial.dense, "float32")
             progress(1)
-            for row, sizes in chosen:
-                costs = trial.candidate_costs(self._keep(sizes), row.state_dtype)
-                increase, error = _increase(costs, dense)
-                found.append((row, costs, {"perplexity_increase": increase, "perplexity_error": error}))
-                progress(1)
-        measured, times = [], trial.times([sizes for _, sizes in chosen], reporter)
-        for (row, costs, figures), time in zip(found, times, strict=True):
+            waiting = _best(list(sizes))
+            while waiting:
+                for row in waiting:
+                    costs[row] = trial.candidate_costs(self._keep(sizes[row]), row.state_dtype)
+                    progress(1)
+                best = min(costs, key=lambda row: _difference(costs[row], dense)[0])
+                waiting = [row for row in _neighbours(best, list(sizes)) if row not in costs]
+        times = trial.times([sizes[row] for row in costs], reporter)
+        measured = []
+        for row, time in zip(costs, times, strict=True):
+            increase, error = _increase(costs[row], dense)
+            figures = {"perplexity_increase": increase, "perplexity_error": error}
             figures |= {"decode_seconds": time.decode.median, "prefill_seconds": time.prefill.median}
-            measured.append((row, dataclasses.replace(row, **figures), costs, time.decode))
+            measured.append((row, dataclasses.replace(row, **figures), time.decode))
         measured.sort(key=lambda entry: entry[1].perplexity_increase)
         best = first = measured[0]
         for entry in measured[1:]:
             # What the rows of text cannot tell apart is a tie, and goes to what is faster beyond doubt.
-            if not _is_worse(entry[2], best[2]) and ratio(first[3], entry[3])[1][0] > 1:
+            if not _is_worse(costs[entry[0]], costs[best[0]]) and ratio(first[2], entry[2])[1][0] > 1:
                 first = entry
         ordered = [first, *(entry for entry in measured if entry is not first)]
         return {entry[0]: entry[1] for entry in ordered}
@@ -202,6 +208,14 @@ def _best(considered: Sequence[Considered]) -> list[Considered]:
     """The few of each format that are worth measuring."""
     formats = dict.fromkeys(one.state_dtype for one in considered)
     return [one for dtype in formats for one in [row for row in considered if row.state_dtype == dtype][:MEASURED]]
+
+
+def _neighbours(row: Considered, considered: Sequence[Considered]) -> list[Considered]:
+    """Those with as many heads and the same format whose key channels are the next fewer and the next more."""
+    alike = [one for one in considered if (one.key_heads, one.state_dtype) == (row.key_heads, row.state_dtype)]
+    alike.sort(key=lambda one: one.head_k_dim)
+    place = alike.index(row)
+    return alike[max(0, place - 1) : place] + alike[place + 1 : place + 2]
 
 
 def _increase(costs: Sequence[Perplexity], dense: Sequence[Perplexity]) -> tuple[float, float]:

@@ -80,6 +80,9 @@ def recover_checkpoint(
         prepare_backend(_CPU)  # registers fla's models, which transformers does not know by itself
         rehearse_writing(pruned)
     of_dense, of_pruned = (load_model(source.path, _CPU, torch.float32) for source in (dense, pruned))
+    record = Record.read(pruned.path)
+    if record.dense_identity == dense.identity:
+        restore_writing_strength(of_dense, of_pruned, corrected_heads(record))
     tokens, layers = recover_layers(
         of_dense,
         of_pruned,
