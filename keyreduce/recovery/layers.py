@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from keyreduce.calibration.run import Settings
+from keyreduce.checkpoint.record import Record
 from keyreduce.checkpoint.shards import torch_dtypes
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.data.batches import batches, text_token_ids, token_rows
@@ -24,6 +25,7 @@ from keyreduce.recovery.modes import REPEATS, Steps
 from keyreduce.recovery.reconstruct import reconstruct
 from keyreduce.recovery.repeats import check_repeats, with_repeats
 from keyreduce.recovery.streams import Stream, open_stream
+from keyreduce.recovery.writing_strength import corrected_heads, restore_writing_strength
 
 _CPU = torch.device("cpu")
 

@@ -20,8 +20,9 @@ CUT = LayerCut(
 KEY_ROWS, VALUE_ROWS, VALUE_HEADS = [0, 2, 7, 8], [1, 2, 8, 11], [0, 1, 4, 5]
 NORM = torch.tensor([2.0, 3.0])
 HIDDEN = 5
-LENGTHS = {"QUERY": 9, "KEY": 9, "VALUE": 12, "GATE": 12, "SHARED_VALUE": 2, "VALUE_HEAD": 6, "HIDDEN": HIDDEN}
+LENGTHS = {"QUERY": 9, "KEY": 9, "VALUE": 12, "GATE": 12, "SHARED_VALUE": 2, "VALUE_HEAD": 6, "BETA": 6, "HIDDEN": HIDDEN}
 ROWS = {"QUERY": KEY_ROWS, "KEY": KEY_ROWS, "VALUE": VALUE_ROWS, "GATE": VALUE_ROWS, "VALUE_HEAD": VALUE_HEADS}
+ROWS["BETA"] = VALUE_HEADS
 
 
 def shapes_of(family, layer: int, lengths=LENGTHS) -> dict[str, tuple[int, ...]]:
@@ -188,7 +189,7 @@ def test_tensors_that_a_model_has_not_are_not_edited():
 @pytest.mark.parametrize("kernels", [1, 3])
 def test_kernels_of_heads_go_with_their_heads_alone(kernels):
     family, whole = FAMILIES["delta_net_2"], LayerCut.of_nothing(BEFORE._replace(value_heads=3))
-    lengths = LENGTHS | {"HEAD_OR_ALL": kernels, "VALUE": 6, "GATE": 6, "VALUE_HEAD": 3}
+    lengths = LENGTHS | {"HEAD_OR_ALL": kernels, "VALUE": 6, "GATE": 6, "VALUE_HEAD": 3, "BETA": 3}
     sizes = whole.before
     cut = LayerCut(sizes, MixerSizes(2, 2, 2, 1), CUT.heads_H, CUT.key_HR, torch.tensor([[0], [1]]))
     edits = edits_of(family, cut, lengths)

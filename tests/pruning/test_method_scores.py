@@ -151,8 +151,8 @@ def test_ties_break_by_lower_index_and_chance_has_no_part(name, target):
     sums = layer_statistics(SIZES, HIDDEN)
     for holder in (sums, sums.taylor):
         for field in dataclasses.fields(holder):
-            if field.name != "taylor":
-                getattr(holder, field.name).fill_(1)
+            if isinstance(tensor := getattr(holder, field.name), torch.Tensor):
+                tensor.fill_(1)
 
     def equal(word: str) -> torch.Tensor:
         return torch.ones_like(view().projection(word))
@@ -203,6 +203,7 @@ def test_which_method_chooses_what():
         "l2": everything,
         "magnitude": everything,
         "energy": everything,
+        "rank-norm": {"head"},
         "random": everything,
     }
 
