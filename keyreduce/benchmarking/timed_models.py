@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +14,7 @@ from keyreduce.devices import available_memory
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import Family, family_of
 from keyreduce.families.table import MixerSizes
+from keyreduce.models.classes import family_in
 from keyreduce.models.loading import LoadedModel, prepare_backend
 from keyreduce.models.meta import build_model
 
@@ -48,7 +49,7 @@ class TimedModel:
 
     @property
     def hidden(self) -> int:
-        return round(self.family.hidden.read(self.config))
+        return self.family.width(self.config)
 
     @property
     def vocabulary(self) -> int:
@@ -120,7 +121,8 @@ def random_models(
             model = build_model(built, device, dtype)
         except KeyreduceError as error:
             raise KeyreduceError(f"with head_k_dim {keys}: {error}") from error
-        made.append(TimedModel(f"K={keys}", model, family, layer, resized, None))
+        located = replace(family.in_model, mixer=family_in(model).mixer)
+        made.append(TimedModel(f"K={keys}", model, located, layer, resized, None))
     return made
 
 
@@ -152,11 +154,13 @@ def check_memory(size: int, device: torch.device, what: str) -> None:
 def _first_layers(family: Family, config: Mapping, count: int) -> dict:
     """Return the config of a model of the first ``count`` layers; ratios that are listed by layer may stay longer."""
     cut = dict(config)
-    family.num_layers.write(cut, {0: count}, count)
-    # A vision-language model nests its language model's config, which the line above has copied.
-    for part in (cut, cut.get("text_config") or {}):
-        if isinstance(part.get("layer_types"), list):
-            part["layer_types"] = part["layer_types"][:count]
+    language = family.copied_language(cut)
+    for name, value in language.items():
+        if name.endswith("_types") and isinstance(value, list):
+            language[name] = value[:count]  # of mixers, of MLPs, of indexers: one for each layer
+        if name.endswith("layer_ids") and isinstance(value, list):
+            language[name] = [number for number in value if number <= count]  # from one
+    family.num_layers.write(language, {0: count}, count)
     return cut
 
 

@@ -11,7 +11,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from keyreduce.checkpoint.shards import make_spec
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
-from keyreduce.families import family_of
+from keyreduce.models.classes import family_in
 from keyreduce.models.loading import LoadedModel, prepare_backend, silenced
 
 
@@ -47,7 +47,7 @@ class ModuleCheckpoint(Checkpoint):
 
 def loaded_module(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModel:
     """Return a model in memory as commands have it that loaded it from a folder, ready to run where it is."""
-    family = family_of(model.config.to_dict())
+    family = family_in(model)
     prepare_backend(model.device)
     return LoadedModel(model, tokenizer, family, Path(model.name_or_path or type(model).__name__))
 

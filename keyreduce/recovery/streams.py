@@ -109,10 +109,9 @@ def open_stream(
     Raises:
         KeyreduceError: more than hidden states passes from block to block, or blocks take arguments without names.
     """
-    if getattr(model.config, "attnres_block_size", None) is not None:
-        raise KeyreduceError("blocks of a model with attention residuals cannot be recovered one by one")
+    _refuse_more_than_hidden_states(model)
     stream = Stream(model, family, device, [], {})
-    blocks = [stream.block(layer) for layer in range(round(family.num_layers.read(model.config.to_dict())))]
+    blocks = [stream.block(layer) for layer in range(family.depth(model.config.to_dict()))]
     shapes: set[tuple[int, ...]] = set()
 
     def recorded(layer: int, block: nn.Module) -> Callable:
@@ -132,8 +131,7 @@ def open_stream(
 
         return call
 
-    # What lies outside the blocks: embeddings, the last norm, rotary tables.
-    outside = [child for name, child in model.base_model.named_children() if not isinstance(child, nn.ModuleList)]
+    outside = _outside(model, family.mixer.split(".{layer}")[0])
     try:
         for module in outside:
             module.to(device)
@@ -149,6 +147,26 @@ def open_stream(
         for module in outside:
             module.to("cpu")
     return stream
+
+
+def _refuse_more_than_hidden_states(model: PreTrainedModel) -> None:
+    config = model.config.get_text_config()
+    if getattr(config, "attnres_block_size", None) is not None:
+        raise KeyreduceError("blocks of a model with attention residuals cannot be recovered one by one")
+    if "shared" in (getattr(config, "indexer_types", None) or ()):
+        raise KeyreduceError("blocks that share what an indexer chose cannot be recovered one by one")
+
+
+def _outside(model: PreTrainedModel, blocks: str) -> list[nn.Module]:
+    """Return what a pass needs outside the blocks: embeddings, the last norm, rotary tables.
+
+    Of a larger model it is what lies beside the blocks' own list and beside the modules that hold that.
+    """
+    found, path = [], blocks.split(".")
+    for depth in range(len(path)):
+        children = model.get_submodule(".".join(path[:depth])).named_children() if depth else ()
+        found += [child for name, child in children if name != path[depth]]
+    return found
 
 
 def _first(output: torch.Tensor | tuple) -> torch.Tensor:

@@ -148,7 +148,7 @@ def set_eps(model: PreTrainedModel, eps: float) -> None:
 def statistics_of(source: Checkpoint, *, seed: int = 0, tokens: int = 40) -> Statistics:
     """Return sums over random activations, which no model ever had."""
     family = family_of(source.config)
-    width = round(family.hidden.read(source.config))
+    width = family.width(source.config)
     layers = {
         layer: layer_statistics(sizes, width, seed=100 * seed + layer, tokens=tokens)
         for layer, sizes in family.layer_sizes(source.config).items()
