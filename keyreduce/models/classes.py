@@ -1,5 +1,8 @@
 """The class of transformers that a config asks for, and the table of the mixers in a model of it."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 import transformers
 from transformers import (
@@ -38,6 +41,21 @@ def config_for(model_class: type[PreTrainedModel], theirs: PretrainedConfig) -> 
     """Return the part of a config that a class of :func:`class_of` takes: all of it, or the language model's."""
     is_whole = isinstance(theirs, model_class.config_class or PretrainedConfig)
     return theirs if is_whole else theirs.get_text_config()
+
+
+def from_pretrained(
+    model_class: type[PreTrainedModel], folder: Path | None, **options: Any
+) -> tuple[PreTrainedModel, dict]:
+    """Return the model that a class of :func:`class_of` loads, and transformers' report of its tensors.
+
+    A class may put its own loading around that of transformers, and fail where such a report is asked for.
+
+    Args:
+        folder: where the tensors are; None with a ``config`` and a ``state_dict`` among the ``options``.
+    """
+    load: Any = PreTrainedModel.from_pretrained
+    # Nothing is looked for on the hub, which some classes do where they are given no folder.
+    return load.__func__(model_class, folder, output_loading_info=True, local_files_only=True, **options)
 
 
 def family_in(model: PreTrainedModel) -> Family:

@@ -11,7 +11,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from keyreduce.checkpoint.shards import make_spec
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
-from keyreduce.models.classes import family_in
+from keyreduce.models.classes import family_in, from_pretrained
 from keyreduce.models.loading import LoadedModel, prepare_backend, silenced
 
 
@@ -63,13 +63,8 @@ def rebuilt(model: PreTrainedModel, config: Mapping, tensors: Mapping[str, torch
     # Some parameters may be wider than the others, and no bit of theirs may be lost on the way.
     widest = reduce(torch.promote_types, dtypes.values(), torch.float32)
     with silenced():
-        new, report = type(model).from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  (a pair, as asked for)
-            None,
-            config=type(model.config).from_dict(dict(config)),
-            state_dict=dict(tensors),
-            dtype=widest,
-            output_loading_info=True,
-        )
+        theirs = type(model.config).from_dict(dict(config))
+        new, report = from_pretrained(type(model), None, config=theirs, state_dict=dict(tensors), dtype=widest)
     if missing := report["missing_keys"]:
         raise KeyreduceError(f"the model has no tensor {min(missing)!r}, which its config asks for")
     for name, parameter in new.named_parameters():

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from keyreduce.checkpoint.rewrite import is_finite
 from keyreduce.errors import KeyreduceError, reason
 from keyreduce.families import Family, family_of
 from keyreduce.families.mixer_tensors import refuse_faults
-from keyreduce.models.classes import class_of, family_in, refuse_headless
+from keyreduce.models.classes import class_of, family_in, from_pretrained, refuse_headless
 from keyreduce.models.miscompiled import warn_of_wrong_results
 
 _log = logging.getLogger(__name__)
@@ -90,8 +91,8 @@ def load_model(
         warn_of_wrong_results(family, config, device)
     try:
         with silenced():
-            model, report = _class_for(folder).from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  (a pair)
-                folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **(placement or {})
+            model, report = _loader_for(folder)(
+                folder, dtype=dtype, ignore_mismatched_sizes=True, **(placement or {})
             )
             model = (model if placement else model.to(device)).eval()
     except Exception as error:
@@ -109,14 +110,15 @@ def load_model(
     return LoadedModel(model, tokenizer, family_in(model), folder)
 
 
-def _class_for(folder: Path) -> Any:
-    """Return what has the ``from_pretrained`` that loads a folder.
+def _loader_for(folder: Path) -> Any:
+    """Return the ``from_pretrained`` that loads a folder.
 
     The auto class of causal language models also takes them out of larger models.
     """
     model_class = class_of(theirs := AutoConfig.from_pretrained(folder))
-    is_causal = model_class is None or model_class is MODEL_FOR_CAUSAL_LM_MAPPING.get(type(theirs), None)
-    return AutoModelForCausalLM if is_causal else model_class
+    if model_class is None or model_class is MODEL_FOR_CAUSAL_LM_MAPPING.get(type(theirs), None):
+        return partial(AutoModelForCausalLM.from_pretrained, output_loading_info=True)
+    return partial(from_pretrained, model_class)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ It takes neither weights nor accelerate. The import of fla and transformers take
 files alone, :mod:`keyreduce.families.mixer_tensors` says which tensors a mixer has.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,10 @@ def check_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Pa
     except KeyreduceError as error:
         raise KeyreduceError(f"{path}: {error}") from None
     # What from_pretrained does with `device_map="meta"`, for which it would take accelerate.
-    mapping: Any = get_model_conversion_mapping(model)
+    mapping: Any = copy.deepcopy(get_model_conversion_mapping(model))
+    for conversion in mapping:
+        if getattr(conversion, "force_cpu", False):
+            conversion.force_cpu = False  # there are no numbers to be put together on a CPU
     settings = LoadStateDictConfig(device_map={"": "meta"}, ignore_mismatched_sizes=True, weight_mapping=mapping)
     tensors = {name: torch.empty(tuple(shape), device=_META) for name, shape in shapes.items()}
     try:

@@ -15,7 +15,6 @@ Shapes: B rows, T tokens, G heads of C channels, H key heads, W value heads, K k
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -25,7 +24,7 @@ from keyreduce.checkpoint.shards import TORCH_DTYPES
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError, reason
 from keyreduce.families import Part
-from keyreduce.models.classes import family_in, outputs_of, vocabulary_of
+from keyreduce.models.classes import family_in, from_pretrained, outputs_of, vocabulary_of
 from keyreduce.models.loading import prepare_backend
 from keyreduce.models.meta import language_model
 from keyreduce.models.operators import operands, replaced_by_layer
@@ -105,10 +104,7 @@ def _load(
 ) -> PreTrainedModel:
     try:
         model_class, their_config = language_model(config)
-        made: Any = model_class.from_pretrained(
-            None, config=their_config, state_dict=weights, dtype=dtype, output_loading_info=True
-        )
-        model, report = made
+        model, report = from_pretrained(model_class, None, config=their_config, state_dict=weights, dtype=dtype)
         # fla's mixers load some parameters in float32, whatever dtype is asked for.
         model = model.to(device=device, dtype=dtype).eval()
     except Exception as error:
