@@ -9,10 +9,11 @@ from keyreduce.families.delta_net_2 import DELTA_NET_2
 from keyreduce.families.gated_deltanet import GATED_DELTANET
 from keyreduce.families.kda import BAILING_HYBRID, GLM5_NEXT_TEXT, KDA, KIMI_LINEAR
 from keyreduce.families.olmo_hybrid import OLMO_HYBRID
+from keyreduce.families.preconditioned import PRECOND_GATED_DELTANET, PRECOND_KDA
 from keyreduce.families.qwen3_next import LARA_MINI, QWEN3_5_MOE_TEXT, QWEN3_5_TEXT, QWEN3_NEXT, QWEN4_EXP_TEXT
 from keyreduce.families.table import Family, MixerSizes
 
-_OF_FLA = (DELTA_NET, DELTA_NET_2, GATED_DELTANET, KDA)
+_OF_FLA = (DELTA_NET, DELTA_NET_2, GATED_DELTANET, KDA, PRECOND_GATED_DELTANET, PRECOND_KDA)
 _OF_TRANSFORMERS = (
     BAILING_HYBRID,
     GLM5_NEXT_TEXT,

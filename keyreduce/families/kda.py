@@ -12,6 +12,7 @@ from keyreduce.families.fields import Field, LayerTypes, Ratio
 from keyreduce.families.table import Family
 
 _HEADS, _HEAD_DIM = Field("num_heads", 16), Field("head_dim", 128)
+_PER_CHANNEL = "decays at a rate of its own"
 _UNGATED = {name: axes for name, axes in FLA_TENSORS.items() if name != "g_proj.weight"}
 
 KDA = Family(
@@ -38,6 +39,7 @@ KDA = Family(
     switches={"use_short_conv": True},
     only_with=CONVOLUTIONS,
     optional=BIASES,
+    per_channel=_PER_CHANNEL,
 )
 
 _SECTION = "linear_attn_config"
@@ -76,6 +78,7 @@ KIMI_LINEAR = Family(
     taps=Field("linear_conv_kernel_dim", 4, also=(_SECTION, "short_conv_kernel_size")),
     layers=LayerTypes(softmax=(4,), listed=_SECTION),
     shipped_by="transformers",
+    per_channel=_PER_CHANNEL,
     inside=JOINED_CONVOLUTIONS | {name: _IN_GATE[name] for name in _OF_GATE if name != "f_proj.weight"},
     tied=_tied("kimi_linear"),
 )

@@ -74,8 +74,7 @@ class Family:
             Those of one name are joined there, in this order, along the first axis.
         apart: name below the mixer in files -> the names in the model of those tensors into which the model divides it
             along the first axis, in order, each with what its first axis holds.
-        per_channel: what of the mixer is each key channel's own, so that no method may combine key channels; a decay
-            of each channel need not be named.
+        per_channel: what each key channel does by itself, as the end of a sentence, so that no method may combine them.
         tied: where a head has always as many key as value channels, why, and what to ask for.
     """
 
