@@ -63,7 +63,6 @@ CHANNEL_DECAY = {
 _EXPERTS_ALONE = {name: value for name, value in _COMMON.items() if name != "intermediate_size"} | _EXPERTS
 _WITHOUT_SIZES = {name: value for name, value in _COMMON.items() if not name.startswith("linear")}
 _INDEXED = dict(layer_types=["linear_attention", "indexed_attention", "linear_attention"])
-_FLA = {name: value for name, value in CHANNEL_DECAY["kda"].items() if name != "attn"} | dict(attn=None)
 ALIKE = {
     "qwen4_exp_text": _EXPERTS_ALONE
     | _INDEXED
@@ -82,6 +81,8 @@ ALIKE = {
     | _ATTENTION
     | dict(num_key_value_heads=2, head_dim=8, moe_intermediate_size=8, num_experts=2, num_experts_per_token=1)
     | dict(n_group=1, topk_group=1, first_k_dense_replace=1),
+    "precond_gated_deltanet": CHANNEL_DECAY["kda"],
+    "precond_kda": CHANNEL_DECAY["kda"],
 }
 """Those whose mixers are nearly the ones of a family above, so that what is theirs alone is tested."""
 
@@ -98,6 +99,8 @@ WRAPPED = {
     "jev": ("qwen3_5_text", dict(hidden_size=32)),
 }
 """Larger models -> the language model that they hold, and the other settings of their configs."""
+NEWER = (*(name for name in ALIKE if name != "glm5_next_text"), *WRAPPED)
+"""All of these; of the language model of glm5_next transformers has no class with a head."""
 
 SINCE = {
     "bailing_hybrid": "5.23", "glm5_next": "5.23", "jev": "5.23", "lara_mini": "5.24", "minicpm_ocr": "5.23",
