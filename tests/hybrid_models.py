@@ -1,5 +1,6 @@
 """Tiny random hybrids of the families that transformers ships, and their checkpoints as those of the real ones are."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -123,8 +124,11 @@ def marked(model_types) -> list:
     ]
 
 
-def build(model_type: str, *, seed: int = 0, **changes) -> PreTrainedModel:
-    """Return a random float32 model in evaluation mode, of which no parameter is trivial; changes are of its sizes."""
+def build(model_type: str, *, seed: int = 0, outer: Mapping = {}, **changes) -> PreTrainedModel:
+    """Return a random float32 model in evaluation mode, of which no parameter is trivial.
+
+    Changes are of its language model's sizes, those of ``outer`` of the rest of a larger one.
+    """
     torch.manual_seed(seed)
     if model_type in SEEING:
         text = LANGUAGE[SEEING[model_type]] | changes
@@ -133,7 +137,7 @@ def build(model_type: str, *, seed: int = 0, **changes) -> PreTrainedModel:
     elif model_type in WRAPPED:
         text, others = WRAPPED[model_type]
         text = (LANGUAGE | ALIKE)[text] | changes | dict(model_type=text)
-        config = AutoConfig.for_model(model_type, text_config=text, **others)
+        config = AutoConfig.for_model(model_type, text_config=text, **others | outer)
         if model_type == "jev":
             model = transformers.JevForDecision(config)
         else:
