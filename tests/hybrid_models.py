@@ -7,13 +7,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import VOCABULARY, edit_tensors, save
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedModel,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from keyreduce.families import FAMILIES
 

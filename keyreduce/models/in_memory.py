@@ -71,6 +71,6 @@ def rebuilt(model: PreTrainedModel, config: Mapping, tensors: Mapping[str, torch
         parameter.data = parameter.data.to(dtypes[name])
     new.config.dtype = model.config.dtype
     new.name_or_path = new.config.name_or_path = model.name_or_path
-    if model.generation_config is not None:
-        new.generation_config = model.generation_config
+    if (generation_config := getattr(model, "generation_config", None)) is not None:
+        new.generation_config = generation_config
     return new.to(model.device).train(model.training)

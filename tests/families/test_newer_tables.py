@@ -7,12 +7,9 @@ from transformers import AutoConfig
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import FAMILIES, LANGUAGE_MODELS, REFUSED, WRAPPERS, MixerSizes, family_of
 
-SIZES = {
-    "qwen4_exp_text": ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
-    "lara_mini": ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
-    "glm5_next_text": ("linear_num_heads", "linear_num_heads", "linear_head_dim", "linear_head_dim"),
-    "bailing_hybrid": ("linear_num_heads", "linear_num_heads", "linear_head_dim", "linear_head_dim"),
-}
+FOUR = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
+TWO = ("linear_num_heads", "linear_num_heads", "linear_head_dim", "linear_head_dim")
+SIZES = {"qwen4_exp_text": FOUR, "lara_mini": FOUR, "glm5_next_text": TWO, "bailing_hybrid": TWO}
 
 
 @pytest.mark.parametrize("model_type", marked(SIZES))
@@ -89,10 +86,13 @@ def test_a_larger_model_may_be_within_another_one():
     [
         (["language_model.model.layers.0.linear_attn.A_log"], "language_model.model.layers.{layer}.linear_attn"),
         (["layers.3.linear_attn.conv1d.weight"], "layers.{layer}.linear_attn"),
-        (["mtp.layers.0.linear_attn.A_log", *(f"x.layers.{i}.linear_attn.A_log" for i in (0, 1))], "x.layers.{layer}.linear_attn"),
+        (
+            ["mtp.layers.0.linear_attn.A_log", "x.layers.0.linear_attn.A_log", "x.layers.1.linear_attn.A_log"],
+            "x.layers.{layer}.linear_attn",
+        ),
         (["visual.layers.0.attn.q.weight"], "model.language_model.layers.{layer}.linear_attn"),
     ],
-)  # fmt: skip
+)
 def test_mixers_of_larger_models_are_found_below_any_prefix(names, path):
     config = {"model_type": "unheard of", "text_config": {"model_type": "qwen3_5_text"}}
     assert family_of(config, names).mixer == path
