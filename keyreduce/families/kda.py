@@ -92,7 +92,7 @@ GLM5_NEXT_TEXT = replace(
     value_heads=_GLM_HEADS,
     hidden=Field("hidden_size", 4096),
     num_layers=Field("num_hidden_layers", 45),
-    tensors=KIMI_LINEAR.tensors | {"A_log": (Part.VALUE_HEAD,)},
+    tensors={**KIMI_LINEAR.tensors, "A_log": (Part.VALUE_HEAD,)},
     layers=LayerTypes(interval=None),
     elsewhere=("model.language_model.layers.{layer}.self_attn",),
     tied=_tied("glm5_next"),

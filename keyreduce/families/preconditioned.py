@@ -17,8 +17,8 @@ PRECOND_GATED_DELTANET = replace(
     GATED_DELTANET,
     model_type="precond_gated_deltanet",
     operators=("chunk_precond_gated_delta_rule", "fused_recurrent_precond_gated_delta_rule"),
-    tensors=GATED_DELTANET.tensors
-    | {
+    tensors={
+        **GATED_DELTANET.tensors,
         "a_atk_proj.weight": (Part.KEY_HEAD, Part.HIDDEN),
         "b_atk_proj.weight": (Part.KEY_HEAD, Part.HIDDEN),
         "log_atk_scale": (Part.KEY_HEAD,),
@@ -32,8 +32,8 @@ PRECOND_KDA = replace(
     KDA,
     model_type="precond_kda",
     operators=("chunk_precond_kda", "fused_recurrent_precond_kda"),
-    tensors=KDA.tensors
-    | {
+    tensors={
+        **KDA.tensors,
         "b_proj.weight": (Part.KEY_HEAD, Part.HIDDEN),
         "a_proj.weight": (Part.VALUE_HEAD, Part.HIDDEN),
         "b_atk_proj.weight": (Part.VALUE_HEAD, Part.HIDDEN),

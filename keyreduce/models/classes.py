@@ -23,16 +23,17 @@ def class_of(theirs: PretrainedConfig) -> type[PreTrainedModel] | None:
     where it has a class of its own, since text needs nothing of the rest. A config that names no class of transformers
     gets that of its type, for causal language models or else for images and text.
     """
-    alone = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(theirs), None)
+    alone: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(theirs), None)
     named = next(filter(None, (_named(name, theirs) for name in theirs.architectures or ())), None)
     if named is not None and (alone is None or not named.can_generate()):
         return named
-    return alone or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(theirs), None)
+    seeing: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(theirs), None)
+    return alone or seeing
 
 
 def _named(name: str, theirs: PretrainedConfig) -> type[PreTrainedModel] | None:
     """Return the class of transformers of this name, if it is one for models of this config."""
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
     is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
     return found if is_model and found.config_class is type(theirs) else None
 
@@ -45,7 +46,7 @@ def config_for(model_class: type[PreTrainedModel], theirs: PretrainedConfig) -> 
 
 def from_pretrained(
     model_class: type[PreTrainedModel], folder: Path | None, **options: Any
-) -> tuple[PreTrainedModel, dict]:
+) -> tuple[Any, dict]:
     """Return the model that a class of :func:`class_of` loads, and transformers' report of its tensors.
 
     A class may put its own loading around that of transformers, and fail where such a report is asked for.
