@@ -8,6 +8,7 @@ import pytest
 import torch
 from cuts import assert_near, config_of, cut, load, masked, plan_of
 from hybrid_models import ALIKE, NEWER, WRAPPED, marked
+from safetensors.torch import save_file
 from test_exact_slices import EPS, assert_identical
 from tiny_models import draw_tokens, tensors_of
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
@@ -162,6 +163,18 @@ def test_only_the_sizes_of_the_language_model_change_in_a_config(dense, pruned, 
         "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
     }  # fmt: skip
     assert inner == sizes
+
+
+def test_the_head_of_a_decision_model_goes_along(tmp_path):
+    """Beside the weights of a model of its own type, as decision models are published."""
+    dense = hybrid_models.store(hybrid_models.build("qwen3_5"), tmp_path / "dense")
+    save_file({"weight": torch.ones(2, 3)}, dense / "head.safetensors")
+    (dense / "judge_config.json").write_text("{}")
+    source = open_folder(dense)
+    target = cut(source, plan_of(source, CUT), tmp_path / "cut")
+    assert "weight" not in source.tensors
+    for name in ("head.safetensors", "judge_config.json"):
+        assert (target / name).read_bytes() == (dense / name).read_bytes()
 
 
 def test_heads_of_bailing_hybrid_go_without_those_of_its_attention(pruned, dense):
