@@ -1,5 +1,7 @@
 """The line of commands on models that are larger than a language model, or no language model at all."""
 
+from pathlib import Path
+
 import hybrid_models
 import pytest
 from hybrid_models import marked
@@ -18,7 +20,7 @@ def test_the_commands_one_after_another(keyreduce, tmp_path, model_type):
     options = ("--target", "key,value", "--keep", "4,3", "--verify", "logits", "--json")
     pruned = keyreduce("prune", "--model", dense, *options).json()
     assert (pruned["head_k_dim"], pruned["head_v_dim"]) == ([8, 4], [6, 3])
-    card = (tmp_path / "keyreduce-out" / "pruned" / "README.md").read_text()
+    card = Path("keyreduce-out/pruned/README.md").read_text()
     name = {"minicpm_ocr": "MiniCPMOcrForConditionalGeneration", "jev": "JevForDecision"}[model_type]
     assert f"model = {name}.from_pretrained(folder)" in card
     assert keyreduce("verify", "--load").code == 0
