@@ -98,8 +98,8 @@ NEWER = (*(name for name in ALIKE if name != "glm5_next_text"), *WRAPPED)
 """All of these; of the language model of glm5_next transformers has no class with a head."""
 
 SINCE = {
-    "bailing_hybrid": "5.23", "glm5_next": "5.23", "jev": "5.23", "lara_mini": "5.24", "minicpm_ocr": "5.23",
-    "minicpmv4_6": "5.23", "minicpmv4_7": "5.23", "qwen4_exp": "5.23", "qwen4_exp_text": "5.23",
+    "bailing_hybrid": "5.23", "glm5_next": "5.23", "glm5_next_text": "5.23", "jev": "5.23", "lara_mini": "5.24",
+    "minicpm_ocr": "5.23", "minicpmv4_6": "5.23", "minicpmv4_7": "5.23", "qwen4_exp": "5.23", "qwen4_exp_text": "5.23",
 }  # fmt: skip
 """Model types that not every transformers has that keyreduce runs with -> the first that was seen to have it."""
 

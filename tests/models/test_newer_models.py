@@ -170,8 +170,9 @@ def test_blocks_one_by_one_are_the_model(stored, model_type):
     torch.testing.assert_close(stream.hidden[1], expected.flip(0), rtol=1e-4, atol=1e-4)
 
 
-def test_blocks_that_share_what_an_indexer_chose_are_refused():
-    model = hybrid_models.build("glm5_next")
+@pytest.mark.parametrize("model_type", marked(["glm5_next"]))
+def test_blocks_that_share_what_an_indexer_chose_are_refused(model_type):
+    model = hybrid_models.build(model_type)
     model.config.text_config.indexer_types = ["full", "full", "shared"]
     with pytest.raises(KeyreduceError, match="share what an indexer chose"):
         open_stream(model, None, [draw_tokens(1, 4)], CPU)
