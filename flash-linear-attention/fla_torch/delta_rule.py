@@ -114,16 +114,18 @@ def recurrent_delta_rule(
     *,
     scale: float,
     initial_state_BWKV: torch.Tensor | None = None,
+    written_BTHK: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the delta rule token by token: what decoding does, and the definition in its plainest form.
 
     Arguments and results are those of :func:`chunked_delta_rule`, except that the log decay is
-    ``[B, T, W, K or 1, V or 1]``, so that a decay per key or per value channel is possible, and that
-    ``beta`` may also be per value channel, ``[B, T, W, V]``.
+    ``[B, T, W, K or 1, V or 1]``, so that a decay per key or per value channel is possible, that
+    ``beta`` may also be per value channel, ``[B, T, W, V]``, and that other keys may be written than are read.
     """
     B, T, H, K = key_BTHK.shape
     W, V = value_BTWV.shape[-2:]
-    query_BTWK, key_BTWK = (tensor.repeat_interleave(W // H, dim=2) for tensor in (query_BTHK * scale, key_BTHK))
+    keys = (key_BTHK, key_BTHK if written_BTHK is None else written_BTHK)
+    query_BTWK, key_BTWK, written_BTWK = (x.repeat_interleave(W // H, dim=2) for x in (query_BTHK * scale, *keys))
     beta_BTWX = beta_BTW if beta_BTW.ndim == value_BTWV.ndim else beta_BTW[..., None]
     state_BWKV = value_BTWV.new_zeros(B, W, K, V) if initial_state_BWKV is None else initial_state_BWKV
     outputs = []
@@ -133,6 +135,6 @@ def recurrent_delta_rule(
         key_BWK1 = key_BTWK[:, t, ..., None]
         remembered_BWV = (key_BWK1 * state_BWKV).sum(dim=-2)
         update_BWV = (value_BTWV[:, t] - remembered_BWV) * beta_BTWX[:, t]
-        state_BWKV = state_BWKV + key_BWK1 * update_BWV[..., None, :]
+        state_BWKV = state_BWKV + written_BTWK[:, t, ..., None] * update_BWV[..., None, :]
         outputs.append((query_BTWK[:, t, ..., None] * state_BWKV).sum(dim=-2))
     return torch.stack(outputs, dim=1) if outputs else torch.zeros_like(value_BTWV), state_BWKV

@@ -13,7 +13,17 @@ import sys
 
 import torch
 
-from fla_torch import activations, attention, convolution, cross_entropy, kda, normalization, operators, rotary
+from fla_torch import (
+    activations,
+    attention,
+    convolution,
+    cross_entropy,
+    kda,
+    normalization,
+    operators,
+    preconditioned,
+    rotary,
+)
 
 TESTED_VERSIONS = "0.6.0"
 
@@ -41,9 +51,9 @@ DISPATCHED = {
 # Dispatched by fla under the name of an operation, where a backend is a class with a method for each function.
 DISPATCHED_OPERATIONS = {"gated_delta_rule": operators.chunk_gated_delta_rule, "kda": kda.fused_recurrent_kda_fwd}
 
-# fla module -> (what it does not dispatch, ours). The first two are held by name in the modules of layers. The
-# others are looked up at each call, by the module itself and through the class, so that models of transformers
-# that took hold of fla's public functions before `enable()` find ours too.
+# fla module -> (what it does not dispatch, ours). Most are held by name in the modules of layers. The third and the
+# loss are looked up at each call, by the module itself and through the class, so that models of transformers that took
+# hold of fla's public functions before `enable()` find ours too.
 UNDISPATCHED = {
     "fla.ops.delta_rule.chunk": ("chunk_delta_rule", operators.chunk_delta_rule),
     "fla.ops.delta_rule.fused_recurrent": ("fused_recurrent_delta_rule", operators.fused_recurrent_delta_rule),
@@ -52,6 +62,17 @@ UNDISPATCHED = {
         operators.fused_recurrent_gated_delta_rule_fwd,
     ),
     "fla.modules.fused_cross_entropy.ops": ("FusedCrossEntropyLoss.forward", cross_entropy.cross_entropy_loss_forward),
+    "fla.ops.precond_gated_delta_rule.chunk": (
+        "chunk_precond_gated_delta_rule",
+        preconditioned.precond_gated_delta_rule,
+    ),
+    "fla.ops.precond_gated_delta_rule.fused_recurrent": (
+        "fused_recurrent_precond_gated_delta_rule",
+        preconditioned.precond_gated_delta_rule,
+    ),
+    "fla.ops.precond_kda.chunk": ("chunk_precond_kda", preconditioned.precond_kda),
+    "fla.ops.precond_kda.fused_recurrent": ("fused_recurrent_precond_kda", preconditioned.fused_recurrent_precond_kda),
+    "fla.ops.kda.gate": ("fused_kda_gate", preconditioned.fused_kda_gate),
 }
 
 # Where the package flash-attn is missing, the first of its functions is None in fla's module, the second not there.

@@ -53,7 +53,7 @@ def run(request: CalibrateRequest, reporter: Reporter = Reporter()) -> Calibrate
         The result; None in all processes of torchrun but the first.
 
     Raises:
-        KeyreduceError: there is no such model, it is not of the DeltaNet family or damaged, the text is empty, or the
+        KeyreduceError: there is no such model, no table knows its type or it is damaged, the text is empty, or the
             file is there from other inputs, or cannot be written.
     """
     from keyreduce.calibration.file import read_record, read_statistics, write_statistics

@@ -72,7 +72,7 @@ def calibrate(
     ``device``, ``dtype``, ``offload``, ``config`` and ``overwrite``.
 
     Raises:
-        KeyreduceError: the model is not of the DeltaNet family, the text is empty, or numbers are NaN or inf.
+        KeyreduceError: no table knows the model's type, the text is empty, or numbers are NaN or inf.
     """
     text = _text_source(texts, "calibration")
     if not isinstance(model, PreTrainedModel):
@@ -213,7 +213,7 @@ def recover(
     amount.check()
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     dense, pruned = (_copied(one, tokenizer) for one in (teacher, model))
-    with reporter.progress("recovering", model.config.num_hidden_layers, "layers") as progress:
+    with reporter.progress("recovering", pruned.family.depth(pruned.model.config.to_dict()), "layers") as progress:
         recover_layers(dense, pruned, dtypes, text, amount, steps=steps, progress=progress, **where)
     _copy_parameters(pruned.model, model)
     return model

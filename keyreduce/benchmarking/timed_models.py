@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +14,7 @@ from keyreduce.devices import available_memory
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import Family, family_of
 from keyreduce.families.table import MixerSizes
+from keyreduce.models.classes import family_in
 from keyreduce.models.loading import LoadedModel, prepare_backend
 from keyreduce.models.meta import build_mixer, build_model
 
@@ -58,7 +59,7 @@ class TimedModel:
 
     @property
     def hidden(self) -> int:
-        return round(self.family.hidden.read(self.config))
+        return self.family.width(self.config)
 
     @property
     def vocabulary(self) -> int:
@@ -134,8 +135,8 @@ def random_models(
             model = build_model(resized, device, dtype) if whole else build_mixer(resized, layer, device, dtype)
         except KeyreduceError as error:
             raise KeyreduceError(f"with heads of {label} channels: {error}") from error
-        built = model.config.to_dict()
-        made.append(TimedModel(label, model, family_of(built), layer, built, None))
+        located = replace(family.in_model, mixer=family_in(model).mixer)
+        made.append(TimedModel(label, model, located, layer, resized, None))
     return made
 
 

@@ -77,7 +77,7 @@ def watching(
     computed when the block ends; weights that are offloaded to the disk are then read from ``folder``, the checkpoint.
     """
     config = model.config.to_dict()
-    hidden = round(family.hidden.read(config))
+    hidden = family.width(config)
     mixers = {layer: model.get_submodule(family.mixer.format(layer=layer)) for layer in family.mixer_layers(config)}
     layers = {
         layer: LayerStatistics.zeros(hidden, sizes, device_of(mixers[layer]))

@@ -88,7 +88,7 @@ def calibrate(
     settings.check(gradients=gradients)
     refuse_quantized(source)
     with offloading(source.config, device, offload) as placement:
-        loaded = load_model(source.path, device, dtype, gradients=gradients, placement=placement)
+        loaded = load_model(source.path, device, dtype, gradients=gradients, placement=placement, with_head=gradients)
         return calibrate_loaded(loaded, source, text, settings, dtype, gradients, processes, progress, note)
 
 

@@ -151,8 +151,9 @@ class LayerStatistics:
         mean_BTW1 = square_BTWV.mean(dim=-1, keepdim=True)
         self.readout_square_WV += torch.where(mean_BTW1 > 0, square_BTWV / mean_BTW1, 0.0).sum(dim=(0, 1))
         if beta is not None:
-            beta_BTWX = beta.double().unflatten(2, (len(self.beta_W), -1)) if beta.ndim == 3 else beta.double()
-            self.beta_W += beta_BTWX.mean(-1).sum(dim=(0, 1))
+            beta_BTG = beta.double().mean(dim=-1) if beta.ndim > 3 else beta.double()
+            # Some operators take one for each key head.
+            self.beta_W += beta_BTG.sum(dim=(0, 1)).repeat_interleave(len(self.beta_W) // beta_BTG.shape[2])
         self.state_rank_W += stable_rank(state_BWKV).sum(dim=0)
         self.state_norm_W += state_BWKV.double().square().sum(dim=(-2, -1)).sqrt().sum(dim=0)
 

@@ -185,13 +185,21 @@ def _loading(config: Mapping[str, Any], shipped_by: str | None) -> list[str]:
         "# on a machine without a GPU, first: import fla_torch; fla_torch.enable()",
         "import fla  # registers the model's classes with transformers",
         *(["import keyreduce.models.delta_net_2  # registers this architecture"] if ours and not custom else []),
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {_class_name(config)}, AutoTokenizer",
         "",
         'folder = "."  # where this file is',
-        f"model = AutoModelForCausalLM.from_pretrained(folder{', trust_remote_code=True' if custom else ''})",
+        f"model = {_class_name(config)}.from_pretrained(folder{', trust_remote_code=True' if custom else ''})",
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         "```",
     ]
+
+
+def _class_name(config: Mapping[str, Any]) -> str:
+    """The class that loads a model: of a larger one than a language model not one auto class is the right one."""
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and named else None
+    is_larger = isinstance(config.get("text_config"), Mapping)
+    return name if is_larger and isinstance(name, str) and name.isidentifier() else "AutoModelForCausalLM"
 
 
 def _kept_sections(card: str) -> Iterator[str]:

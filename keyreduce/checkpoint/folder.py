@@ -23,6 +23,9 @@ INDEX_NAME = "model.safetensors.index.json"
 _SIDECARS = ("*.jinja", "*.model", "*.py", "*.tiktoken", "LICENSE*", "NOTICE*", "merges.txt", "tokenizer*", "vocab*")
 _SIDECARS += ("added_tokens.json", "chat_template.json", "generation_config.json", "special_tokens_map.json")
 _SIDECARS += ("*processor_config.json", PROJECTIONS_NAME)
+# The heads of decision models (jev), which transformers reads from beside the weights of the model that they are on.
+_SIDECARS += ("head.safetensors", "readout.safetensors", "decision_config.json", "judge_config.json")
+_SIDECARS += ("calibration.json",)
 
 
 class HfCheckpoint(Checkpoint):

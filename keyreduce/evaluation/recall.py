@@ -17,6 +17,7 @@ from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation import mqar, needle
 from keyreduce.evaluation.probes import Probe, ask, average
+from keyreduce.models.classes import vocabulary_of
 from keyreduce.models.loading import LoadedModel
 from keyreduce.processes import Processes
 
@@ -64,7 +65,7 @@ class RecallProbes:
 
     def __init__(self, loaded: LoadedModel, text: TextSource, settings: RecallSettings):
         self.loaded, self.text, self.settings = loaded, text, settings
-        self.symbols_S = text_token_ids(loaded.tokenizer, loaded.model.config.vocab_size)
+        self.symbols_S = text_token_ids(loaded.tokenizer, vocabulary_of(loaded.model))
         grid = [RecallCell(*cell) for cell in product(settings.kinds, settings.lengths, settings.pairs)]
         self.cells = [cell for cell in grid if self._fits(cell)]
         self.left_out = [cell for cell in grid if cell not in self.cells]

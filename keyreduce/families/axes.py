@@ -24,6 +24,7 @@ class Part(enum.Enum):
     GATE = "the output gate of each value channel, in the same order"
     DECAY = "the K key channels of value head 0, then of head 1, ...: each decays in its own time"
     SHARED_VALUE = "V value channels that all heads share"
+    KEY_HEAD = "one entry for each key head"
     VALUE_HEAD = "one entry for each value head"
     BETA = "the writing strength of each value head, before its sigmoid"
     HEAD_OR_ALL = "one entry for each key head, or a single one for all heads"

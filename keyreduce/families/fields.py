@@ -1,6 +1,7 @@
 """Where a config gives a size, and which of its layers have a delta-rule state rather than softmax attention.
 
-A size is given as a number or as a ratio of other sizes, at the top of the config or in a section of it.
+A size is given as a number or as a ratio of other sizes. The config is the language model's own; that of a larger model
+has it in a section (:meth:`keyreduce.families.table.Family.language`).
 """
 
 import math
@@ -17,22 +18,20 @@ class Field:
     Attributes:
         name: the field.
         default: what holds when the config does not have it (or has null): a number, or what another field says.
-        section: the field of a larger model's config that holds the language model's; a config without it is the
-            language model's own.
-        also: ``(section, name)`` of a second place that may say the size, and is believed where both do.
+        also: ``(section, name)`` of a second place that may say the size, and is believed where both do; an empty
+            section is the config itself.
     """
 
     name: str
     default: "float | Field | Ratio | None" = None
-    section: str | None = None
     also: tuple[str, str] | None = None
 
     def read(self, config: Mapping, layer: int = 0) -> float:
         """Return what ``config`` says of a layer; raise KeyreduceError where it is no positive number."""
         if second := self._second(config):
             section, name, content = second
-            return _positive(f"{section}.{name}", content[name])
-        value = self._within(config).get(self.name)
+            return _positive(".".join(filter(None, (section, name))), content[name])
+        value = config.get(self.name)
         if value is None and isinstance(self.default, Field | Ratio):
             return self.default.read(config, layer)
         return _positive(self.name, self.default if value is None else value)
@@ -42,23 +41,14 @@ class Field:
         size = next(iter(size_of.values()))
         if second := self._second(config):
             section, name, content = second
-            config[section] = {**content, name: size}
+            config |= {section: {**content, name: size}} if section else {name: size}
             if self.name not in config:
                 return
-        if self.section in config:
-            config[self.section] = {**config[self.section], self.name: size}
-        else:
-            config[self.name] = size
-
-    def _within(self, config: Mapping) -> Mapping:
-        section = config.get(self.section, config) if self.section else config
-        if not isinstance(section, Mapping):
-            raise KeyreduceError(f"config.json: {self.section} is {section!r}, where an object belongs")
-        return section
+        config[self.name] = size
 
     def _second(self, config: Mapping) -> tuple[str, str, Mapping] | None:
         section, name = self.also or ("", "")
-        content = config.get(section)
+        content = config.get(section) if section else config
         return (section, name, content) if isinstance(content, Mapping) and name in content else None
 
 
@@ -139,21 +129,22 @@ class LayerTypes:
     """transformers' way: ``layer_types`` names the kind of each layer, ``linear_attention`` those with a mixer.
 
     Attributes:
-        section: the field of a larger model's config that holds the language model's, if it is one.
-        first: without ``layer_types`` there is softmax attention in this layer and in every fourth after it; the config
-            may say another interval as ``full_attention_interval``, and the first one goes with it.
+        softmax: without ``layer_types``, the first layers of softmax attention, from zero; each of them comes again
+            after every ``period`` layers.
+        period: that number of layers.
+        interval: the field by which the config may say another one; the first layers move by the difference.
         needs_softmax: whether the last layer has softmax attention where no other has.
         listed: the field of an object that lists the layers with a mixer by number, from one, as ``kda_layers``.
     """
 
-    section: str | None = None
-    first: int = 3
+    softmax: tuple[int, ...] = (3,)
+    period: int = 4
+    interval: str | None = "full_attention_interval"
     needs_softmax: bool = False
     listed: str | None = None
 
     def mixer_layers(self, config: Mapping, count: int) -> list[int]:
         """Return the layers with a mixer, of ``count``; raise KeyreduceError where the config does not say them."""
-        config = config.get(self.section, config) if self.section else config
         kinds = config.get("layer_types")
         if kinds is None:
             return self._unnamed(config, count)
@@ -165,10 +156,11 @@ class LayerTypes:
         listed = config.get(self.listed) if self.listed else None
         if isinstance(listed, Mapping) and isinstance(listed.get("kda_layers"), list):
             return [layer for layer in range(count) if layer + 1 in listed["kda_layers"]]
-        interval = config.get("full_attention_interval", 4)
-        if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
-            raise KeyreduceError(f"config.json: full_attention_interval is {interval!r}, which is not a valid interval")
-        softmax = set(range(self.first + interval - 4, count, interval))
+        period = config.get(self.interval, self.period) if self.interval else self.period
+        if not isinstance(period, int) or isinstance(period, bool) or period < 1:
+            raise KeyreduceError(f"config.json: {self.interval} is {period!r}, which is not a valid interval")
+        first = [place + period - self.period for place in self.softmax]
+        softmax = {layer for place in first for layer in range(place, count, period)}
         if not softmax and self.needs_softmax:
             softmax = {count - 1}
         return [layer for layer in range(count) if layer not in softmax]

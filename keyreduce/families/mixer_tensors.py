@@ -19,13 +19,15 @@ class MixerTensor(NamedTuple):
     """One tensor of one layer's mixer.
 
     ``name`` is its name below the mixer in files, as in the family's table, and ``inner`` that in the model, where
-    pieces that the model joins have one name; ``shape`` is what the config makes it.
+    pieces that the model joins have one name; what the model divides has several, and ``rows`` of it belong to each.
+    ``shape`` is what the config makes it.
     """
 
     layer: int
     name: str
-    inner: str
+    inner: tuple[str, ...]
     shape: tuple[int, ...]
+    rows: tuple[int, ...]
 
 
 def expected_tensors(config: Mapping, names: Iterable[str] = ()) -> dict[str, MixerTensor]:
@@ -44,7 +46,9 @@ def expected_tensors(config: Mapping, names: Iterable[str] = ()) -> dict[str, Mi
             full = family.tensor_name(layer, name)
             if full in names if name in family.optional else family.asks_for(config, name):
                 shape = tuple(length_of(axis, lengths) for axis in axes)
-                found[full] = MixerTensor(layer, name, family.inside.get(name, name), shape)
+                apart = family.apart.get(name, {family.inside.get(name, name): axes[0]})
+                rows = tuple(length_of(axis, lengths) for axis in apart.values())
+                found[full] = MixerTensor(layer, name, tuple(apart), shape, rows)
     return found
 
 

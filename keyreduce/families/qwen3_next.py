@@ -1,7 +1,8 @@
-"""Qwen3-Next and Qwen3.5, as transformers ships them: Gated DeltaNet (arXiv:2412.06464) in three layers of four.
+"""Qwen3-Next and the models that have its mixer, as transformers ships them: Gated DeltaNet (arXiv:2412.06464).
 
-They differ in how the projections of the input are packed, and Qwen3.5 is also the language model within a larger one,
-whose vision part, like layers that predict several tokens ahead (``mtp``), has no mixer.
+They differ in how the projections of the input are packed. Qwen3.5 and Qwen4-Exp are also the language models within
+larger ones, whose vision part, like layers that predict several tokens ahead (``mtp``), has no mixer. Lara-4-Mini has
+all projections of the input in one tensor, which the model divides into those of Qwen3.5.
 """
 
 from dataclasses import replace
@@ -39,8 +40,6 @@ QWEN3_NEXT = Family(
     shipped_by="transformers",
 )
 
-_WITHIN = "model.language_model.layers.{layer}.linear_attn"
-
 QWEN3_5_TEXT = replace(
     QWEN3_NEXT,
     model_type="qwen3_5_text",
@@ -53,7 +52,7 @@ QWEN3_5_TEXT = replace(
         "in_proj_b.weight": (Part.BETA, Part.HIDDEN),
         "in_proj_a.weight": (Part.VALUE_HEAD, Part.HIDDEN),
     },
-    elsewhere=(_WITHIN,),
+    elsewhere=("model.language_model.layers.{layer}.linear_attn",),
 )
 
 QWEN3_5_MOE_TEXT = replace(
@@ -63,20 +62,26 @@ QWEN3_5_MOE_TEXT = replace(
     num_layers=Field("num_hidden_layers", 40),
 )
 
+QWEN4_EXP_TEXT = replace(QWEN3_5_MOE_TEXT, model_type="qwen4_exp_text")
 
-def _within(family: Family, model_type: str) -> Family:
-    """The same language model as a part of one that sees."""
-    section = "text_config"
-    sizes = ("key_heads", "value_heads", "head_k_dim", "head_v_dim", "hidden", "num_layers", "taps")
-    return replace(
-        family,
-        model_type=model_type,
-        mixer=_WITHIN,
-        elsewhere=(family.mixer,),
-        layers=replace(family.layers, section=section),
-        **{name: replace(getattr(family, name), section=section) for name in sizes},
-    )
+_IN_PROJ = ("in_proj_qkv.weight", "in_proj_z.weight", "in_proj_b.weight", "in_proj_a.weight")
 
-
-QWEN3_5 = _within(QWEN3_5_TEXT, "qwen3_5")
-QWEN3_5_MOE = _within(QWEN3_5_MOE_TEXT, "qwen3_5_moe")
+LARA_MINI = replace(
+    QWEN3_NEXT,
+    model_type="lara_mini",
+    key_heads=Field("linear_num_key_heads", 8),
+    value_heads=Field("linear_num_value_heads", 16),
+    hidden=Field("hidden_size", 1024),
+    num_layers=Field("num_hidden_layers", 34),
+    tensors={name: axes for name, axes in _SHARED_TENSORS.items() if name != "norm.weight"}
+    | {
+        "in_proj.weight": (
+            Joined((Part.QUERY, Part.KEY, Part.VALUE, Part.GATE, Part.BETA, Part.VALUE_HEAD)),
+            Part.HIDDEN,
+        ),
+        "out_norm.weight": (Part.SHARED_VALUE,),
+    },
+    layers=LayerTypes(softmax=(1, 3, 4), period=5, interval=None),
+    inside={"out_norm.weight": "norm.weight"},
+    apart={"in_proj.weight": {name: QWEN3_5_TEXT.tensors[name][0] for name in _IN_PROJ}},
+)

@@ -4,12 +4,14 @@ Names: H key heads, W value heads (a multiple of H), K key channels and V value 
 """
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from keyreduce.errors import KeyreduceError
-from keyreduce.families.axes import Axis, Part, length_of
+from keyreduce.families.axes import Axis, Joined, Part, length_of, parts_of
 from keyreduce.families.fields import Field, LayerTypes, Ratio, SoftmaxList
 
 
@@ -37,6 +39,7 @@ class MixerSizes(NamedTuple):
             Part.GATE: values,
             Part.DECAY: self.value_heads * self.head_k_dim,
             Part.SHARED_VALUE: self.head_v_dim,
+            Part.KEY_HEAD: self.key_heads,
             Part.VALUE_HEAD: self.value_heads,
             Part.BETA: self.value_heads,
             Part.HEAD_OR_ALL: self.key_heads,
@@ -57,6 +60,8 @@ class Family:
         key_heads, value_heads, head_k_dim, head_v_dim: where the config says the sizes; a ratio may rest on a size
             before it, so they are written in this order.
         hidden, num_layers: where the config says the model's width and how many layers it has.
+        sections: of a larger model, of which the language model is a part: the field of its config that holds the
+            language model's, or the fields that lead there; a config without them is the language model's own.
         tensors: name below the mixer in files -> what each axis holds. A config need not ask for all of them.
         taps: where the config says how many tokens a convolution spans.
         per_head: the flag of a config by which each key head has a convolution kernel of its own, and not all one.
@@ -70,6 +75,9 @@ class Family:
             Those of one name are joined there, in this order, along the first axis.
         doubled: the switch of a config by which the writing strength is twice its sigmoid, and what holds where it does
             not say it.
+        apart: name below the mixer in files -> the names in the model of those tensors into which the model divides it
+            along the first axis, in order, each with what its first axis holds.
+        per_channel: what each key channel does by itself, as the end of a sentence, so that no method may combine them.
         tied: where a head has always as many key as value channels, why, and what to ask for.
     """
 
@@ -93,14 +101,33 @@ class Family:
     elsewhere: tuple[str, ...] = ()
     inside: Mapping[str, str] = field(default_factory=dict)
     doubled: tuple[str, bool] = ("allow_neg_eigval", False)
+    apart: Mapping[str, Mapping[str, Axis]] = field(default_factory=dict)
+    sections: tuple[str, ...] = ()
+    per_channel: str | None = None
     tied: str | None = None
+
+    def language(self, config: Mapping) -> Mapping:
+        """Return the config of the language model alone; raise KeyreduceError if what should hold it is no object."""
+        for section in self.sections:
+            config = config.get(section, config)
+            if not isinstance(config, Mapping):
+                raise KeyreduceError(f"config.json: {section} is {config!r}, where an object belongs")
+        return config
+
+    def width(self, config: Mapping) -> int:
+        """Return the number of the model's hidden channels."""
+        return round(self.hidden.read(self.language(config)))
+
+    def depth(self, config: Mapping) -> int:
+        """Return the number of the model's layers, with a mixer or without."""
+        return round(self.num_layers.read(self.language(config)))
 
     def sizes(self, config: Mapping, layer: int = 0) -> MixerSizes:
         """Read the sizes of one layer's mixer from a config; only where a field is a list do layers differ.
 
         Raises KeyreduceError if a field is missing, or a size is not a positive whole number, or heads do not divide.
         """
-        values = {}
+        config, values = self.language(config), {}
         for name in MixerSizes._fields:
             value = getattr(self, name).read(config, layer)
             values[name] = round(value)
@@ -123,16 +150,27 @@ class Family:
         Raises KeyreduceError if a config of this family cannot say them.
         """
         changed = dict(config)
+        language = self.copied_language(changed)
         for name in MixerSizes._fields:
             place = getattr(self, name)
             size_of = {layer: getattr(layer_sizes, name) for layer, layer_sizes in sizes.items()}
             if len(set(size_of.values())) > 1 and name not in self.per_layer:
                 raise KeyreduceError(f"a {self.model_type} config says one {name} for all layers; cut all layers alike")
-            if any(not math.isclose(place.read(changed, layer), size, rel_tol=1e-5) for layer, size in size_of.items()):
-                place.write(changed, size_of, round(self.num_layers.read(changed)))
+            found = {layer: place.read(language, layer) for layer in size_of}
+            if any(not math.isclose(found[layer], size, rel_tol=1e-5) for layer, size in size_of.items()):
+                place.write(language, size_of, self.depth(changed))
         for layer, layer_sizes in sizes.items():
             if self.sizes(changed, layer) != layer_sizes:
                 raise KeyreduceError(f"a {self.model_type} config cannot say the sizes {tuple(layer_sizes)}")
+        return changed
+
+    def copied_language(self, changed: dict) -> dict:
+        """Return the language model's part of a config, to be written into; what nests it is copied on the way."""
+        self.language(changed)
+        for section in self.sections:
+            if section in changed:
+                changed[section] = dict(changed[section])
+                changed = changed[section]
         return changed
 
     def check_cut(self, after: MixerSizes) -> None:
@@ -147,7 +185,7 @@ class Family:
 
     def axis_sizes(self, config: Mapping, layer: int = 0) -> dict[Part, int]:
         """Return how long an axis of a layer's tensor is that holds a part."""
-        lengths = self.sizes(config, layer).lengths
+        lengths, config = self.sizes(config, layer).lengths, self.language(config)
         return lengths | {
             Part.HEAD_OR_ALL: lengths[Part.HEAD_OR_ALL] if self.per_head and config.get(self.per_head) else 1,
             Part.HIDDEN: round(self.hidden.read(config)),
@@ -157,17 +195,17 @@ class Family:
 
     def asks_for(self, config: Mapping, name: str) -> bool:
         """Return whether mixers of a config have a tensor, by its name below the mixer."""
-        flags = self.only_with.get(name, {})
+        flags, config = self.only_with.get(name, {}), self.language(config)
         return all(bool(config.get(flag, self.switches[flag])) is value for flag, value in flags.items())
 
     def largest_beta(self, config: Mapping) -> float:
         """Return the largest writing strength that mixers of a config can have, 1 or 2."""
         name, default = self.doubled
-        return 2.0 if config.get(name, default) else 1.0
+        return 2.0 if self.language(config).get(name, default) else 1.0
 
     def mixer_layers(self, config: Mapping) -> list[int]:
         """Return the numbers of the layers whose mixer holds a delta-rule state."""
-        return self.layers.mixer_layers(config, round(self.num_layers.read(config)))
+        return self.layers.mixer_layers(self.language(config), self.depth(config))
 
     def located(self, names: Iterable[str]) -> "Family":
         """Return the family with the path under which tensors of these names hold its mixers."""
@@ -176,7 +214,44 @@ class Family:
             start, end = path.split("{layer}")
             if any(name.startswith(start) and f"{end}." in name for name in names):
                 return self if path == self.mixer else replace(self, mixer=path)
-        return self
+        return self._located_by_any_prefix(names) if self.sections else self
+
+    def _located_by_any_prefix(self, names: Iterable[str]) -> "Family":
+        """Return the family with the path that ends as its own does and holds most of its tensors."""
+        start, end = self.mixer.split("{layer}")
+        start, known = start.rpartition(".layers.")[1].lstrip("."), "|".join(map(re.escape, self.tensors))
+        pattern = re.compile(rf"((?:.+\.)?){re.escape(start)}\d+{re.escape(end)}\.(?:{known})")
+        prefixes = Counter(match[1] for match in map(pattern.fullmatch, names) if match)
+        if not prefixes:
+            return self
+        prefix = max(prefixes, key=lambda prefix: prefixes[prefix])
+        return replace(self, mixer=f"{prefix}{start}{{layer}}{end}")
+
+    def within(self, model_type: str, section: str = "text_config") -> "Family":
+        """Return the table of a larger model whose language model this is; its config holds this one in a section."""
+        others = (self.mixer, *self.elsewhere)
+        path = self.mixer.replace("model.", "model.language_model.", 0 if "language_model" in self.mixer else 1)
+        return replace(
+            self,
+            model_type=model_type,
+            mixer=path,
+            elsewhere=tuple(other for other in others if other != path),
+            sections=(section, *self.sections),
+        )
+
+    @property
+    def in_model(self) -> "Family":
+        """The table of the tensors that the model has, under its own names and as it joins and divides them."""
+        tensors: dict[str, tuple[Axis, ...]] = {}
+        for name, axes in self.tensors.items():
+            if name in self.apart:
+                tensors |= {inner: (axis, *axes[1:]) for inner, axis in self.apart[name].items()}
+            elif pieces := self.joined_with(name):
+                parts = [part for piece in pieces for part in parts_of(self.tensors[piece][0])]
+                tensors[self.inside[name]] = (Joined(tuple(parts)), *axes[1:])
+            else:
+                tensors[self.inside.get(name, name)] = axes
+        return replace(self, tensors=tensors, inside={}, apart={})
 
     def tensor_name(self, layer: int, name: str) -> str:
         """Return the full name of a mixer's tensor."""

@@ -9,8 +9,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from keyreduce.checkpoint.shards import torch_dtypes
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
-from keyreduce.families import family_of
 from keyreduce.families.mixer_tensors import below_mixers, expected_tensors
+from keyreduce.models.classes import family_in
 from keyreduce.models.meta import check_source
 
 
@@ -62,12 +62,15 @@ def changed_tensors(model: PreTrainedModel, source: Checkpoint, *, whole: bool) 
 @torch.no_grad()
 def mixer_tensors(model: PreTrainedModel, source: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield name in the checkpoint and tensor of the model, for all mixers; what it does not have is left out."""
-    family = family_of(model.config.to_dict())
+    family = family_in(model)
     rows_before: dict[str, int] = {}
     for name, tensor in expected_tensors(source.config, source.tensors).items():
         if name not in source.tensors:
             continue
-        inner = family.tensor_name(tensor.layer, tensor.inner)
+        inner, *others = (family.tensor_name(tensor.layer, one) for one in tensor.inner)
+        if others:
+            yield name, torch.cat([model.get_parameter(one) for one in (inner, *others)])
+            continue
         # Pieces of one tensor come in the order in which the model joins them.
         begin, parameter = rows_before.get(inner, 0), model.get_parameter(inner)
         rows_before[inner] = begin + source.tensors[name].shape[0]

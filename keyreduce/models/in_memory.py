@@ -11,7 +11,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from keyreduce.checkpoint.shards import make_spec
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
-from keyreduce.families import family_of
+from keyreduce.models.classes import family_in, from_pretrained
 from keyreduce.models.loading import LoadedModel, prepare_backend, silenced
 
 
@@ -52,7 +52,7 @@ def loaded_module(
 
     For ``gradients`` see :func:`keyreduce.models.loading.prepare_backend`.
     """
-    family = family_of(model.config.to_dict())
+    family = family_in(model)
     prepare_backend(model.device, gradients=gradients)
     return LoadedModel(model, tokenizer, family, Path(model.name_or_path or type(model).__name__))
 
@@ -68,19 +68,14 @@ def rebuilt(model: PreTrainedModel, config: Mapping, tensors: Mapping[str, torch
     # Some parameters may be wider than the others, and no bit of theirs may be lost on the way.
     widest = reduce(torch.promote_types, dtypes.values(), torch.float32)
     with silenced():
-        new, report = type(model).from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  (a pair, as asked for)
-            None,
-            config=type(model.config).from_dict(dict(config)),
-            state_dict=dict(tensors),
-            dtype=widest,
-            output_loading_info=True,
-        )
+        theirs = type(model.config).from_dict(dict(config))
+        new, report = from_pretrained(type(model), None, config=theirs, state_dict=dict(tensors), dtype=widest)
     if missing := report["missing_keys"]:
         raise KeyreduceError(f"the model has no tensor {min(missing)!r}, which its config asks for")
     for name, parameter in new.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     new.config.dtype = model.config.dtype
     new.name_or_path = new.config.name_or_path = model.name_or_path
-    if model.generation_config is not None:
-        new.generation_config = model.generation_config
+    if (generation_config := getattr(model, "generation_config", None)) is not None:
+        new.generation_config = generation_config
     return new.to(model.device).train(model.training)

@@ -3,11 +3,19 @@
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as their_logging
 
 from keyreduce.checkpoint.folder import open_folder
@@ -15,6 +23,7 @@ from keyreduce.checkpoint.rewrite import is_finite
 from keyreduce.errors import KeyreduceError, reason
 from keyreduce.families import Family, family_of
 from keyreduce.families.mixer_tensors import refuse_faults
+from keyreduce.models.classes import class_of, family_in, from_pretrained, refuse_headless
 from keyreduce.models.miscompiled import warn_of_wrong_results
 
 _log = logging.getLogger(__name__)
@@ -59,6 +68,7 @@ def load_model(
     gradients: bool = False,
     placement: Mapping | None = None,
     with_tokenizer: bool = True,
+    with_head: bool = True,
 ) -> LoadedModel:
     """Load a checkpoint folder in evaluation mode.
 
@@ -68,9 +78,10 @@ def load_model(
         dtype: what to compute in; the weights are cast.
         placement: what :func:`keyreduce.models.offloading.offloading` gives, where layers are to wait elsewhere.
         with_tokenizer: whether its tokenizer is needed; without, it need not have one.
+        with_head: whether its predictions of tokens are needed.
 
     Raises KeyreduceError if no DeltaNet-family checkpoint is there, it does not load, weights are missing, one is NaN
-    or inf, or it has no tokenizer where one is needed.
+    or inf, or it has no tokenizer or predicts no tokens where that is needed.
     """
     config = open_folder(folder).config
     family = family_of(config)
@@ -80,21 +91,34 @@ def load_model(
         warn_of_wrong_results(family, config, device)
     try:
         with silenced():
-            model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  (a pair)
-                folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **(placement or {})
+            model, report = _loader_for(folder)(
+                folder, dtype=dtype, ignore_mismatched_sizes=True, **(placement or {})
             )
             model = (model if placement else model.to(device)).eval()
     except Exception as error:
         # A config that no model would have makes its constructor raise nearly anything.
         raise KeyreduceError(f"{folder} does not load: {reason(error)}") from error
     _check_weights(folder, report)
+    if with_head:
+        refuse_headless(model, folder)
     for name, parameter in model.named_parameters():
         # Of what waits on the disk the activations will tell.
         if not parameter.is_meta and not is_finite(parameter.detach()):
             raise KeyreduceError(f"tensor {name!r} of {folder} holds NaN or inf: the checkpoint is damaged")
     tokenizer = _load_tokenizer(folder) if with_tokenizer else None
-    # Of a larger model the language model alone is loaded, and its mixers are elsewhere than in the checkpoint.
-    return LoadedModel(model, tokenizer, family_of(model.config.to_dict()), folder)
+    # Where the language model of a larger one is loaded alone, its mixers are elsewhere than in the checkpoint.
+    return LoadedModel(model, tokenizer, family_in(model), folder)
+
+
+def _loader_for(folder: Path) -> Any:
+    """Return the ``from_pretrained`` that loads a folder.
+
+    The auto class of causal language models also takes them out of larger models.
+    """
+    model_class = class_of(theirs := AutoConfig.from_pretrained(folder))
+    if model_class is None or model_class is MODEL_FOR_CAUSAL_LM_MAPPING.get(type(theirs), None):
+        return partial(AutoModelForCausalLM.from_pretrained, output_loading_info=True)
+    return partial(from_pretrained, model_class)
 
 
 @contextlib.contextmanager

@@ -4,13 +4,14 @@ It takes neither weights nor accelerate. The import of fla and transformers take
 files alone, :mod:`keyreduce.families.mixer_tensors` says which tensors a mixer has.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import fla_torch  # before fla, which warns where there is no GPU: this silences it
 import torch
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
@@ -18,15 +19,17 @@ from transformers.modeling_utils import LoadStateDictConfig
 import keyreduce.models.delta_net_2  # noqa: F401  (registers itself, and fla's models)
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError, UnknownArchitecture, reason
-from keyreduce.families import family_of
 from keyreduce.families.mixer_tensors import refuse_faults, refuse_more_layers
+from keyreduce.models.classes import class_of, config_for, family_in
 from keyreduce.models.loading import prepare_backend, silenced
 
 _META = torch.device("meta")
 
 
 def language_model(config: Mapping) -> tuple[type[PreTrainedModel], PretrainedConfig]:
-    """Return the class of a config's language model and its config; of a larger model they are those of a part.
+    """Return the class of a config's model and its config; of a larger model they may be those of a part.
+
+    See :func:`keyreduce.models.classes.class_of`.
 
     Raises UnknownArchitecture if transformers has no such class, with fla's and keyreduce's own registered.
     """
@@ -37,11 +40,10 @@ def language_model(config: Mapping) -> tuple[type[PreTrainedModel], PretrainedCo
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise UnknownArchitecture(f"transformers knows no model_type {model_type!r}")
     theirs = AutoConfig.for_model(**config)
-    if type(theirs) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    model_class = class_of(theirs)
+    if model_class is None:
         raise UnknownArchitecture(f"transformers has no language model of model_type {model_type!r}")
-    model_class = cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[type(theirs)])
-    is_whole = isinstance(theirs, model_class.config_class or PretrainedConfig)
-    return model_class, theirs if is_whole else theirs.get_text_config()
+    return model_class, config_for(model_class, theirs)
 
 
 def build_model(config: Mapping, device: torch.device = _META, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -76,7 +78,7 @@ def build_mixer(
     """
     model = build_model(config, dtype=dtype)
     # Of a larger model this is the language model alone, whose mixers are at another path.
-    path = family_of(model.config.to_dict()).mixer.format(layer=layer)
+    path = family_in(model).mixer.format(layer=layer)
     mixer = model.get_submodule(path).to_empty(device=device)
     with torch.no_grad():
         mixer.apply(model._init_weights)
@@ -102,7 +104,10 @@ def check_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Pa
     except KeyreduceError as error:
         raise KeyreduceError(f"{path}: {error}") from None
     # What from_pretrained does with `device_map="meta"`, for which it would take accelerate.
-    mapping: Any = get_model_conversion_mapping(model)
+    mapping: Any = copy.deepcopy(get_model_conversion_mapping(model))
+    for conversion in mapping:
+        if getattr(conversion, "force_cpu", False):
+            conversion.force_cpu = False  # there are no numbers to be put together on a CPU
     settings = LoadStateDictConfig(device_map={"": "meta"}, ignore_mismatched_sizes=True, weight_mapping=mapping)
     tensors = {name: torch.empty(tuple(shape), device=_META) for name, shape in shapes.items()}
     try:

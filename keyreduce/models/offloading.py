@@ -15,6 +15,7 @@ from keyreduce.checkpoint.folder import open_folder
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
 from keyreduce.families.mixer_tensors import expected_tensors
+from keyreduce.models.classes import family_in
 from keyreduce.models.meta import build_model
 
 PLACES = ("disk", "cpu", "auto")
@@ -72,16 +73,20 @@ def read_parameter(model: PreTrainedModel, name: str, folder: Path | None) -> to
     parameter = model.get_parameter(name)
     if folder is None or not parameter.is_meta:
         return parameter
-    source, family = open_folder(folder), family_of(model.config.to_dict())
-    expected = expected_tensors(source.config, source.tensors)
-    pieces = [file for file, part in expected.items() if family.tensor_name(part.layer, part.inner) == name]
-    return torch.cat([source.read(piece) for piece in pieces])
+    source, family = open_folder(folder), family_in(model)
+    pieces = []
+    for file, part in expected_tensors(source.config, source.tensors).items():
+        inner = [family.tensor_name(part.layer, one) for one in part.inner]
+        if name in inner:
+            tensor = source.read(file)
+            pieces.append(tensor.split(part.rows)[inner.index(name)] if len(inner) > 1 else tensor)
+    return torch.cat(pieces)
 
 
 def _placement(config: Mapping, device: torch.device, place: str) -> dict[str, str]:
     """Where each part of the model is: its layers at ``place``, what is before and after them on the device."""
     model = build_model(config)
-    layers = family_of(model.config.to_dict()).mixer.split(".{layer}")[0]
+    layers = family_in(model).mixer.split(".{layer}")[0]
     parts = [name for name, module in model.named_modules() if name and f"{layers}.".startswith(f"{name}.")]
     found = {}
     for parent in ("", *parts[:-1]):

@@ -376,6 +376,7 @@ class _Mixer:
             Part.VALUE: value,
             Part.GATE: value,
             Part.DECAY: (value_heads_W[:, None] * before.head_k_dim + decay_WR).flatten(),
+            Part.KEY_HEAD: cut.heads_H,
             Part.VALUE_HEAD: value_heads_W,
             Part.BETA: value_heads_W,
             Part.HEAD_OR_ALL: cut.heads_H,

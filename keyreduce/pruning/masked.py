@@ -15,7 +15,6 @@ Shapes: B rows, T tokens, G heads of C channels, H key heads, W value heads, K k
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -24,7 +23,8 @@ from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.shards import torch_dtypes
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError, reason
-from keyreduce.families import Part, family_of
+from keyreduce.families import Part
+from keyreduce.models.classes import family_in, from_pretrained, outputs_of, vocabulary_of
 from keyreduce.models.loading import prepare_backend
 from keyreduce.models.meta import language_model
 from keyreduce.models.operators import operands, replaced_by_layer
@@ -88,13 +88,13 @@ def compare_logits(
     model = _load(cut.config, {name: cut.read(name) for name in cut.tensors}, device, dtype, pruned)
     _match_eps(model, plan)
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(_ROWS, length) for length in tokens]
-    batches = [torch.randint(model.config.vocab_size, shape, generator=generator).to(device) for shape in shapes]
-    found = [model(batch, use_cache=False).logits.cpu() for batch in batches]
+    shapes, vocabulary = [(_ROWS, length) for length in tokens], vocabulary_of(model)
+    batches = [torch.randint(vocabulary, shape, generator=generator).to(device) for shape in shapes]
+    found = [outputs_of(model, batch).cpu() for batch in batches]
     del model
     model = _load(source.config, _masked_weights(source, plan, cut), device, dtype, source.path)
     with _masking(model, plan):
-        expected = [model(batch, use_cache=False).logits.cpu() for batch in batches]
+        expected = [outputs_of(model, batch).cpu() for batch in batches]
     worst = [((one - other).abs().max() / other.std()) for one, other in zip(found, expected, strict=True)]
     return float(torch.stack(worst).max())  # torch's maximum, unlike Python's, is NaN where any entry is
 
@@ -104,10 +104,7 @@ def _load(
 ) -> PreTrainedModel:
     try:
         model_class, their_config = language_model(config)
-        made: Any = model_class.from_pretrained(
-            None, config=their_config, state_dict=weights, dtype=dtype, output_loading_info=True
-        )
-        model, report = made
+        model, report = from_pretrained(model_class, None, config=their_config, state_dict=weights, dtype=dtype)
         # fla's mixers load some parameters in float32, whatever dtype is asked for.
         model = model.to(device=device, dtype=dtype).eval()
     except Exception as error:
@@ -118,7 +115,7 @@ def _load(
 
 
 def _match_eps(model: PreTrainedModel, plan: Plan) -> None:
-    family = family_of(model.config.to_dict())
+    family = family_in(model)
     for layer, cut in plan.layers.items():
         mixer = model.get_submodule(family.mixer.format(layer=layer))
         for name, axes in family.tensors.items():
@@ -144,11 +141,11 @@ def _masked_weights(source: Checkpoint, plan: Plan, cut: Checkpoint) -> dict[str
 @contextlib.contextmanager
 def _masking(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     """While the block runs, the operators of a dense model get zeros in place of dropped channels."""
-    family, masks = family_of(model.config.to_dict()), {}
+    family, masks = family_in(model), {}
     for layer, cut in plan.layers.items():
         weight = next(model.get_submodule(family.mixer.format(layer=layer)).parameters())
         masks[layer] = [mask.to(weight) for mask in _masks(cut)]
-    sums_keys = model.config.to_dict().get("qk_norm") == "sum"
+    sums_keys = family.language(model.config.to_dict()).get("qk_norm") == "sum"
 
     def normed(operand_BTGC: torch.Tensor) -> torch.Tensor:
         # This norm is applied before the operator, and has to be taken over the channels that stay alone.

@@ -18,7 +18,9 @@ from keyreduce.data.batches import batches, text_token_ids, token_rows
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
-from keyreduce.models.file_tensors import changed_tensors, file_tensors, mixer_tensors, rehearse_writing
+from keyreduce.families.mixer_tensors import expected_tensors
+from keyreduce.models.classes import family_in, vocabulary_of
+from keyreduce.models.file_tensors import changed_tensors, file_tensors, rehearse_writing
 from keyreduce.models.loading import LoadedModel, load_model, prepare_backend
 from keyreduce.recovery.least_squares import refit_output
 from keyreduce.recovery.modes import REPEATS, Steps
@@ -49,9 +51,9 @@ def check_pair(dense: Mapping, pruned: Mapping, names: tuple[str, str]) -> None:
     family = family_of(pruned)
     known = {
         "architecture": lambda config: family_of(config).model_type,
-        "hidden size": lambda config: round(family.hidden.read(config)),
-        "number of layers": lambda config: round(family.num_layers.read(config)),
-        "vocabulary": lambda config: config.get("vocab_size"),
+        "hidden size": family.width,
+        "number of layers": family.depth,
+        "vocabulary": lambda config: family.language(config).get("vocab_size"),
     }
     for what, read in known.items():
         of_dense, of_pruned = read(dense), read(pruned)
@@ -81,7 +83,7 @@ def recover_checkpoint(
     if beyond_mixers:
         prepare_backend(_CPU)  # registers fla's models, which transformers does not know by itself
         rehearse_writing(pruned)
-    of_dense, of_pruned = (load_model(source.path, _CPU, torch.float32) for source in (dense, pruned))
+    of_dense, of_pruned = (load_model(source.path, _CPU, torch.float32, with_head=False) for source in (dense, pruned))
     record = Record.read(pruned.path)
     if record.dense_identity == dense.identity:
         restore_writing_strength(of_dense, of_pruned, corrected_heads(record))
@@ -142,7 +144,7 @@ def recover_layers(
         raise KeyreduceError(f"{dense.folder} has no tokenizer, without which text cannot become tokens")
     prepare_backend(device, gradients=True)
     rows = token_rows(text.documents(settings.seed), dense.tokenizer, settings.seq_len)
-    rows = with_repeats(rows, repeats, text_token_ids(dense.tokenizer, model.config.vocab_size), settings.seed)
+    rows = with_repeats(rows, repeats, text_token_ids(dense.tokenizer, vocabulary_of(model)), settings.seed)
     taken = list(batches(rows, settings.batch_size, settings.num_batches))
     tokens = sum(batch.numel() for batch in taken)
     if tokens < settings.tokens:
@@ -162,7 +164,7 @@ def _recover_streams(
 ) -> dict[int, dict[str, float]]:
     config = pruned.model.config.to_dict()
     mixers, figures = set(pruned.family.mixer_layers(config)), {}
-    for layer in range(round(pruned.family.num_layers.read(config))):
+    for layer in range(pruned.family.depth(config)):
         with dense.on_device(layer):
             targets = dense.advance(layer, keep_mixer=layer in mixers)
         fitted = steps if layer in mixers else None
@@ -192,11 +194,18 @@ def _missing(given: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> 
 
 def _written_dtypes(loaded: LoadedModel, source: Checkpoint, *, whole: bool) -> dict[str, torch.dtype]:
     """Return parameter -> its dtype in the checkpoint, whose files may name and divide parameters in another way."""
-    in_files = file_tensors(loaded.model, source) if whole else dict(mixer_tensors(loaded.model, source))
-    # The first piece of a parameter begins where the parameter does.
-    dtypes = {tensor.data_ptr(): torch_dtypes()[source.tensors[name].dtype] for name, tensor in in_files.items()}
-    parameters = loaded.model.named_parameters()
-    return {name: dtypes[one.data_ptr()] for name, one in parameters if one.data_ptr() in dtypes}
+    family, dtypes = family_in(loaded.model), {}
+    for name, tensor in expected_tensors(source.config, source.tensors).items():
+        if name in source.tensors:
+            dtype = torch_dtypes()[source.tensors[name].dtype]
+            dtypes |= {family.tensor_name(tensor.layer, inner): dtype for inner in tensor.inner}
+    if whole:
+        # The first piece of a parameter begins where the parameter does.
+        in_files = file_tensors(loaded.model, source).items()
+        places = {tensor.data_ptr(): torch_dtypes()[source.tensors[name].dtype] for name, tensor in in_files}
+        parameters = loaded.model.named_parameters()
+        dtypes = {name: places[one.data_ptr()] for name, one in parameters if one.data_ptr() in places} | dtypes
+    return dtypes
 
 
 @torch.no_grad()

@@ -92,9 +92,9 @@ def refit_output(pruned: Stream, layer: int, targets: Sequence[torch.Tensor]) ->
     weight_DC = pruned.projection(layer).weight
     sums = [NormalEquations(weight_DC.shape[1], weight_DC.shape[0], pruned.device) for _ in range(2)]
     energy = torch.zeros((), dtype=torch.float64, device=pruned.device)
-    for place, (hidden_BTD, target_BTD) in enumerate(zip(pruned.hidden, targets, strict=True)):
+    for place, target_BTD in enumerate(targets):
         target_BTD = target_BTD.to(pruned.device)
-        inputs_BTC, output_BTD = pruned.see_mixer(layer, hidden_BTD.to(pruned.device))
+        inputs_BTC, output_BTD = pruned.see_mixer(layer, place)
         is_heldout = place % HELDOUT_EVERY == HELDOUT_EVERY - 1
         residual_BTD = target_BTD.double() - output_BTD.double()
         sums[is_heldout].add(inputs_BTC.flatten(0, 1), residual_BTD.flatten(0, 1))

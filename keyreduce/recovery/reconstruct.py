@@ -49,10 +49,9 @@ def reconstruct(
             for _ in range(settings.steps):
                 order = order or torch.randperm(len(targets), generator=generator).tolist()
                 place = order.pop()
-                hidden_BTD = pruned.hidden[place].to(pruned.device)
                 target_BTD = targets[place].to(pruned.device)
                 of_mixer = settings.scope == "mixer"
-                output_BTD = pruned.see_mixer(layer, hidden_BTD)[1] if of_mixer else pruned.run(layer, hidden_BTD)
+                output_BTD = pruned.see_mixer(layer, place)[1] if of_mixer else pruned.run(layer, place)
                 error = relative_error(output_BTD, target_BTD)
                 optimizer.zero_grad(set_to_none=True)
                 error.backward()

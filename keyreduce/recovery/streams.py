@@ -20,6 +20,8 @@ from keyreduce.calibration.projections import projection_name
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import Family
 
+_TOKENS = object()  # stands for the token ids of a batch among the arguments of a block
+
 
 class _Enough(Exception):
     """Ends a forward pass once it has reached the layer that it was run for."""
@@ -30,6 +32,7 @@ class Stream:
     """A model on the CPU, and its hidden states between two blocks, which run on ``device``.
 
     Attributes:
+        batches: the token ids, ``[B, T]`` for each batch, which some models give to their blocks too.
         hidden: the input of the next block, ``[B, T, D]`` on the CPU for each batch.
         arguments: (block, shape of the batch) -> the other arguments that the model gives to the block.
     """
@@ -37,6 +40,7 @@ class Stream:
     model: PreTrainedModel
     family: Family
     device: torch.device
+    batches: Sequence[torch.Tensor]
     hidden: list[torch.Tensor]
     arguments: dict[tuple[int, tuple[int, ...]], dict]
 
@@ -53,12 +57,20 @@ class Stream:
         projection = self.model.get_submodule(projection_name(self.family, layer, "output").rpartition(".")[0])
         return cast(nn.Linear, projection)
 
-    def run(self, layer: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """Return the output ``[B, T, D]`` of a layer's block for a batch; both are on the device."""
-        return _first(self.block(layer)(hidden_BTD, **self.arguments[layer, tuple(hidden_BTD.shape[:2])]))
+    def run(self, layer: int, place: int) -> torch.Tensor:
+        """Return the output ``[B, T, D]`` of a layer's block for the batch at a place of the list, on the device."""
+        tokens_BT = self.batches[place]
+        arguments = {
+            name: tokens_BT.to(self.device) if value is _TOKENS else value
+            for name, value in self.arguments[layer, tuple(tokens_BT.shape)].items()
+        }
+        return _first(self.block(layer)(self.hidden[place].to(self.device), **arguments))
 
-    def see_mixer(self, layer: int, hidden_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the input ``[B, T, C]`` of the mixer's output projection, and the mixer's output ``[B, T, D]``."""
+    def see_mixer(self, layer: int, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the input ``[B, T, C]`` of the mixer's output projection, and the mixer's output ``[B, T, D]``.
+
+        They are those of the batch at a place of the list, on the device.
+        """
         seen = {}
 
         def at_projection(module, args):
@@ -70,8 +82,8 @@ class Stream:
 
         projection_hook = self.projection(layer).register_forward_pre_hook(at_projection)
         with projection_hook, self.mixer(layer).register_forward_hook(at_mixer), contextlib.suppress(_Enough):
-            self.run(layer, hidden_BTD)
-        return seen["input"].reshape(*hidden_BTD.shape[:2], -1), seen["output"]
+            self.run(layer, place)
+        return seen["input"].reshape(*self.batches[place].shape, -1), seen["output"]
 
     @torch.no_grad()
     def advance(self, layer: int, *, keep_mixer: bool = False) -> list[torch.Tensor]:
@@ -86,8 +98,8 @@ class Stream:
             kept.append(_first(output).cpu())
 
         with self.mixer(layer).register_forward_hook(at_mixer) if keep_mixer else contextlib.nullcontext():
-            for place, hidden_BTD in enumerate(self.hidden):
-                self.hidden[place] = self.run(layer, hidden_BTD.to(self.device)).cpu()
+            for place in range(len(self.hidden)):
+                self.hidden[place] = self.run(layer, place).cpu()
         return kept
 
     @contextlib.contextmanager
@@ -109,10 +121,9 @@ def open_stream(
     Raises:
         KeyreduceError: more than hidden states passes from block to block, or blocks take arguments without names.
     """
-    if getattr(model.config, "attnres_block_size", None) is not None:
-        raise KeyreduceError("blocks of a model with attention residuals cannot be recovered one by one")
-    stream = Stream(model, family, device, [], {})
-    blocks = [stream.block(layer) for layer in range(round(family.num_layers.read(model.config.to_dict())))]
+    _refuse_more_than_hidden_states(model)
+    stream = Stream(model, family, device, batches, [], {})
+    blocks = [stream.block(layer) for layer in range(family.depth(model.config.to_dict()))]
     shapes: set[tuple[int, ...]] = set()
 
     def recorded(layer: int, block: nn.Module) -> Callable:
@@ -124,16 +135,18 @@ def open_stream(
                 raise KeyreduceError(f"a block of {type(model).__name__} takes arguments that have no names")
             if layer == 0:
                 stream.hidden.append(hidden_BTD.cpu())
-                if tuple(hidden_BTD.shape[:2]) in shapes:
+                if tuple(batches[len(stream.hidden) - 1].shape) in shapes:
                     raise _Enough
-            stream.arguments[layer, tuple(hidden_BTD.shape[:2])] = kwargs
+            tokens_BT = batches[len(stream.hidden) - 1]
+            stream.arguments[layer, tuple(tokens_BT.shape)] = {
+                name: _TOKENS if _are_tokens(value, tokens_BT) else value for name, value in kwargs.items()
+            }
             with stream.on_device(layer):
                 return forward(hidden_BTD, **kwargs)
 
         return call
 
-    # What lies outside the blocks: embeddings, the last norm, rotary tables.
-    outside = [child for name, child in model.base_model.named_children() if not isinstance(child, nn.ModuleList)]
+    outside = _outside(model, family.mixer.split(".{layer}")[0])
     try:
         for module in outside:
             module.to(device)
@@ -149,6 +162,30 @@ def open_stream(
         for module in outside:
             module.to("cpu")
     return stream
+
+
+def _are_tokens(value: object, tokens_BT: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == tokens_BT.dtype and value.cpu().equal(tokens_BT.cpu())
+
+
+def _refuse_more_than_hidden_states(model: PreTrainedModel) -> None:
+    config = model.config.get_text_config()
+    if getattr(config, "attnres_block_size", None) is not None:
+        raise KeyreduceError("blocks of a model with attention residuals cannot be recovered one by one")
+    if "shared" in (getattr(config, "indexer_types", None) or ()):
+        raise KeyreduceError("blocks that share what an indexer chose cannot be recovered one by one")
+
+
+def _outside(model: PreTrainedModel, blocks: str) -> list[nn.Module]:
+    """Return what a pass needs outside the blocks: embeddings, the last norm, rotary tables.
+
+    Of a larger model it is what lies beside the blocks' own list and beside the modules that hold that.
+    """
+    found, path = [], blocks.split(".")
+    for depth in range(len(path)):
+        children = model.get_submodule(".".join(path[:depth])).named_children() if depth else ()
+        found += [child for name, child in children if name != path[depth]]
+    return found
 
 
 def _first(output: torch.Tensor | tuple) -> torch.Tensor:

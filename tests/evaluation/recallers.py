@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import torch
+from transformers import PretrainedConfig
 
 VOCABULARY = 264
 
@@ -18,7 +19,7 @@ class Recaller(torch.nn.Module):
         super().__init__()
         self.reach = reach
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.config = SimpleNamespace(vocab_size=VOCABULARY)
+        self.config = PretrainedConfig(vocab_size=VOCABULARY)
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
         logits_BTV = torch.zeros(*input_ids.shape, VOCABULARY)

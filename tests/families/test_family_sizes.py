@@ -43,7 +43,7 @@ def test_missing_fields_take_the_defaults_of_fla(model_type):
     family, config_class = FAMILIES[model_type], CLASSES[model_type][0]
     assert family.sizes({}) == sizes_in_fla(model_type, {})
     assert family.mixer_layers({}) == list(range(config_class().num_hidden_layers))
-    assert family.hidden.read({}) == config_class().hidden_size
+    assert family.width({}) == config_class().hidden_size
 
 
 def test_without_value_heads_there_are_as_many_as_key_heads():

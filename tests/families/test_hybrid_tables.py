@@ -43,8 +43,8 @@ def test_missing_fields_take_the_defaults_of_transformers(model_type):
     family = FAMILIES[model_type]
     config = AutoConfig.for_model(model_type).get_text_config()
     assert family.sizes({}) == sizes_in_transformers(model_type, {})
-    assert round(family.hidden.read({})) == config.hidden_size
-    assert round(family.num_layers.read({})) == config.num_hidden_layers
+    assert family.width({}) == config.hidden_size
+    assert family.depth({}) == config.num_hidden_layers
     expected = [layer for layer, kind in enumerate(config.layer_types) if kind == "linear_attention"]
     assert family.mixer_layers({}) == expected
 

@@ -31,6 +31,11 @@ ODD = {
     "kimi_linear": hybrid_models.CHANNEL_DECAY["kimi_linear"]
     | dict(hidden_size=40, linear_num_heads=3, linear_head_dim=7, linear_conv_kernel_dim=3),
     **{model_type: sizes | HYBRID for model_type, sizes in hybrid_models.LANGUAGE.items()},
+    **{model_type: hybrid_models.ALIKE[model_type] | HYBRID for model_type in ("lara_mini", "qwen4_exp_text")},
+    "bailing_hybrid": hybrid_models.ALIKE["bailing_hybrid"]
+    | dict(hidden_size=40, num_attention_heads=3, num_key_value_heads=3, head_dim=7, short_conv_kernel_size=3),
+    "precond_gated_deltanet": GATED,
+    "precond_kda": GATED,
 }
 SWITCHES = {
     "delta_net": ("use_gate", "use_beta", "use_short_conv"),
@@ -39,6 +44,8 @@ SWITCHES = {
     ),
     "gated_deltanet": ("use_gate", "use_short_conv"),
     "kda": ("use_short_conv",),
+    "precond_gated_deltanet": ("use_gate", "use_short_conv"),
+    "precond_kda": ("use_short_conv",),
 }  # fmt: skip
 MORE = {
     "kda": {"lower_bound": -5, "safe_gate": True},
@@ -59,23 +66,27 @@ def configs(model_type):
 
 def mixers_of(config):
     """Name -> shape of the mixers' tensors, as the library would write them, and those that the table gives."""
-    written, expected = file_shapes(config), expected_tensors(config)
+    written = file_shapes(config)
+    expected = expected_tensors(config, written)
     check_mixers(config, written, "somewhere")
     check_loading(config, written, "somewhere")
     return {name: written[name] for name in below_mixers(config, written)}, expected
 
 
-@pytest.mark.parametrize("model_type", ODD)
+@pytest.mark.parametrize("model_type", hybrid_models.marked(ODD))
 def test_table_and_library_agree(model_type):
     family = FAMILIES[model_type]
     for config in configs(model_type):
         written, expected = mixers_of(config)
+        located = family.located(written)
         assert written.keys() == expected.keys()
         assert {tensor.layer for tensor in expected.values()} == set(family.mixer_layers(config)) == {0, 2}
         model = dict(build_model(config).named_parameters())
         for name, tensor in expected.items():
-            inner = model[family.tensor_name(tensor.layer, tensor.inner)].shape
-            pieces = [family.tensor_name(tensor.layer, piece) for piece in family.joined_with(tensor.name)]
+            shapes = [model[family.tensor_name(tensor.layer, one)].shape for one in tensor.inner]
+            inner = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+            assert len(shapes) == 1 or tensor.rows == tuple(shape[0] for shape in shapes)
+            pieces = [located.tensor_name(tensor.layer, piece) for piece in family.joined_with(tensor.name)]
             if pieces:
                 assert inner == (sum(expected[piece].shape[0] for piece in pieces), *tensor.shape[1:]), name
             else:
@@ -98,7 +109,7 @@ def test_table_and_library_agree_on_models_that_see(tmp_path, model_type):
         check_loading(config, names, tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ODD)
+@pytest.mark.parametrize("model_type", hybrid_models.marked(ODD))
 def test_every_tensor_of_a_table_is_seen(model_type):
     family = FAMILIES[model_type]
     seen = {tensor.name for config in configs(model_type) for tensor in expected_tensors(config).values()}
@@ -114,6 +125,21 @@ def test_a_bias_that_no_config_asks_for_may_be_there(model_type):
     check_mixers(config, shapes | {name: (length,)}, "somewhere")
     with pytest.raises(KeyreduceError, match="of another shape: "):
         check_mixers(config, shapes | {name: (length - 1,)}, "somewhere")
+
+
+@pytest.mark.parametrize("model_type", hybrid_models.marked(hybrid_models.WRAPPED))
+def test_table_and_library_agree_on_larger_models(tmp_path, model_type):
+    odd = dict(hidden_size=40, linear_num_heads=3, linear_head_dim=7) if model_type == "glm5_next" else HYBRID
+    wide = {"hidden_size": 40} if model_type == "jev" else {}
+    model = hybrid_models.build(model_type, outer=wide, **odd | dict(linear_conv_kernel_dim=3))
+    shapes = {name: tuple(t.shape) for name, t in tiny_models.tensors_of(hybrid_models.store(model, tmp_path)).items()}
+    config, expected = model.config.to_dict(), expected_tensors(model.config.to_dict(), shapes)
+    assert {name: tensor.shape for name, tensor in expected.items()} == {
+        name: shapes[name] for name in below_mixers(config, shapes)
+    }
+    assert len(expected) == 2 * len(FAMILIES[model_type].tensors)
+    check_mixers(config, shapes, tmp_path)
+    check_loading(config, shapes, tmp_path)
 
 
 def test_pieces_may_be_divided_otherwise():
@@ -154,7 +180,7 @@ def test_a_billion_layers_are_refused_at_once():
 
 
 def test_of_other_models_nothing_is_said():
-    with pytest.raises(UnknownArchitecture, match="'llama' is not of the DeltaNet family"):
+    with pytest.raises(UnknownArchitecture, match="'llama' is none of the delta-rule models"):
         check_mixers({"model_type": "llama"}, {}, "somewhere")
 
 

@@ -97,7 +97,7 @@ def test_devices_and_dtypes():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"model_type": "llama"}, "keyreduce knows delta_net, delta_net_2, gated_deltanet"),
+        ({"model_type": "llama"}, "keyreduce knows: .*delta_net, delta_net_2, gated_deltanet"),
         ({"num_heads": None, "hidden_size": 40}, "head_k_dim comes to 2.5"),
         ({"num_heads": 4}, r"of another shape: model.layers.0.attn.b_proj.weight \[2, 32\] for \[4, 32\]"),
         ({"vocab_size": 99}, r"of another shape: .*embeddings.weight \[264, 32\] for \[99, 32\]"),

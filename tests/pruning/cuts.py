@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+import transformers
 from fla.modules import ShortConvolution
 from hypothesis import strategies as st
 from tiny_models import FAMILIES as MODELS
@@ -120,8 +121,12 @@ def store(model: PreTrainedModel, path: Path, **options) -> Checkpoint:
 
 def load(path: Path, dtype: torch.dtype = torch.float64, *, eps: float | None = None) -> PreTrainedModel:
     """Load a folder; ``eps`` takes the place of that of the mixers' output norms."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except ValueError:  # a larger model that is in no list of causal language models
+        model = getattr(transformers, config_of(path)["architectures"][0]).from_pretrained(path, dtype=dtype)
     # Some parameters of fla's mixers stay in float32 unless told.
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(dtype).eval()
+    model = model.to(dtype).eval()
     if eps is not None:
         set_eps(model, eps)
     return model
@@ -137,7 +142,7 @@ def load_with_biases(path: Path) -> PreTrainedModel:
 
 def set_eps(model: PreTrainedModel, eps: float) -> None:
     """Change the eps of the mixers' output norms."""
-    family = FAMILIES[model.config.model_type]
+    family = family_of(model.config.to_dict(), dict(model.named_parameters()))
     for layer in family.mixer_layers(model.config.to_dict()):
         mixer = model.get_submodule(family.mixer.format(layer=layer))
         norm = getattr(mixer, "o_norm", getattr(mixer, "norm", None))
@@ -148,7 +153,7 @@ def set_eps(model: PreTrainedModel, eps: float) -> None:
 def statistics_of(source: Checkpoint, *, seed: int = 0, tokens: int = 40) -> Statistics:
     """Return sums over random activations, which no model ever had."""
     family = family_of(source.config)
-    width = round(family.hidden.read(source.config))
+    width = family.width(source.config)
     layers = {
         layer: layer_statistics(sizes, width, seed=100 * seed + layer, tokens=tokens)
         for layer, sizes in family.layer_sizes(source.config).items()
@@ -217,7 +222,7 @@ def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     Where channels are dropped they are zero, after activation and before any norm; the value channels of dropped heads
     are zero; q and k are projected by ``P P^T`` where the plan projects.
     """
-    family = FAMILIES[model.config.model_type]
+    family = family_of(model.config.to_dict(), dict(model.named_parameters()))
     mixers = {layer: model.get_submodule(family.mixer.format(layer=layer)) for layer in plan.layers}
     module = sys.modules[type(next(iter(mixers.values()))).forward.__module__]
     running: list[int] = []

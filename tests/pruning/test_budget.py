@@ -125,7 +125,7 @@ def test_the_record_has_the_numbers_themselves(options, config, recorded):
         (CONFIG, dict(variance=0.9, multiple_of=9), "pca", "`multiple_of` is 9"),
         (GATED, dict(allocate="energy"), "l1", "gated_deltanet config says one head_k_dim .* only delta_net_2"),
         (GATED, dict(target="value", keep="21"), "l1", "`keep` is 21; a value head of this model has 1 to 20"),
-        ({"model_type": "llama"}, {}, "l1", "not of the DeltaNet family"),
+        ({"model_type": "llama"}, {}, "l1", "none of the delta-rule models"),
     ],
 )
 def test_what_a_model_cannot_have_is_refused_before_any_work(config, options, method, told):

@@ -10,7 +10,7 @@ import hybrid_models
 import pytest
 import torch
 from cuts import assert_near, config_of, cut, load, masked, plan_of, set_eps
-from hybrid_models import HYBRIDS, SEEING
+from hybrid_models import ALIKE, HYBRIDS, SEEING, WRAPPED
 from test_exact_slices import EPS, assert_identical, shuffled
 from tiny_models import draw_tokens, edit_tensors, save, tensors_of
 
@@ -231,4 +231,4 @@ def test_convolutions_that_are_no_division_of_what_the_config_says_are_refused(t
 
 def test_every_family_of_transformers_is_tested():
     known = {name for name, family in FAMILIES.items() if family.shipped_by == "transformers"}
-    assert known == {*HYBRIDS, "kimi_linear"}
+    assert known | {"precond_gated_deltanet", "precond_kda"} == {*HYBRIDS, "kimi_linear", *ALIKE, *WRAPPED}

@@ -17,13 +17,16 @@ import tiny_models
 import torch
 from cuts import cut, load, plan_of
 from tiny_models import draw_tokens
+from transformers import CONFIG_MAPPING
 
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.families import FAMILIES
 
 MODEL_TYPES = {shipped_by: [] for shipped_by in ("transformers", "fla", "keyreduce")}
 for name, family in FAMILIES.items():
-    MODEL_TYPES[family.shipped_by].append(name)
+    # One decides and does not generate, and a class with a head is there for its larger model alone.
+    if name in CONFIG_MAPPING and name not in ("jev", "glm5_next_text"):
+        MODEL_TYPES[family.shipped_by].append(name)
 # transformers finds out what is installed from the names of packages: one that cannot be imported is none.
 PLAIN = """
 import importlib.util, json, sys
@@ -48,7 +51,10 @@ torch.set_grad_enabled(False)
 tokens = torch.tensor(tokens, device=device)
 found = []
 for path in folders:
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=True)
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=True)
+    is_causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
+    auto = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModelForImageTextToText
+    model = auto.from_pretrained(path, dtype=torch.float32, trust_remote_code=True)
     model = model.eval().to(device)
     whole = model(tokens, use_cache=False).logits
     step = model(tokens[:, :4], use_cache=True)

@@ -36,12 +36,14 @@ def _select(layer: LayerView, keep: int, generator, *, include_queries: bool) ->
 
 
 def _unfit(config: Mapping) -> str | None:
-    from keyreduce.families import Part, family_of
+    from keyreduce.families import family_of
 
-    if any(Part.DECAY in axes for axes in family_of(config).tensors.values()):
-        why = "pca combines key channels, but in this architecture each decays at a rate of its own"
-    elif config.get("qk_norm", "l2") != "l2":
-        why = f"pca rotates queries and keys, and qk_norm {config['qk_norm']!r} is not invariant to rotations"
+    family = family_of(config)
+    norm = family.language(config).get("qk_norm", "l2")
+    if family.per_channel:
+        why = f"pca combines key channels, but in this architecture each {family.per_channel}"
+    elif norm != "l2":
+        why = f"pca rotates queries and keys, and qk_norm {norm!r} is not invariant to rotations"
     else:
         return None
     return f"{why}; take a method that selects channels, such as rrqr"

@@ -12,6 +12,7 @@ from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.devices import available_memory
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
+from keyreduce.models.classes import family_in, refuse_headless, vocabulary_of
 from keyreduce.models.file_tensors import rehearse_writing
 from keyreduce.models.miscompiled import refuse_wrong_gradients
 from keyreduce.recovery.modes import LORA, Training
@@ -60,7 +61,7 @@ def refuse_without_extra() -> None:
 
 def refuse_other_vocabulary(student: Checkpoint, teacher: Checkpoint) -> None:
     """Raise KeyreduceError if a teacher's vocabulary is not the student's, or a tokenizer does not load."""
-    sizes = [source.config.get("vocab_size") for source in (student, teacher)]
+    sizes = [family_of(one.config).language(one.config).get("vocab_size") for one in (student, teacher)]
     told = f"{teacher.path} cannot teach {student.path}"
     if sizes[0] != sizes[1]:
         raise KeyreduceError(f"{told}: its vocabulary has {sizes[1]} tokens, not {sizes[0]}")
@@ -90,7 +91,8 @@ def check(
             are wrong on this device, or there is too little memory.
     """
     model = rehearse_writing(pruned)
-    family = family_of(model.config.to_dict())
+    refuse_headless(model, pruned.path)
+    family = family_in(model)
     if training.kernels == "fla":
         refuse_wrong_gradients(family, model.config.to_dict(), arguments.device, ", or take `kernels` torch")
     every = dict(model.named_parameters())
@@ -100,7 +102,7 @@ def check(
     attended = targets or find_targets(model, family, ())
     added = training.lora_rank * sum(sum(every[f"{target}.weight"].shape) for target in attended)
     micro = arguments.per_device_train_batch_size
-    row = settings.seq_len * model.config.vocab_size
+    row = settings.seq_len * vocabulary_of(model)
     needs = Needs(
         weights=weights,
         trained=added if mode == LORA else weights,
