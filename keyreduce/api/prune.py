@@ -284,6 +284,10 @@ def _statistics(request: PruneRequest, source: "Checkpoint", gradients: bool, re
         raise KeyreduceError(
             f"{path} holds NaN or inf: it is damaged; make it again with keyreduce calibrate `overwrite`"
         ) from None
+    try:
+        statistics.check_seen()
+    except KeyreduceError as error:
+        raise KeyreduceError(f"{path}: {error}; make it again with keyreduce calibrate `overwrite`") from None
     return statistics
 
 

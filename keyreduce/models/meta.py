@@ -5,6 +5,7 @@ files alone, :mod:`keyreduce.families.mixer_tensors` says which tensors a mixer 
 """
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,8 @@ from keyreduce.families.mixer_tensors import refuse_faults, refuse_more_layers
 from keyreduce.models.loading import prepare_backend, silenced
 
 _META = torch.device("meta")
+# Up to transformers 5.15 this names how tensors are divided among processes, and must be given.
+_NO_PLAN: dict = {"tp_plan": None} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
 
 
 def language_model(config: Mapping) -> tuple[type[PreTrainedModel], PretrainedConfig]:
@@ -88,7 +91,7 @@ def check_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Pa
     tensors = {name: torch.empty(tuple(shape), device=_META) for name, shape in shapes.items()}
     try:
         with silenced():
-            report, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
+            report, _ = convert_and_load_state_dict_in_model(model, tensors, settings, **_NO_PLAN)
             model.tie_weights(missing_keys=report.missing_keys, recompute_mapping=False)
             model._adjust_missing_and_unexpected_keys(report)
     except Exception as error:
