@@ -26,6 +26,6 @@ def generation_note(shipped_by: str | None) -> str | None:
     if shipped_by != "fla":
         return None
     return (
-        f"generate is right with transformers {OLDEST_TRANSFORMERS} to {LAST_BEFORE_CACHE}; with later ones fla 0.6 "
-        "decodes without a state, unless fla_torch.mend(), which is installed with keyreduce, was called"
+        f"to generate: transformers {OLDEST_TRANSFORMERS} to {LAST_BEFORE_CACHE}, or fla_torch.mend() first, which "
+        "keyreduce brings (with later ones fla 0.6 alone forgets its state after each token)"
     )

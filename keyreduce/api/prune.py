@@ -124,6 +124,7 @@ class PruneResult(Result):
     # which serving engines run these sizes, and which do not, with their demand.
     suited_engines: list[str]
     unsuited_engines: list[str]
+    generation: str | None = None  # with which versions fla's own models generate right; None where there is no doubt.
     pushed: str | None = None  # the address on the hub that it was uploaded to, if that was asked for.
     repair: dict | None = None  # mode, tokens, seconds and layers of the recovery that followed the cut, if one did.
 
@@ -328,6 +329,7 @@ def _result(source: "Checkpoint", folder: Path, made: bool, pushed: str | None) 
     from keyreduce.families import MixerSizes, family_of
     from keyreduce.pruning.savings import savings
     from keyreduce.serving.engines import suited_engines
+    from keyreduce.versions import generation_note
 
     pruned, record = open_folder(folder), Record.read(folder)
     family, saved = family_of(source.config), savings(source, pruned)
@@ -343,4 +345,5 @@ def _result(source: "Checkpoint", folder: Path, made: bool, pushed: str | None) 
         figures["repair"] = {name: last.get(name) for name in ("tokens", "seconds", "layers")}
         figures["repair"]["mode"] = last["inputs"]["mode"]
     figures |= {"smaller": saved.sentence, "method": inputs["method"], "target": inputs["target"]}
+    figures["generation"] = generation_note(family.shipped_by)
     return PruneResult(pruned=folder, made=made, dense=record.dense or "", pushed=pushed, **figures)

@@ -67,11 +67,13 @@ def mixer_steps(timed: TimedModel, batch_size: int, seed: int) -> DecodeSteps:
     mixers = [copy.deepcopy(timed.mixer) for _ in range(copies_past_cache(work.bytes, timed.model.device))]
     hidden_B1D = torch.randn(batch_size, 1, timed.hidden, generator=generator).to(timed.model.device, timed.model.dtype)
     keyword, caches = _cache_keyword(timed.mixer), [_new_cache(timed) for _ in mixers]
+    # Mixers of transformers return the state whenever they are given a cache, others are asked.
+    options = {"use_cache": True} if "use_cache" in signature(timed.mixer.forward).parameters else {}
 
     @torch.inference_mode()
     def run() -> None:
         for mixer, cache in zip(mixers, caches, strict=True):
-            mixer(hidden_states=hidden_B1D, use_cache=True, **{keyword: cache})
+            mixer(hidden_states=hidden_B1D, **options, **{keyword: cache})
 
     run()
     return DecodeSteps(run, len(mixers), lambda: [_contents(cache) for cache in caches], work)

@@ -49,6 +49,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:ShortConvolution is crucial")
 
 def configs(model_type):
     """The config of odd sizes, as its class writes it, with all the settings of its switches, and without any."""
+    hybrid_models.needs(model_type)
     names = SWITCHES.get(model_type, ())
     settings = [dict(zip(names, values, strict=True)) for values in itertools.product([False, True], repeat=len(names))]
     settings = [flags for flags in settings if flags.get("shift_only_conv") or not flags.get("conv_scaled_shift")]
@@ -74,9 +75,10 @@ def test_table_and_library_agree(model_type):
         assert {tensor.layer for tensor in expected.values()} == set(family.mixer_layers(config)) == {0, 2}
         model = dict(build_model(config).named_parameters())
         for name, tensor in expected.items():
-            inner = model[family.tensor_name(tensor.layer, tensor.inner)].shape
             pieces = [family.tensor_name(tensor.layer, piece) for piece in family.joined_with(tensor.name)]
-            if pieces:
+            joined = family.tensor_name(tensor.layer, tensor.inner)
+            inner = model[joined if joined in model else name].shape
+            if pieces and joined in model:  # OLMo-Hybrid of transformers up to 5.14 does not join them
                 assert inner == (sum(expected[piece].shape[0] for piece in pieces), *tensor.shape[1:]), name
             else:
                 assert tensor.shape == inner == written[name], name
@@ -125,6 +127,7 @@ def test_pieces_may_be_divided_otherwise():
     for wrong in ((82, 1, 3), (83, 2, 3), (83, 1, 4), (83, 1), ()):
         with pytest.raises(KeyreduceError, match=f"of another shape: .*{names[2]}"):
             check_mixers(config, shapes | dict(zip(names, [(1, 1, 3), (2, 1, 3), wrong], strict=True)), "somewhere")
+    shapes |= dict(zip(names, [(1, 1, 3), (2, 1, 3), (83, 1, 3)], strict=True))
     del shapes[names[1]]
     with pytest.raises(KeyreduceError, match=f"missing: {names[1]}; of another shape"):
         check_mixers(config, shapes, "somewhere")
