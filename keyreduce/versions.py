@@ -10,7 +10,7 @@ LAST_BEFORE_CACHE = "5.23"
 
 
 def tested_versions() -> str:
-    """Return which releases of transformers keyreduce was tested with, and which one is installed, as half a sentence."""
+    """Return as half a sentence which releases of transformers were tested, and which one is installed."""
     try:
         installed = version("transformers")
     except PackageNotFoundError:

@@ -20,8 +20,8 @@ REQUIREMENTS += [Requirement(line) for lines in PROJECT["optional-dependencies"]
 
 def pins(name: str) -> dict[str, str]:
     """Return package -> version of a list of pinned versions."""
-    lines = (ROOT / "configs" / name).read_text().splitlines()
-    return {canonicalize_name(one): pin for one, pin in re.findall(r"^([\w.-]+)==(\S+)$", "\n".join(lines), re.MULTILINE)}
+    found = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "configs" / name).read_text(), re.MULTILINE)
+    return {canonicalize_name(package): pin for package, pin in found}
 
 
 def test_messages_name_the_range_of_transformers():

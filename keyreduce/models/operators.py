@@ -35,7 +35,8 @@ def replaced_operators(
         found = [(module, name) for name in family.operators if hasattr(module, name)]
         found += [(mixer, name) for name, value in vars(mixer).items() if callable(value) and _is_held(name, family)]
         if not found:
-            raise KeyreduceError(f"{type(mixer).__name__} calls none of {', '.join(family.operators)}; {tested_versions()}")
+            named = f"{type(mixer).__name__} calls none of {', '.join(family.operators)}"
+            raise KeyreduceError(f"{named}; {tested_versions()}")
         places |= dict.fromkeys(found)
     with contextlib.ExitStack() as undo:
         for holder, name in places:

@@ -15,7 +15,7 @@ import transformers
 from packaging.version import Version
 
 FROM_FLA = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.15"), reason="on a CPU the installed transformers calls its own alone"
+    Version(transformers.__version__) < Version("5.15"), reason="the installed transformers calls its own on a CPU"
 )
 SIZES = dict(
     vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
