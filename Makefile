@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := keyreduce-out/demo
 
-.PHONY: setup demo check test test-fast clean
+.PHONY: setup demo check test test-fast test-versions clean
 
 setup: $(VENV)/.ready
 
@@ -37,5 +37,9 @@ test: setup
 test-fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --fast
 
+# The oldest versions that pyproject.toml allows and the pinned ones, each without extras and then with them.
+test-versions:
+	$(PYTHON) tests/versions.py
+
 clean:
-	rm -rf $(VENV) keyreduce-out build *.egg-info
+	rm -rf $(VENV) .venv-versions keyreduce-out build *.egg-info

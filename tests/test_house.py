@@ -28,7 +28,7 @@ FLOORS = (
     {"families"},
     {"checkpoint"},
     {"outputs"},
-    {"devices", "processes", "reporting", "workspace"},
+    {"devices", "processes", "reporting", "versions", "workspace"},
     {"errors"},
     {"__init__"},
 )

@@ -24,6 +24,7 @@ from fla_torch import (
     preconditioned,
     rotary,
 )
+from fla_torch.generation import accept_cache
 
 TESTED_VERSIONS = "0.6.0"
 
@@ -87,8 +88,23 @@ class UnsupportedVersionError(ImportError):
     """The installed fla lacks a function or a hook that is needed, or its dispatch is switched off."""
 
 
+def mend() -> None:
+    """Let fla's models decode with the installed transformers, and be built where flash-attn is not installed.
+
+    That changes no kernel: what :func:`enable` does beyond this is not needed on a GPU. Calling it again changes
+    nothing.
+    """
+    accept_cache()
+    module = importlib.import_module(SOFTMAX_MODULE)
+    for name, implementation in SOFTMAX.items():
+        if getattr(module, name, None) is None:
+            setattr(module, name, implementation)
+
+
 def enable(*, cuda: bool = False) -> None:
     """Let fla's models run in PyTorch where no Triton kernel can: on a CPU, and on CUDA if asked for.
+
+    It does what :func:`mend` does, too.
 
     On CUDA fla's own kernels run, unless ``cuda`` is true: PyTorch needs no autotuning, which on a fresh
     machine takes minutes. Calling it again changes nothing but this choice. Call it before or after models are built.
@@ -100,6 +116,7 @@ def enable(*, cuda: bool = False) -> None:
     if not _is_enabled:
         _check_version()
         _register()
+        mend()
         _is_enabled = True
     _runs_on_cuda = cuda
 
@@ -193,9 +210,8 @@ def _register() -> None:
 
     module = importlib.import_module(SOFTMAX_MODULE)
     for name, implementation in SOFTMAX.items():
+        # What is not there, mend() puts there.
         original = getattr(module, name, None)
-        if original is None:
-            setattr(module, name, implementation)
-        else:
+        if original is not None and original is not implementation:
             setattr(module, name, dispatch(original))
             place(original, implementation)

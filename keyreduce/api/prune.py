@@ -207,6 +207,7 @@ class PruneResult(Result):
     # which serving engines run these sizes, and which do not, with their demand.
     suited_engines: list[str]
     unsuited_engines: list[str]
+    generation: str | None = None  # with which versions fla's own models generate right; None where there is no doubt.
     pushed: str | None = None  # the address on the hub that it was uploaded to, if that was asked for.
     repair: dict | None = None  # mode, tokens, seconds and layers of the recovery that followed the cut, if one did.
     # for a budget what was considered, and its picture: :meth:`keyreduce.pruning.search.Found.to_json`. It is missing
@@ -453,6 +454,10 @@ def _statistics(request: PruneRequest, source: "Checkpoint", cut: Cut, reporter:
         raise KeyreduceError(
             f"{path} holds NaN or inf: it is damaged; make it again with keyreduce calibrate `overwrite`"
         ) from None
+    try:
+        statistics.check_seen()
+    except KeyreduceError as error:
+        raise KeyreduceError(f"{path}: {error}; make it again with keyreduce calibrate `overwrite`") from None
     return statistics
 
 
@@ -495,6 +500,7 @@ def _result(
     from keyreduce.families import MixerSizes, family_of
     from keyreduce.pruning.savings import savings
     from keyreduce.serving.engines import suited_engines
+    from keyreduce.versions import generation_note
 
     pruned, record = open_folder(folder), Record.read(folder)
     family, saved = family_of(source.config), savings(source, pruned)
@@ -512,4 +518,5 @@ def _result(
     figures |= {"smaller": saved.sentence, "method": inputs["method"], "target": inputs["target"]}
     if searched is not None:
         figures["state_budget"] = searched.to_json()
+    figures["generation"] = generation_note(family.shipped_by)
     return PruneResult(pruned=folder, made=made, dense=record.dense or "", pushed=pushed, **figures)

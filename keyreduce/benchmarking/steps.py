@@ -8,12 +8,14 @@ Shapes: B sequences, D hidden.
 """
 
 import copy
+import sys
 from collections.abc import Callable
 from inspect import signature
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from transformers import Cache, DynamicCache
+from torch import nn
+from transformers import DynamicCache
 
 from keyreduce.benchmarking.timed_models import TimedModel
 from keyreduce.benchmarking.timing import copies_past_cache
@@ -21,6 +23,8 @@ from keyreduce.benchmarking.work import Work, mixer_work, model_work, operator_w
 from keyreduce.models.operators import replaced_operators
 
 _TOKENS = 4
+# Of transformers since 5.24, of its mixers before that, and of its models before that and of fla.
+_CACHE_NAMES = ("cache", "cache_params", "past_key_values")
 
 
 class DecodeSteps(NamedTuple):
@@ -43,12 +47,13 @@ def model_steps(timed: TimedModel, batch_size: int, seed: int) -> DecodeSteps:
     """Return steps of a whole model on random tokens, in which the cache passes from each step to the next."""
     model, generator = timed.model, torch.Generator().manual_seed(seed)
     tokens_B1 = torch.randint(timed.vocabulary, (batch_size, 1), generator=generator).to(model.device)
-    cache = model(input_ids=tokens_B1, use_cache=True).past_key_values
+    outputs, keyword = model(input_ids=tokens_B1, use_cache=True), _cache_keyword(model)
+    cache = outputs["cache" if "cache" in outputs else "past_key_values"]
 
     @torch.inference_mode()
     def run() -> None:
         for _ in range(_TOKENS):
-            model(input_ids=tokens_B1, past_key_values=cache, use_cache=True)
+            model(input_ids=tokens_B1, use_cache=True, **{keyword: cache})
 
     work = model_work(timed, batch_size=batch_size, seq_len=1, cached=True)
     return DecodeSteps(run, _TOKENS, lambda: _contents(cache), work)
@@ -61,28 +66,40 @@ def mixer_steps(timed: TimedModel, batch_size: int, seed: int) -> DecodeSteps:
     work = mixer_work(timed, batch_size=batch_size, seq_len=1, cached=True)
     mixers = [copy.deepcopy(timed.mixer) for _ in range(copies_past_cache(work.bytes, timed.device))]
     hidden_B1D = torch.randn(batch_size, 1, timed.hidden, generator=generator).to(timed.device, timed.dtype)
-    # The layers of fla and of transformers differ in the name of the argument and in the class of the cache.
-    if "cache_params" in signature(timed.mixer.forward).parameters:
-        keyword, caches = "cache_params", [DynamicCache(config=timed.model.config) for _ in mixers]
-    else:
-        from fla.models.utils import Cache as FlaCache
-
-        keyword, caches = "past_key_values", [FlaCache() for _ in mixers]
+    keyword, caches = _cache_keyword(timed.mixer), [_new_cache(timed) for _ in mixers]
+    # Mixers of transformers return the state whenever they are given a cache, others are asked.
+    options = {"use_cache": True} if "use_cache" in signature(timed.mixer.forward).parameters else {}
 
     @torch.inference_mode()
     def run() -> None:
         for mixer, cache in zip(mixers, caches, strict=True):
-            mixer(hidden_states=hidden_B1D, use_cache=True, **{keyword: cache})
+            mixer(hidden_states=hidden_B1D, **options, **{keyword: cache})
 
     run()
     return DecodeSteps(run, len(mixers), lambda: [_contents(cache) for cache in caches], work)
 
 
-def _contents(cache: Cache) -> list[dict]:
+def _cache_keyword(module: nn.Module) -> str:
+    """Return by what name a model or a mixer takes its cache: fla and transformers differ, and releases of it too."""
+    return next(name for name in _CACHE_NAMES if name in signature(module.forward).parameters)
+
+
+def _new_cache(timed: TimedModel) -> Any:
+    """Return an empty cache such as the model makes itself."""
+    if timed.family.shipped_by != "transformers":
+        from fla.models.utils import Cache as FlaCache
+
+        return FlaCache()
+    # Up to transformers 5.14 this model has a class of its own for it.
+    module = sys.modules[type(timed.mixer).__module__]
+    return getattr(module, "OlmoHybridDynamicCache", DynamicCache)(config=timed.model.config)
+
+
+def _contents(cache: Any) -> list[dict]:
     """Return what each layer of a cache holds now; the cache may drop it at the next step."""
     return [
-        {name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
-        for layer in cache.layers
+        {name: copy.copy(value) if isinstance(value, dict | list) else value for name, value in vars(layer).items()}
+        for layer in getattr(cache, "layers", [cache])
     ]
 
 

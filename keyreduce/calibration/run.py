@@ -82,8 +82,8 @@ def calibrate(
         note: called with a message if the text is shorter than was asked for.
 
     Raises:
-        KeyreduceError: the model is quantised or does not load, the text is empty (with gradients, of one token), or
-            weights, activations, losses or gradients are NaN or inf.
+        KeyreduceError: the model is quantised or does not load, the text is empty (with gradients, of one token),
+            weights, activations, losses or gradients are NaN or inf, or the calls of a mixer's operator were not seen.
     """
     settings.check(gradients=gradients)
     refuse_quantized(source)
@@ -124,4 +124,5 @@ def calibrate_loaded(
     inputs = describe_inputs(source, text, settings, dtype, gradients=gradients)
     statistics = Statistics(source.identity, tokens, layers, inputs)
     statistics.check_finite()
+    statistics.check_seen()
     return statistics

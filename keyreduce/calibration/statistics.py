@@ -11,6 +11,7 @@ import torch
 from keyreduce.checkpoint.rewrite import is_finite
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import MixerSizes
+from keyreduce.versions import tested_versions
 
 _UNIT_EPS = 1e-6
 """Added to the sum of squares, as fla and transformers do when they normalise q and k."""
@@ -223,6 +224,24 @@ class Statistics:
                     raise KeyreduceError(
                         f"{what} of layer {layer} hold NaN or inf ({name.rsplit('_', 1)[0]}): "
                         f"the model is damaged, or its {what} overflow this dtype (try `dtype` float32)"
+                    )
+
+    def check_seen(self) -> None:
+        """Raise KeyreduceError where statistics are all zero, which say nothing: the mixer's operator was never seen.
+
+        It names the first such layer.
+        """
+        for layer, statistics in self.layers.items():
+            for what, tensor in {
+                "inputs": statistics.input_square_D,
+                "queries": statistics.query_gram_HKK,
+                "keys": statistics.key_gram_HKK,
+                "outputs": statistics.output_gram_WVV,
+            }.items():
+                if not tensor.any():
+                    raise KeyreduceError(
+                        f"the statistics of layer {layer} hold none of its {what}: its mixer made no call that is "
+                        f"known here, or they are all zero; {tested_versions()}"
                     )
 
 

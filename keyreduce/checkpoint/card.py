@@ -11,6 +11,7 @@ from typing import Any
 from keyreduce.checkpoint.record import Entry, Record
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
+from keyreduce.versions import generation_note
 from keyreduce.workspace import RECORD_NAME
 
 CARD_NAME = "README.md"
@@ -120,6 +121,7 @@ def _body(record: Record, config: Mapping[str, Any]) -> list[str]:
         *(recovery if record.repairs else ()),
         "## How to load it",
         "\n".join(_loading(config, record.shipped_by)),
+        *([f"{note[0].upper()}{note[1:]}."] if (note := generation_note(record.shipped_by)) else ()),
         "`keyreduce verify` reads every value and checks it against the record; `keyreduce eval` and "
         "`keyreduce benchmark` compare it with the dense model.",
     ]

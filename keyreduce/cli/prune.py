@@ -64,6 +64,8 @@ def _print_cut(model: str, result: prune.PruneResult, console: Console) -> None:
         console.say(f"its sizes suit: {'; '.join(result.suited_engines)}")
     if result.unsuited_engines:
         console.say(f"not: {'; '.join(result.unsuited_engines)}")
+    if result.generation:
+        console.say(result.generation)
     if result.repair:
         mode, tokens, seconds = (result.repair[name] for name in ("mode", "tokens", "seconds"))
         console.say(f"recovered: {mode}, on {tokens:,} tokens, in {seconds:.0f} s")

@@ -64,6 +64,7 @@ def mixer_tensors(model: PreTrainedModel, source: Checkpoint) -> Iterator[tuple[
     """Yield name in the checkpoint and tensor of the model, for all mixers; what it does not have is left out."""
     family = family_in(model)
     rows_before: dict[str, int] = {}
+    held = {name for name, _ in model.named_parameters()}
     for name, tensor in expected_tensors(source.config, source.tensors).items():
         if name not in source.tensors:
             continue
@@ -71,6 +72,9 @@ def mixer_tensors(model: PreTrainedModel, source: Checkpoint) -> Iterator[tuple[
         if others:
             yield name, torch.cat([model.get_parameter(one) for one in (inner, *others)])
             continue
+        if inner not in held:
+            # transformers up to 5.14 has the convolutions of OLMo-Hybrid in the pieces that files have.
+            inner = family.tensor_name(tensor.layer, tensor.name)
         # Pieces of one tensor come in the order in which the model joins them.
         begin, parameter = rows_before.get(inner, 0), model.get_parameter(inner)
         rows_before[inner] = begin + source.tensors[name].shape[0]

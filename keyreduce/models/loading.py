@@ -43,7 +43,8 @@ def prepare_backend(device: torch.device, *, gradients: bool = False) -> None:
 
     On a CPU that takes our PyTorch backend; on a GPU fla's own kernels are left alone, unless there will be backward
     passes: its backward kernels refuse some dtypes and some pairs of GPU and Triton, and take minutes to tune
-    themselves. The choice holds until the next model is loaded.
+    themselves. The choice holds until the next model is loaded. On either, fla's models decode with the installed
+    transformers, and those with softmax layers are built without flash-attn too.
 
     Raises KeyreduceError if the installed fla is of a version that the backend does not fit.
     """
@@ -58,6 +59,8 @@ def prepare_backend(device: torch.device, *, gradients: bool = False) -> None:
     import fla  # noqa: F401  (registers its models)
 
     import keyreduce.models.delta_net_2  # noqa: F401  (registers itself)
+
+    fla_torch.mend()
 
 
 def load_model(

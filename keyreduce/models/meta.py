@@ -6,6 +6,7 @@ files alone, :mod:`keyreduce.families.mixer_tensors` says which tensors a mixer 
 
 import copy
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from keyreduce.models.classes import class_of, config_for, family_in
 from keyreduce.models.loading import prepare_backend, silenced
 
 _META = torch.device("meta")
+# Up to transformers 5.15 this names how tensors are divided among processes, and must be given.
+_NO_PLAN: dict = {"tp_plan": None} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
 
 
 def language_model(config: Mapping) -> tuple[type[PreTrainedModel], PretrainedConfig]:
@@ -112,8 +115,11 @@ def check_loading(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Pa
     tensors = {name: torch.empty(tuple(shape), device=_META) for name, shape in shapes.items()}
     try:
         with silenced():
-            report, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
-            model.tie_weights(missing_keys=report.missing_keys, recompute_mapping=False)
+            report, _ = convert_and_load_state_dict_in_model(model, tensors, settings, **_NO_PLAN)
+            tied = model.all_tied_weights_keys
+            if not report.missing_keys.isdisjoint({*tied, *tied.values()}):
+                # Where nothing is missing, transformers up to 5.12 would compare numbers, which there are none of here.
+                model.tie_weights(missing_keys=report.missing_keys, recompute_mapping=False)
             model._adjust_missing_and_unexpected_keys(report)
     except Exception as error:
         # Tensors of any shape at all are put together here.

@@ -1,7 +1,7 @@
 """The delta-rule operators that mixers call, replaced for a while.
 
-A mixer finds its operators by their names in the module of its ``forward``, so that a function put in their place sees,
-and may change, what each layer gives to them and gets.
+A mixer finds its operators by their names in the module of its ``forward``, or, with transformers up to 5.14, has them
+as attributes. A function put in their place sees, and may change, what each layer gives to them and gets.
 """
 
 import contextlib
@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
+from keyreduce.errors import KeyreduceError
 from keyreduce.families import Family
+from keyreduce.versions import tested_versions
 
 
 def operands(args: Sequence, kwargs: Mapping) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -30,14 +32,30 @@ def writing_strength(args: Sequence, kwargs: Mapping) -> torch.Tensor | None:
 def replaced_operators(
     family: Family, mixers: Iterable[nn.Module], replace: Callable[[Callable], Callable]
 ) -> Iterator[None]:
-    """While the block runs, ``replace(operator)`` stands in for each operator in the modules of the mixers."""
+    """While the block runs, ``replace(operator)`` stands in for each operator that the mixers call.
+
+    Raises KeyreduceError if a mixer has none, by the names that the family's table gives.
+    """
+    mixers, places = list(mixers), {}
+    for mixer in mixers:
+        module = sys.modules[type(mixer).forward.__module__]
+        found = [(module, name) for name in family.operators if hasattr(module, name)]
+        found += [(mixer, name) for name, value in vars(mixer).items() if callable(value) and _is_held(name, family)]
+        if not found:
+            named = f"{type(mixer).__name__} calls none of {', '.join(family.operators)}"
+            raise KeyreduceError(f"{named}; {tested_versions()}")
+        places |= dict.fromkeys(found)
     with contextlib.ExitStack() as undo:
-        for module in {sys.modules[type(mixer).forward.__module__] for mixer in mixers}:
-            for name in family.operators:
-                original = getattr(module, name)
-                undo.callback(setattr, module, name, original)
-                setattr(module, name, replace(original))
+        for holder, name in places:
+            original = getattr(holder, name)
+            undo.callback(setattr, holder, name, original)
+            setattr(holder, name, replace(original))
         yield
+
+
+def _is_held(attribute: str, family: Family) -> bool:
+    """Whether a mixer of transformers up to 5.14 has one of the family's operators in this attribute."""
+    return any(operator.removeprefix("torch_") == attribute for operator in family.operators)
 
 
 @contextlib.contextmanager

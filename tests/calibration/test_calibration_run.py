@@ -1,10 +1,13 @@
 """From text and a checkpoint to sums: what is taken, what is told, and what is refused."""
 
+import contextlib
+
 import fla_torch
 import pytest
 import torch
 from tiny_models import FAMILIES, edit_tensors
 
+from keyreduce.calibration import capture
 from keyreduce.calibration.run import Settings, calibrate, describe_inputs
 from keyreduce.calibration.statistics import Statistics
 from keyreduce.checkpoint.folder import open_folder
@@ -167,3 +170,18 @@ def test_inputs_tell_apart_all_that_changes_the_sums(tiny_folder, text, tmp_path
         *(describe_inputs(source, documents, settings._replace(**{f: 9}), torch.float32) for f in Settings._fields),
     ]
     assert all(inputs != same for inputs in changed)
+
+
+def test_operators_that_were_never_seen_are_refused(tiny_folder, text, monkeypatch):
+    """A mixer that calls them from where nothing is replaced leaves sums of zeros, by which prune would choose."""
+    monkeypatch.setattr(capture, "replaced_operators", lambda *arguments: contextlib.nullcontext())
+    with pytest.raises(KeyreduceError, match=r"layer 0 hold none of its queries.* 5\.6\.2 to 5\.24") as told:
+        run(tiny_folder("delta_net"), text("abc" * 20), Settings(1, 1, 16))
+    assert "\n" not in str(told.value)
+
+
+def test_keys_that_are_all_zero_are_refused(tiny_copy, text):
+    folder = tiny_copy()
+    edit_tensors(folder, lambda tensors: tensors["model.layers.1.attn.k_proj.weight"].zero_())
+    with pytest.raises(KeyreduceError, match="layer 1 hold none of its keys"):
+        run(folder, text("abc" * 20), Settings(1, 1, 16))

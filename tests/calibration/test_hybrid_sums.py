@@ -44,7 +44,10 @@ def operand(mixer, model_type: str, which: str, input_BTD: torch.Tensor) -> torc
     name, rows = rows_of(model_type, which)
     channels_BCT = (input_BTD @ getattr(mixer, name).weight.double()[rows].T).transpose(1, 2)
     start = {"q": 0, "k": 16, "v": 32}[which]
-    kernel_C1W = mixer.conv1d.weight.double()[start : start + len(rows)]
+    if hasattr(mixer, "conv1d"):
+        kernel_C1W = mixer.conv1d.weight.double()[start : start + len(rows)]
+    else:  # OLMo-Hybrid up to transformers 5.14
+        kernel_C1W = getattr(mixer, f"{which}_conv1d").weight.double()
     padded = F.pad(channels_BCT, (kernel_C1W.shape[-1] - 1, 0))
     result = F.silu(F.conv1d(padded, kernel_C1W, groups=len(rows))).transpose(1, 2)
     return result.unflatten(-1, (-1, 6 if which == "v" else 8)).flatten(0, 1)
@@ -108,7 +111,8 @@ def test_gradients_of_packed_projections_are_those_of_their_rows(tmp_path, model
         element = element.sum(0) if word == "output" else element.sum(1)[rows_of(model_type, word[0])[1]]
         for form, expected in (("signed", signed[word]), ("squared", squared[word]), ("element", element)):
             found = layers[2].taylor.of(form, word)
-            torch.testing.assert_close(found.flatten(), expected, rtol=1e-5, atol=1e-9, msg=f"{form} {word}")
+            # Up to transformers 5.14 a part of the model computes in float32, whatever it is given.
+            torch.testing.assert_close(found.flatten(), expected, rtol=1e-5, atol=1e-7, msg=f"{form} {word}")
 
 
 @ALL

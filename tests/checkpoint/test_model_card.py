@@ -147,3 +147,9 @@ def test_a_class_of_ours_is_imported_first():
 
 def test_a_folder_without_a_card(tmp_path):
     assert read_card(tmp_path) == ""
+
+
+def test_the_card_of_a_model_of_fla_says_with_which_versions_it_generates():
+    assert "To generate: transformers 5.6.2 to 5.23, or fla_torch.mend() first" in card(shipped_by="fla")
+    for shipped_by in ("transformers", "keyreduce", None):
+        assert "To generate" not in card(shipped_by=shipped_by)

@@ -272,6 +272,20 @@ def test_sums_that_hold_nan(refused, keyreduce, tiny_folder, tmp_path, method):
     assert f"{tmp_path / 'sums'} holds NaN or inf: it is damaged; make it again with keyreduce calibrate" in line
 
 
+def test_sums_that_are_all_zero(refused, keyreduce, tiny_folder, tmp_path):
+    """As they were with versions of transformers whose mixers' calls went unseen."""
+    model = ("--model", tiny_folder("delta_net"))
+    assert keyreduce(*CALIBRATE, *model, "--output", tmp_path / "sums").code == 0
+    with safe_open(tmp_path / "sums", framework="pt") as opened:
+        tensors, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+    for name in ("query", "key", "unit_query", "unit_key"):
+        tensors[f"layers.1.{name}_gram_HKK"].zero_()
+    save_file(tensors, tmp_path / "sums", metadata=metadata)
+    line = refused("prune", *model, "--method", "rrqr", "--calibration", tmp_path / "sums")
+    assert f"{tmp_path / 'sums'}: the statistics of layer 1 hold none of its queries" in line
+    assert "keyreduce works with transformers 5.6.2 to 5.24" in line
+
+
 def test_sums_without_gradients(refused, keyreduce, tiny_folder):
     model = ("--model", tiny_folder("delta_net"))
     assert keyreduce(*CALIBRATE, *model).code == 0

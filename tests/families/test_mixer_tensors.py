@@ -56,6 +56,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:ShortConvolution is crucial")
 
 def configs(model_type):
     """The config of odd sizes, as its class writes it, with all the settings of its switches, and without any."""
+    hybrid_models.needs(model_type)
     names = SWITCHES.get(model_type, ())
     settings = [dict(zip(names, values, strict=True)) for values in itertools.product([False, True], repeat=len(names))]
     settings = [flags for flags in settings if flags.get("shift_only_conv") or not flags.get("conv_scaled_shift")]
@@ -83,11 +84,13 @@ def test_table_and_library_agree(model_type):
         assert {tensor.layer for tensor in expected.values()} == set(family.mixer_layers(config)) == {0, 2}
         model = dict(build_model(config).named_parameters())
         for name, tensor in expected.items():
-            shapes = [model[family.tensor_name(tensor.layer, one)].shape for one in tensor.inner]
+            names = [family.tensor_name(tensor.layer, one) for one in tensor.inner]
+            is_joined = all(one in model for one in names)  # OLMo-Hybrid of transformers up to 5.14 joins none
+            shapes = [model[one].shape for one in (names if is_joined else [name])]
             inner = (sum(shape[0] for shape in shapes), *shapes[0][1:])
             assert len(shapes) == 1 or tensor.rows == tuple(shape[0] for shape in shapes)
             pieces = [located.tensor_name(tensor.layer, piece) for piece in family.joined_with(tensor.name)]
-            if pieces:
+            if pieces and is_joined:
                 assert inner == (sum(expected[piece].shape[0] for piece in pieces), *tensor.shape[1:]), name
             else:
                 assert tensor.shape == inner == written[name], name
@@ -151,6 +154,7 @@ def test_pieces_may_be_divided_otherwise():
     for wrong in ((82, 1, 3), (83, 2, 3), (83, 1, 4), (83, 1), ()):
         with pytest.raises(KeyreduceError, match=f"of another shape: .*{names[2]}"):
             check_mixers(config, shapes | dict(zip(names, [(1, 1, 3), (2, 1, 3), wrong], strict=True)), "somewhere")
+    shapes |= dict(zip(names, [(1, 1, 3), (2, 1, 3), (83, 1, 3)], strict=True))
     del shapes[names[1]]
     with pytest.raises(KeyreduceError, match=f"missing: {names[1]}; of another shape"):
         check_mixers(config, shapes, "somewhere")

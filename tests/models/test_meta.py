@@ -10,6 +10,7 @@ import pytest
 import tiny_models
 import torch
 from tiny_models import build, edit_config, edit_tensors, file_shapes, tensors_of
+from transformers import CONFIG_MAPPING
 
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.errors import KeyreduceError, UnknownArchitecture
@@ -177,7 +178,8 @@ assert not any(code for _, code in codes), codes
 
 
 def test_every_family_is_pruned_verified_and_converted_without_accelerate(tmp_path):
-    folders = [str(store(model_type, tmp_path / model_type)) for model_type in MODEL_TYPES]
+    known = [model_type for model_type in MODEL_TYPES if model_type in CONFIG_MAPPING]
+    folders = [str(store(model_type, tmp_path / model_type)) for model_type in known]
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_ACCELERATE, json.dumps(folders)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -1,6 +1,9 @@
 """DeltaNet2 as a model of transformers: fla's DeltaNet model with the mixer of ``mixer_delta_net_2.py`` in it."""
 
+from collections.abc import Callable
 from copy import copy
+from functools import wraps
+from inspect import signature
 from typing import ClassVar
 
 from fla.layers.delta_net import DeltaNet
@@ -9,6 +12,7 @@ from fla.models.generation_utils import FLAUnsupportedCacheGenerationMixin
 from fla.models.modeling_utils import FLAForCausalLM, FLAModel, FLAPreTrainedModel
 from fla.modules import RMSNorm
 from torch import nn
+from transformers import GenerationMixin
 
 from .configuration_delta_net_2 import DeltaNet2Config
 from .mixer_delta_net_2 import DeltaNet2
@@ -26,6 +30,20 @@ _OPTIONS = (
 )
 _OPTIONS += ("use_gate", "use_beta", "use_short_conv", "conv_size")
 _OPTIONS += ("per_head_conv", "share_kv_conv", "shift_only_conv", "conv_scaled_shift")
+# Since transformers 5.24, which gives a model its state under this name.
+_HAS_CACHE = "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters
+
+
+def _taking_cache(forward: Callable) -> Callable:
+    """Return fla's ``forward``, which knows the state as ``past_key_values`` alone, so that it knows ``cache`` too."""
+
+    @wraps(forward)  # transformers reads the signature
+    def call(self, *args, cache=None, **kwargs):
+        if cache is not None:
+            kwargs["past_key_values"] = cache
+        return forward(self, *args, **kwargs)
+
+    return call
 
 
 class DeltaNet2Block(DeltaNetBlock):
@@ -58,6 +76,8 @@ class DeltaNet2Model(DeltaNet2PreTrainedModel, FLAModel):
     Raises ValueError if the config asks for what cannot be, see :class:`DeltaNet2Config`.
     """
 
+    forward = _taking_cache(FLAModel.forward)
+
     def __init__(self, config: DeltaNet2Config) -> None:
         super().__init__(config)
         config.check()
@@ -80,6 +100,10 @@ class DeltaNet2ForCausalLM(DeltaNet2PreTrainedModel, FLAForCausalLM, FLAUnsuppor
     """:class:`DeltaNet2Model` and the projection to logits, tied to the embeddings where the config says so."""
 
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embeddings.weight"}
+
+    forward = _taking_cache(FLAForCausalLM.forward)
+    if _HAS_CACHE:
+        prepare_inputs_for_generation = GenerationMixin.prepare_inputs_for_generation
 
     def __init__(self, config: DeltaNet2Config) -> None:
         super().__init__(config)
