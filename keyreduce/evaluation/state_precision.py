@@ -350,10 +350,10 @@ def _mean(rows: Iterable[Iterable[PositionCost]]) -> float:
     return total.mean
 
 
-def _total(costs: Iterable[Sequence[float]]) -> PositionCost:
+def _total(costs: Iterable[Iterable]) -> PositionCost:
     """Sum over costs; that of nats is rounded once, so that their order does not change it."""
-    nats, predictions = zip(*costs, strict=True)
-    return PositionCost(math.fsum(nats), int(sum(predictions)))
+    pairs = [PositionCost(*cost) for cost in costs]
+    return PositionCost(math.fsum(cost.nats for cost in pairs), sum(cost.predictions for cost in pairs))
 
 
 def _increase(mean: float, base: float) -> float | None:

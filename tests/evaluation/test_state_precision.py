@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, H key heads, W value heads, K key channels, V value channels.
 """
 
+import json
 import math
 from itertools import islice
 from pathlib import Path
@@ -235,7 +236,8 @@ def found_by(tiny, batches, settings, seq_len, number=1):
     for rank in range(number):
         processes = Processes(rank, number)
         own = list(processes.own(batches))
-        shares.append(measure_states(tiny, own, settings, seq_len, Reporter(), processes=processes))
+        share = measure_states(tiny, own, settings, seq_len, Reporter(), processes=processes)
+        shares.append(json.loads(json.dumps(share)))  # as it goes from process to process
     return state_metrics(shares, seq_len)
 
 
@@ -296,9 +298,11 @@ def test_float32_alone_needs_no_heads(monkeypatch):
     assert found.keys() == {"states"} and len(found["states"]) == 1
 
 
-def test_text_of_one_token_is_refused():
+@pytest.mark.parametrize("batches", [rows((1, 1)), []])
+@pytest.mark.parametrize("settings", [StateSettings(()), StateSettings(("int8",), tolerance=0.1)])
+def test_text_of_one_token_or_none_is_refused(batches, settings):
     with pytest.raises(KeyreduceError, match="nothing to predict"):
-        found_by(loaded("delta_net"), rows((1, 1)), StateSettings(()), 20)
+        found_by(loaded("delta_net"), batches, settings, 20)
 
 
 @pytest.mark.gpu
