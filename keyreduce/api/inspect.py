@@ -124,6 +124,12 @@ def run(request: InspectRequest, reporter: Reporter = Reporter()) -> InspectResu
     equal = layout.tokens_of_equal_bytes(dtype)
     columns = {field: [getattr(one, field) for one in sizes.values()] for field in MixerSizes._fields}
     cuts = [_cut(request, counted, config, family, sizes, after) for after in candidates(family, sizes)]
+    capacity = counted.of_sizes(config, None, name, 0)
+    too_small = [
+        f"{one['engine']}: not one sequence of {request.tokens:,} tokens fits beside the weights; take more memory"
+        for one in capacity
+        if not one["sequences"]
+    ]
     return InspectResult(
         model=name,
         model_type=family.model_type,
@@ -144,9 +150,9 @@ def run(request: InspectRequest, reporter: Reporter = Reporter()) -> InspectResu
         equal_from_tokens=equal,
         little_gain_from_tokens=None if equal is None else round(_LITTLE_GAIN * equal),
         engines=_engines(family, sizes),
-        capacity=counted.of_sizes(config, None, name, 0),
+        capacity=capacity,
         cuts=cuts,
-        notes=_notes(request, family, layout, equal, bool(cuts)),
+        notes=too_small + _notes(request, family, layout, equal, bool(cuts)),
     )
 
 

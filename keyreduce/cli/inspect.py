@@ -81,7 +81,7 @@ def _list_cuts(result: inspect.InspectResult, console: Console) -> None:
 def _list_commands(result: inspect.InspectResult, console: Console) -> None:
     """Print what to paste: the model as it is, and the cut nearest to half the state that an engine runs."""
     for one in result.capacity:
-        if not one["runs"]:
+        if not one["runs"] or not one["sequences"]:
             continue
         console.say(f"{_COLUMNS[one['engine']]}, as it is:")
         console.say(f"  {one['command']}")

@@ -106,6 +106,12 @@ def test_long_sequences_are_said_to_gain_nothing(large):
     assert not any("will not help" in note for note in inspect(large, tokens=2000).notes)
 
 
+def test_weights_that_leave_no_room_are_said_to(large):
+    found = inspect(large, gpu_memory="40GB")
+    assert [one["sequences"] for one in found.capacity] == [0, 0]
+    assert sum("not one sequence of 4,096 tokens fits beside the weights" in note for note in found.notes) == 2
+
+
 def test_the_length_from_which_little_is_gained(large):
     """From there on half a state admits a tenth more sequences, counted in bytes."""
     found = inspect(large)
