@@ -191,7 +191,7 @@ _MLX = Engine(
             (Evidence("read", "mlx-lm 0.32.2", _NOVEMBER, "its kernel for Metal; its code for a CPU was run"),),
         ),
     ),
-    dict.fromkeys([*_QWEN, "olmo_hybrid", "kimi_linear"], "mlx-lm 0.32.2"),
+    dict.fromkeys([*_QWEN, "olmo_hybrid", "kimi_linear"], "0.32.2"),
 )
 _LLAMA_CPP = Engine(
     "llama.cpp",
@@ -200,7 +200,7 @@ _LLAMA_CPP = Engine(
             (),
             "head_k_dim of 16, 32, 64 or 128, equal to head_v_dim",
             lambda sizes: sizes.head_k_dim in (16, 32, 64, 128) and sizes.head_k_dim == sizes.head_v_dim,
-            (Evidence("read", "of late 2026", _NOVEMBER, "its kernels"),),
+            (Evidence("read", "late 2026", _NOVEMBER, "its kernels"),),
         ),
     ),
     dict.fromkeys([*_QWEN, "kimi_linear"], "late 2026"),
@@ -223,7 +223,7 @@ _FLASH = Engine(
             (),
             "head_k_dim and head_v_dim 128",
             lambda sizes: sizes[2:] == (128, 128),
-            (Evidence("read", "of late 2026", _NOVEMBER, "their kernels"),),
+            (Evidence("read", "late 2026", _NOVEMBER, "their kernels"),),
         ),
     ),
 )
