@@ -34,7 +34,7 @@ _QWEN = (
 # Engine -> its kernels -> the sizes that are asked about on an H100, and those on the others.
 GRIDS = {
     "fla": {
-        "gated_deltanet": (("128x128", "80x104", "64x128", "31x128", "64x64", "256x256", "264x128"), ("64x128",)),
+        "gated_deltanet": (("128x128", "80x104", "64x128", "31x128", "256x256", "64x512", "264x128"), ("64x128",)),
         "kda": (("128x128", "64x64", "48x48", "64x128"), ("64x64",)),
     },
     "vllm": {

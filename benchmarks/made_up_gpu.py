@@ -119,6 +119,7 @@ def make_up_for_vllm(capability: int) -> None:
     import vllm.platforms
     from vllm.platforms.cuda import CudaPlatform
 
+    CudaPlatform.is_pin_memory_available = classmethod(lambda cls: False)
     vllm.platforms._current_platform = CudaPlatform()
     from vllm.model_executor.models import registry
 

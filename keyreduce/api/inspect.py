@@ -124,6 +124,12 @@ def run(request: InspectRequest, reporter: Reporter = Reporter()) -> InspectResu
     equal = layout.tokens_of_equal_bytes(dtype)
     columns = {field: [getattr(one, field) for one in sizes.values()] for field in MixerSizes._fields}
     cuts = [_cut(request, counted, config, family, sizes, after) for after in candidates(family, sizes)]
+    capacity = counted.of_sizes(config, None, name, 0)
+    too_small = [
+        f"{one['engine']}: not one sequence of {request.tokens:,} tokens fits beside the weights; take more memory"
+        for one in capacity
+        if not one["sequences"]
+    ]
     return InspectResult(
         model=name,
         model_type=family.model_type,
@@ -144,9 +150,9 @@ def run(request: InspectRequest, reporter: Reporter = Reporter()) -> InspectResu
         equal_from_tokens=equal,
         little_gain_from_tokens=None if equal is None else round(_LITTLE_GAIN * equal),
         engines=_engines(family, sizes),
-        capacity=counted.of_sizes(config, None, name, 0),
+        capacity=capacity,
         cuts=cuts,
-        notes=_notes(request, family, layout, equal, bool(cuts)),
+        notes=too_small + _notes(request, family, layout, equal, bool(cuts)),
     )
 
 
@@ -213,7 +219,7 @@ def _cut(
 ) -> dict:
     """Return a candidate: its sizes, its share of the state, bytes and parameters saved, engines, command, capacity."""
     from keyreduce.families.mixer_tensors import expected_tensors
-    from keyreduce.serving.engines import suited_engines
+    from keyreduce.serving.engines import NAMED, runs
 
     dtype, layouts = request.state_dtype or "float32", [CacheLayout.of(config, sizes) for sizes in (before, after)]
     dense, cut = (layout.state_bytes(dtype) + layout.convolution_bytes for layout in layouts)
@@ -229,7 +235,7 @@ def _cut(
         "state_bytes": layouts[1].state_bytes(dtype),
         "saved_bytes": dense - cut,
         "saved_parameters": numbers[0] - numbers[1],
-        "engines": suited_engines(family, [one])[0],
+        "engines": [name for name in NAMED if _can_be_asked(name, family) and runs(name, family, one)],
         "prune": f"--target {','.join(changed)} --keep {','.join(map(str, changed.values()))}",
         "capacity": counted.of_sizes(config, after, "PRUNED", numbers[0] - numbers[1]),
     }
@@ -240,12 +246,17 @@ def _mixer_parameters(headers: "Headers", family: "Family") -> int:
     return sum(math.prod(shape) for name, shape in headers.shapes.items() if name.startswith(mixers))
 
 
+def _can_be_asked(engine: str, family: "Family") -> bool:
+    """Return whether an engine could have the architecture: transformers has its own alone."""
+    return engine != "transformers" or family.shipped_by == "transformers"
+
+
 def _engines(family: "Family", sizes: "Mapping[int, MixerSizes]") -> list[dict]:
     from keyreduce.serving.engines import NAMED, runs
 
     rows = []
     for name, engine in NAMED.items():
-        if name == "transformers" and family.shipped_by != "transformers":
+        if not _can_be_asked(name, family):
             continue
         row = engine.row(family.model_type)
         rows.append(

@@ -5,6 +5,7 @@ from typing import Any
 from keyreduce.api import inspect
 from keyreduce.cli.console import Console, mebibytes, megabytes
 
+_LIBRARIES = ("fla", "transformers")  # which run nearly every size
 _COLUMNS = {"vllm": "vLLM", "sglang": "SGLang"}
 
 
@@ -47,17 +48,17 @@ def _list_engines(result: inspect.InspectResult, console: Console) -> None:
     rows = []
     for engine in result.engines:
         first = engine["evidence"][0]
-        known = f"{first['how']}, {first['version']}, {first['when']}"
+        known = f"{first['how']}: {first['version']}, {first['when']}"
         knows = {None: "-", "": "no"}.get(engine["knows"], f"since {engine['knows']}")
         rows.append([engine["name"], "yes" if engine["runs"] else f"no: it wants {engine['demand']}", knows, known])
-    console.table("", ("engine", "runs these sizes", "knows the architecture", "known by"), rows)
+    console.table("", ("engine", "runs these sizes", "has the model", "known by"), rows)
 
 
 def _list_capacity(result: inspect.InspectResult, console: Console) -> None:
     rows = []
     for one in result.capacity:
         figures = [one["sequences"], one["by_default"], one["with_prefix_caching"]]
-        memory = mebibytes(one["cache_bytes"])
+        memory = f"{one['cache_bytes'] / 2**30:,.1f} GiB"
         rows.append([_COLUMNS[one["engine"]], one["state_dtype"], memory, *(f"{number:,}" for number in figures)])
     header = ("sequences that fit", "state in", "caches of a GPU", "with the command", "as it is", "prefix caching")
     console.table(f"{result.tokens:,} tokens a sequence", header, rows)
@@ -68,20 +69,20 @@ def _list_cuts(result: inspect.InspectResult, console: Console) -> None:
     rows = []
     for cut in result.cuts:
         row = [f"{cut['head_k_dim']} x {cut['head_v_dim']}", f"{cut['state_share'] - 1:+.0%}"]
-        row += [mebibytes(cut["saved_bytes"]), f"{cut['saved_parameters']:,}"]
+        row += [mebibytes(cut["saved_bytes"]), f"{-cut['saved_parameters'] / result.parameters:+.1%}"]
         for one in cut["capacity"]:
             more = f" (x{one['sequences'] / now[one['engine']]:.2f})" if now[one["engine"]] else ""
-            row.append(f"{one['sequences']:,}{more}" if one["runs"] else "does not run")
-        rows.append([*row, ", ".join(cut["engines"])])
+            row.append(f"{one['sequences']:,}{more}" if one["runs"] else "-")
+        rows.append([*row, " ".join(engine for engine in cut["engines"] if engine not in _LIBRARIES)])
     if rows:
-        header = ["cut to", "state", "saved a sequence", "parameters saved"]
-        console.table("", (*header, *(_COLUMNS[engine] for engine in now), "runs in"), rows)
+        header = ["cut to", "state", "saved a sequence", "model"]
+        console.table("", (*header, *(_COLUMNS[engine] for engine in now), "served by"), rows)
 
 
 def _list_commands(result: inspect.InspectResult, console: Console) -> None:
     """Print what to paste: the model as it is, and the cut nearest to half the state that an engine runs."""
     for one in result.capacity:
-        if not one["runs"]:
+        if not one["runs"] or not one["sequences"]:
             continue
         console.say(f"{_COLUMNS[one['engine']]}, as it is:")
         console.say(f"  {one['command']}")

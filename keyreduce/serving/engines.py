@@ -83,19 +83,16 @@ def _alike_when_padded(sizes: MixerSizes) -> bool:
 def _split_by_head(sizes: MixerSizes) -> bool:
     """SGLang's kernel for Qwen3-Next, which takes projections apart that are packed by key head; others use PyTorch."""
     per_key_head = sizes.value_heads // sizes.key_heads
-    if per_key_head not in (1, 2, 4):
-        return _up_to_256(sizes)
-    are_values = _is_power_of_two(per_key_head * sizes.head_v_dim)
-    return _up_to_256(sizes) and _is_power_of_two(sizes.head_k_dim) and are_values
+    is_split = _is_power_of_two(sizes.head_k_dim) and _is_power_of_two(per_key_head * sizes.head_v_dim)
+    return sizes.head_k_dim <= 256 and (is_split or per_key_head not in (1, 2, 4))
 
 
 def _split_in_order(sizes: MixerSizes) -> bool:
     """That for Qwen3.5, whose values may also be taken one head at a time."""
     per_key_head = sizes.value_heads // sizes.key_heads
-    if per_key_head not in (1, 2, 3, 4):
-        return _up_to_256(sizes)
     are_values = _is_power_of_two(sizes.head_v_dim) or _is_power_of_two(per_key_head * sizes.head_v_dim)
-    return _up_to_256(sizes) and _is_power_of_two(sizes.head_k_dim) and are_values
+    is_split = _is_power_of_two(sizes.head_k_dim) and are_values
+    return sizes.head_k_dim <= 256 and (is_split or per_key_head not in (1, 2, 3, 4))
 
 
 _QWEN: tuple[str, ...] = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")
@@ -110,8 +107,8 @@ _FLA = Engine(
     (
         Row(
             (),
-            "head_k_dim and head_v_dim at most 256",
-            _up_to_256,
+            "head_k_dim at most 256",
+            lambda sizes: sizes.head_k_dim <= 256,
             (Evidence("run", "0.6.0", _NOVEMBER, "decode and prefill on an H100"), _FLA_COMPILED),
         ),
     ),
@@ -122,7 +119,7 @@ _TRAINING = Engine(
         Row(
             (),
             "an even head_k_dim",
-            lambda sizes: _up_to_256(sizes) and sizes.head_k_dim % 2 == 0,
+            lambda sizes: sizes.head_k_dim <= 256 and sizes.head_k_dim % 2 == 0,
             (Evidence("run", "0.6.0", _NOVEMBER, "training on an H100"),),
         ),
     ),
@@ -171,13 +168,13 @@ _SGLANG = Engine(
         ),
         Row(
             _QWEN[1:],
-            "head_k_dim and head_v_dim powers of two, at most 256",
+            "head_k_dim, at most 256, and head_v_dim powers of two",
             _split_in_order,
             (_SGLANG_COMPILED,),
         ),
         Row(
             (),
-            "head_k_dim and the value channels of a key head powers of two, head_k_dim and head_v_dim at most 256",
+            "head_k_dim, at most 256, and the value channels of a key head powers of two",
             _split_by_head,
             (_SGLANG_COMPILED,),
         ),
@@ -194,7 +191,7 @@ _MLX = Engine(
             (Evidence("read", "mlx-lm 0.32.2", _NOVEMBER, "its kernel for Metal; its code for a CPU was run"),),
         ),
     ),
-    dict.fromkeys([*_QWEN, "olmo_hybrid", "kimi_linear"], "mlx-lm 0.32.2"),
+    dict.fromkeys([*_QWEN, "olmo_hybrid", "kimi_linear"], "0.32.2"),
 )
 _LLAMA_CPP = Engine(
     "llama.cpp",
@@ -203,7 +200,7 @@ _LLAMA_CPP = Engine(
             (),
             "head_k_dim of 16, 32, 64 or 128, equal to head_v_dim",
             lambda sizes: sizes.head_k_dim in (16, 32, 64, 128) and sizes.head_k_dim == sizes.head_v_dim,
-            (Evidence("read", "of late 2026", _NOVEMBER, "its kernels"),),
+            (Evidence("read", "late 2026", _NOVEMBER, "its kernels"),),
         ),
     ),
     dict.fromkeys([*_QWEN, "kimi_linear"], "late 2026"),
@@ -226,7 +223,7 @@ _FLASH = Engine(
             (),
             "head_k_dim and head_v_dim 128",
             lambda sizes: sizes[2:] == (128, 128),
-            (Evidence("read", "of late 2026", _NOVEMBER, "their kernels"),),
+            (Evidence("read", "late 2026", _NOVEMBER, "their kernels"),),
         ),
     ),
 )

@@ -77,8 +77,8 @@ def test_cuts_save_what_a_resized_config_has_less(large):
         assert cut["saved_parameters"] == fewer + convolution + 48 * (128 - value)
     capacity = {one["engine"]: one for one in pairs[64, 128]["capacity"]}
     assert not capacity["vllm"]["runs"]
-    assert not any("vLLM" in engine for engine in pairs[64, 128]["engines"])
-    assert any("vLLM" in engine for engine in pairs[80, 104]["engines"])
+    assert pairs[64, 128]["engines"] == ["fla", "transformers", "sglang", "mlx"]
+    assert pairs[80, 104]["engines"] == ["fla", "transformers", "vllm"]
     assert pairs[80, 104]["prune"] == "--target key,value --keep 80,104"
     assert pairs[72, 128]["prune"] == "--target key --keep 72"
 
@@ -104,6 +104,12 @@ def test_commands_have_the_flags_that_sizes_need(large):
 def test_long_sequences_are_said_to_gain_nothing(large):
     assert any("will not help" in note for note in inspect(large, tokens=20_000).notes)
     assert not any("will not help" in note for note in inspect(large, tokens=2000).notes)
+
+
+def test_weights_that_leave_no_room_are_said_to(large):
+    found = inspect(large, gpu_memory="40GB")
+    assert [one["sequences"] for one in found.capacity] == [0, 0]
+    assert sum("not one sequence of 4,096 tokens fits beside the weights" in note for note in found.notes) == 2
 
 
 def test_the_length_from_which_little_is_gained(large):

@@ -24,7 +24,7 @@ def test_a_command_says_its_settings():
     found = launch("vllm", "a folder/model", layout(cut=True), 40 * GIB, 4096, dtype="float32", gpus=2)
     words = shlex.split(found.command)
     assert words[:3] == ["vllm", "serve", "a folder/model"]
-    settings = {name.removeprefix("--"): value for name, value in zip(words[3:], words[4:] + [""], strict=True)}
+    settings = {name.removeprefix("--"): value for name, value in zip(words[3:], [*words[4:], ""], strict=True)}
     for name, value in found.settings.items():
         assert value is None or settings[name] == value
     assert found.settings == {

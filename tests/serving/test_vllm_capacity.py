@@ -1,6 +1,7 @@
 """Our arithmetic against what vLLM's own cache manager computed (``benchmarks/vllm_capacity.py``)."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,20 @@ def test_sequences_are_those_of_vllm():
         expected = int(row["concurrency"]) if row["admitted"] is None else row["admitted"]
         assert found == pytest.approx(expected, rel=0.02), row
         assert row["admitted"] in (None, found), row
+
+
+def test_the_table_of_the_docs_is_that_of_the_file():
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    found = re.findall(r"^\| (\d+) x (\d+) \| (bfloat16|float32) \| (.+) \|$", text, flags=re.MULTILINE)
+    assert len(found) == 10
+    for key, value, dtype, figures in found:
+        admitted = {}
+        for row in FOUND["settings"]:
+            config = FOUND["configs"][row["config"]]
+            kept = "float32" if row["state_dtype"] == "float32" else "bfloat16"
+            is_it = (config.get("linear_key_head_dim"), config.get("linear_value_head_dim")) == (int(key), int(value))
+            is_plain = row["gpus"] == 1 and not row["prefix_caching"]
+            if config["model_type"] == "qwen3_next" and is_it and kept == dtype and is_plain:
+                admitted[row["tokens"]] = row["admitted"]
+        assert figures == " | ".join(f"{admitted[tokens]:,}" for tokens in (288, 4096, 32_768))
+    assert f"all {len(FOUND['settings'])} settings" in text

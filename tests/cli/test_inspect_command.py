@@ -13,8 +13,8 @@ def test_tables_and_commands(keyreduce, tmp_path, monkeypatch):
     words = " ".join(result.out.split())
     assert "48 layers with a delta-rule state and 16 of softmax attention" in words
     assert "recurrent state, float32 144.00 MiB" in words
-    assert "vllm yes since 0.26 run, 0.26.0, 2026-11" in words
-    assert "64 x 128 -50% 72.56 MiB 503,709,696 does not run" in words
+    assert "vllm yes since 0.26 run: 0.26.0, 2026-11" in words
+    assert "64 x 128 -50% 72.56 MiB -2.1% - " in words
     assert "vLLM, with about half the state:" in words
     commands = [shlex.split(line) for line in result.out.splitlines() if line.startswith("  ")]
     commands = [command for command in commands if command[:2] in (["vllm", "serve"], ["keyreduce", "prune"])]
