@@ -245,6 +245,13 @@ def is_already_made(target: Path, recorded_inputs: Mapping | None, inputs: Mappi
     )
 
 
+def dangling_link(path: Path | str) -> str:
+    """Return what to say of a link that leads nowhere; nothing of any other path."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"{path} is a link to {os.readlink(path)}, which is not there"
+    return ""
+
+
 def refuse_source(target: Path, source: Path) -> None:
     """Refuse an output that is, or holds, what it is made from: to replace it would delete the source.
 

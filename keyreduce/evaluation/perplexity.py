@@ -177,7 +177,7 @@ def text_costs(
     """
     stride = chosen_stride(seq_len, stride, by_document=by_document)
     cut = document_windows if by_document else windows
-    taken = islice(cut(text.documents(), loaded.tokenizer, seq_len, stride), num_rows)
+    taken = islice(cut(text.in_pieces(), loaded.tokenizer, seq_len, stride), num_rows)
     batches, bytes_V = processes.own(equal_length_batches(taken, batch_size)), bytes_per_token(loaded.tokenizer)
     return window_costs(loaded.model, batches, bytes_V, name=str(loaded.folder), progress=progress)
 
