@@ -13,6 +13,7 @@ from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
 from keyreduce.models.loading import LoadedModel, prepare_backend, silenced
+from keyreduce.models.tokenizers import check_vocabulary
 
 
 class ModuleCheckpoint(Checkpoint):
@@ -47,9 +48,11 @@ class ModuleCheckpoint(Checkpoint):
 
 def loaded_module(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModel:
     """Return a model in memory as commands have it that loaded it from a folder, ready to run where it is."""
-    family = family_of(model.config.to_dict())
+    family, name = family_of(model.config.to_dict()), Path(model.name_or_path or type(model).__name__)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], name)
     prepare_backend(model.device)
-    return LoadedModel(model, tokenizer, family, Path(model.name_or_path or type(model).__name__))
+    return LoadedModel(model, tokenizer, family, name)
 
 
 def rebuilt(model: PreTrainedModel, config: Mapping, tensors: Mapping[str, torch.Tensor]) -> PreTrainedModel:

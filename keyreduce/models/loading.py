@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as their_logging
 
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.rewrite import is_finite
-from keyreduce.errors import KeyreduceError, reason
+from keyreduce.errors import KeyreduceError, UnknownArchitecture, reason
 from keyreduce.families import Family, family_of
-from keyreduce.families.mixer_tensors import refuse_faults
+from keyreduce.families.mixer_tensors import check_mixers, refuse_faults
 from keyreduce.models.miscompiled import warn_of_wrong_results
+from keyreduce.models.tokenizers import check_vocabulary, embedding_rows, load_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -69,19 +70,32 @@ def load_model(
         placement: what :func:`keyreduce.models.offloading.offloading` gives, where layers are to wait elsewhere.
         with_tokenizer: whether its tokenizer is needed; without, it need not have one.
 
-    Raises KeyreduceError if no DeltaNet-family checkpoint is there, it does not load, weights are missing, one is NaN
-    or inf, or it has no tokenizer where one is needed.
+    Raises KeyreduceError if no DeltaNet-family checkpoint is there, it does not load, its mixers are not those that the
+    config asks for, weights are missing, one is NaN or inf, or it has no tokenizer that fits it where one is needed.
     """
-    config = open_folder(folder).config
+    source = open_folder(folder)
+    config = source.config
     family = family_of(config)
     family.layer_sizes(config)
+    with contextlib.suppress(UnknownArchitecture):  # of a quantised model the table says nothing
+        check_mixers(config, source.shapes, folder)
+    tokenizer = None
+    if with_tokenizer:
+        with silenced():
+            tokenizer = load_tokenizer(folder)
+        check_vocabulary(tokenizer, embedding_rows(source), folder)
     prepare_backend(device, gradients=gradients)
     if not gradients:
         warn_of_wrong_results(family, config, device)
     try:
         with silenced():
             model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  (a pair)
-                folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **(placement or {})
+                folder,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                **(placement or {}),
             )
             model = (model if placement else model.to(device)).eval()
     except Exception as error:
@@ -92,7 +106,6 @@ def load_model(
         # Of what waits on the disk the activations will tell.
         if not parameter.is_meta and not is_finite(parameter.detach()):
             raise KeyreduceError(f"tensor {name!r} of {folder} holds NaN or inf: the checkpoint is damaged")
-    tokenizer = _load_tokenizer(folder) if with_tokenizer else None
     # Of a larger model the language model alone is loaded, and its mixers are elsewhere than in the checkpoint.
     return LoadedModel(model, tokenizer, family_of(model.config.to_dict()), folder)
 
@@ -109,17 +122,6 @@ def silenced() -> Iterator[None]:
         their_logging.set_verbosity(verbosity)
         if has_bar:
             their_logging.enable_progress_bar()
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        # The library that parses tokenizer.json raises Exception itself.
-        told = reason(error) if any(folder.glob("tokenizer*")) else "there is no file of one"
-        raise KeyreduceError(
-            f"{folder} has no tokenizer that loads ({told}); put the tokenizer.json of the model there"
-        ) from error
 
 
 def _check_weights(folder: Path, report: dict) -> None:
