@@ -7,6 +7,7 @@ that length which gives each tensor's dtype, shape and byte range, then the byte
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,11 @@ TORCH_DTYPES = {
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # Torch has no 6-bit types and holds F4 in pairs, but a file may have them, and they can be copied.
 _BITS = {name: 8 * dtype.itemsize for name, dtype in TORCH_DTYPES.items()} | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+
+# Whatever has fewer bits, or none behind the point, stands for other numbers.
+PLAIN = ("F64", "F32", "F16", "BF16")
+# What quantisers call the tensors that they put beside a weight.
+COMPANION = re.compile(r"(scale|zero|qweight|pack|g_idx)[^.]*$")
 
 # The limit that the safetensors library sets.
 _MAX_HEADER_BYTES = 100_000_000

@@ -15,6 +15,7 @@ from keyreduce.checkpoint.rewrite import is_finite
 from keyreduce.errors import KeyreduceError, UnknownArchitecture, reason
 from keyreduce.families import Family, family_of
 from keyreduce.families.mixer_tensors import check_mixers, refuse_faults
+from keyreduce.models.fp8 import cast_parameters, plain_numbers
 from keyreduce.models.miscompiled import warn_of_wrong_results
 from keyreduce.models.tokenizers import check_vocabulary, embedding_rows, load_tokenizer
 
@@ -87,6 +88,7 @@ def load_model(
     prepare_backend(device, gradients=gradients)
     if not gradients:
         warn_of_wrong_results(family, config, device)
+    plain = plain_numbers(folder, config)
     try:
         with silenced():
             model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  (a pair)
@@ -95,6 +97,7 @@ def load_model(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 trust_remote_code=False,
+                **plain,
                 **(placement or {}),
             )
             model = (model if placement else model.to(device)).eval()
@@ -102,6 +105,8 @@ def load_model(
         # A config that no model would have makes its constructor raise nearly anything.
         raise KeyreduceError(f"{folder} does not load: {reason(error)}") from error
     _check_weights(folder, report)
+    if plain:
+        cast_parameters(model, dtype)
     for name, parameter in model.named_parameters():
         # Of what waits on the disk the activations will tell.
         if not parameter.is_meta and not is_finite(parameter.detach()):
