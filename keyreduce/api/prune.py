@@ -27,6 +27,7 @@ _METHOD_HELP = "\n\n".join(f"{name}: {summary}" for name, summary in _SUMMARIES.
 _TEXT = tuple(specs(options.OfText))
 _F, _FORM = str(METHODS["rrqr"].options["f"]), str(METHODS["taylor"].options["form"])
 _OWN = {"panel": "Options of single methods"}
+_TOKENS_A_CHANNEL = 8  # below it the note comes; calibrate takes 256 for each of 128 channels by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +234,8 @@ class Cut:
 
         keep = self.budget.numbers(source.config, statistics, self.method, self.options)
         self._check_engine(source, keep)
+        if statistics is not None and self.needs_statistics:
+            _check_tokens(source, statistics.tokens, keep, reporter)
         with reporter.progress("selecting", len(next(iter(keep.values()))), "layers") as progress:
             given: dict[str, Any] = {"seed": self.seed, "statistics": statistics, "inputs": inputs}
             return make_plan(source, self.method, keep, options=self.options, progress=progress, **given)
@@ -249,6 +252,33 @@ class Cut:
         for layer, sizes in before.items():
             after[layer] = sizes_after(sizes, {target: number_of[layer] for target, number_of in keep.items()})
         check_engine(self.engine, family, before, after)
+
+
+def _check_tokens(
+    source: "Checkpoint", tokens: int, keep: Mapping[str, Mapping[int, int]], reporter: Reporter
+) -> None:
+    """Refuse statistics of fewer tokens than channels that stay, and say where they are few."""
+    from keyreduce.families import family_of
+    from keyreduce.pruning.budget import SIZE_OF
+
+    pairs = [
+        (number_of[layer], getattr(sizes, SIZE_OF[target]))
+        for layer, sizes in family_of(source.config).layer_sizes(source.config).items()
+        for target, number_of in keep.items()
+        if target != "head" and number_of[layer] < getattr(sizes, SIZE_OF[target])
+    ]
+    kept, channels = max(pairs, default=(0, 0))
+    # So many tokens span no more directions than they are.
+    if tokens < kept:
+        raise KeyreduceError(
+            f"the calibration statistics are of {tokens:,} tokens, too few to choose {kept} of {channels} channels by; "
+            "calibrate on more text"
+        )
+    if tokens < _TOKENS_A_CHANNEL * channels:
+        reporter.note(
+            f"the calibration statistics are of {tokens:,} tokens alone, to choose {kept} of {channels} channels by: "
+            f"calibrate on more text, {_TOKENS_A_CHANNEL * channels:,} tokens at least"
+        )
 
 
 def _recorded_inputs(folder: Path) -> dict | None:
