@@ -253,10 +253,11 @@ def _text_source(texts: Texts, default: Any) -> TextSource:
     paths = [item for item in items if isinstance(item, Path)]
     if paths and len(paths) == len(items):
         return FileText(paths)
-    for item in items:
-        if not isinstance(item, str):
-            raise KeyreduceError(f"`texts` holds {item!r}; it is a list of documents (strings), or of paths alone")
-    return DocumentText(items)
+    documents = [item for item in items if isinstance(item, str)]
+    if len(documents) < len(items):
+        other = next(item for item in items if not isinstance(item, str))
+        raise KeyreduceError(f"`texts` holds {other!r}; it is a list of documents (strings), or of paths alone")
+    return DocumentText(documents)
 
 
 @contextlib.contextmanager

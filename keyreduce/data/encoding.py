@@ -51,9 +51,10 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerFast) -> Iterator[E
 def _encode(text: str, tokenizer: PreTrainedTokenizerFast, marks: int = 0) -> Encoded:
     """Encode a text as if other text were before it: without its first ``marks`` tokens."""
     # verbose=False: no warning about the model's maximum length, since the tokens are cut into rows afterwards.
-    given = {"add_special_tokens": False, "truncation": False, "verbose": False}
     has_offsets = getattr(tokenizer, "is_fast", False)
-    encoded = tokenizer(text, return_offsets_mapping=has_offsets, **given)
+    encoded = tokenizer(
+        text, add_special_tokens=False, truncation=False, verbose=False, return_offsets_mapping=has_offsets
+    )
     ends = [end for _, end in encoded["offset_mapping"]] if has_offsets else []
     return Encoded(text, encoded["input_ids"][marks:], ends[marks:])
 

@@ -6,13 +6,14 @@ weight is its 8-bit numbers times the scale of their block (``weight_scale_inv``
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig
 
 
-def plain_numbers(folder: Path, config: Mapping) -> dict:
+def plain_numbers(folder: Path, config: Mapping) -> dict[str, Any]:
     """Return the arguments with which ``from_pretrained`` multiplies blocks of FP8 by their scales; else none.
 
     ``config`` is the content of the folder's config.json.

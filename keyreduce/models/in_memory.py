@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +51,8 @@ def loaded_module(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     """Return a model in memory as commands have it that loaded it from a folder, ready to run where it is."""
     family, name = family_of(model.config.to_dict()), Path(model.name_or_path or type(model).__name__)
     if tokenizer is not None:
-        check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], name)
+        embeddings: Any = model.get_input_embeddings()
+        check_vocabulary(tokenizer, len(embeddings.weight), name)
     prepare_backend(model.device)
     return LoadedModel(model, tokenizer, family, name)
 

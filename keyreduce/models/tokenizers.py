@@ -4,7 +4,7 @@ import contextlib
 from importlib.util import find_spec
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.checkpoint.tied import EMBEDDINGS
@@ -17,7 +17,6 @@ _READERS = {
     "spiece.model": ("sentencepiece", "google.protobuf"),
     "*tiktoken*": ("tiktoken",),
 }
-_ON_PYPI = {"google.protobuf": "protobuf"}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -35,7 +34,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         ) from error
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int | None, name: Path) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int | None, name: Path) -> None:
     """Refuse a tokenizer with ids that the model, called ``name``, has no embedding for, of which it has ``rows``.
 
     None is a number that is not known.
@@ -57,7 +56,8 @@ def _why(folder: Path, error: Exception) -> str:
     if (folder / "tokenizer.json").is_file():
         return reason(error)
     needed = [package for name, readers in _READERS.items() if any(folder.glob(name)) for package in readers]
-    missing = [_ON_PYPI.get(package, package) for package in needed if not _is_installed(package)]
+    # On PyPI they are called by the last part of their module's name.
+    missing = [package.rpartition(".")[2] for package in needed if not _is_installed(package)]
     code = None
     with contextlib.suppress(KeyreduceError):
         code = read_json(folder / "tokenizer_config.json").get("auto_map")
