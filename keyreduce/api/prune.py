@@ -272,7 +272,7 @@ def _check_tokens(
     if tokens < kept:
         raise KeyreduceError(
             f"the calibration statistics are of {tokens:,} tokens, too few to choose {kept} of {channels} channels by; "
-            "calibrate on more text"
+            "calibrate on more text (keyreduce calibrate `overwrite`)"
         )
     if tokens < _TOKENS_A_CHANNEL * channels:
         reporter.note(

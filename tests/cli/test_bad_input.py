@@ -300,7 +300,7 @@ def test_statistics_of_few_tokens(keyreduce, tiny_folder, tmp_path):
     result = keyreduce(*arguments, 12)
     assert result.code == 2
     told = "the calibration statistics are of 11 tokens, too few to choose 12 of 16 channels by; calibrate on more text"
-    assert result.err.splitlines()[-1] == f"keyreduce: {told}"
+    assert result.err.splitlines()[-1] == f"keyreduce: {told} (keyreduce calibrate --overwrite)"
     result = keyreduce(*arguments, 11)
     assert result.code == 0
     told = "are of 11 tokens alone, to choose 11 of 16 channels by: calibrate on more text, 128 tokens at least"
