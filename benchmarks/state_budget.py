@@ -68,7 +68,7 @@ def measure(options: argparse.Namespace) -> None:
     settings = Settings(options.num_batches, 8, 512, 0)
     statistics = calibrate_loaded(dense, module, text, settings, torch.float32)
     heldout = text_source(options.heldout, None, None, None, default="heldout")
-    rows = itertools.islice(token_rows(heldout.documents(), dense.tokenizer, ROW_LENGTH), options.rows)
+    rows = itertools.islice(token_rows(heldout.in_pieces(), dense.tokenizer, ROW_LENGTH), options.rows)
     windows = [Window(row_T, torch.zeros_like(row_T), 1) for row_T in rows]
     choose = {"method": METHODS["auto"], "options": {}, "seed": 0}
     trials = {

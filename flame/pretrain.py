@@ -206,8 +206,8 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = byte_tokenizer()
     train_text = text_source(args.text, default="train")
     heldout_text = text_source(args.heldout_text, default="heldout")
-    tokens_N = torch.cat(list(document_tokens(train_text.documents(), tokenizer)))
-    heldout_rows = list(token_rows(heldout_text.documents(), tokenizer, args.seq_len))[: args.heldout_rows]
+    tokens_N = torch.cat(list(document_tokens(train_text.in_pieces(), tokenizer)))
+    heldout_rows = list(token_rows(heldout_text.in_pieces(), tokenizer, args.seq_len))[: args.heldout_rows]
     windows = RandomWindows(tokens_N, args.seq_len, args.steps * args.batch_size, args.seed)
 
     set_seed(args.seed)

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -181,9 +182,28 @@ def refuse_unwritable(target: Path, *, folder: bool) -> None:
     if os.path.isdir(target) and Path.cwd().is_relative_to(target):
         raise KeyreduceError(f"{target} holds the current folder and will not be replaced; give another output")
     parent = next(parent for parent in target.parents if os.path.exists(parent))
-    if not os.access(parent, os.W_OK | os.X_OK):
-        why = errno.EACCES if parent.is_dir() else errno.ENOTDIR
+    if why := _why_unwritable(parent):
         raise KeyreduceError(f"cannot write to {parent}: {os.strerror(why)}; give another output")
+
+
+def _why_unwritable(parent: Path) -> int:
+    """Return the system's number of the error that keeps files from being made in a folder that exists; 0 for none."""
+    if not parent.is_dir():
+        return errno.ENOTDIR
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return errno.EACCES
+    try:
+        before = os.stat(parent)
+    except OSError:
+        return 0  # another run that ended has just removed it
+    try:
+        # A file system that is none, such as that of processes, lets nobody make a file, whatever access says.
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        # Here too it may have been removed, and made again by a further run.
+        with contextlib.suppress(OSError):
+            return (error.errno or errno.EIO) if os.path.samestat(before, os.stat(parent)) else 0
+    return 0
 
 
 def write_json(target: Path, content: dict, *, overwrite: bool = False) -> None:
@@ -243,6 +263,13 @@ def is_already_made(target: Path, recorded_inputs: Mapping | None, inputs: Mappi
     raise KeyreduceError(
         f"{target} exists and was made from other inputs ({detail}); pass `overwrite` to replace it, or another output"
     )
+
+
+def dangling_link(path: Path | str) -> str:
+    """Return what to say of a link that leads nowhere; nothing of any other path."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"{path} is a link to {os.readlink(path)}, which is not there"
+    return ""
 
 
 def refuse_source(target: Path, source: Path) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -324,3 +325,9 @@ def test_a_source_is_not_replaced(tmp_path):
             refuse_source(target, source)
     for target in (source / "pruned", source.parent / "dense2", tmp_path / "other"):
         refuse_source(target, source)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no file system of processes")
+def test_a_file_system_that_takes_no_files_is_not_taken_for_another_run():
+    with pytest.raises(KeyreduceError, match="cannot write to /proc: .*; give another output"):
+        refuse_unwritable(Path("/proc/x"), folder=True)

@@ -133,6 +133,7 @@ def _convert(source: "Checkpoint", folder: Path, inputs: dict, reporter: Reporte
     from keyreduce.devices import dtype_named
     from keyreduce.processes import command_line
 
+    check_tensors(source, reporter, load=False)
     dtype, size = dtype_named(inputs["dtype"]) if "dtype" in inputs else None, inputs.get("max_shard_size")
     with freed_tensors_returned(), reporter.progress("converting", source.nbytes, "B") as progress:
         if from_dcp:
@@ -140,7 +141,6 @@ def _convert(source: "Checkpoint", folder: Path, inputs: dict, reporter: Reporte
         else:
             is_nested = inputs["layout"] == "nested"
             checksums = write_dcp(source, folder, dtype=dtype, nested=is_nested, progress=progress)
-        check_tensors(source, reporter, load=False)
         written = open_folder(folder) if from_dcp else DcpCheckpoint(folder)
         record = Record.read(source.path).with_conversion(inputs, layout=inputs["layout"], command=command_line())
         write_record(written, record, checksums, read_card(source.path))

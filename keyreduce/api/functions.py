@@ -259,7 +259,11 @@ def _text_source(texts: Texts, default: Any) -> TextSource:
     paths = [item for item in items if isinstance(item, Path)]
     if paths and len(paths) == len(items):
         return FileText(paths)
-    return DocumentText([str(item) for item in items])
+    documents = [item for item in items if isinstance(item, str)]
+    if len(documents) < len(items):
+        other = next(item for item in items if not isinstance(item, str))
+        raise KeyreduceError(f"`texts` holds {other!r}; it is a list of documents (strings), or of paths alone")
+    return DocumentText(documents)
 
 
 @contextlib.contextmanager
@@ -301,7 +305,7 @@ def _tokenizer_of(model: PreTrainedModel, given: PreTrainedTokenizerBase | None)
         _tokenizers[model] = given
     if model not in _tokenizers:
         try:
-            _tokenizers[model] = AutoTokenizer.from_pretrained(model.name_or_path)
+            _tokenizers[model] = AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
         except Exception as error:  # what a tokenizer's library raises is anything
             raise KeyreduceError("the module does not say where its tokenizer is; give `tokenizer`") from error
     return _tokenizers[model]

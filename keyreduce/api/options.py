@@ -132,6 +132,13 @@ class Uploaded(Request):
         None, "Upload the result to the hub as well, with its record and command lines.", metavar="OWNER/NAME"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.push_to_hub:
+            from keyreduce.checkpoint.hub import check_name
+
+            check_name(self.push_to_hub)
+
     def pushed(self, folder: Path) -> str | None:
         """Upload the result, if that was asked for, and return its address on the hub."""
         from keyreduce.checkpoint.hub import push_to_hub

@@ -32,6 +32,7 @@ _TEXT = tuple(specs(options.OfText))
 _F, _FORM = str(METHODS["rrqr"].options["f"]), str(METHODS["taylor"].options["form"])
 _OWN = {"panel": "Options of single methods"}
 _BUDGET = {"panel": "A budget for the state"}
+_TOKENS_A_CHANNEL = 8  # below it the note comes; calibrate takes 256 for each of 128 channels by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,6 +392,8 @@ class Cut:
             assert self.budget is not None  # for a budget of the state there is something found
             keep = self.budget.numbers(source.config, statistics, self.method, self.options)
             self._check_engine(source, keep)
+        if statistics is not None and self.needs_statistics:
+            _check_tokens(source, statistics.tokens, keep, reporter)
         layers = family_of(source.config).mixer_layers(source.config)
         with reporter.progress("selecting", len(layers), "layers") as progress:
             given: dict[str, Any] = {"seed": self.seed, "statistics": statistics, "inputs": inputs}
@@ -419,6 +422,33 @@ def _write_search(request: PruneRequest, source: "Checkpoint", found: "Found") -
     path = Workspace(request.work).state_budget
     write_search(found, path, model=source.path.name)
     return path
+
+
+def _check_tokens(
+    source: "Checkpoint", tokens: int, keep: Mapping[str, Mapping[int, int]], reporter: Reporter
+) -> None:
+    """Refuse statistics of fewer tokens than channels that stay, and say where they are few."""
+    from keyreduce.families import family_of
+    from keyreduce.pruning.budget import SIZE_OF
+
+    pairs = [
+        (number_of[layer], getattr(sizes, SIZE_OF[target]))
+        for layer, sizes in family_of(source.config).layer_sizes(source.config).items()
+        for target, number_of in keep.items()
+        if target != "head" and number_of[layer] < getattr(sizes, SIZE_OF[target])
+    ]
+    kept, channels = max(pairs, default=(0, 0))
+    # So many tokens span no more directions than they are.
+    if tokens < kept:
+        raise KeyreduceError(
+            f"the calibration statistics are of {tokens:,} tokens, too few to choose {kept} of {channels} channels by; "
+            "calibrate on more text (keyreduce calibrate `overwrite`)"
+        )
+    if tokens < _TOKENS_A_CHANNEL * channels:
+        reporter.note(
+            f"the calibration statistics are of {tokens:,} tokens alone, to choose {kept} of {channels} channels by: "
+            f"calibrate on more text, {_TOKENS_A_CHANNEL * channels:,} tokens at least"
+        )
 
 
 def _recorded_inputs(folder: Path) -> dict | None:

@@ -69,7 +69,7 @@ def run(request: RankRequest, reporter: Reporter = Reporter()) -> Report:
         positions: list[int] = []
         entries: list[dict] = []
         for label, loaded in models.items():
-            rows = islice(token_rows(text.documents(), loaded.tokenizer, request.seq_len), num_rows)
+            rows = islice(token_rows(text.in_pieces(), loaded.tokenizer, request.seq_len), num_rows)
             with reporter.progress(f"measuring {label}", tokens, "tokens") as progress:
                 found = measure_rank(loaded, batches(rows, request.batch_size), request.every, progress)
             is_last = len(entries) == len(models) - 1  # the pruned model, or the dense one, which lacks nothing

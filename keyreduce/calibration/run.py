@@ -104,7 +104,7 @@ def calibrate_loaded(
     note: Callable[[str], None] = lambda message: None,
 ) -> Statistics:
     """Do what :func:`calibrate` does with a model that is loaded from ``source`` already."""
-    rows = token_rows(text.documents(settings.seed), loaded.tokenizer, settings.seq_len)
+    rows = token_rows(text.in_pieces(settings.seed), loaded.tokenizer, settings.seq_len)
     first_row = next(rows)
     if len(first_row) < settings.seq_len:
         note(f"the text is shorter than one sequence: {len(first_row)} tokens instead of {settings.seq_len}")

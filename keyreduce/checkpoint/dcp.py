@@ -9,7 +9,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, cast
 
@@ -25,11 +25,9 @@ from keyreduce.checkpoint.checksums import FileHasher
 from keyreduce.checkpoint.rewrite import EditedTensors, config_with_dtype
 from keyreduce.checkpoint.shards import ByteRange, TensorSpec, torch_layout
 from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.checkpoint.tied import refuse_untied, tied_output
 from keyreduce.checkpoint.writing import copy_ranges, write_all, write_folder_files, writing
 from keyreduce.errors import KeyreduceError
-
-# What the models of fla and transformers call them, alone and inside larger models.
-_EMBEDDINGS = ("model.embeddings.weight", "model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
 
 
 def write_dcp(
@@ -42,8 +40,8 @@ def write_dcp(
 ) -> dict[str, str]:
     """Write a checkpoint as a DCP, config.json and what else belongs to the model beside it.
 
-    Memory stays at about one tensor. An output layer that is the embeddings is there by its own name too, at no cost:
-    both names lead to the same bytes.
+    Memory stays at about one tensor. An output layer that is the embeddings is there by both names, at no cost: they
+    lead to the same bytes.
 
     Args:
         source: the checkpoint to read.
@@ -56,13 +54,14 @@ def write_dcp(
     Returns:
         File name -> its xxh3_128 in hex, of every ``.distcp`` file.
 
-    Raises KeyreduceError if a tensor has a dtype that torch has not, a file cannot be read or written, or somebody
-    wrote into the source meanwhile.
+    Raises KeyreduceError if a tensor has a dtype that torch has not, the output layer is not the embeddings though the
+    config says so, a file cannot be read or written, or somebody wrote into the source meanwhile.
     """
+    refuse_untied(source, "if they are two, say false there, in its config.json")
     edited = EditedTensors(source, {}, dtype)
     # DCP plans from dtypes and shapes alone: the numbers are read when it is their turn.
     tied = tied_output(source.config, source.tensors)
-    specs = {name: edited.tensors[embedding] for name, embedding in tied.items()} | edited.tensors
+    specs = {second: edited.tensors[first] for second, first in tied.items()} | edited.tensors
     described = {name: torch.empty(**torch_layout(spec), device="meta") for name, spec in specs.items()}
     write_folder_files(target, config_with_dtype(source.config, dtype), source.sidecars)
     with FileHasher() as hasher, _without_checksums(), in_one_process(f"cannot write {target}"):
@@ -73,19 +72,6 @@ def write_dcp(
         )
     source.refuse_changed()
     return hasher.checksums
-
-
-def tied_output(config: Mapping, names: Collection[str]) -> dict[str, str]:
-    """Return the name of the output layer's weight -> that of the embeddings which it is; nothing if they are two.
-
-    The safetensors of such a model hold the tensor once, under the embedding's name. Torch's ``state_dict`` names it
-    twice, and so do the distributed checkpoints of torchtitan and flame, which look for either name.
-    """
-    text = config.get("text_config")
-    inner = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
-    if config.get("tie_word_embeddings", inner) is not True:
-        return {}
-    return dict([("lm_head.weight", name) for name in _EMBEDDINGS if name in names])
 
 
 class _StreamingWriter(FileSystemWriter):

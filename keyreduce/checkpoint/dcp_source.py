@@ -12,15 +12,14 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from keyreduce.checkpoint.dcp import in_one_process, tied_output
+from keyreduce.checkpoint.dcp import in_one_process
 from keyreduce.checkpoint.dcp_metadata import RestrictedReader, SavedTensor, find_model_tensors
-from keyreduce.checkpoint.folder import CONFIG_NAME, find_sidecars
+from keyreduce.checkpoint.folder import CONFIG_NAME, find_sidecars, refuse_wrapped
 from keyreduce.checkpoint.shards import ByteRange, make_spec
 from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.checkpoint.tied import refuse_untied, tied_output
 from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import read_json
-
-_COMPARED_BYTES = 2**24
 
 
 class DcpCheckpoint(Checkpoint):
@@ -58,15 +57,11 @@ class DcpCheckpoint(Checkpoint):
         infos = (info for saved in self._saved.values() for _, info in self._pieces(saved))
         super().__init__(sorted({path / info.relative_path for info in infos}))
         self._ranges: dict[str, tuple[ByteRange, ...] | None] = {}
-        for output, embeddings in tied_output(self.config, self.tensors).items():
-            if output not in self.tensors:
-                continue
-            if not self._are_same(output, embeddings):
-                raise KeyreduceError(
-                    f"{path} holds a {output!r} that is not {embeddings!r}, though its config ties the two "
-                    "(tie_word_embeddings); give the config of the model that was trained, with `config`"
-                )
-            del self.tensors[output], self._saved[output]
+        refuse_untied(self, "if they are two, give a config.json that says false there, with `config`")
+        for second in tied_output(self.config, self.tensors):
+            self.tensors.pop(second, None)
+            self._saved.pop(second, None)
+        refuse_wrapped(self.path, self.tensors)
 
     @property
     def sidecars(self) -> tuple[Path, ...]:
@@ -110,17 +105,6 @@ class DcpCheckpoint(Checkpoint):
                 f"{self.path} holds {usual} where its config says {declared}: {', '.join(names[:10])}{more}; "
                 f"choose with `dtype` {usual} or `dtype` {declared}"
             )
-
-    def _are_same(self, one: str, other: str) -> bool:
-        if self.tensors[one][1:] != self.tensors[other][1:]:
-            return False
-        ranges = self.ranges(one), self.ranges(other)
-        if None in ranges:
-            return self.read(one).equal(self.read(other))
-        # Where write_dcp made it, both names lead to the same bytes. Others are compared piece by piece.
-        begins = range(0, 0 if ranges[0] == ranges[1] else self.tensors[one].nbytes, _COMPARED_BYTES)
-        pieces = ((begin, begin + _COMPARED_BYTES) for begin in begins)
-        return all(self._read_bytes(one, *piece) == self._read_bytes(other, *piece) for piece in pieces)
 
     def _find(self, name: str) -> SavedTensor:
         if name not in self._saved:

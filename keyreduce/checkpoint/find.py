@@ -1,6 +1,7 @@
 """From what a user calls a model (a folder, a name, nothing) to a checkpoint folder."""
 
 import atexit
+import logging
 import os
 import re
 import shutil
@@ -10,10 +11,14 @@ from pathlib import Path
 from keyreduce.checkpoint.folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, open_folder
 from keyreduce.checkpoint.source import METADATA_NAME, Checkpoint
 from keyreduce.errors import KeyreduceError, reason
+from keyreduce.outputs import dangling_link
 
 SHIPPED = Path(__file__).parents[1] / "models" / "shipped"
 DEFAULT_MODEL = "delta-net-5m"
 
+_log = logging.getLogger(__name__)
+_passed_over: set[Path] = set()
+"""What was said already of unfinished steps: a command may look more than once."""
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
 _HUB_FILES += ["README.md", "LICENSE*", "NOTICE*"]
@@ -57,15 +62,28 @@ def find_dcp(path: Path) -> Path | None:
     """Return the distributed checkpoint at ``path``, or None.
 
     It is the folder itself where that holds one, else its complete ``step-N`` of the highest N. DCP writes
-    ``.metadata`` last: a step without it is one whose writing did not end.
+    ``.metadata`` last: a step without it is one whose writing did not end, and is passed over with a word in the log.
+
+    Raises KeyreduceError if there is nothing but what was not finished.
     """
     path = Path(path)
     if (path / METADATA_NAME).is_file():
         return path
-    steps = [
-        step.parent for step in path.glob(f"step-*/{METADATA_NAME}") if re.fullmatch(r"step-\d+", step.parent.name)
-    ]
-    return max(steps, key=lambda step: int(step.name.removeprefix("step-")), default=None)
+    steps = [step for step in path.glob("step-*") if re.fullmatch(r"step-\d+", step.name)]
+    steps.sort(key=lambda step: int(step.name.removeprefix("step-")), reverse=True)
+    found = next((step for step in steps if (step / METADATA_NAME).is_file()), None)
+    unfinished = steps if found is None else steps[: steps.index(found)]
+    is_hf = (path / SINGLE_NAME).is_file() or (path / INDEX_NAME).is_file()
+    for folder in () if is_hf or found else (path, *unfinished):
+        if any(folder.glob("*.distcp")):
+            raise KeyreduceError(
+                f"{folder} holds .distcp files but no {METADATA_NAME}, which is written last: the checkpoint was not "
+                "finished, or not all of it was copied"
+            )
+    if found is not None and unfinished and (passed := unfinished[0]) not in _passed_over:
+        _passed_over.add(passed)
+        _log.warning("%s has no %s: its writing did not end, and %s is taken", passed, METADATA_NAME, found.name)
+    return found
 
 
 def find_checkpoints(base: Path) -> dict[str, str]:
@@ -111,6 +129,8 @@ def find_local(name: str | None) -> Path | None:
         return Path(name)
     if name in shipped_models():
         return SHIPPED / name
+    if message := dangling_link(name):
+        raise KeyreduceError(message)
     if not os.path.exists(name) and _HUB_NAME.fullmatch(name):
         return None
     raise KeyreduceError(

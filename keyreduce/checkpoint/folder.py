@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keyreduce.checkpoint.shards import ByteRange, ShardPlan, read_header
 from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.checkpoint.tied import tied_output
 from keyreduce.errors import KeyreduceError
-from keyreduce.outputs import read_json
+from keyreduce.outputs import dangling_link, read_json
 from keyreduce.workspace import PROJECTIONS_NAME, RECORD_NAME
 
 if TYPE_CHECKING:
@@ -26,6 +27,18 @@ _SIDECARS += ("*processor_config.json", PROJECTIONS_NAME)
 # The heads of decision models (jev), which transformers reads from beside the weights of the model that they are on.
 _SIDECARS += ("head.safetensors", "readout.safetensors", "decision_config.json", "judge_config.json")
 _SIDECARS += ("calibration.json",)
+
+# What peft writes, and what transformers looks for beside any weights.
+_ADAPTER_NAMES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# What wrappers of a model put into the names of its tensors -> whose it is.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+    "_forward_module.": "Lightning",
+    "base_model.model.": "peft",
+    "module.": "DistributedDataParallel or DeepSpeed",
+}
 
 
 class HfCheckpoint(Checkpoint):
@@ -67,8 +80,10 @@ def open_folder(path: Path) -> HfCheckpoint:
     path = Path(path)
     if not path.is_dir():
         raise KeyreduceError(f"there is no folder {path}")
+    _refuse_adapter(path)
     if not (path / CONFIG_NAME).is_file():
-        raise KeyreduceError(f"{path} has no {CONFIG_NAME}: it is not a Hugging Face checkpoint")
+        found = dangling_link(path / CONFIG_NAME)
+        raise KeyreduceError(found or f"{path} has no {CONFIG_NAME}: it is not a Hugging Face checkpoint")
     config = read_json(path / CONFIG_NAME)
     # Where a folder has both, transformers too takes the single file.
     if (path / SINGLE_NAME).is_file():
@@ -78,7 +93,10 @@ def open_folder(path: Path) -> HfCheckpoint:
         files = sorted(set(weight_map.values()))
         for file in files:
             if not (path / file).is_file():
-                raise KeyreduceError(f"{path} has no {file}, which {INDEX_NAME} names; get the rest of the checkpoint")
+                found = dangling_link(path / file) or f"{path} has no {file}, which {INDEX_NAME} names"
+                raise KeyreduceError(f"{found}; get the rest of the checkpoint")
+    elif found := dangling_link(path / SINGLE_NAME) or dangling_link(path / INDEX_NAME):
+        raise KeyreduceError(f"{found}; get the rest of the checkpoint")
     else:
         convert = "; convert its .bin weights to safetensors first" if any(path.glob("*.bin")) else ""
         loose = "; consolidate the pieces that each process saved" if any(path.glob("shard-*.safetensors")) else ""
@@ -87,13 +105,43 @@ def open_folder(path: Path) -> HfCheckpoint:
     places = {(file, name) for file, (_, ranges) in headers.items() for name in ranges}
     if not places:
         raise KeyreduceError(f"{path} holds no tensors")
-    if weight_map is not None and (differing := places ^ {(file, name) for name, file in weight_map.items()}):
+    names = {name for _, name in places}
+    tied = tied_output(config, names)
+    # Of a tied tensor the index may name what no file holds: transformers does not look for it there.
+    named = {(file, name) for name, file in (weight_map or {}).items() if name in names or name not in tied}
+    if weight_map is not None and (differing := places ^ named):
         file, name = min(differing)
         raise KeyreduceError(f"{path / INDEX_NAME} and {file} disagree about tensor {name!r}; get both again")
+    refuse_wrapped(path, names)
     shards = {file: plan for file, (plan, _) in headers.items()}
     return HfCheckpoint(
         path, config, shards, {name: one for _, ranges in headers.values() for name, one in ranges.items()}
     )
+
+
+def refuse_wrapped(path: Path, names: Iterable[str]) -> None:
+    """Refuse a checkpoint whose tensors are named as those of a wrapper around the model; ``path`` is what to call it.
+
+    Raises KeyreduceError, which names the prefix.
+    """
+    for name in names:
+        for prefix, whose in _WRAPPERS.items():
+            if name.startswith(prefix) or (prefix.startswith("_") and f".{prefix}" in name):
+                raise KeyreduceError(
+                    f"tensors of {path} have the prefix {prefix!r} of {whose} in their names, such as {name!r}; "
+                    "rename them, or save the model that is inside the wrapper"
+                )
+
+
+def _refuse_adapter(path: Path) -> None:
+    """Refuse what transformers would add to the weights when it loads them, and no stream of tensors does."""
+    for name in _ADAPTER_NAMES:
+        if (path / name).is_file():
+            if (path / SINGLE_NAME).is_file() or (path / INDEX_NAME).is_file():
+                told = f"holds an adapter ({name}) beside its weights: merge it first, or move the adapter elsewhere"
+            else:
+                told = f"is an adapter ({name}), not a model: merge it into its model first"
+            raise KeyreduceError(f"{path} {told} (peft's merge_and_unload)")
 
 
 def find_sidecars(folder: Path) -> tuple[Path, ...]:

@@ -5,6 +5,16 @@ from pathlib import Path
 from keyreduce.errors import KeyreduceError, reason
 
 
+def check_name(name: str) -> None:
+    """Raise KeyreduceError if the hub takes no repository of this name, before the work that is to go there."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise KeyreduceError(f"`push_to_hub` is {name!r}, which is no name on the hub: {reason(error)}") from None
+
+
 def push_to_hub(folder: Path, name: str) -> str:
     """Upload a checkpoint folder, and return the address of its repository.
 

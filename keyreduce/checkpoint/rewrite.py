@@ -6,12 +6,10 @@ from typing import Protocol
 
 import torch
 
-from keyreduce.checkpoint.shards import ByteRange, TensorSpec, make_spec, torch_dtypes
+from keyreduce.checkpoint.shards import COMPANION, PLAIN, ByteRange, TensorSpec, make_spec, torch_dtypes
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.checkpoint.writing import MAX_SHARD_SIZE, split_into_shards, write_folder_files, write_weights
 from keyreduce.errors import KeyreduceError
-
-_EDITABLE = ("F64", "F32", "F16", "BF16")
 
 
 class Edit(Protocol):
@@ -35,7 +33,7 @@ class EditedTensors:
         source: the checkpoint to read.
         edits: tensor name -> its changes, made in order.
         dtype: what floating-point tensors are cast to, after their edits; None leaves them. Numbers of 8 bits and
-            fewer are quantized, and stay.
+            fewer are quantized, and stay, and so do the scales beside them.
 
     Raises KeyreduceError if an edited tensor is missing or quantized.
     """
@@ -46,8 +44,15 @@ class EditedTensors:
             if name not in source.tensors:
                 raise KeyreduceError(f"{source.path} has no tensor {name!r}, which is to be changed")
             kind = source.tensors[name].dtype
-            if edits[name] and kind not in _EDITABLE:
+            if edits[name] and kind not in PLAIN:
                 raise KeyreduceError(f"tensor {name!r} of {source.path} is {kind}; take an unquantized checkpoint")
+        # The modules with a quantized tensor: a scale that is rounded makes all of its block other numbers.
+        quantized = {name.rpartition(".")[0] for name, spec in source.tensors.items() if spec.dtype not in PLAIN}
+        self._scales = {
+            name
+            for name in source.tensors
+            if name.rpartition(".")[0] in quantized and COMPANION.search(name.rpartition(".")[2])
+        }
         self.tensors = {name: self._describe(spec) for name, spec in source.tensors.items()}
 
     def fetch(self, name: str) -> torch.Tensor | tuple[ByteRange, ...]:
@@ -77,7 +82,7 @@ class EditedTensors:
         shape = spec.shape
         for edit in self._edits.get(spec.name, ()):
             shape = edit.shape(shape)
-        if self._dtype is not None and spec.dtype in _EDITABLE:
+        if self._dtype is not None and spec.dtype in PLAIN and spec.name not in self._scales:
             return make_spec(spec.name, self._dtype, shape)
         return spec._replace(shape=tuple(shape))
 

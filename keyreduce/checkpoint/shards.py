@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,6 +47,11 @@ SAFETENSORS_NAMES = {torch_name: name for name, torch_name in _TORCH_NAMES.items
 # Torch has no 6-bit types and holds F4 in pairs, but a file may have them, and they can be copied.
 _BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _BITS |= {name: int(name.strip("BCFIU").split("_")[0]) for name in _TORCH_NAMES if name not in _BITS}
+
+# Whatever has fewer bits, or none behind the point, stands for other numbers.
+PLAIN = ("F64", "F32", "F16", "BF16")
+# What quantisers call the tensors that they put beside a weight.
+COMPANION = re.compile(r"(scale|zero|qweight|pack|g_idx)[^.]*$")
 
 # The limit that the safetensors library sets.
 _MAX_HEADER_BYTES = 100_000_000

@@ -23,11 +23,15 @@ def add_command(app: typer.Typer, show: Callable[..., object], name: str) -> Non
     fields = specs(request)
 
     def callback(context: typer.Context, json: bool, debug: bool, **values: Any) -> None:
-        errors.begin_command({field.name: field.flag for field in fields.values()}, show_tracebacks=debug)
+        named = {}
         for field in fields.values():
             is_unset = values[field.name] is None and field.is_many
-            if field.default is not dataclasses.MISSING and (is_unset or _is_overruled(context, field, [*fields])):
+            is_overruled = _is_overruled(context, field, [*fields])
+            if field.default is not dataclasses.MISSING and (is_unset or is_overruled):
                 values[field.name] = field.default
+            is_given = _source(context, field.name) == "ENVIRONMENT" and not is_overruled
+            named[field.name] = _variables(field)[0] if is_given else field.flag
+        errors.begin_command(named, show_tracebacks=debug)
         show(request(**values), Console(as_json=json))
 
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -68,6 +72,14 @@ def _default(field: Spec) -> Any:
     return None if field.is_many else field.default
 
 
+def _variables(field: Spec) -> list[str]:
+    """Return the environment variables that may give a field's value: the one that does, or all."""
+    env = field.option.env
+    names = [] if env is None else [env if env.startswith("KEYREDUCE_") else f"KEYREDUCE_{env}", env]
+    names = list(dict.fromkeys(names))
+    return [name for name in names if os.environ.get(name)][:1] or names
+
+
 def _annotation(field: Spec) -> Any:
     settings = field.option
     kind: Any = field.kind
@@ -78,11 +90,9 @@ def _annotation(field: Spec) -> Any:
         kind = list[field.kind]
     if field.is_optional or field.is_many:
         kind = kind | None
-    if settings.env:
-        own = settings.env if settings.env.startswith("KEYREDUCE_") else f"KEYREDUCE_{settings.env}"
-        names = list(dict.fromkeys((own, settings.env)))
+    if names := _variables(field):
         # An error names the variable that is to blame, and the help both.
-        extra["envvar"] = next((name for name in names if os.environ.get(name)), names)
+        extra["envvar"] = names[0] if os.environ.get(names[0]) else names
     if settings.shown_default is not None:
         extra["show_default"] = settings.shown_default
     extra |= {"help": settings.help, "hidden": settings.hidden}

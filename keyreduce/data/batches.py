@@ -11,6 +11,8 @@ from itertools import islice
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from keyreduce.data.encoding import Document, encode
+
 _BYTE_FALLBACK = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -21,24 +23,29 @@ def separator_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 def document_tokens(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, *, separated: bool = True
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, *, separated: bool = True
 ) -> Iterator[torch.Tensor]:
-    """Yield each document's token ids (LongTensor, N), its separator first if they are ``separated``."""
-    before = separator_ids(tokenizer) if separated else []
+    """Yield each document's token ids (LongTensor, N), its separator first if they are ``separated``.
+
+    Those of a long document come in several parts (:mod:`keyreduce.data.encoding`).
+    """
+    separator = separator_ids(tokenizer) if separated else []
     for document in documents:
-        # verbose=False: no warning about the model's maximum length, since the tokens are cut into rows afterwards.
-        encoded = tokenizer(document, add_special_tokens=False, truncation=False, verbose=False)
-        yield torch.tensor(before + encoded["input_ids"], dtype=torch.long)
+        before = separator
+        for part in encode(document, tokenizer):
+            yield torch.tensor(before + part.ids, dtype=torch.long)
+            before = []
 
 
 def token_rows(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, row_length: int, *, separated: bool = True
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, row_length: int, *, separated: bool = True
 ) -> Iterator[torch.Tensor]:
     """Yield rows (LongTensors) of ``row_length`` token ids, cut from all documents joined, each after a separator if
     they are ``separated``.
 
-    Documents are taken one at a time and encoded whole, without the tokenizer's special tokens. The last incomplete row
-    is dropped, unless there is no other: then it is yielded as it is, shorter, and the caller informs the user.
+    Documents are taken one at a time and encoded as :mod:`keyreduce.data.encoding` says, no further than rows are
+    asked for. The last incomplete row is dropped, unless there is no other: then it is yielded as it is, shorter, and
+    the caller informs the user.
     """
     if row_length < 1:
         raise ValueError(f"row_length is {row_length}; a row has at least one token")

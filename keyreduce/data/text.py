@@ -5,8 +5,10 @@ it, and nothing is redistributed. The split follows a hash of each file's relati
 under one version of Python is held out under every other.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import platform
 import random
@@ -14,18 +16,28 @@ import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from keyreduce.errors import KeyreduceError
+from keyreduce.errors import KeyreduceError, reason
+from keyreduce.outputs import dangling_link
 
+_log = logging.getLogger(__name__)
+
+_Any = TypeVar("_Any")
 Split = Literal["train", "calibration", "heldout"]
 # Installed packages are not the standard library, and not every machine has its test suite.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 TEXT_FIELD = "text"
 _SHUFFLE_BUFFER = 1_000  # documents
 _SAMPLE_BYTES = 1 << 16
+_PIECE = 1 << 16  # characters of a file that are read at a time
+
+# What is mended in a text instead of being refused, as the log counts it.
+_NULL = "{} without text left out"
+_HALVES = "{} with half a surrogate pair, which became U+FFFD"
+_NULS = "{} with NUL bytes, which were left out"
 
 
 def split_of(relative_path: str) -> Split:
@@ -54,14 +66,60 @@ def stdlib_documents(split: Split) -> Iterator[str]:
             continue
 
 
+class Repairs:
+    """What was mended in a text while it was read: a sentence in the log, and no refusal hours into a run."""
+
+    def __init__(self):
+        self._counts: dict[str, int] = {}
+        self._first: dict[str, str] = {}
+        self._logged: dict[str, int] = {}
+
+    def add(self, kind: str, where: str) -> None:
+        """Count a document in which something was mended."""
+        self._first.setdefault(kind, where)
+        self._counts[kind] = self._counts.get(kind, 0) + 1
+
+    def log(self) -> None:
+        """Log what was counted in this pass over the text, unless an earlier pass had as much to say."""
+        for kind, count in self._counts.items():
+            if count > self._logged.get(kind, 0):
+                self._logged[kind] = count
+                documents = f"{count:,} document{'s' if count > 1 else ''}"
+                _log.warning("text: %s (the first: %s)", kind.format(documents), self._first[kind])
+        self._counts.clear()
+
+    def text(self, text: str, where: str) -> str:
+        """Return a text that can be encoded: each half of a surrogate pair that stands alone becomes U+FFFD."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            self.add(_HALVES, where)
+            return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
+        return text
+
+
 class TextSource(ABC):
     """Documents, streamed, and what identifies them."""
+
+    @cached_property
+    def repairs(self) -> Repairs:
+        """What was mended in the documents that were read so far."""
+        return Repairs()
 
     def documents(self, seed: int | None = None) -> Iterator[str]:
         """Return a stream of the documents that are not empty, shuffled with a seed by way of 1,000 in memory.
 
+        Rows whose text is null are left out, and what no tokenizer could read is mended; the log says how many.
+
         Raises:
             KeyreduceError: a document cannot be read, or there is not one character of text.
+        """
+        return map("".join, self.in_pieces(seed))
+
+    def in_pieces(self, seed: int | None = None) -> Iterator[Iterable[str]]:
+        """Return what :meth:`documents` does, each document in pieces that joined are its text.
+
+        A file that is one document is read while its pieces are taken, so that it may be larger than memory.
         """
         return self._not_empty(self._stream(seed))
 
@@ -78,13 +136,18 @@ class TextSource(ABC):
         return self.describe()
 
     @abstractmethod
-    def _stream(self, seed: int | None) -> Iterator[str]: ...
+    def _stream(self, seed: int | None) -> Iterator[Iterable[str]]: ...
 
-    def _not_empty(self, documents: Iterator[str]) -> Iterator[str]:
+    def _not_empty(self, documents: Iterator[Iterable[str]]) -> Iterator[Iterable[str]]:
         is_empty = True
-        for document in filter(None, documents):
-            is_empty = False
-            yield document
+        try:
+            for document in documents:
+                pieces = filter(None, document)
+                if first := next(pieces, None):
+                    is_empty = False
+                    yield chain((first,), pieces)
+        finally:
+            self.repairs.log()
         if is_empty:
             described = ", ".join(f"{name} {value}" for name, value in self.describe().items())
             raise KeyreduceError(f"the text is empty ({described}); give other text with `text` or `dataset`")
@@ -103,8 +166,8 @@ class StdlibText(TextSource):
         hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in stdlib_files(self.split)]
         return {**self.describe(), "files": hashes}
 
-    def _stream(self, seed: int | None) -> Iterator[str]:
-        return _shuffled(stdlib_documents(self.split), seed)
+    def _stream(self, seed: int | None) -> Iterator[Iterable[str]]:
+        return _shuffled(((document,) for document in stdlib_documents(self.split)), seed)
 
 
 class FileText(TextSource):
@@ -113,7 +176,8 @@ class FileText(TextSource):
     A .jsonl line is a document (its field ``text``), so is a .parquet row (its column ``text``); any other file is one.
 
     Raises:
-        KeyreduceError: a path is missing, a file's suffix is not supported, or a folder holds no supported file.
+        KeyreduceError: a path is missing, a link leads nowhere, a file's suffix is not supported, or a folder holds no
+            supported file.
     """
 
     def __init__(self, paths: Sequence[Path]):
@@ -127,11 +191,11 @@ class FileText(TextSource):
         files = [[name, path.stat().st_size, _sampled_hash(path)] for path, name in self._files.items()]
         return {"kind": "files", "files": files}
 
-    def _stream(self, seed: int | None) -> Iterator[str]:
+    def _stream(self, seed: int | None) -> Iterator[Iterable[str]]:
         files = list(self._files)
         if seed is not None:
             random.Random(seed).shuffle(files)
-        return _shuffled((document for path in files for document in _read(path)), seed)
+        return _shuffled((document for path in files for document in _read(path, self.repairs)), seed)
 
 
 class DatasetText(TextSource):
@@ -143,7 +207,7 @@ class DatasetText(TextSource):
     def describe(self) -> dict:
         return {"kind": "dataset", "name": self.name, "config": self.config, "split": self.split}
 
-    def _stream(self, seed: int | None) -> Iterator[str]:
+    def _stream(self, seed: int | None) -> Iterator[Iterable[str]]:
         import datasets
 
         try:
@@ -155,7 +219,19 @@ class DatasetText(TextSource):
             ) from error
         if seed is not None:
             rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-        return (_text_of(row, f"dataset {self.name!r}") for row in rows)
+        return self._texts(rows)
+
+    def _texts(self, rows: Iterable[object]) -> Iterator[Iterable[str]]:
+        number = 0
+        try:
+            for number, row in enumerate(rows, start=1):
+                if text := _text_of(row, f"dataset {self.name!r}, row {number} as drawn,", self.repairs):
+                    yield (text,)
+        except KeyreduceError:
+            raise
+        except Exception as error:
+            # Which classes its readers raise depends on the format of the files.
+            raise KeyreduceError(f"dataset {self.name!r} ended after {number:,} rows: {reason(error)}") from error
 
 
 class DocumentText(TextSource):
@@ -171,8 +247,9 @@ class DocumentText(TextSource):
         hashes = [hashlib.sha256(document.encode(errors="surrogatepass")).hexdigest() for document in self._documents]
         return {"kind": "documents", "documents": hashes}
 
-    def _stream(self, seed: int | None) -> Iterator[str]:
-        return _shuffled(self._documents, seed)
+    def _stream(self, seed: int | None) -> Iterator[Iterable[str]]:
+        numbered = enumerate(self._documents, start=1)
+        return _shuffled(((self.repairs.text(text, f"document {number}"),) for number, text in numbered), seed)
 
 
 def text_source(
@@ -205,39 +282,73 @@ def _text_files(given: Path) -> list[tuple[Path, str]]:
             raise KeyreduceError(f"{given} is of no kind that is read; give one of {supported}, or a folder of them")
         return [(given, given.name)]
     if not given.is_dir():
-        raise KeyreduceError(f"there is no text file or folder {given}")
-    found = sorted(path for path in given.rglob("*") if path.suffix.lower() in _READERS and path.is_file())
+        raise KeyreduceError(dangling_link(given) or f"there is no text file or folder {given}")
+    found = sorted(path for path in given.rglob("*") if path.suffix.lower() in _READERS)
+    for path in found:
+        if message := dangling_link(path):
+            raise KeyreduceError(message)
+    found = [path for path in found if path.is_file()]
     if not found:
         raise KeyreduceError(f"folder {given} holds no text file; the kinds that are read are {supported}")
     return [(path, path.relative_to(given).as_posix()) for path in found]
 
 
-def _read(path: Path) -> Iterator[str]:
+def _read(path: Path, repairs: Repairs) -> Iterator[Iterable[str]]:
+    with _reading(path):
+        yield from _READERS[path.suffix.lower()](path, repairs)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what a file may do to its reader into one line."""
     try:
-        yield from _READERS[path.suffix.lower()](path)
+        yield
     except UnicodeDecodeError:
         raise KeyreduceError(f"{path} is not UTF-8 text; convert it, or leave it out") from None
     except OSError as error:
         raise KeyreduceError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _read_plain(path: Path) -> Iterator[str]:
-    yield path.read_text(encoding="utf-8")
+class _PlainFile:
+    """A file that is one document; it is opened when its pieces are taken, so that it can wait to be shuffled."""
+
+    def __init__(self, path: Path, repairs: Repairs):
+        self._path, self._repairs = path, repairs
+
+    def __iter__(self) -> Iterator[str]:
+        with _reading(self._path), self._path.open(encoding="utf-8") as file:
+            is_counted = False
+            while piece := file.read(_PIECE):
+                if "\0" in piece and not is_counted:
+                    is_counted = True
+                    self._repairs.add(_NULS, str(self._path))
+                yield piece.replace("\0", "")
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
+def _read_plain(path: Path, repairs: Repairs) -> Iterator[Iterable[str]]:
+    yield _PlainFile(path, repairs)
+
+
+def _read_jsonl(path: Path, repairs: Repairs) -> Iterator[Iterable[str]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            where = f"{path}, line {number},"
+            if b"\0" in line:  # which no JSON holds: a file system leaves them where a write was cut off
+                repairs.add(_NULS, where)
+                line = line.replace(b"\0", b"")
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                # Whole numbers are not looked at, and those of thousands of digits would be refused.
+                row = json.loads(line, parse_int=float)
             except (json.JSONDecodeError, UnicodeDecodeError):
-                raise KeyreduceError(f"{path}, line {number}, is not JSON; each line must be a JSON object") from None
-            yield _text_of(row, f"{path}, line {number},")
+                raise KeyreduceError(f"{where} is not JSON; each line must be a JSON object") from None
+            except RecursionError:
+                raise KeyreduceError(f"{where} is nested too deeply to be read; leave that line out") from None
+            yield (_text_of(row, where, repairs),)
 
 
-def _read_parquet(path: Path) -> Iterator[str]:
+def _read_parquet(path: Path, repairs: Repairs) -> Iterator[Iterable[str]]:
     import pyarrow.parquet
 
     try:
@@ -247,25 +358,31 @@ def _read_parquet(path: Path) -> Iterator[str]:
                 raise KeyreduceError(
                     f'{path} has no column "{TEXT_FIELD}" but {", ".join(columns)}; rename the one with the text'
                 )
-            for batch in file.iter_batches(batch_size=256, columns=[TEXT_FIELD]):
-                for row in batch.to_pylist():
-                    yield _text_of(row, str(path))
+            batches = file.iter_batches(batch_size=256, columns=[TEXT_FIELD])
+            for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), start=1):
+                yield (_text_of(row, f"{path}, row {number},", repairs),)
     except pyarrow.ArrowInvalid:
         raise KeyreduceError(f"{path} is not a parquet file, or is truncated") from None
 
 
-_READERS: dict[str, Callable[[Path], Iterator[str]]] = dict.fromkeys((".txt", ".md", ".py"), _read_plain)
+_READERS: dict[str, Callable[[Path, Repairs], Iterator[Iterable[str]]]] = dict.fromkeys(
+    (".txt", ".md", ".py"), _read_plain
+)
 _READERS |= {".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
-def _text_of(row: object, where: str) -> str:
-    text = row.get(TEXT_FIELD) if isinstance(row, dict) else None
+def _text_of(row: object, where: str, repairs: Repairs) -> str:
+    """Return a row's text, mended; the empty one where it is null, as in tables that were joined."""
+    text = row.get(TEXT_FIELD, 0) if isinstance(row, dict) else None
+    if isinstance(row, dict) and text is None:
+        repairs.add(_NULL, where.rstrip(","))
+        return ""
     if not isinstance(text, str):
         raise KeyreduceError(f'{where} has no string in the field "{TEXT_FIELD}"; put the document there')
-    return text
+    return repairs.text(text, where.rstrip(","))
 
 
-def _shuffled(documents: Iterable[str], seed: int | None) -> Iterator[str]:
+def _shuffled(documents: Iterable[_Any], seed: int | None) -> Iterator[_Any]:
     """Yield the documents in an order drawn through a buffer of bounded length, as `datasets` shuffles a stream."""
     documents = iter(documents)
     if seed is None:

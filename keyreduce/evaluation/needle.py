@@ -10,7 +10,7 @@ C choices.
 
 import re
 from collections.abc import Iterator
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from typing import NamedTuple
 
 import torch
@@ -89,7 +89,7 @@ def draw(
     """
     size = wording.haystack(length, pairs)
     # Documents are joined by line feeds: a separator would make the model forget what was before.
-    documents = (document + "\n" for document in text.documents())
+    documents = (chain(pieces, "\n") for pieces in text.in_pieces())
     haystacks = list(islice(token_rows(documents, tokenizer, size, separated=False), number))
     if not haystacks or len(haystacks[0]) < size:
         raise KeyreduceError(

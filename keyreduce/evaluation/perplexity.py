@@ -213,7 +213,7 @@ def text_batches(
     """Yield the batches of windows that run in this process; see :func:`text_costs`."""
     stride = chosen_stride(seq_len, stride, by_document=by_document)
     cut = document_windows if by_document else windows
-    taken = islice(cut(text.documents(), tokenizer, seq_len, stride), num_rows)
+    taken = islice(cut(text.in_pieces(), tokenizer, seq_len, stride), num_rows)
     return processes.own(equal_length_batches(taken, batch_size))
 
 

@@ -86,9 +86,16 @@ def check_mixers(config: Mapping, shapes: Mapping[str, Sequence[int]], path: Pat
             wanted = (sum(expected[piece].shape[0] for piece in pieces), *wanted[1:])
         if name in shapes and found != wanted and tuple(shapes[name]) != tensor.shape:
             reshaped[name] = (shapes[name], tensor.shape)
+    missing = [name for name in expected if name not in shapes]
+    for name in shapes if missing else ():
+        if name.endswith(f".{missing[0]}"):
+            prefix = name.removesuffix(missing[0])
+            raise KeyreduceError(
+                f"tensors of {path} have the prefix {prefix!r} in their names, such as {name!r}; rename them without it"
+            )
     refuse_faults(
         path,
-        missing=[name for name in expected if name not in shapes],
+        missing=missing,
         left_over=[name for name in below_mixers(config, shapes) if name not in expected],
         reshaped=reshaped,
         # Of what quantisers put in the place of a weight the table says nothing.

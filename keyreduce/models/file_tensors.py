@@ -8,6 +8,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from keyreduce.checkpoint.shards import torch_dtypes
 from keyreduce.checkpoint.source import Checkpoint
+from keyreduce.checkpoint.tied import tied_output
 from keyreduce.errors import KeyreduceError
 from keyreduce.families.mixer_tensors import below_mixers, expected_tensors
 from keyreduce.models.classes import family_in
@@ -23,6 +24,9 @@ def file_tensors(model: PreTrainedModel, source: Checkpoint) -> dict[str, torch.
     parameters = dict(model.named_parameters())
     mixers = below_mixers(model.config.to_dict(), parameters)
     saved = revert_weight_conversion(model, {name: tensor for name, tensor in parameters.items() if name not in mixers})
+    for second, first in tied_output(source.config, source.tensors).items():
+        if second in saved and second not in source.tensors:
+            saved[first] = saved.pop(second)
     for name, tensor in saved.items():
         if name not in source.tensors or tuple(source.tensors[name].shape) != tuple(tensor.shape):
             raise KeyreduceError(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +14,7 @@ from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.models.classes import family_in, from_pretrained
 from keyreduce.models.loading import LoadedModel, prepare_backend, silenced
+from keyreduce.models.tokenizers import check_vocabulary
 
 
 class ModuleCheckpoint(Checkpoint):
@@ -52,9 +54,12 @@ def loaded_module(
 
     For ``gradients`` see :func:`keyreduce.models.loading.prepare_backend`.
     """
-    family = family_in(model)
+    family, name = family_in(model), Path(model.name_or_path or type(model).__name__)
+    if tokenizer is not None:
+        embeddings: Any = model.get_input_embeddings()
+        check_vocabulary(tokenizer, len(embeddings.weight), name)
     prepare_backend(model.device, gradients=gradients)
-    return LoadedModel(model, tokenizer, family, Path(model.name_or_path or type(model).__name__))
+    return LoadedModel(model, tokenizer, family, name)
 
 
 def rebuilt(model: PreTrainedModel, config: Mapping, tensors: Mapping[str, torch.Tensor]) -> PreTrainedModel:

@@ -8,23 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as their_logging
 
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.rewrite import is_finite
-from keyreduce.errors import KeyreduceError, reason
+from keyreduce.errors import KeyreduceError, UnknownArchitecture, reason
 from keyreduce.families import Family, family_of
-from keyreduce.families.mixer_tensors import refuse_faults
+from keyreduce.families.mixer_tensors import check_mixers, refuse_faults
 from keyreduce.models.classes import class_of, family_in, from_pretrained, refuse_headless
+from keyreduce.models.fp8 import cast_parameters, plain_numbers
 from keyreduce.models.miscompiled import warn_of_wrong_results
+from keyreduce.models.tokenizers import check_vocabulary, embedding_rows, load_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -83,19 +78,29 @@ def load_model(
         with_tokenizer: whether its tokenizer is needed; without, it need not have one.
         with_head: whether its predictions of tokens are needed.
 
-    Raises KeyreduceError if no DeltaNet-family checkpoint is there, it does not load, weights are missing, one is NaN
-    or inf, or it has no tokenizer or predicts no tokens where that is needed.
+    Raises KeyreduceError if no DeltaNet-family checkpoint is there, it does not load, its mixers are not those that the
+    config asks for, weights are missing, one is NaN or inf, or it has no tokenizer that fits it, or predicts no tokens,
+    where that is needed.
     """
-    config = open_folder(folder).config
+    source = open_folder(folder)
+    config = source.config
     family = family_of(config)
     family.layer_sizes(config)
+    with contextlib.suppress(UnknownArchitecture):  # of a quantised model the table says nothing
+        check_mixers(config, source.shapes, folder)
+    tokenizer = None
+    if with_tokenizer:
+        with silenced():
+            tokenizer = load_tokenizer(folder)
+        check_vocabulary(tokenizer, embedding_rows(source), folder)
     prepare_backend(device, gradients=gradients)
     if not gradients:
         warn_of_wrong_results(family, config, device)
+    plain = plain_numbers(folder, config)
     try:
         with silenced():
             model, report = _loader_for(folder)(
-                folder, dtype=dtype, ignore_mismatched_sizes=True, **(placement or {})
+                folder, dtype=dtype, ignore_mismatched_sizes=True, trust_remote_code=False, **plain, **(placement or {})
             )
             model = (model if placement else model.to(device)).eval()
     except Exception as error:
@@ -104,11 +109,12 @@ def load_model(
     _check_weights(folder, report)
     if with_head:
         refuse_headless(model, folder)
+    if plain:
+        cast_parameters(model, dtype)
     for name, parameter in model.named_parameters():
         # Of what waits on the disk the activations will tell.
         if not parameter.is_meta and not is_finite(parameter.detach()):
             raise KeyreduceError(f"tensor {name!r} of {folder} holds NaN or inf: the checkpoint is damaged")
-    tokenizer = _load_tokenizer(folder) if with_tokenizer else None
     # Where the language model of a larger one is loaded alone, its mixers are elsewhere than in the checkpoint.
     return LoadedModel(model, tokenizer, family_in(model), folder)
 
@@ -118,7 +124,7 @@ def _loader_for(folder: Path) -> Any:
 
     The auto class of causal language models also takes them out of larger models.
     """
-    model_class = class_of(theirs := AutoConfig.from_pretrained(folder))
+    model_class = class_of(theirs := AutoConfig.from_pretrained(folder, trust_remote_code=False))
     if model_class is None or model_class is MODEL_FOR_CAUSAL_LM_MAPPING.get(type(theirs), None):
         return partial(AutoModelForCausalLM.from_pretrained, output_loading_info=True)
     return partial(from_pretrained, model_class)
@@ -136,17 +142,6 @@ def silenced() -> Iterator[None]:
         their_logging.set_verbosity(verbosity)
         if has_bar:
             their_logging.enable_progress_bar()
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        # The library that parses tokenizer.json raises Exception itself.
-        told = reason(error) if any(folder.glob("tokenizer*")) else "there is no file of one"
-        raise KeyreduceError(
-            f"{folder} has no tokenizer that loads ({told}); put the tokenizer.json of the model there"
-        ) from error
 
 
 def _check_weights(folder: Path, report: dict) -> None:

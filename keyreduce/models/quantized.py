@@ -1,16 +1,10 @@
 """Quantised checkpoints: recognised from their headers, and refused where it is the mixers that are quantised."""
 
-import re
-
+from keyreduce.checkpoint.shards import COMPANION, PLAIN
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
 from keyreduce.families.mixer_tensors import below_mixers
-
-# As safetensors calls them. Whatever has fewer bits, or none behind the point, stands for other numbers.
-_PLAIN = {"F64", "F32", "F16", "BF16"}
-# What quantisers call the tensors that they put beside a weight.
-_COMPANION = re.compile(r"(scale|zero|qweight|pack|g_idx)[^.]*$")
 
 
 def refuse_quantized(source: Checkpoint) -> None:
@@ -27,7 +21,7 @@ def refuse_quantized(source: Checkpoint) -> None:
     told = f" ({method})" if isinstance(method, str) else ""
     for name, short in below_mixers(source.config, source.tensors).items():
         dtype = source.tensors[name].dtype
-        if dtype not in _PLAIN or (short not in known and _COMPANION.search(short)):
+        if dtype not in PLAIN or (short not in known and COMPANION.search(short)):
             raise KeyreduceError(
                 f"{source.path} is quantised{told}: tensor {name!r} ({dtype}) holds numbers or "
                 "scales of blocks of channels, which a cut would divide; prune the unquantised checkpoint, and then "

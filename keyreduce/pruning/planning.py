@@ -25,7 +25,8 @@ def check_method(source: Checkpoint, method: Method, targets: list[str]) -> None
     """Check that a method can prune these targets of a model, before any work.
 
     Raises:
-        KeyreduceError: it does not choose one of the targets, it or nothing can prune this model, or that is quantised.
+        KeyreduceError: it does not choose one of the targets, it or nothing can prune this model, that is quantised, or
+            its mixers have not the tensors that the config asks for.
     """
     if not family_of(source.config).mixer_layers(source.config):
         raise KeyreduceError(f"{source.path} has no layer with a recurrent state, so there is nothing to prune")
@@ -36,6 +37,7 @@ def check_method(source: Checkpoint, method: Method, targets: list[str]) -> None
             raise KeyreduceError(f"`method` {method.name} is for {known} alone; for {target} take another method")
     if unfit := method.unfit(source.config):
         raise KeyreduceError(unfit)
+    check_mixers(source.config, source.shapes, source.path)
 
 
 def check_options(method: Method, given: Mapping[str, object]) -> dict[str, object]:
@@ -94,7 +96,6 @@ def make_plan(
     check_method(source, method, list(keep))
     family = family_of(source.config, source.tensors)
     layers = family.layer_sizes(source.config)
-    check_mixers(source.config, source.shapes, source.path)
     if statistics is not None:
         _check_statistics(source, method, statistics, list(layers))
     options = {**method.options, **(options or {})}

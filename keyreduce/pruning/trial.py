@@ -72,7 +72,7 @@ class Trial:
         """
         dense = load_model(source.path, device, torch.float32, gradients=True)
         seen = max(statistics.tokens, RECOVERED.tokens)
-        rows = token_rows(text.documents(_seed(statistics)), dense.tokenizer, ROW_LENGTH)
+        rows = token_rows(text.in_pieces(_seed(statistics)), dense.tokenizer, ROW_LENGTH)
         first = -(-seen // ROW_LENGTH)
         taken = list(itertools.islice(rows, first, first + ROWS))
         if len(taken) < 2:

@@ -143,7 +143,7 @@ def recover_layers(
     if dense.tokenizer is None:
         raise KeyreduceError(f"{dense.folder} has no tokenizer, without which text cannot become tokens")
     prepare_backend(device, gradients=True)
-    rows = token_rows(text.documents(settings.seed), dense.tokenizer, settings.seq_len)
+    rows = token_rows(text.in_pieces(settings.seed), dense.tokenizer, settings.seq_len)
     rows = with_repeats(rows, repeats, text_token_ids(dense.tokenizer, vocabulary_of(model)), settings.seed)
     taken = list(batches(rows, settings.batch_size, settings.num_batches))
     tokens = sum(batch.numel() for batch in taken)

@@ -34,6 +34,10 @@ def refuse_overlap(calibration: TextSource, heldout: TextSource) -> None:
 
 
 def _digests(text: TextSource) -> Iterator[bytes]:
-    for document in text.documents():
-        if len(document) >= _SHORTEST:
-            yield hashlib.blake2b(document.encode(errors="surrogatepass"), digest_size=16).digest()
+    for pieces in text.in_pieces():
+        digest, length = hashlib.blake2b(digest_size=16), 0
+        for piece in pieces:
+            digest.update(piece.encode())
+            length += len(piece)
+        if length >= _SHORTEST:
+            yield digest.digest()

@@ -143,6 +143,8 @@ def read_recipe(path: Path) -> Recipe:
         tables = {name: content.pop(name, {}) for name in _TABLES}
         calibration = _checked("calibration", tables["calibration"], [*_known(CalibrateRequest), "per_seed"])
         lists = content.pop("prune", None)
+        if lists is None:
+            raise KeyreduceError("there is no [[prune]] table, of which a recipe has at least one")
         if not isinstance(lists, list) or not lists:
             raise KeyreduceError(f"prune is {lists!r}, where at least one [[prune]] table belongs")
         head = _Head.of_json(content | {"per_seed": calibration.pop("per_seed", False)})

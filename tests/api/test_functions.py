@@ -157,6 +157,10 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path):
         keyreduce.prune(dense, method="l2", ratio=2)
     with pytest.raises(KeyreduceError, match="`texts` is one string"):
         keyreduce.evaluate(dense, "some text")
+    with pytest.raises(KeyreduceError, match="`texts` holds 1; it is a list of documents"):
+        keyreduce.calibrate(dense, [1, 2])
+    with pytest.raises(KeyreduceError, match="`texts` holds .*; it is a list of documents .* or of paths alone"):
+        keyreduce.calibrate(dense, ["a", Path("b.txt")])
     with pytest.raises(TypeError, match="ratios"):
         keyreduce.prune(dense, ratios=0.5)
     del dense.config._name_or_path

@@ -220,6 +220,20 @@ def test_find_dcp_takes_the_folder_or_its_last_complete_step(tmp_path, folder_of
     assert find_dcp(tmp_path) == tmp_path
 
 
+def test_what_was_not_finished_is_said(tmp_path, folder_of, caplog):
+    for name in ("step-9", "step-10", "step-11"):
+        (folder_of(name) / "__0_0.distcp").write_bytes(b"")
+    for asked, named in ((tmp_path, "step-11"), (tmp_path / "step-9", "step-9")):
+        with pytest.raises(KeyreduceError, match=rf"{named} holds \.distcp files but no \.metadata, .* written last"):
+            find_dcp(asked)
+    (tmp_path / "step-9" / ".metadata").write_bytes(b"")
+    for _ in range(2):
+        assert find_dcp(tmp_path) == tmp_path / "step-9"
+    (record,) = caplog.records
+    told = f"{tmp_path}/step-11 has no .metadata: its writing did not end, and step-9 is taken"
+    assert record.getMessage() == told
+
+
 class _Call:
     """Pickles to a call of ``function``."""
 

@@ -157,6 +157,46 @@ def _break(folder, case):
         (folder / INDEX).write_text(json.dumps(index))
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_is_no_model_and_is_not_left_out(make_folder, tensors, name):
+    """transformers adds it to the weights when it loads them, so that what is measured would not be what is cut."""
+    folder = make_folder(tensors)
+    (folder / name).write_text("{}")
+    with pytest.raises(KeyreduceError, match=rf"{folder} holds an adapter \({name}\) beside its weights: merge"):
+        open_folder(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "config.json").unlink()
+    with pytest.raises(KeyreduceError, match=rf"{folder} is an adapter \({name}\), not a model: merge it into"):
+        open_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("_orig_mod.model.norm.weight", "_orig_mod."),
+        ("model.layers.0._orig_mod.attn.q_proj.weight", "_orig_mod."),
+        ("module.model.norm.weight", "module."),
+        ("model.layers.0._fsdp_wrapped_module.attn.q_proj.weight", "_fsdp_wrapped_module."),
+        ("base_model.model.model.norm.weight", "base_model.model."),
+    ],
+)
+def test_names_that_a_wrapper_made_are_refused_with_its_prefix(make_folder, name, prefix):
+    folder = make_folder({name: torch.ones(2)})
+    with pytest.raises(KeyreduceError, match=f"tensors of {folder} have the prefix '{prefix}' of .*'{name}'; ") as told:
+        open_folder(folder)
+    assert len(str(told.value)) < 300 + len(str(folder))
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "model-00002-of-00002.safetensors"])
+def test_a_link_that_leads_nowhere_is_called_that(make_folder, tensors, missing):
+    """As in a cache of the hub whose blobs were cleared."""
+    folder = make_folder(tensors, shards=2 if "-" in missing else 1)
+    (folder / missing).unlink()
+    (folder / missing).symlink_to("../blobs/0123")
+    with pytest.raises(KeyreduceError, match=rf"{missing} is a link to \.\./blobs/0123, which is not there"):
+        open_folder(folder)
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [

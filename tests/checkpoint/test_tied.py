@@ -8,14 +8,17 @@ import pytest
 import tiny_models
 import torch
 import torch.distributed.checkpoint as dcp
-from tiny_models import build, save, tensors_of
+from tiny_models import build, edit_config, edit_tensors, save, tensors_of
 from transformers import AutoModelForCausalLM
 
-from keyreduce.checkpoint.dcp import tied_output, write_dcp
+from keyreduce.checkpoint.dcp import write_dcp
 from keyreduce.checkpoint.dcp_source import DcpCheckpoint
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.checkpoint.rewrite import rewrite
+from keyreduce.checkpoint.tied import tied_output
 from keyreduce.errors import KeyreduceError
+from keyreduce.models.file_tensors import file_tensors
+from keyreduce.models.loading import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -94,7 +97,7 @@ def test_the_second_name_takes_no_room(folder, tmp_path):
 def compared(request, monkeypatch):
     """The ways in which the two tensors may be compared; by numbers where processes saved tiles of them."""
     if request.param == "piece by piece":
-        monkeypatch.setattr("keyreduce.checkpoint.dcp_source._COMPARED_BYTES", 100)
+        monkeypatch.setattr("keyreduce.checkpoint.source._COMPARED_BYTES", 100)
     if request.param == "as numbers":
         monkeypatch.setattr("keyreduce.checkpoint.dcp_source.DcpCheckpoint.ranges", lambda self, name: None)
 
@@ -139,6 +142,68 @@ def test_names_are_those_of_the_models(model_type, tmp_path):
     source = open_folder(tmp_path)
     assert OUTPUT not in source.tensors
     assert tied_output(source.config, source.tensors) == {OUTPUT: next(name for name in shared if name != OUTPUT)}
+
+
+@pytest.mark.parametrize("model_type", [*tiny_models.FAMILIES, *hybrid_models.HYBRIDS, "kda"])
+def test_the_output_layer_alone_gets_both_names(model_type, tmp_path):
+    """As ``safetensors.torch.save_model`` leaves a tied model: of two names the first in the alphabet."""
+    module = tiny_models if model_type in tiny_models.FAMILIES else hybrid_models
+    model = module.build(model_type, tie_word_embeddings=True)
+    if model_type in hybrid_models.SEEING:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    folder = save(model, tmp_path / "source")
+    ((_, embeddings),) = tied_output(open_folder(folder).config, open_folder(folder).tensors).items()
+    edit_tensors(folder, lambda tensors: tensors.update({OUTPUT: tensors.pop(embeddings)}))
+    source = open_folder(folder)
+    assert tied_output(source.config, source.tensors) == {embeddings: OUTPUT}
+    step = written(folder, tmp_path / "step-0")
+    state = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    names = {OUTPUT, embeddings}
+    assert names <= dcp.FileSystemReader(step).read_metadata().state_dict_metadata.keys()
+    if model_type in tiny_models.FAMILIES:  # others have other names in the model than in files
+        dcp.load(state, checkpoint_id=step, no_dist=True)
+        assert all(state[name].equal(tensor) for name, tensor in model.state_dict().items())
+    (tmp_path / "back").mkdir()
+    rewrite(DcpCheckpoint(step), tmp_path / "back")
+    assert tensors_of(tmp_path / "back")[embeddings].equal(tensors_of(folder)[OUTPUT])
+
+
+def test_such_a_model_is_trained_and_written_back(folder, tmp_path):
+    edit_tensors(folder, lambda tensors: tensors.update({OUTPUT: tensors.pop(EMBEDDINGS)}))
+    loaded = load_model(folder, torch.device("cpu"), torch.float32)
+    found = file_tensors(loaded.model, open_folder(folder))
+    held = tensors_of(folder)
+    assert found.keys() == held.keys() and all(tensor.equal(found[name]) for name, tensor in held.items())
+
+
+def test_a_folder_of_two_that_its_config_ties_is_refused_unwritten(folder, tmp_path):
+    edit_tensors(folder, lambda tensors: tensors.update({OUTPUT: tensors[EMBEDDINGS] + 1}))
+    told = f"{folder} holds a 'lm_head.weight' that is not 'model.embeddings.weight', though its config ties the two"
+    (tmp_path / "step-0").mkdir()
+    with pytest.raises(KeyreduceError, match=f"{told} .*say false there, in its config.json"):
+        write_dcp(open_folder(folder), tmp_path / "step-0")
+    assert not list((tmp_path / "step-0").iterdir())
+    edit_config(folder, tie_word_embeddings=False)
+    write_dcp(open_folder(folder), tmp_path / "step-0")
+    assert {OUTPUT, EMBEDDINGS} <= DcpCheckpoint(tmp_path / "step-0").tensors.keys()
+
+
+def test_an_index_may_name_a_tied_tensor_that_no_shard_holds(folder):
+    model = build("delta_net", tie_word_embeddings=True)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    shards = set(index["weight_map"].values())
+    assert len(shards) > 1
+    index["weight_map"][OUTPUT] = max(shards)
+    path.write_text(json.dumps(index))
+    assert OUTPUT not in open_folder(folder).tensors
+    AutoModelForCausalLM.from_pretrained(folder)
+    edit_config(folder, tie_word_embeddings=False)
+    with pytest.raises(KeyreduceError, match="disagree about tensor 'lm_head.weight'"):
+        open_folder(folder)
 
 
 def test_two_tensors_stay_two(tmp_path):

@@ -295,6 +295,37 @@ def test_sums_without_gradients(refused, keyreduce, tiny_folder):
 
 
 @pytest.mark.parametrize("variable", ["PRUNING_RATIO", "KEYREDUCE_PRUNING_RATIO"])
+def test_a_value_of_the_environment_is_called_by_its_variable(refused, tiny_folder, monkeypatch, variable):
+    monkeypatch.setenv(variable, "abc")
+    told = refused(*PRUNE, "--model", tiny_folder("delta_net"))
+    assert told == f"keyreduce: {variable} is 'abc'; give a number, or one for each target with commas"
+
+
+def test_a_name_that_the_hub_does_not_take_is_refused_before_the_work(refused, tiny_folder):
+    told = refused(*PRUNE, "--model", tiny_folder("delta_net"), "--push-to-hub", "owner/small model")
+    assert "--push-to-hub is 'owner/small model', which is no name on the hub: " in told
+
+
+def test_statistics_of_few_tokens(keyreduce, tiny_folder, tmp_path):
+    """Of fewer tokens than channels that stay nothing can be chosen; of few more the choice is said to be poor."""
+    model, text = tiny_folder("delta_net"), tmp_path / "short.txt"
+    text.write_text("elevenchar")  # with the separator before it
+    arguments = ("prune", "--model", model, "--text", text, "--keep")
+    result = keyreduce(*arguments, 12)
+    assert result.code == 2
+    told = "the calibration statistics are of 11 tokens, too few to choose 12 of 16 channels by; calibrate on more text"
+    assert result.err.splitlines()[-1] == f"keyreduce: {told} (keyreduce calibrate --overwrite)"
+    result = keyreduce(*arguments, 11)
+    assert result.code == 0
+    told = "are of 11 tokens alone, to choose 11 of 16 channels by: calibrate on more text, 128 tokens at least"
+    assert told in result.err
+    text.write_text("x" * 127)
+    result = keyreduce("calibrate", "--model", model, "--text", text, "--seq-len", 128, "--overwrite")
+    result = keyreduce("prune", "--model", model, "--keep", 11, "--overwrite")
+    assert result.code == 0 and "alone, to choose" not in result.err
+
+
+@pytest.mark.parametrize("variable", ["PRUNING_RATIO", "KEYREDUCE_PRUNING_RATIO"])
 def test_an_amount_on_the_command_line_overrules_one_of_the_environment(keyreduce, tiny_folder, monkeypatch, variable):
     monkeypatch.setenv(variable, "0.5")
     model = ("--model", tiny_folder("delta_net"))

@@ -160,6 +160,14 @@ def test_pieces_may_be_divided_otherwise():
         check_mixers(config, shapes, "somewhere")
 
 
+def test_a_prefix_before_all_names_is_named():
+    config = tiny_models.build("delta_net").config.to_dict()
+    shapes = {f"student.{name}": shape for name, shape in file_shapes(config).items()}
+    told = "tensors of somewhere have the prefix 'student.' in their names, such as 'student.model.layers.0.attn.q_proj"
+    with pytest.raises(KeyreduceError, match=told):
+        check_mixers(config, shapes, "somewhere")
+
+
 def test_every_fault_is_listed_in_one_line():
     config = {"model_type": "delta_net", **ODD["delta_net"], "attn": None}
     shapes = file_shapes(config)

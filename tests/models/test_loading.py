@@ -1,5 +1,6 @@
 """From what a user calls a model to a loaded one."""
 
+import json
 import logging
 import os
 
@@ -13,7 +14,9 @@ from keyreduce.checkpoint.find import DEFAULT_MODEL, SHIPPED, find_model, model_
 from keyreduce.checkpoint.folder import open_folder
 from keyreduce.devices import pick_device, pick_dtype
 from keyreduce.errors import KeyreduceError
+from keyreduce.models import tokenizers
 from keyreduce.models.loading import load_model
+from keyreduce.models.tokenizers import load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -102,7 +105,8 @@ def test_devices_and_dtypes():
         ({"num_heads": 4}, r"of another shape: model.layers.0.attn.b_proj.weight \[2, 32\] for \[4, 32\]"),
         ({"vocab_size": 99}, r"of another shape: .*embeddings.weight \[264, 32\] for \[99, 32\]"),
         ({"num_hidden_layers": 3}, "missing: model.layers.2"),
-        ({"num_hidden_layers": None, "vocab_size": "x"}, "does not load: "),
+        ({"num_hidden_layers": None}, "missing: model.layers.2.attn.q_proj.weight, .* more"),
+        ({"vocab_size": "x"}, "loads? .*validat"),
         ({"hidden_act": "nonsense"}, "does not load: .*nonsense"),
         ({"qk_activation": "nonsense"}, "does not load: "),
         ({"attn": {"layers": [1]}}, "does not load: .*num_heads"),
@@ -126,12 +130,71 @@ def test_a_missing_weight_is_not_made_up(tiny_copy):
 
 def test_weights_that_the_model_has_no_place_for_are_mentioned(tiny_copy, caplog):
     folder = tiny_copy()
-    edit_tensors(folder, lambda tensors: tensors.update({"model.layers.0.attn.D": torch.ones(2)}))
+    edit_tensors(folder, lambda tensors: tensors.update({"model.layers.0.mlp.D": torch.ones(2)}))
     with caplog.at_level(logging.WARNING):
         load(folder)
     (record,) = [record for record in caplog.records if record.name == "keyreduce.models.loading"]
-    told = f"{folder}: the model has no place for 1 of its tensors, such as 'model.layers.0.attn.D'"
+    told = f"{folder}: the model has no place for 1 of its tensors, such as 'model.layers.0.mlp.D'"
     assert record.getMessage() == told
+
+
+@pytest.mark.parametrize("name", ["attn.D", "attn.norm.weight"])
+def test_a_mixer_of_another_version_of_the_library_is_refused_unread(tiny_copy, monkeypatch, name):
+    """Without them it would be another model, and its figures those of no model."""
+    folder = tiny_copy()
+    edit_tensors(folder, lambda tensors: tensors.update({f"model.layers.0.{name}": torch.ones(2)}))
+    monkeypatch.setattr("keyreduce.models.loading.AutoModelForCausalLM", None)
+    with pytest.raises(KeyreduceError, match=rf"the tensors of {folder} .*; left over: model\.layers\.0\.{name}$"):
+        load(folder)
+
+
+def test_a_tokenizer_of_another_model(tiny_copy, monkeypatch):
+    folder = tiny_copy()
+    edit_config(folder, vocab_size=250)
+    rows = {"lm_head.weight", "model.embeddings.weight"}
+    edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name][:250].clone() for name in rows}))
+    monkeypatch.setattr("keyreduce.models.loading.AutoModelForCausalLM", None)
+    told = rf"the tokenizer of {folder} has ids up to 256, and the model embeddings of 250 tokens, 0 to 249"
+    with pytest.raises(KeyreduceError, match=told):
+        load(folder)
+    assert load_tokenizer(folder)("a")["input_ids"] == [97]
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({}, "there is no file of one"),
+        ({"tokenizer.model": "\n"}, "the package sentencepiece is missing: pip install sentencepiece protobuf"),
+        ({"tiktoken.model": "IQ== 0\n"}, "the package tiktoken is missing: pip install tiktoken"),
+        (
+            {
+                "tiktoken.model": "IQ== 0\n",
+                "tokenization_kimi.py": "raise SystemExit('was run')\n",
+                "tokenizer_config.json": json.dumps(
+                    {
+                        "tokenizer_class": "TikTokenTokenizer",
+                        "auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]},
+                    }
+                ),
+            },
+            "it is code of the model's repository, which keyreduce does not run, and it needs the package tiktoken",
+        ),
+    ],
+)
+def test_tokenizers_that_need_something(tiny_copy, monkeypatch, capsys, files, told):
+    folder = tiny_copy()
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    missing = {"sentencepiece", "google.protobuf", "tiktoken"}
+    monkeypatch.setattr(tokenizers, "find_spec", lambda name: None if name in missing else name)
+    monkeypatch.setattr("builtins.input", lambda *asked: pytest.fail("transformers asked"))
+    with pytest.raises(KeyreduceError) as refusal:
+        load(folder)
+    told = f"{folder} has no tokenizer that loads ({told}); put the tokenizer.json of the model there"
+    assert str(refusal.value) == told
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_weight_that_is_not_finite_is_named(tiny_copy):

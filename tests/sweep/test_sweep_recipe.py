@@ -191,7 +191,7 @@ def test_prune_is_a_list_of_tables(read):
         "prune = []": r"prune is \[\], where at least one \[\[prune\]\] table belongs",
         "prune = [1]": "prune is 1, where a table belongs",
         "prune = {}": r"prune is \{\}, where at least one",
-        "": "prune is None, where at least one",
+        "": r"there is no \[\[prune\]\] table, of which a recipe has at least one",
     }
     for prune, told in refused.items():
         with pytest.raises(KeyreduceError, match=told):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import TrainingArguments
 
 from keyreduce.calibration.run import Settings
 from keyreduce.checkpoint.source import Checkpoint
@@ -15,6 +15,7 @@ from keyreduce.families import family_of
 from keyreduce.models.classes import family_in, refuse_headless, vocabulary_of
 from keyreduce.models.file_tensors import rehearse_writing
 from keyreduce.models.miscompiled import refuse_wrong_gradients
+from keyreduce.models.tokenizers import load_tokenizer
 from keyreduce.recovery.modes import LORA, Training
 from keyreduce.recovery.training.lora import find_targets
 
@@ -66,9 +67,9 @@ def refuse_other_vocabulary(student: Checkpoint, teacher: Checkpoint) -> None:
     if sizes[0] != sizes[1]:
         raise KeyreduceError(f"{told}: its vocabulary has {sizes[1]} tokens, not {sizes[0]}")
     try:
-        vocabularies = [AutoTokenizer.from_pretrained(source.path).get_vocab() for source in (student, teacher)]
-    except Exception as error:  # what a tokenizer's library raises is anything
-        raise KeyreduceError(f"{told}: a tokenizer does not load ({type(error).__name__})") from error
+        vocabularies = [load_tokenizer(source.path).get_vocab() for source in (student, teacher)]
+    except KeyreduceError as error:
+        raise KeyreduceError(f"{told}: {error}") from error
     if vocabularies[0] != vocabularies[1]:
         raise KeyreduceError(f"{told}: their tokenizers give different ids to the same tokens")
 

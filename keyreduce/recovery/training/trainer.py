@@ -111,7 +111,7 @@ class Rows(torch.utils.data.IterableDataset):
     def __init__(self, text: TextSource, tokenizer: PreTrainedTokenizerFast, row_length: int, seed: int):
         self.text, self.tokenizer, self.row_length, self.seed = text, tokenizer, row_length, seed
         self.passes = 0
-        first_T = next(token_rows(text.documents(seed), tokenizer, row_length))
+        first_T = next(token_rows(text.in_pieces(seed), tokenizer, row_length))
         if len(first_T) < row_length:
             raise KeyreduceError(
                 f"the text has {len(first_T):,} tokens, which do not fill one row of {row_length:,}; "
@@ -123,7 +123,7 @@ class Rows(torch.utils.data.IterableDataset):
         while True:
             self.passes += 1
             seed = self.seed + self.passes - 1
-            rows = token_rows(self.text.documents(seed), self.tokenizer, self.row_length)
+            rows = token_rows(self.text.in_pieces(seed), self.tokenizer, self.row_length)
             yield from ({"input_ids": row_T} for row_T in _shuffled(rows, random.Random(seed)))
 
 
