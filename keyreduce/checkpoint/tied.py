@@ -7,7 +7,8 @@ from keyreduce.errors import KeyreduceError
 
 OUTPUT = "lm_head.weight"
 # What the models of fla and transformers call them, alone and inside larger models.
-EMBEDDINGS = ("model.embeddings.weight", "model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
+_NAMES = ("embeddings", "word_embeddings", "embed_tokens", "language_model.embed_tokens")
+EMBEDDINGS = tuple(f"model.{name}.weight" for name in _NAMES)
 
 
 def tied_output(config: Mapping, names: Collection[str]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import Family, MixerSizes, family_of
 from keyreduce.families.attention import SoftmaxLayer, softmax_layers
+from keyreduce.serving.state_formats import FORMATS
 
 PoolEngine = Literal["vllm", "sglang"]
 """The engines that divide a pool of memory among sequences."""
@@ -27,8 +28,6 @@ CacheDtype = Literal["float32", "bfloat16", "float16", "int8", "fp8"]
 ENGINE_DTYPES = ("float32", "bfloat16", "float16")
 """What vLLM and SGLang can keep it in."""
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
-_SCALE_BYTES = 4  # in 8 bits each value channel of a head, a row of the state [V, K], has a scale in float32
 _KEPT_BYTES = 2  # keys, values and the convolution's inputs: engines compute in 16 bits
 
 # vLLM 0.26.0.
@@ -296,7 +295,8 @@ def state_bytes_that_fit(
     per_layer = _largest_page(layout, memory_bytes, tokens, sequences, gpus, bool(prefix_caching))
     found = (per_layer - convolution // len(layout.mixers)) * len(layout.mixers) * gpus
     # Heads are whole numbers of the dtype; nobody can use the rest.
-    return max(0, found // _BYTES[chosen] * _BYTES[chosen])
+    size = FORMATS[chosen].bits // 8
+    return max(0, found // size * size)
 
 
 def cache_memory(gpu_bytes: int, weight_bytes: int, engine: PoolEngine, *, gpus: int, reserve_bytes: int) -> int:
@@ -342,8 +342,7 @@ def check_gpus(layout: CacheLayout, gpus: int) -> None:
 
 
 def _state_bytes(sizes: MixerSizes, dtype: str) -> int:
-    scales = _SCALE_BYTES * sizes.value_heads * sizes.head_v_dim if _BYTES[dtype] == 1 else 0
-    return _BYTES[dtype] * sizes.state_elements + scales
+    return sizes.value_heads * FORMATS[dtype].bytes(sizes.head_k_dim, sizes.head_v_dim)
 
 
 def _convolution_bytes(sizes: MixerSizes, taps: int) -> int:
