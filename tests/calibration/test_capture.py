@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ VARIANTS = {
     "gated_deltanet": ("gated_deltanet", {}),
     "gated_deltanet without gate": ("gated_deltanet", {"use_gate": False}),
     "gated_deltanet without convolution": ("gated_deltanet", {"use_short_conv": False}),
+    "gated_deltanet doubled strength": ("gated_deltanet", {"allow_neg_eigval": True}),
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore:ShortConvolution is crucial")
@@ -50,8 +52,38 @@ def outer_products(vectors_NHK: torch.Tensor) -> torch.Tensor:
     return sum(torch.stack([torch.outer(vector_K, vector_K) for vector_K in row_HK]) for row_HK in vectors_NHK)
 
 
+def readout_sums(mixer: torch.nn.Module, input_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What comes of the operator's output and states, which the delta rule gives here token by token."""
+    query_BTHK, key_BTHK = (operands(mixer, which, input_BTD, mixer.head_k_dim) for which in "qk")
+    value_BTWV = operands(mixer, "v", input_BTD, mixer.head_v_dim)
+    beta_BTW = torch.sigmoid(input_BTD @ mixer.b_proj.weight.double().T) * (2 if mixer.allow_neg_eigval else 1)
+    decay_BTW = torch.ones_like(beta_BTW)
+    if hasattr(mixer, "A_log"):
+        step_BTW = F.softplus(input_BTD @ mixer.a_proj.weight.double().T + mixer.dt_bias.double())
+        decay_BTW = torch.exp(-mixer.A_log.double().exp() * step_BTW)
+    group = value_BTWV.shape[2] // key_BTHK.shape[2]
+    sums = {"readout_square_WV": torch.zeros_like(value_BTWV[0, 0]), "beta_W": beta_BTW.sum((0, 1))}
+    sums |= {name: torch.zeros_like(beta_BTW[0, 0]) for name in ("state_rank_W", "state_norm_W")}
+    for row, head in np.ndindex(len(value_BTWV), value_BTWV.shape[2]):
+        state_KV = torch.zeros(key_BTHK.shape[-1], value_BTWV.shape[-1], dtype=torch.float64)
+        for token in range(value_BTWV.shape[1]):
+            query_K, key_K = (
+                one[row, token, head // group] / (one[row, token, head // group].square().sum() + 1e-6).sqrt()
+                for one in (query_BTHK, key_BTHK)
+            )
+            state_KV = state_KV * decay_BTW[row, token, head]
+            new_V = beta_BTW[row, token, head] * (value_BTWV[row, token, head] - key_K @ state_KV)
+            state_KV = state_KV + torch.outer(key_K, new_V)
+            square_V = (query_K @ state_KV).square()
+            sums["readout_square_WV"][head] += square_V / square_V.mean()
+        singular_M = np.linalg.svd(state_KV.numpy(), compute_uv=False)
+        sums["state_rank_W"][head] += (singular_M**2).sum() / singular_M[0] ** 2
+        sums["state_norm_W"][head] += (singular_M**2).sum() ** 0.5
+    return sums
+
+
 def expected_sums(model: torch.nn.Module, tokens_BT: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
-    """The sums, token by token, from the hidden states that transformers gives out."""
+    """The sums, token by token, from the hidden states that transformers gives out; and the mixer's input."""
     block, before_output = model.model.layers[layer], []
     hook = block.attn.o_proj.register_forward_hook(lambda module, args, result: before_output.append(args[0]))
     hidden_BTD = model.model(tokens_BT, output_hidden_states=True, use_cache=False).hidden_states[layer]
@@ -59,7 +91,7 @@ def expected_sums(model: torch.nn.Module, tokens_BT: torch.Tensor, layer: int) -
     scale = torch.rsqrt(hidden_BTD.square().mean(-1, keepdim=True) + model.config.norm_eps)
     input_BTD = hidden_BTD * scale * block.attn_norm.weight.double()
     head_k_dim = block.attn.head_k_dim
-    sums = {"input_square_D": sum(row_D**2 for row_D in input_BTD.flatten(0, 1))}
+    sums = {"input_square_D": sum(row_D**2 for row_D in input_BTD.flatten(0, 1))} | readout_sums(block.attn, input_BTD)
     for kind in ("query", "key"):
         rows_NHK = operands(block.attn, kind[0], input_BTD, head_k_dim).flatten(0, 1)
         unit_NHK = torch.stack([row_HK / (row_HK.square().sum(-1, keepdim=True) + 1e-6).sqrt() for row_HK in rows_NHK])
@@ -74,7 +106,15 @@ def expected_sums(model: torch.nn.Module, tokens_BT: torch.Tensor, layer: int) -
         alone_NWV[:, head] = output_NWV[:, head]
         energies.append(block.attn.o_proj(alone_NWV.flatten(1)).square().sum())
     sums["output_energy_W"] = torch.stack(energies)
-    return sums
+    return sums | {"input_ND": input_BTD.flatten(0, 1)}
+
+
+def constant_direction(input_ND: torch.Tensor) -> torch.Tensor:
+    """u that makes the mean of ``(u x - 1)^2`` small, with a hundredth of the mean square of x as ridge."""
+    ridge = 1e-2 * float(input_ND.square().sum(0).mean())
+    rows_MD = np.concatenate([input_ND.numpy(), ridge**0.5 * np.eye(input_ND.shape[1])])
+    wanted_M = np.concatenate([np.ones(len(input_ND)), np.zeros(input_ND.shape[1])])
+    return torch.from_numpy(np.linalg.lstsq(rows_MD, wanted_M, rcond=None)[0])
 
 
 # Rows of up to 64 tokens take the recurrent operator, longer ones the chunked one.
@@ -90,9 +130,14 @@ def test_sums_are_those_of_a_plain_float64_computation(variant, seq_len):
     assert sorted(layers) == [0, 1]
     for layer, statistics in layers.items():
         per_batch = [expected_sums(model, batch, layer) for batch in batches]
-        assert per_batch[0].keys() == statistics.tensors().keys()
+        statistics.find_constant()
+        inputs_ND = torch.cat([sums.pop("input_ND") for sums in per_batch])
+        assert {*per_batch[0], "constant_D"} == statistics.tensors().keys()
+        torch.testing.assert_close(statistics.constant_D, constant_direction(inputs_ND), rtol=1e-8, atol=1e-10)
         for name, tensor in statistics.tensors().items():
             assert tensor.dtype == torch.float64
+            if name == "constant_D":
+                continue
             expected = sum(sums[name] for sums in per_batch)
             torch.testing.assert_close(tensor, expected, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
