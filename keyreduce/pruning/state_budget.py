@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
 from keyreduce.errors import KeyreduceError
-from keyreduce.families import MixerSizes, family_of
+from keyreduce.families import Family, MixerSizes, family_of
 from keyreduce.pruning.budget import SIZE_OF, parse_amounts
 from keyreduce.serving.capacity import CacheLayout, cache_memory, parse_memory, state_bytes_that_fit
 from keyreduce.serving.engines import runs
@@ -139,21 +139,23 @@ def find_candidates(source: Checkpoint, budget: StateBudget) -> list[Candidate]:
         raise KeyreduceError(
             "layers of this model differ in their sizes, for which no budget is searched: give `ratio` or `keep`"
         )
-    before = next(iter(layers.values()))
+    before, first = next(iter(layers.values())), budget.dtypes[0]
+    now, most = bytes_of(first, layers), budget.most_bytes(source, first)
+    if now <= most:
+        raise KeyreduceError(
+            f"the state takes {now:,} bytes a sequence, and {most:,} are allowed: there is nothing to remove"
+        )
+    # The whole model is among them, for a format alone may be enough.
+    grid = [after for after in (before, *_grid(before, budget)) if _is_allowed(family, budget.engine, after)]
     found: list[Candidate] = []
     for dtype in budget.dtypes:
         most = budget.most_bytes(source, dtype)
-        fitting = [after for after in _grid(before, budget) if bytes_of(dtype, dict.fromkeys(layers, after)) <= most]
-        fitting = _largest(fitting)
-        if budget.engine is not None:
-            engine = budget.engine
-            fitting = _largest([after for after in _below(fitting, budget) if runs(engine, family, after)])
-        possible = [after for after in fitting if _is_possible(source.config, dict.fromkeys(layers, after))]
-        if dtype != budget.dtypes[0] and bytes_of(dtype, layers) <= most:
-            possible.append(before)  # the format alone is enough
-        found += [Candidate(after, dtype, bytes_of(dtype, dict.fromkeys(layers, after))) for after in possible]
+        bytes_by = {after: len(layers) * bytes_of(dtype, {0: after}) for after in grid}
+        fitting = _largest([after for after, size in bytes_by.items() if size <= most])
+        possible = [after for after in fitting if _can_be_said(family, source.config, dict.fromkeys(layers, after))]
+        found += [Candidate(after, dtype, bytes_by[after]) for after in possible]
     if not found:
-        raise KeyreduceError(_why_none(source, budget, before, layers))
+        raise KeyreduceError(_why_none(source, budget, layers))
     return found
 
 
@@ -202,37 +204,31 @@ def _largest(found: Sequence[MixerSizes]) -> list[MixerSizes]:
     return [one for one in best.values() if not any(exceeds(other, one) for other in best.values())]
 
 
-def _below(found: Sequence[MixerSizes], budget: StateBudget) -> list[MixerSizes]:
-    """The sizes and all those below them on the grid, among which an engine may choose."""
-    if not found:
-        return []
-    widest = MixerSizes(*(max(sizes) for sizes in zip(*found, strict=True)))
-    whole = [*_grid(widest, budget), widest]
-    return [one for one in whole if any(all(a <= b for a, b in zip(one, top, strict=True)) for top in found)]
-
-
-def _is_possible(config: Mapping, after: Mapping[int, MixerSizes]) -> bool:
-    """Whether the family can have such sizes, and its config can express them."""
-    family = family_of(config)
+def _is_allowed(family: Family, engine: EngineName | None, after: MixerSizes) -> bool:
+    """Whether the family can have such sizes, and the engine, if there is one, runs them."""
     try:
-        family.check_cut(next(iter(after.values())))
+        family.check_cut(after)
+    except KeyreduceError:
+        return False
+    return engine is None or runs(engine, family, after)
+
+
+def _can_be_said(family: Family, config: Mapping, after: Mapping[int, MixerSizes]) -> bool:
+    """Whether the family's config can express such sizes."""
+    try:
         family.resized(config, after)
     except KeyreduceError:
         return False
     return True
 
 
-def _why_none(
-    source: Checkpoint, budget: StateBudget, before: MixerSizes, layers: Mapping[int, MixerSizes]
-) -> str:
+def _why_none(source: Checkpoint, budget: StateBudget, layers: Mapping[int, MixerSizes]) -> str:
     most = max(budget.most_bytes(source, dtype) for dtype in budget.dtypes)
     now = bytes_of(budget.dtypes[0], layers)
     if budget.fit is not None and most <= 0:
         layout = CacheLayout.of(source.config)
         rest = ", keys and values of softmax layers" if layout.softmax else ""
         return f"`fit`: weights, convolution states{rest} leave no room for a state; ask for fewer sequences or tokens"
-    if most >= now:
-        return f"the state takes {now:,} bytes a sequence, and {most:,} are allowed: there is nothing to remove"
     what = f", in sizes that {budget.engine} runs" if budget.engine else ""
     return (
         f"no cut of {','.join(budget.targets)} brings the state of a sequence from {now:,} to {most:,} bytes{what}: "
