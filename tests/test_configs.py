@@ -68,3 +68,4 @@ class _Described:
         self.config, self.path = config, path
         shapes = file_shapes(config)
         self.tensors = {name: TensorSpec(name, "BF16", shape) for name, shape in shapes.items()}
+        self.shapes = shapes
