@@ -92,14 +92,17 @@ def is_below(one: MixerSizes, other: MixerSizes) -> bool:
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("targets", [ALL, ("key", "value"), ("key",), ("value",), ("head",), ("value", "head")], ids=str)
+SOME = [ALL, ("key", "value"), ("key",), ("value",), ("head",), ("value", "head")]
+
+
+@pytest.mark.parametrize("targets", SOME, ids=str)
 @pytest.mark.parametrize("ratio", ["0.1", "0.5", "0.75"])
 def test_candidates_are_the_largest_sizes_that_fit(dense, ratio, targets):
     before = MixerSizes(4, 4, 8, 6)
     most = int(state_bytes(before, 2) * (1 - Fraction(ratio)))
     expected = brute_force(before, 2, most, targets)
     if not expected:
-        with pytest.raises(KeyreduceError, match=f"no cut of {','.join(targets)} brings the state .* to {most:,} bytes"):
+        with pytest.raises(KeyreduceError, match=f"no cut of {','.join(targets)} brings .* to {most:,} bytes"):
             find_candidates(dense, budget(ratio=ratio, targets=targets))
         return
     found = find_candidates(dense, budget(ratio=ratio, targets=targets))
