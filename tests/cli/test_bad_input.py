@@ -84,7 +84,7 @@ def refused(keyreduce, snapshot):
         (("--keep", "4", "--ratio", "0.5"), "either --ratio (or PRUNING_RATIO) or --keep, not both"),
         (("--multiple-of", "0"), "--multiple-of is 0"),
         (("--method", "wandaa"), "there is no method 'wandaa'; did you mean wanda?"),
-        (("--method", "zzz"), "take one of auto, rrqr, wanda, taylor, pca, l1, l2, magnitude, energy, random"),
+        (("--method", "zzz"), "take one of auto, rrqr, wanda, taylor, pca, l1, l2, magnitude, energy, rank-norm"),
         (("--target", "query"), "--target is 'query'; take one of key, value, head"),
         (("--target", "key,key"), "--target key,key names a target twice"),
         (("--target", ""), "--target is ''"),
