@@ -17,8 +17,8 @@ from keyreduce.families import MixerSizes, family_of
 from keyreduce.outputs import write_json
 from keyreduce.pruning.budget import SIZE_OF
 from keyreduce.pruning.methods import Method
-from keyreduce.pruning.prediction import predicted_loss, read_curves
-from keyreduce.pruning.state_budget import Candidate, SearchMode, StateBudget, find_candidates
+from keyreduce.pruning.prediction import Curves, predicted_loss, read_curves
+from keyreduce.pruning.state_budget import Candidate, SearchMode, StateBudget, find_candidates, size_grid
 from keyreduce.pruning.trial import Trial
 from keyreduce.reporting import Reporter
 from keyreduce.serving.state_formats import bytes_of
@@ -69,6 +69,8 @@ class Found:
         keep: target -> layer -> how many stay, of the choice; targets of which all stay are missing.
         dense_bytes: what the dense model's state takes in the first format that was allowed.
         recovery: the recovery that the measured ones had.
+        frontier: format -> bytes of the state and predicted loss of all sizes than which no other has both fewer bytes
+            and a smaller loss, whatever the budget.
     """
 
     mode: SearchMode
@@ -76,6 +78,7 @@ class Found:
     keep: Mapping[str, Mapping[int, int]]
     dense_bytes: int
     recovery: str | None
+    frontier: Mapping[str, Sequence[tuple[int, float]]]
 
     @property
     def chosen(self) -> Considered:
@@ -91,6 +94,7 @@ class Found:
             "dense_state_bytes": self.dense_bytes,
             "chosen": rows[0],
             "candidates": rows,
+            "frontier": {dtype: [list(point) for point in points] for dtype, points in self.frontier.items()},
         }
 
 
@@ -139,8 +143,28 @@ class Search:
             considered, sizes = [*chosen, *rest], sizes | chosen
         dense = bytes_of(self.budget.dtypes[0], layers)
         keep = self._keep(sizes[considered[0]])
-        made = tuple(considered)
-        return Found(mode=mode, candidates=made, keep=keep, dense_bytes=dense, recovery=self.recovery)
+        return Found(
+            mode=mode,
+            candidates=tuple(considered),
+            keep=keep,
+            dense_bytes=dense,
+            recovery=self.recovery,
+            frontier=self._frontier(curves),
+        )
+
+    def _frontier(self, curves: Mapping[int, Curves]) -> dict[str, list[tuple[int, float]]]:
+        layers = self._layers
+        grid = size_grid(next(iter(layers.values())), self.budget)
+        losses = [(sizes, predicted_loss(curves, sizes, self.recovery)) for sizes in grid]
+        found: dict[str, list[tuple[int, float]]] = {}
+        for dtype in self.budget.dtypes:
+            points = sorted((bytes_of(dtype, dict.fromkeys(layers, sizes)), loss) for sizes, loss in losses)
+            best: list[tuple[int, float]] = []
+            for size, loss in points:
+                if not best or loss < best[-1][1]:
+                    best.append((size, loss))
+            found[dtype] = best
+        return found
 
     @property
     def _layers(self) -> dict[int, MixerSizes]:

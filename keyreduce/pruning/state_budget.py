@@ -146,7 +146,7 @@ def find_candidates(source: Checkpoint, budget: StateBudget) -> list[Candidate]:
             f"the state takes {now:,} bytes a sequence, and {most:,} are allowed: there is nothing to remove"
         )
     # The whole model is among them, for a format alone may be enough.
-    grid = [after for after in (before, *_grid(before, budget)) if _is_allowed(family, budget.engine, after)]
+    grid = [after for after in (before, *size_grid(before, budget)) if _is_allowed(family, budget.engine, after)]
     found: list[Candidate] = []
     for dtype in budget.dtypes:
         most = budget.most_bytes(source, dtype)
@@ -166,7 +166,7 @@ def _parse_fit(text: str) -> tuple[int, int, int]:
     return parse_memory(parts[0], "fit"), int(parts[1]), int(parts[2])
 
 
-def _grid(before: MixerSizes, budget: StateBudget) -> list[MixerSizes]:
+def size_grid(before: MixerSizes, budget: StateBudget) -> list[MixerSizes]:
     """All sizes on the grid that are smaller than the model's; the heads are at least half of those that there are."""
     multiple, targets = budget.multiple_of, budget.targets
     heads = range((before.key_heads + 1) // 2, before.key_heads + 1) if "head" in targets else (before.key_heads,)

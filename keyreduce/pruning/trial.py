@@ -29,7 +29,7 @@ from keyreduce.reporting import Reporter
 
 ROWS, ROW_LENGTH, BATCH = 32, 512, 4
 """The text that candidates are measured on: rows, tokens of a row, rows at a time."""
-RECOVERED = Settings(num_batches=8)
+RECOVERED = Settings(num_batches=4)
 """The text that candidates are recovered on: a part of what a recovery takes by default, since there are several."""
 
 

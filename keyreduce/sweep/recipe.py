@@ -51,6 +51,7 @@ _NOT_IN_RECIPES = {
     *("text", "dataset", "dataset_config", "split", "heldout", "calibration", "seed", "device", "dtype", "jobs"),
     *("method", "set", "ratio", "keep", "variance", "recover", "verify", "max_shard_size"),
     *("push_to_hub", "mode", "gradients", "mixer", "forward", "decode", "train_step", "scaling"),
+    *("state_ratio", "state_bytes", "fit", "state_dtypes", "search", "dry_run"),
 }
 # Fields of requests that have another name in a recipe.
 _NAMES = {"method": "methods", "set": "methods", "ratio": "ratios", "recover": "repairs"}
@@ -65,7 +66,7 @@ class Combination(NamedTuple):
     @property
     def target(self) -> str:
         """What is removed; several targets have commas between them."""
-        return ",".join(self.request.target)
+        return ",".join(self.request.target or ("key",))
 
     @property
     def ratio(self) -> float:
