@@ -17,6 +17,7 @@ from keyreduce.data.batches import token_rows
 from keyreduce.data.text import DocumentText
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.perplexity import Perplexity
+from keyreduce.families import MixerSizes
 from keyreduce.pruning import search as search_module
 from keyreduce.pruning import trial as trial_module
 from keyreduce.pruning.methods import METHODS, method_named
@@ -107,6 +108,27 @@ def test_what_is_kept_is_the_choice(known):
     kept = {"key": found.chosen.head_k_dim, "value": found.chosen.head_v_dim}
     assert found.chosen.key_heads == 2
     assert found.keep == {target: dict.fromkeys(range(2), number) for target, number in kept.items() if number < 8}
+
+
+def test_the_frontier_is_what_no_other_sizes_beat_in_both(known):
+    """Of all sizes from one to eight channels, whatever the budget."""
+    source, _, statistics = known
+    curves = read_curves(source, statistics)
+    found = search_of(known, "predicted", dtypes=("float32", "int8")).run(Reporter()).frontier
+    pairs = [pair for pair in itertools.product(range(1, 9), repeat=2) if pair != (8, 8)]
+    losses = {pair: predicted_loss(curves, MixerSizes(2, 2, *pair)) for pair in pairs}
+    sizes = {
+        "float32": {pair: 2 * 2 * 4 * pair[0] * pair[1] for pair in pairs},
+        "int8": {pair: 2 * 2 * (pair[0] * pair[1] + 4 * pair[1]) for pair in pairs},
+    }
+    assert found.keys() == sizes.keys()
+    for dtype, points in found.items():
+        every = {(sizes[dtype][pair], losses[pair]) for pair in pairs}
+        best = {
+            one for one in every if not any(a <= one[0] and b <= one[1] and (a, b) != one for a, b in every)
+        }  # fmt: skip
+        assert [size for size, _ in points] == sorted(size for size, _ in best)
+        assert dict(points) == pytest.approx(dict(best), rel=1e-9)
 
 
 def increase_by_hand(known, row: Considered, folder) -> float:
@@ -247,7 +269,10 @@ def found() -> Found:
         Considered(key_heads=2, head_k_dim=8, head_v_dim=8, state_dtype="int8", state_bytes=384, predicted=0.0),
     ]
     keep = {"key": {0: 6, 1: 6}, "value": {0: 5, 1: 5}}
-    return Found(mode="measured", candidates=tuple(rows), keep=keep, dense_bytes=1024, recovery=None)
+    frontier = {"float32": [(16, 1.0), (480, 0.2)], "int8": [(384, 0.0)]}
+    return Found(
+        mode="measured", candidates=tuple(rows), keep=keep, dense_bytes=1024, recovery=None, frontier=frontier
+    )
 
 
 def test_json_has_what_is_known_and_no_more(found):
@@ -261,6 +286,7 @@ def test_json_has_what_is_known_and_no_more(found):
         "recover": None,
         "dense_state_bytes": 1024,
     }
+    assert content["frontier"] == {"float32": [[16, 1.0], [480, 0.2]], "int8": [[384, 0.0]]}
     assert content["candidates"][1].keys() == {
         "key_heads", "head_k_dim", "head_v_dim", "state_dtype", "state_bytes", "predicted"
     }  # fmt: skip
