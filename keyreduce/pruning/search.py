@@ -158,7 +158,7 @@ class Search:
         losses = [(sizes, predicted_loss(curves, sizes, self.recovery)) for sizes in grid]
         found: dict[str, list[tuple[int, float]]] = {}
         for dtype in self.budget.dtypes:
-            points = sorted((bytes_of(dtype, dict.fromkeys(layers, sizes)), loss) for sizes, loss in losses)
+            points = sorted((len(layers) * bytes_of(dtype, {0: sizes}), loss) for sizes, loss in losses)
             best: list[tuple[int, float]] = []
             for size, loss in points:
                 if not best or loss < best[-1][1]:

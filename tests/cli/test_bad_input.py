@@ -21,7 +21,7 @@ heldout = { num_batches = 1, batch_size = 1, seq_len = 32 }
 prune = [{ target = "key", ratios = [0.5], methods = ["l1"] }]
 """
 QUERY = "model.layers.1.attn.q_proj.weight"
-KNOWN = "delta_net, delta_net_2, gated_deltanet"
+KNOWN = "knows: bailing_hybrid, delta_net, delta_net_2"
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def refused(keyreduce, snapshot):
         (("--keep", "4", "--ratio", "0.5"), "either --ratio (or PRUNING_RATIO) or --keep, not both"),
         (("--multiple-of", "0"), "--multiple-of is 0"),
         (("--method", "wandaa"), "there is no method 'wandaa'; did you mean wanda?"),
-        (("--method", "zzz"), "take one of auto, rrqr, wanda, taylor, pca, l1, l2, magnitude, energy, random"),
+        (("--method", "zzz"), "take one of auto, rrqr, wanda, taylor, pca, l1, l2, magnitude, energy, rank-norm"),
         (("--target", "query"), "--target is 'query'; take one of key, value, head"),
         (("--target", "key,key"), "--target key,key names a target twice"),
         (("--target", ""), "--target is ''"),
@@ -170,7 +170,7 @@ def test_no_such_source_to_convert(refused, tmp_path):
 
 
 DAMAGED = {
-    "llama": (lambda folder: edit_config(folder, model_type="llama"), f"keyreduce knows {KNOWN}"),
+    "llama": (lambda folder: edit_config(folder, model_type="llama"), f"keyreduce {KNOWN}"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "config cut short": (lambda folder: (folder / "config.json").write_text('{"a":'), "is not valid JSON"),
     "heads as text": (lambda folder: edit_config(folder, num_heads="2"), "num_heads is '2'"),
@@ -353,7 +353,7 @@ def test_outputs_that_exist(refused, keyreduce, tiny_folder, tmp_path):
     assert "differs in seed" in refused(*CALIBRATE, *model, "--seed", 1)
     assert "differs in model" in refused(*CALIBRATE, "--model", tiny_folder("gated_deltanet"))
     assert "differs in keep" in refused("prune", *model, "--ratio", 0.5)
-    assert "differs in method" in refused("prune", *model, "--method", "magnitude")
+    assert "differs in keep, method, target" in refused("prune", *model, "--method", "magnitude")
     assert "differs in source" in refused("convert-dcp", tiny_folder("delta_net"))
     (tmp_path / "other").mkdir()
     assert "keyreduce did not write it" in refused("prune", *model, "--output", tmp_path / "other")
@@ -366,7 +366,7 @@ def test_outputs_that_exist(refused, keyreduce, tiny_folder, tmp_path):
 def test_an_output_that_differs_is_refused_before_calibration(refused, keyreduce, tiny_folder):
     model = ("--model", tiny_folder("delta_net"))
     assert keyreduce(*PRUNE, *model).code == 0
-    assert "differs in method" in refused("prune", *model)
+    assert "differs in corrected, keep, method, target" in refused("prune", *model)
     assert not Path("keyreduce-out/calibration.safetensors").exists()
 
 

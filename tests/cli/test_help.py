@@ -80,7 +80,8 @@ def test_help_of_prune_lists_the_methods(keyreduce):
     ("command", "told"),
     [
         ("calibrate", ["[default: (in --work)]", "[default: (the Python standard library's source)]", "NUM_BATCHES"]),
-        ("prune", ["[default: (0.25)]", "[default: auto]", "PRUNING_RATIO", "PRUNING_STRATEGY", "OUTPUT_DIR"]),
+        ("prune", ["(0.25, where a method or target is named)", "[default: auto]", "PRUNING_RATIO", "OUTPUT_DIR"]),
+        ("prune", ["(0.5, where nothing says what to remove)", "PRUNING_STRATEGY", "STATE_RATIO"]),
         ("convert-dcp", ["[SRC] [DST]", "[default: (what prune or recover wrote into --work)]", "COMPRESSED_MODEL"]),
         ("benchmark", ["[default: 1024]", "BASE_MODEL_DIR", "COMPRESSED_MODEL"]),
         ("eval", ["[default: (what prune or recover wrote into --work)]", "KEYREDUCE_WORK", "keyreduce-out"]),

@@ -111,6 +111,16 @@ def test_the_highest_scores_stay(name, target, options):
             assert kept.tolist() == expected(name, target, layer, keep, options.get("form"))
 
 
+def test_rank_norm_keeps_heads_of_a_large_norm_and_a_low_rank():
+    """Two value heads of each key head: 10 / 2 + 4 / 4 = 6, 9 / 9 + 3 / 1 = 4, 20 / 10 + 10 / 2 = 7."""
+    sums = {"state_norm_W": [10, 4, 9, 3, 20, 10], "state_rank_W": [2, 4, 9, 1, 10, 2]}
+    sums = {name: torch.tensor(numbers, dtype=torch.float64) for name, numbers in sums.items()}
+    layer = view(statistics=dataclasses.replace(layer_statistics(SIZES, HIDDEN), **sums))
+    assert select("rank-norm", "head", layer, 1).kept_GR.tolist() == [[2]]
+    assert select("rank-norm", "head", layer, 2).kept_GR.tolist() == [[0, 2]]
+    assert METHODS["rank-norm"].select.keys() == {"head"} and METHODS["rank-norm"].needs_statistics
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_methods_and_forms_differ(target):
     """So that none of them can pass for another above."""
