@@ -41,8 +41,12 @@ class _Fields:
     latent: tuple[Field, ...] = ()  # of latent attention: the sizes that add up to its vector
 
 
-def _grouped(heads: int, section: str | None = None) -> _Fields:
-    return _Fields(Field("num_key_value_heads", heads, section), Field("head_dim", 256, section))
+def _grouped(heads: int, head_dim: int = 256) -> _Fields:
+    return _Fields(Field("num_key_value_heads", heads), Field("head_dim", head_dim))
+
+
+def _latent(*sizes: Field) -> _Fields:
+    return _Fields(Field("num_key_value_heads", 32), Field("head_dim", 64), latent=sizes)
 
 
 _ATTENTION_HEADS = Field("num_attention_heads", 30)
@@ -50,21 +54,23 @@ _OLMO = _Fields(
     Field("num_key_value_heads", _ATTENTION_HEADS),
     Ratio("", 1, of=Field("hidden_size", 3840), over=_ATTENTION_HEADS),
 )
-_KIMI = _Fields(
-    Field("num_key_value_heads", 32),
-    Field("qk_rope_head_dim", 64),
-    latent=(Field("kv_lora_rank", 512), Field("qk_rope_head_dim", 64)),
-)
+_RANK, _ROPE = Field("kv_lora_rank", 512), Field("qk_rope_head_dim", 64)
 _OF_TRANSFORMERS = {
-    "kimi_linear": _KIMI,
+    "bailing_hybrid": _latent(_RANK, _ROPE),
+    "glm5_next_text": _latent(_RANK),
+    "kimi_linear": _latent(_RANK, _ROPE),
+    "lara_mini": _grouped(4, 128),
     "olmo_hybrid": _OLMO,
-    "qwen3_5": _grouped(4, "text_config"),
-    "qwen3_5_moe": _grouped(2, "text_config"),
     "qwen3_5_moe_text": _grouped(2),
     "qwen3_5_text": _grouped(4),
     "qwen3_next": _grouped(2),
+    "qwen4_exp_text": _grouped(2),
 }
-"""Model type -> where its config says the sizes, and what holds where it does not: the defaults of transformers."""
+"""Model type of the language model -> where its config says the sizes, and what holds where it does not: the defaults
+of transformers. The keys by which layers of indexed attention choose tokens are left out."""
+_OF_LARGER = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text", "qwen4_exp": "qwen4_exp_text"}
+_OF_LARGER |= {"glm5_next": "glm5_next_text"}
+_OF_LARGER |= dict.fromkeys(("jev", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), "qwen3_5_text")
 
 
 def softmax_layers(family: Family, config: Mapping) -> dict[int, SoftmaxLayer]:
@@ -72,28 +78,31 @@ def softmax_layers(family: Family, config: Mapping) -> dict[int, SoftmaxLayer]:
 
     Raises KeyreduceError if the config does not say the sizes.
     """
-    count = round(family.num_layers.read(config))
+    language = family.language(config)
     mixers = set(family.mixer_layers(config))
-    others = [layer for layer in range(count) if layer not in mixers]
-    if family.model_type not in _OF_TRANSFORMERS:
+    others = [layer for layer in range(family.depth(config)) if layer not in mixers]
+    named = str(language.get("model_type") or family.model_type)
+    fields = _OF_TRANSFORMERS.get(_OF_LARGER.get(named, named))
+    if fields is None:
         return {layer: _of_fla(family, config, layer) for layer in others}
-    fields = _OF_TRANSFORMERS[family.model_type]
     if fields.latent:
-        found = SoftmaxLayer(1, sum(round(size.read(config)) for size in fields.latent), is_latent=True)
+        found = SoftmaxLayer(1, sum(round(size.read(language)) for size in fields.latent), is_latent=True)
     else:
-        found = SoftmaxLayer(round(fields.heads.read(config)), round(fields.head_dim.read(config)))
-    return dict.fromkeys(others, found)
+        found = SoftmaxLayer(round(fields.heads.read(language)), round(fields.head_dim.read(language)))
+    kinds, window = language.get("layer_types") or (), language.get("sliding_window")
+    sliding = {layer for layer, kind in enumerate(kinds) if kind == "sliding_attention" and isinstance(window, int)}
+    return {layer: found._replace(window=window) if layer in sliding else found for layer in others}
 
 
 def _of_fla(family: Family, config: Mapping, layer: int) -> SoftmaxLayer:
     """What the object of a config's ``attn`` says that lists the layer."""
-    found = config["attn"]
+    found = family.language(config)["attn"]
     specs = [found] if isinstance(found, Mapping) else found
     spec = next(one for one in specs if layer in one["layers"])
     heads = _count(spec, "num_heads")
     kept = heads if spec.get("num_kv_heads") is None else _count(spec, "num_kv_heads")
     window = None if spec.get("window_size") is None else _count(spec, "window_size")
-    return SoftmaxLayer(kept, round(family.hidden.read(config)) // heads, window=window)
+    return SoftmaxLayer(kept, family.width(config) // heads, window=window)
 
 
 def _count(spec: Mapping, name: str) -> int:

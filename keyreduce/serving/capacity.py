@@ -73,15 +73,14 @@ class CacheLayout:
         """
         family = family_of(config)
         mixers = family.layer_sizes(config) | dict(sizes or {})
-        has_convolution = bool(config.get("use_short_conv", family.switches.get("use_short_conv", True)))
-        text = config.get("text_config")
-        text = text if isinstance(text, Mapping) else {}
+        text = family.language(config)
+        has_convolution = bool(text.get("use_short_conv", family.switches.get("use_short_conv", True)))
         dtypes = [place.get(name) for place in (text, config) for name in ("dtype", "torch_dtype")]
         asked = [place.get("mamba_ssm_dtype") for place in (text, config)]
         return cls(
             family,
             tuple(mixers.values()),
-            round(family.taps.read(config)) if has_convolution else 1,
+            round(family.taps.read(text)) if has_convolution else 1,
             tuple(softmax_layers(family, config).values()),
             next((one for one in dtypes if isinstance(one, str)), None),
             next((one for one in asked if isinstance(one, str)), None),

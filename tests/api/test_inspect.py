@@ -11,6 +11,7 @@ from sparse_checkpoints import QWEN3_5_27B, write_sparse
 from keyreduce.api.inspect import InspectRequest, run
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import FAMILIES, family_of
+from keyreduce.serving.engines import NAMED
 
 GIB = 2**30
 
@@ -48,7 +49,7 @@ def test_parameters_are_those_of_the_files(tiny_folder):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_family_by_its_defaults(tmp_path, model_type):
     config = {"model_type": model_type, "num_hidden_layers": 4, "vocab_size": 8, "intermediate_size": 4}
-    if FAMILIES[model_type].layers and getattr(FAMILIES[model_type].layers, "section", None):
+    if FAMILIES[model_type].sections:
         config = {"model_type": model_type, "text_config": config}
     config.get("text_config", config)["hidden_size"] = 3840
     found = inspect(write_sparse(tmp_path / model_type, config), gpu_memory="80GB")
@@ -58,7 +59,7 @@ def test_every_family_by_its_defaults(tmp_path, model_type):
     assert found.cuts
     served = {one["engine"] for one in found.capacity}
     assert served <= {"vllm", "sglang"}
-    assert bool(served) == (FAMILIES[model_type].shipped_by == "transformers")
+    assert served == {name for name in ("vllm", "sglang") if model_type in NAMED[name].knows}
 
 
 def test_cuts_save_what_a_resized_config_has_less(large):
