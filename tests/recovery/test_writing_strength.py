@@ -42,7 +42,7 @@ def corrected(dense: Path, folder: Path, text: FileText, **keep: int):
     source = open_folder(dense)
     statistics = calibrate(source, text, SETTINGS, device=CPU, dtype=torch.float32)
     numbers = {target: dict.fromkeys(statistics.layers, number) for target, number in keep.items()}
-    inputs = {"method": "l2", "target": ",".join(keep)}
+    inputs = {"source": source.identity, "method": "l2", "target": ",".join(keep)}
     options = dict(seed=0, statistics=statistics, inputs=inputs, correct=True)
     plan = make_plan(source, METHODS["l2"], numbers, **options)
     write_pruned(source, plan, folder, dense=str(dense))
