@@ -15,7 +15,8 @@ MOST = 10**9  # beyond any text, and far below where counting itself fails
 MOST_SEED = 2**32 - 1
 COUNT = {"minimum": 1, "maximum": MOST}
 COUNTS = COUNT | {"commas": True}
-MODEL = {"env": "BASE_MODEL_DIR", "metavar": "PATH|NAME"}
+MODEL_FLAGS = ("--model", "-m")
+MODEL = {"env": "BASE_MODEL_DIR", "metavar": "PATH|NAME", "flags": MODEL_FLAGS}
 COMPRESSED = {"env": "COMPRESSED_MODEL", "metavar": "PATH", "shown_default": "what prune or recover wrote into --work"}
 Dtype = Literal["float32", "bfloat16", "float16"]
 _MODEL = "Hugging Face folder, DCP folder, name on the hub, or name of a shipped model."
@@ -62,9 +63,15 @@ def dtype() -> Any:
     return option(None, "What to compute in.", shown_default="bfloat16 on a GPU, float32 on a CPU")
 
 
-def output(help: str, metavar: str = "DIR", shown_default: str = "in --work", env: str | None = None) -> Any:
-    """Where to write."""
-    return option(None, help, metavar=metavar, shown_default=shown_default, env=env)
+def output(
+    help: str,
+    metavar: str = "DIR",
+    shown_default: str = "in --work",
+    env: str | None = None,
+    flags: tuple[str, ...] = ("--output", "-o"),
+) -> Any:
+    """Where to write; a second output of a command has no ``flags`` but its name."""
+    return option(None, help, metavar=metavar, shown_default=shown_default, env=env, flags=flags)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,7 +111,7 @@ class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
         "uniform",
         "Key channels: as many in each layer, or more where q and k have more energy (delta_net_2 only), at one total.",
     )
-    calibration: Path | None = options.output("The calibration file.", metavar="FILE")
+    calibration: Path | None = options.output("The calibration file.", metavar="FILE", flags=())
     output: Path | None = options.output("The pruned checkpoint.", env="OUTPUT_DIR")
     f: float | None = option(
         None, "rrqr: swap while one makes the kept block's volume more than f times as large.", shown_default=_F, **_OWN

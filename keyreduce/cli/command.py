@@ -14,7 +14,8 @@ from keyreduce.cli import errors
 from keyreduce.cli.console import Console
 
 _JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
-_DEBUG = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+_QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors alone.")]
+_DEBUG = Annotated[bool, typer.Option("--debug", "--verbose", "-v", help="Show tracebacks.")]
 
 
 def add_command(app: typer.Typer, show: Callable[..., object], name: str) -> None:
@@ -22,7 +23,7 @@ def add_command(app: typer.Typer, show: Callable[..., object], name: str) -> Non
     request: type[Request] = typing.get_type_hints(show)["request"]
     fields = specs(request)
 
-    def callback(context: typer.Context, json: bool, debug: bool, **values: Any) -> None:
+    def callback(context: typer.Context, json: bool, quiet: bool, debug: bool, **values: Any) -> None:
         named = {}
         for field in fields.values():
             is_unset = values[field.name] is None and field.is_many
@@ -32,15 +33,15 @@ def add_command(app: typer.Typer, show: Callable[..., object], name: str) -> Non
             is_given = _source(context, field.name) == "ENVIRONMENT" and not is_overruled
             named[field.name] = _variables(field)[0] if is_given else field.flag
         errors.begin_command(named, show_tracebacks=debug)
-        show(request(**values), Console(as_json=json))
+        show(request(**values), Console(as_json=json, is_quiet=quiet))
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("context", keyword, annotation=typer.Context)]
     for field in fields.values():
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else _default(field)
         parameters.append(inspect.Parameter(field.name, keyword, default=default, annotation=_annotation(field)))
-    parameters += [inspect.Parameter("json", keyword, default=False, annotation=_JSON)]
-    parameters += [inspect.Parameter("debug", keyword, default=False, annotation=_DEBUG)]
+    for own, annotation in (("json", _JSON), ("quiet", _QUIET), ("debug", _DEBUG)):
+        parameters.append(inspect.Parameter(own, keyword, default=False, annotation=annotation))
     callback.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     callback.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     callback.__doc__ = request.__doc__
@@ -80,6 +81,16 @@ def _variables(field: Spec) -> list[str]:
     return [name for name in names if os.environ.get(name)][:1] or names
 
 
+def _completer(field: Spec) -> Callable[[str], list[str]]:
+    """Return what completes one of a field's choices in a shell; with commas, the last of several."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",") if field.option.commas else ("", "", incomplete)
+        return [f"{before}{comma}{choice}" for choice in field.choices if choice.startswith(last)]
+
+    return complete
+
+
 def _annotation(field: Spec) -> Any:
     settings = field.option
     kind: Any = field.kind
@@ -96,6 +107,8 @@ def _annotation(field: Spec) -> Any:
     if settings.shown_default is not None:
         extra["show_default"] = settings.shown_default
     extra |= {"help": settings.help, "hidden": settings.hidden}
+    if field.choices:
+        extra["autocompletion"] = _completer(field)
     if settings.is_argument:
         return Annotated[kind, typer.Argument(**extra)]
     flags = [*settings.flags] or [field.flag]

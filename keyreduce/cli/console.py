@@ -14,19 +14,21 @@ class Console(Reporter):
 
     Args:
         as_json: whether stdout gets one JSON object, and tables go to stderr.
+        is_quiet: whether remarks and progress stay out.
     """
 
-    def __init__(self, *, as_json: bool):
+    def __init__(self, *, as_json: bool, is_quiet: bool = False):
         from rich.console import Console as RichConsole
 
-        self.as_json = as_json
+        self.as_json, self.is_quiet = as_json, is_quiet
         self.errors = RichConsole(stderr=True, highlight=False)
         self.tables = self.errors if as_json else RichConsole(highlight=False)
         self.errors.quiet = self.tables.quiet = Processes.of_torchrun().rank > 0
 
     def note(self, message: str) -> None:
         """Say something in passing, on stderr."""
-        self.errors.print(message, markup=False, soft_wrap=True)
+        if not self.is_quiet:
+            self.errors.print(message, markup=False, soft_wrap=True)
 
     def say(self, message: str) -> None:
         """Print one line of the result."""
@@ -67,7 +69,7 @@ class Console(Reporter):
 
         columns = ("[progress.description]{task.description}", BarColumn(), TaskProgressColumn(), Rate(""))
         # Where nobody watches, such as in a log, a bar would leave blank lines.
-        hidden = not self.errors.is_terminal
+        hidden = self.is_quiet or not self.errors.is_terminal
         with Progress(*columns, TimeRemainingColumn(), console=self.errors, transient=True, disable=hidden) as bar:
             task = bar.add_task(description, total=total)
             yield lambda amount: bar.advance(task, amount)

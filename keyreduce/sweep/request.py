@@ -30,7 +30,11 @@ class SweepRequest(Request):
 
     recipe: Path = option(help="What to compare: a .toml, as in configs/sweep.", metavar="RECIPE", is_argument=True)
     model: tuple[str, ...] = option(
-        (), help="Models to prune; may be repeated.", metavar="PATH|NAME", shown_default="those of the recipe"
+        (),
+        help="Models to prune; may be repeated.",
+        metavar="PATH|NAME",
+        shown_default="those of the recipe",
+        flags=options.MODEL_FLAGS,
     )
     calibration: tuple[Path, ...] = _text("Text for calibration and repair", "the Python standard library's source")
     heldout: tuple[Path, ...] = _text("Text to measure on", "another part of that source")
