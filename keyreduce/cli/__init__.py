@@ -2,7 +2,8 @@
 
 import errno
 import signal
-from typing import Annotated, Any, NoReturn
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
 
@@ -10,23 +11,80 @@ from keyreduce import __version__
 from keyreduce.cli import benchmark, calibrate, convert_dcp, errors, inspect, prune, rank, recover, sweep, verify
 from keyreduce.cli import eval as evaluate
 from keyreduce.cli.command import add_command
+from keyreduce.cli.help import Group
 from keyreduce.errors import KeyreduceError
 
-_SHOWS = {
-    "inspect": inspect.show,
-    "calibrate": calibrate.show,
-    "prune": prune.show,
-    "recover": recover.show,
-    "convert-dcp": convert_dcp.show,
-    "benchmark": benchmark.show,
-    "eval": evaluate.show,
-    "rank": rank.show,
-    "sweep": sweep.show,
-    "table": sweep.show_table,
-    "verify": verify.show,
+
+class _Entry(NamedTuple):
+    """What is said of a command besides its request."""
+
+    show: Callable[..., object]
+    panel: str  # the heading under which the list of commands has it.
+    examples: tuple[str, str]
+
+
+_PRUNE, _MEASURE, _FILES = "Prune", "Measure", "Files"
+_COMMANDS = {
+    "inspect": _Entry(
+        inspect.show,
+        _PRUNE,
+        ("keyreduce inspect Qwen/Qwen3-Next-80B-A3B-Instruct", "keyreduce inspect my-model --gpu-memory 80GB"),
+    ),
+    "calibrate": _Entry(
+        calibrate.show,
+        _PRUNE,
+        ("keyreduce calibrate -m my-model --text my-text.jsonl", "keyreduce calibrate --num-batches 256 --gradients"),
+    ),
+    "prune": _Entry(
+        prune.show,
+        _PRUNE,
+        (
+            "keyreduce prune -m my-model --state-ratio 0.5 --engine vllm",
+            "keyreduce prune -m my-model --method wanda --target key --ratio 0.25 -o cut",
+        ),
+    ),
+    "recover": _Entry(
+        recover.show,
+        _PRUNE,
+        (
+            "keyreduce recover --mode reconstruct --text my-text.jsonl",
+            "keyreduce recover --mode lora --num-batches 500 --lr 1e-4",
+        ),
+    ),
+    "convert-dcp": _Entry(
+        convert_dcp.show,
+        _FILES,
+        ("keyreduce convert-dcp my-model my-model-dcp", "keyreduce convert-dcp trained/step-1000 my-model"),
+    ),
+    "benchmark": _Entry(
+        benchmark.show,
+        _MEASURE,
+        ("keyreduce benchmark --mixer --decode", "keyreduce benchmark -m my-model --scaling 128,96,64x96"),
+    ),
+    "eval": _Entry(
+        evaluate.show,
+        _MEASURE,
+        ("keyreduce eval --text held-out.jsonl", "keyreduce eval --state-dtype bfloat16,int8 --recall mqar"),
+    ),
+    "rank": _Entry(
+        rank.show, _MEASURE, ("keyreduce rank --text held-out.jsonl", "keyreduce rank -m my-model --every 256")
+    ),
+    "sweep": _Entry(
+        sweep.show,
+        _MEASURE,
+        ("keyreduce sweep my-recipe.toml", "keyreduce sweep my-recipe.toml -m my-model --jobs 4"),
+    ),
+    "table": _Entry(
+        sweep.show_table, _MEASURE, ("keyreduce table", "keyreduce table keyreduce-out/sweep -o tables --json")
+    ),
+    "verify": _Entry(
+        verify.show, _FILES, ("keyreduce verify cut --load", "keyreduce verify cut --write-sums")
+    ),
 }
 app = typer.Typer(
     name="keyreduce",
+    cls=Group,
+    epilog="keyreduce inspect\nkeyreduce prune -m my-model --state-ratio 0.5",
     help="Prune DeltaNet-family language models after training: a smaller recurrent state, loaded as before.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -49,8 +107,8 @@ def _before_commands(
     pass
 
 
-for _name, _show in _SHOWS.items():
-    add_command(app, _show, _name)
+for _name, _entry in _COMMANDS.items():
+    add_command(app, _entry.show, _name, _entry.panel, _entry.examples)
 
 
 def main() -> NoReturn:
