@@ -8,7 +8,19 @@ from typing import Annotated, Any, NamedTuple, NoReturn
 import typer
 
 from keyreduce import __version__
-from keyreduce.cli import benchmark, calibrate, convert_dcp, errors, inspect, prune, rank, recover, sweep, verify
+from keyreduce.cli import (
+    benchmark,
+    calibrate,
+    convert_dcp,
+    errors,
+    inspect,
+    prune,
+    rank,
+    recover,
+    registries,
+    sweep,
+    verify,
+)
 from keyreduce.cli import eval as evaluate
 from keyreduce.cli.command import add_command
 from keyreduce.cli.help import Group
@@ -23,7 +35,7 @@ class _Entry(NamedTuple):
     examples: tuple[str, str]
 
 
-_PRUNE, _MEASURE, _FILES = "Prune", "Measure", "Files"
+_PRUNE, _MEASURE, _FILES, _KNOWN = "Prune", "Measure", "Files", "What is known"
 _COMMANDS = {
     "inspect": _Entry(
         inspect.show,
@@ -77,6 +89,8 @@ _COMMANDS = {
     "table": _Entry(
         sweep.show_table, _MEASURE, ("keyreduce table", "keyreduce table keyreduce-out/sweep -o tables --json")
     ),
+    "methods": _Entry(registries.show_methods, _KNOWN, ("keyreduce methods", "keyreduce methods --json")),
+    "families": _Entry(registries.show_families, _KNOWN, ("keyreduce families", "keyreduce families --json")),
     "verify": _Entry(
         verify.show, _FILES, ("keyreduce verify cut --load", "keyreduce verify cut --write-sums")
     ),

@@ -33,7 +33,7 @@ class Group(TyperGroup):
 
 
 def _print(command: Any, context: Any, panels: list[tuple[str, list]], title: str | None = None) -> None:
-    """Print usage, text, examples, ``panels``, and those of the options, which are one where it has a ``title``."""
+    """Print usage, text, examples, ``panels``, and those of the options; with a ``title`` that is one."""
     from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text
@@ -55,7 +55,8 @@ def _panels(parameters: Sequence[Any], title_of_all: str | None) -> list[tuple[s
     """Return the titles of the panels and the rows of each: the common ones first and last, others between."""
     found: dict[str, list] = {}
     for parameter in parameters:
-        title = title_of_all or getattr(parameter, "rich_help_panel", None) or ("Output" if "--help" in parameter.opts else "How")
+        own = "Output" if "--help" in parameter.opts else getattr(parameter, "rich_help_panel", None) or "How"
+        title = title_of_all or own
         row = (_label(parameter), parameter.help or "", _notes(parameter))
         found.setdefault(title, []).append(row)
     others = [title for title in found if title not in (*_FIRST, *_LAST)]
