@@ -84,7 +84,7 @@ _COMMANDS = {
     "sweep": _Entry(
         sweep.show,
         _MEASURE,
-        ("keyreduce sweep my-recipe.toml", "keyreduce sweep my-recipe.toml -m my-model --jobs 4"),
+        ("keyreduce sweep", "keyreduce sweep my-recipe.toml -m my-model --jobs 4"),
     ),
     "table": _Entry(
         sweep.show_table, _MEASURE, ("keyreduce table", "keyreduce table keyreduce-out/sweep -o tables --json")

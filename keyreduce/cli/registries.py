@@ -9,17 +9,15 @@ from keyreduce.cli.console import Console
 def show_methods(request: registries.MethodsRequest, console: Console) -> None:
     """Print the methods and their options."""
     result = registries.methods(request, console)
-    rows = [
-        [one["name"], one["summary"], one["needs"], ", ".join(one["targets"]), _paper(one["paper"])]
-        for one in result.methods
-    ]
-    console.table("", ("method", "chooses by", "needs", "cuts", "paper"), rows, whole=("method", "paper"))
-    options = [
-        [one["name"], f"--set {option['name']}={option['default']}", option["help"]]
-        for one in result.methods
-        for option in one["options"]
-    ]
-    console.table("options, with their defaults", ("method", "option", "meaning"), options, whole=("method", "option"))
+    rows = [[one["name"], one["needs"], ", ".join(one["targets"]), _paper(one["paper"])] for one in result.methods]
+    console.table("", ("method", "needs", "cuts", "paper"), rows, whole=("method", "needs", "cuts"))
+    rows = []
+    for one in result.methods:
+        rows.append([one["name"], one["summary"]])
+        for option in one["options"]:
+            meaning = f": {option['help']}" if option["help"] else ""
+            rows.append(["", f"--set {option['name']}={option['default']}{meaning}"])
+    console.table("", ("method", "chooses by; its options, with their defaults"), rows, whole=("method",))
     console.finish(result)
 
 

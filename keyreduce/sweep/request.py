@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 
 
+QUICK = Path(__file__).with_name("quick.toml")
+"""The recipe of a sweep that names none."""
+
+
 def _text(help: str, shown_default: str) -> Any:
     words = {"metavar": "FILE|FOLDER", "shown_default": shown_default}
     return option((), help=f"{help}; may be repeated.", **words, **options.TEXT)
@@ -28,8 +32,13 @@ class SweepRequest(Request):
     not done again. A run that fails is reported at the end and does not stop the others; the exit code is 1 then.
     """
 
-    recipe: Path = option(
-        help="What to compare: a .toml, as in configs/sweep.", metavar="RECIPE", is_argument=True, panel="Model"
+    recipe: Path | None = option(
+        None,
+        help="What to compare: a .toml, as in configs/sweep.",
+        metavar="RECIPE",
+        is_argument=True,
+        panel="Model",
+        shown_default="three methods at three ratios on the shipped models",
     )
     model: tuple[str, ...] = option(
         (),
@@ -120,7 +129,7 @@ def sweep(request: SweepRequest, reporter: Reporter = Reporter()) -> SweepResult
     from keyreduce.sweep.run import plan_sweep, run_sweep
     from keyreduce.workspace import Workspace
 
-    recipe = read_recipe(request.recipe)
+    recipe = read_recipe(request.recipe or QUICK)
     recipe = replace(recipe, models=request.model or recipe.models, seeds=request.seed or recipe.seeds)
     check_seeds("seed", recipe.seeds)
     device = pick_device(request.device)
