@@ -282,6 +282,7 @@ def run(
                 own = {"mode": request.recover, "compressed": str(folder), "output": target}
                 given = {name: getattr(request, name) for name in (*_TEXT, "seed", "device", "overwrite")}
                 recover.run(recover.RecoverRequest(**own, **given), reporter)
+    reporter.keep(f"the pruned model, {target}")
     return _result(source, target, made, request.pushed(target), searched)
 
 
@@ -475,6 +476,7 @@ def _statistics(request: PruneRequest, source: "Checkpoint", cut: Cut, reporter:
         made = calibrate.run(calibrate.CalibrateRequest(output=path, gradients=gradients, **given), reporter)
         if made is not None:
             reporter.note(f"wrote {path}: {made.tokens:,} tokens, {made.layers} layers")
+            reporter.keep(f"the statistics, {path}")
     check_calibration(source, read_record(path)["model"])
     statistics = read_statistics(path)
     try:

@@ -331,6 +331,7 @@ def _train(found: _Found, processes: Processes, reporter: Reporter) -> None:
     with claimed(folder, folder=True, by_this_process=processes.rank == 0):
         told = f"{request.mode}, with teacher {teacher.path.name}" if teacher else request.mode
         found.tell(reporter, "training", told)
+        reporter.keep(f"{folder}, if it has a checkpoint, from which the same command resumes")
         start = time.perf_counter()
         with reporter.progress("training", settings.tokens, "tokens") as progress:
             where: dict[str, Any] = {"device": found.device, "progress": progress, "note": reporter.note}

@@ -142,6 +142,8 @@ def _run() -> int:
         # The name that help and completion use, also where Python runs the package as `python -m keyreduce`.
         return app(prog_name="keyreduce", standalone_mode=False) or 0
     except SystemExit as exit_:
+        if isinstance(exit_.code, int) and exit_.code > 128:
+            return errors.tell_stopped(exit_.code - 128)
         return exit_.code if isinstance(exit_.code, int) else bool(exit_.code)
     except KeyreduceError as error:
         if errors.show_tracebacks:
@@ -150,7 +152,7 @@ def _run() -> int:
     except usage_error as error:
         return errors.tell(_usage(error))
     except (KeyboardInterrupt, typer.Abort):
-        return 128 + signal.SIGINT
+        return errors.tell_stopped(signal.SIGINT)
     except OSError as error:
         if error.errno not in (errno.EDQUOT, errno.EFBIG, errno.ENOSPC) or errors.show_tracebacks:
             raise

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from keyreduce.api.request import Result
+from keyreduce.cli import errors
 from keyreduce.processes import Processes
 from keyreduce.reporting import Reporter
 
@@ -33,6 +34,10 @@ class Console(Reporter):
         """Say something in passing, on stderr."""
         if not self.is_quiet:
             self.errors.print(message, markup=False, soft_wrap=True)
+
+    def keep(self, what: str) -> None:
+        """Remember what stays, to be said if the command is stopped."""
+        errors.keep(what)
 
     def say(self, message: str) -> None:
         """Print one line of the result."""

@@ -151,6 +151,7 @@ def sweep(request: SweepRequest, reporter: Reporter = Reporter()) -> SweepResult
         "launcher": request.launcher,
         "jobs": workers,
     }
+    reporter.keep(f"the runs in {root} that have ended; the same command does the others")
     with reporter.progress("sweeping", len(runs), "runs") as progress:
         failures = run_sweep(
             runs,
