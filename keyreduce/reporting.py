@@ -15,6 +15,9 @@ class Reporter:
         """Report something in passing, such as that the text ended early."""
         _log.info("%s", message)
 
+    def keep(self, what: str) -> None:
+        """Learn what stays, and is found by a later run, should the work be stopped from now on."""
+
     def progress(self, description: str, total: int | None, unit: str) -> AbstractContextManager[Callable[[int], None]]:
         """Return a context that gives a function to call with each amount of ``unit`` that is done.
 

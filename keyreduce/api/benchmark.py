@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from keyreduce.benchmarking.timed_models import TimedModel
 
-_KIND = {"panel": "What to time"}
+_KIND = {"panel": "What to measure"}
 _SIZE = re.compile("([1-9][0-9]{0,8})(?:x([1-9][0-9]{0,8}))?")
 
 
@@ -37,11 +37,12 @@ class BenchmarkRequest(options.OfRun, options.OfPair):
         "with --mixer also its time per token.",
         metavar="K|KxV,...",
         commas=True,
+        **_KIND,
     )
-    config: Path | None = option(None, "For --scaling: a config.json, or a folder that holds it.", metavar="PATH")
+    config: Path | None = option(None, "For --scaling: a config.json, or its folder.", metavar="PATH", panel="Model")
     batch_size: int = options.batch_size(4, "Sequences in the input; --decode has --decode-batch-sizes.")
     seq_len: tuple[int, ...] = option(
-        (1024,), "Tokens in a sequence, but for --decode.", metavar="T,T,...", **options.COUNTS
+        (1024,), "Tokens in a sequence, but for --decode.", metavar="T,...", **options.COUNTS, **options.TEXT
     )
     decode_batch_sizes: tuple[int, ...] = option(
         (),
@@ -51,7 +52,7 @@ class BenchmarkRequest(options.OfRun, options.OfPair):
         **options.COUNTS,
     )
     scopes: tuple[Literal["model", "mixer", "operator"], ...] = option(
-        ("model", "mixer", "operator"), "For --decode: what to time.", metavar="model,mixer,operator", commas=True
+        ("model", "mixer", "operator"), "For --decode: what to time.", metavar="NAME,...", commas=True
     )
     max_batch_size: int | None = option(
         None,
@@ -61,7 +62,7 @@ class BenchmarkRequest(options.OfRun, options.OfPair):
     )
     rounds: int = option(30, "Timed calls of each model, taken in turns.", **options.COUNT)
     output: Path | None = options.output("The figures as JSON.", metavar="FILE")
-    plot: Path | None = option(None, "Also draw the figures, into a .png file.", metavar="FILE")
+    plot: Path | None = option(None, "Also draw the figures, into a .png file.", metavar="FILE", **options.OUTPUT)
     dtype: options.Dtype | None = options.dtype()
 
     @property

@@ -14,7 +14,7 @@ from keyreduce.reporting import Reporter
 class CalibrateRequest(options.OfRun, options.OfText):
     """Run text through the model and keep statistics: one small file, for every method and every ratio.
 
-    Under torchrun the batches are shared out among the processes.
+    Under torchrun the processes divide the batches.
     """
 
     model: str | None = options.model()

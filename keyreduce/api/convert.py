@@ -27,7 +27,7 @@ class ConvertRequest(options.AfterPrune, options.OfFiles):
         **options.COMPRESSED | {"metavar": "SRC"},
     )
     destination: Path | None = option(
-        None, "Where to write.", metavar="DST", is_argument=True, shown_default="dcp or hf in --work"
+        None, "Where to write.", metavar="DST", is_argument=True, shown_default="dcp or hf in --work", **options.OUTPUT
     )
     config: Path | None = options.config()
     step: int = option(0, "A DCP is written into a folder step-N.", minimum=0)
@@ -39,7 +39,7 @@ class ConvertRequest(options.AfterPrune, options.OfFiles):
     only_model: bool = option(
         True, "Leave out optimizer and training state, for which a Hugging Face folder has no place; else stop at it."
     )
-    overwrite: bool = option(False, "Replace what is at DST.")
+    overwrite: bool = option(False, "Replace what is at DST.", **options.OUTPUT)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ class EvaluateRequest(options.OfRun, options.OfText, options.OfPair):
 
     Text is taken in its own order: --seed draws what --recall asks, and nothing else.
 
-    Under torchrun the batches are shared out, and the figures stay the same.
+    Under torchrun the processes divide the batches, and the figures stay the same.
     """
 
     compressed: str | None = options.compressed(instead_of=("base",))
@@ -45,17 +45,17 @@ class EvaluateRequest(options.OfRun, options.OfText, options.OfPair):
     seq_len: int = options.seq_len(1024, minimum=2)
     stride: int | None = option(
         None,
-        "Tokens from one row's start to the next one's; only the last N of a row are scored.",
+        "Tokens between the starts of rows; the last N are scored.",
         metavar="N",
         minimum=1,
         shown_default="no overlap",
     )
     by_document: bool = option(
-        False, "Score each document on its own and all of it, as lm-evaluation-harness does; else all are joined."
+        False, "Score each document whole and alone, as lm-evaluation-harness does."
     )
     recall: tuple[Literal["mqar", "needle"], ...] = option(
         (),
-        "Measure recall too: mqar (multi-query associative recall), needle (in a haystack of text), or mqar,needle.",
+        "Multi-query associative recall, a needle in a haystack of text, or both: mqar,needle.",
         commas=True,
         **_RECALL,
     )
@@ -68,8 +68,7 @@ class EvaluateRequest(options.OfRun, options.OfText, options.OfPair):
     recall_probes: int = option(16, "Sequences for each length and number of pairs.", **_RECALL, **options.COUNT)
     state_dtype: tuple[StateChoice, ...] = option(
         (),
-        "Measure with the recurrent state kept in these too: float32, bfloat16, float16, fp8, int8, int4; auto finds "
-        "the cheapest for each head.",
+        "Keep the state in these too: float32, bfloat16, float16, fp8, int8, int4; auto: the cheapest a head.",
         commas=True,
         metavar="DTYPE,...",
         **_STATES,
@@ -79,12 +78,12 @@ class EvaluateRequest(options.OfRun, options.OfText, options.OfPair):
         **options.COUNT,
     )  # fmt: skip
     state_tolerance: float = option(
-        0.001, "The increase in perplexity that auto may cost, as a share.", minimum=0, **_STATES
+        0.001, "Increase in perplexity that auto may cost.", minimum=0, **_STATES
     )
     tasks: tuple[str, ...] = option(
         (),
-        "Run these too: names, patterns or .yaml files; 'paper' is wikitext, lambada_openai, piqa, hellaswag, "
-        "winogrande, arc_easy and arc_challenge.",
+        "Names, patterns or .yaml files; 'paper' is wikitext, lambada_openai, piqa, hellaswag, winogrande, arc_easy, "
+        "arc_challenge.",
         env="TASKS",
         metavar="NAME,...",
         commas=True,
@@ -96,21 +95,21 @@ class EvaluateRequest(options.OfRun, options.OfText, options.OfPair):
     )
     limit: float | None = option(
         None,
-        "Only so many documents of each task, or that share of them where it is below 1.",
+        "Documents of each task; below 1 a share of them.",
         metavar="N",
         shown_default="all",
         **_TASKS | options.COUNT | {"minimum": 0},
     )
     base: Path | None = option(
         None,
-        "Measure every checkpoint below this folder, and --model if given; what is done already is kept.",
+        "Measure each checkpoint below it, and --model if given.",
         env="COMPRESSED_BASE",
         metavar="DIR",
         instead_of=("compressed",),
         **_MANY,
     )
     jobs: int | None = option(
-        None, "Models to measure at a time.", metavar="N", minimum=1, shown_default="one a GPU; on a CPU 1", **_MANY
+        None, "Models to measure at a time.", metavar="N", minimum=1, shown_default="one a GPU, else 1", **_MANY
     )
     output: Path | None = options.output("The figures as JSON.", metavar="FILE")
     dtype: options.Dtype | None = options.dtype()

@@ -66,6 +66,7 @@ def run(request: EvaluateRequest, reporter: Reporter = Reporter()) -> Report:
                 one = replace(request, **shared, model=model, work=folder, output=output)
                 write_task(folder, {"eval": one})
                 tasks[folder] = entry
+        reporter.keep(f"the models in {results} that were measured; the same command measures the others")
         progress(len(models) - len(tasks))
         failures = do_tasks([*tasks], results / "logs", launch, workers, progress=progress)
         for folder, entry in tasks.items():

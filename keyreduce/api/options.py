@@ -15,11 +15,20 @@ MOST = 10**9  # beyond any text, and far below where counting itself fails
 MOST_SEED = 2**32 - 1
 COUNT = {"minimum": 1, "maximum": MOST}
 COUNTS = COUNT | {"commas": True}
-MODEL = {"env": "BASE_MODEL_DIR", "metavar": "PATH|NAME"}
-COMPRESSED = {"env": "COMPRESSED_MODEL", "metavar": "PATH", "shown_default": "what prune or recover wrote into --work"}
+MODEL_FLAGS = ("--model", "-m")
+MODEL = {"env": "BASE_MODEL_DIR", "metavar": "PATH|NAME", "flags": MODEL_FLAGS, "panel": "Model"}
+COMPRESSED = {
+    "env": "COMPRESSED_MODEL",
+    "metavar": "PATH",
+    "panel": "Model",
+    "shown_default": "what prune or recover wrote into --work",
+}
 Dtype = Literal["float32", "bfloat16", "float16"]
-_MODEL = "Hugging Face folder, DCP folder, name on the hub, or name of a shipped model."
-_TEXT = {"panel": "Text"}
+# The headings of the help; what has none stands under "How".
+TEXT = {"panel": "Text"}
+OUTPUT = {"panel": "Output"}
+HARDWARE = {"panel": "Hardware"}
+_MODEL = "Folder (Hugging Face or DCP), name on the hub, or shipped model."
 
 
 def model(help: str = _MODEL, shown_default: str = "delta-net-5m") -> Any:
@@ -34,37 +43,48 @@ def compressed(**more: Any) -> Any:
 
 def work() -> Any:
     """The work folder."""
-    return option(DEFAULT_WORK, "Where commands find each other's files.", env="KEYREDUCE_WORK", metavar="DIR")
+    return option(DEFAULT_WORK, "Where commands find files.", env="KEYREDUCE_WORK", metavar="DIR", **OUTPUT)
 
 
 def config() -> Any:
     """The config of a DCP."""
-    return option(None, "For a DCP without one: the model's config.json, or a folder that holds it.", metavar="PATH")
+    return option(None, "For a DCP without one: config.json, or its folder.", metavar="PATH", panel="Model")
 
 
 def num_batches(default: int, help: str = "Batches to run.", minimum: int = 1) -> Any:
     """How many batches of text."""
-    return option(default, help, env="NUM_BATCHES", minimum=minimum, maximum=MOST)
+    return option(default, help, env="NUM_BATCHES", minimum=minimum, maximum=MOST, **TEXT)
 
 
 def batch_size(default: int, help: str = "Rows in a batch.") -> Any:
     """How many rows in a batch."""
-    return option(default, help, **COUNT)
+    return option(default, help, **COUNT, **TEXT)
 
 
 def seq_len(default: int, minimum: int = 1) -> Any:
     """How many tokens in a row."""
-    return option(default, "Tokens in a row.", minimum=minimum, maximum=MOST)
+    return option(default, "Tokens in a row.", minimum=minimum, maximum=MOST, **TEXT)
 
 
 def dtype() -> Any:
     """What to compute in; the type of the field is :data:`Dtype` or None."""
-    return option(None, "What to compute in.", shown_default="bfloat16 on a GPU, float32 on a CPU")
+    return option(None, "What to compute in.", shown_default="bfloat16 on a GPU, else float32", **HARDWARE)
 
 
-def output(help: str, metavar: str = "DIR", shown_default: str = "in --work", env: str | None = None) -> Any:
-    """Where to write."""
-    return option(None, help, metavar=metavar, shown_default=shown_default, env=env)
+def device(help: str = "cpu, cuda, cuda:1, ...") -> Any:
+    """What to compute on."""
+    return option(None, help, metavar="D", shown_default="a GPU if any", **HARDWARE)
+
+
+def output(
+    help: str,
+    metavar: str = "DIR",
+    shown_default: str = "in --work",
+    env: str | None = None,
+    flags: tuple[str, ...] = ("--output", "-o"),
+) -> Any:
+    """Where to write; a second output of a command has no ``flags`` but its name."""
+    return option(None, help, metavar=metavar, shown_default=shown_default, env=env, flags=flags, **OUTPUT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +107,7 @@ class OfPair(AfterPrune):
 
     model: str | None = model(shown_default="what the pruned model was made from")
     compressed: str | None = compressed()
-    unrelated: bool = option(False, "Allow a dense model that the pruned one was not made from.")
+    unrelated: bool = option(False, "Allow a dense model of another origin.", panel="Model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +116,14 @@ class OfText(Request):
 
     text: tuple[Path, ...] = option(
         (),
-        ".txt, .md, .py, .jsonl or .parquet (field or column 'text'), or a folder of them; may be repeated.",
+        ".txt, .md, .py, .jsonl, .parquet (field 'text'), or a folder of them; may be repeated.",
         metavar="FILE|FOLDER",
         shown_default="the Python standard library's source",
-        **_TEXT,
+        **TEXT,
     )
-    dataset: str | None = option(None, "Name of a dataset for the datasets library, streamed.", metavar="NAME", **_TEXT)
-    dataset_config: str | None = option(None, "The dataset's configuration.", metavar="C", **_TEXT)
-    split: str | None = option(None, "The dataset's split.", metavar="S", shown_default="train", **_TEXT)
+    dataset: str | None = option(None, "A dataset for the datasets library, streamed.", metavar="NAME", **TEXT)
+    dataset_config: str | None = option(None, "The dataset's configuration.", metavar="C", **TEXT)
+    split: str | None = option(None, "The dataset's split.", metavar="S", shown_default="train", **TEXT)
 
     def text_source(self, default: "Split") -> "TextSource":
         """Return the text; ``default`` is the part of the standard library's source that is taken if none is named.
@@ -120,8 +140,8 @@ class OfRun(Request):
     """The settings of commands that compute and write."""
 
     seed: int = option(0, "Seed of everything that is drawn.", minimum=0, maximum=MOST_SEED)
-    device: str | None = option(None, "cpu, cuda, cuda:1, ...", metavar="D", shown_default="a GPU if there is one")
-    overwrite: bool = option(False, "Replace what is at --output.")
+    device: str | None = device()
+    overwrite: bool = option(False, "Replace what is at --output.", **OUTPUT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +149,7 @@ class Uploaded(Request):
     """The setting of commands whose result may go to the hub."""
 
     push_to_hub: str | None = option(
-        None, "Upload the result to the hub as well, with its record and command lines.", metavar="OWNER/NAME"
+        None, "Upload the result to the hub too, with its record.", metavar="OWNER/NAME", **OUTPUT
     )
 
     def __post_init__(self) -> None:
@@ -150,9 +170,9 @@ class Uploaded(Request):
 class OfFiles(Uploaded):
     """The settings of commands that write all tensors again."""
 
-    dtype: Dtype | None = option(None, "Cast the weights to it, in files and config.", shown_default="as they are")
+    dtype: Dtype | None = option(None, "Cast the weights to it.", shown_default="as they are", **OUTPUT)
     max_shard_size: str | None = option(
-        None, "The most bytes in a shard of several tensors: 1GB.", metavar="SIZE", shown_default="the source's, or 5GB"
+        None, "Most bytes in a shard: 1GB.", metavar="SIZE", shown_default="the source's, or 5GB", **OUTPUT
     )
 
     @property

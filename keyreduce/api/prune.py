@@ -25,22 +25,21 @@ if TYPE_CHECKING:
     from keyreduce.pruning.search import Found
     from keyreduce.pruning.state_budget import StateBudget
 
-_SUMMARIES = {method.name: method.summary for method in METHODS.values()}
-_SUMMARIES |= {name: f"from {point.value.split(':')[0]}" for name, point in registered_elsewhere().items()}
-_METHOD_HELP = "\n\n".join(f"{name}: {summary}" for name, summary in _SUMMARIES.items())
+_NAMES = (*METHODS, *registered_elsewhere())
+_METHOD_HELP = f"What chooses: {', '.join(_NAMES)}; keyreduce methods says more."
 _TEXT = tuple(specs(options.OfText))
 _F, _FORM = str(METHODS["rrqr"].options["f"]), str(METHODS["taylor"].options["form"])
-_OWN = {"panel": "Options of single methods"}
-_BUDGET = {"panel": "A budget for the state"}
+# Options of single methods; the help of prune leaves them to keyreduce methods.
+_OWN = {"hidden": True}
+_CUT = {"panel": "What to cut"}
 _TOKENS_A_CHANNEL = 8  # below it the note comes; calibrate takes 256 for each of 128 channels by default
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
-    """Remove channels or heads, and write a checkpoint that fla and transformers load unchanged.
+    """Remove channels or heads; fla and transformers load the result unchanged.
 
-    Where a method needs calibration statistics and there are none, keyreduce calibrate runs first. The text is for that
-    and for --recover, and --device for these two and for --verify.
+    Where there are no calibration statistics, keyreduce calibrate runs first. The text is for that and for --recover.
     """
 
     model: str | None = options.model()
@@ -48,70 +47,72 @@ class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
     method: str = option("auto", _METHOD_HELP, env="PRUNING_STRATEGY", metavar="NAME")
     state_ratio: str | None = option(
         None,
-        "Share of the state's bytes to remove; heads, key and value channels are chosen for the least loss.",
+        "Share of the state's bytes to remove; what goes is chosen for the least loss.",
         env="STATE_RATIO",
         metavar="SHARE",
-        shown_default=f"{DEFAULT_STATE_RATIO}, where nothing says what to remove",
+        shown_default=f"{DEFAULT_STATE_RATIO} if nothing else is given",
         instead_of=("state_bytes", "fit", "ratio", "keep", "variance"),
-        **_BUDGET,
+        **_CUT,
     )
     state_bytes: str | None = option(
         None,
-        "Bytes that the state of a sequence may take: 36MiB.",
+        "Bytes that a sequence's state may take: 36MiB.",
         metavar="SIZE",
         instead_of=("state_ratio", "fit", "ratio", "keep", "variance"),
-        **_BUDGET,
+        **_CUT,
     )
     fit: str | None = option(
         None,
-        "What one GPU is to serve: memory, tokens of a sequence, sequences: 80GB,4096,200.",
-        metavar="MEMORY,TOKENS,SEQUENCES",
+        "Memory of a GPU, tokens of a sequence, sequences: 80GB,4096,200.",
+        metavar="M,T,S",
         instead_of=("state_ratio", "state_bytes", "ratio", "keep", "variance"),
-        **_BUDGET,
+        **_CUT,
     )
     state_dtypes: tuple[StateDtype, ...] = option(
         ("float32",),
-        "Formats in which the engine can store the state; a share is of the bytes in the first one.",
+        "Formats that the engine can keep the state in.",
         commas=True,
         metavar="NAME,...",
-        **_BUDGET,
+        **_CUT,
     )
     search: SearchMode | None = option(
         None,
-        "Compare candidates by statistics alone, or measure the best few on text that the choice did not see.",
-        shown_default="measured on a GPU, and for small models",
-        **_BUDGET,
+        "predicted: compare by statistics; measured: the best few on other text.",
+        shown_default="measured on a GPU or if small",
     )
-    dry_run: bool = option(False, "Show what was considered, and write no checkpoint.", **_BUDGET)
+    dry_run: bool = option(False, "Show what was considered, and write no checkpoint.", **options.OUTPUT)
     target: tuple[Literal["key", "value", "head"], ...] = option(
         (),
-        "What to remove: key or value channels, whole key heads, or several, with commas.",
+        "Key or value channels, whole key heads, or several.",
         commas=True,
-        shown_default="key; for a budget whatever loses least",
+        shown_default="key; for --state-ratio all",
+        **_CUT,
     )
     ratio: tuple[str, ...] = option(
         (),
-        "Share to remove: of each head's channels, of a layer's heads. One for each target, with commas.",
+        "Share to remove of each head's channels, or of the heads: one for each target.",
         env="PRUNING_RATIO",
         metavar="SHARE",
-        shown_default=f"{DEFAULT_RATIO}, where a method or target is named",
+        shown_default=f"{DEFAULT_RATIO} with --target or --method",
         commas=True,
+        **_CUT,
         instead_of=("keep", "variance", "state_ratio", "state_bytes", "fit"),
     )
     keep: tuple[str, ...] = option(
         (),
         "How many to keep, instead of --ratio.",
-        metavar="NUMBER",
+        metavar="N",
         flags=("--keep", "--rank"),
         commas=True,
+        **_CUT,
         instead_of=("ratio", "variance", "state_ratio", "state_bytes", "fit"),
     )
-    multiple_of: int = option(1, "Round kept channels to the nearest multiple.")
+    multiple_of: int = option(1, "Round kept channels to the nearest multiple.", **_CUT)
     allocate: Literal["uniform", "energy"] = option(
         "uniform",
-        "Key channels: as many in each layer, or more where q and k have more energy (delta_net_2 only), at one total.",
+        "energy: more key channels where q and k have more energy (delta_net_2).",
     )
-    calibration: Path | None = options.output("The calibration file.", metavar="FILE")
+    calibration: Path | None = options.output("The calibration file.", metavar="FILE", flags=())
     output: Path | None = options.output("The pruned checkpoint.", env="OUTPUT_DIR")
     f: float | None = option(
         None, "rrqr: swap while one makes the kept block's volume more than f times as large.", shown_default=_F, **_OWN
@@ -122,32 +123,30 @@ class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
     )
     include_queries: bool = option(False, "pca: the principal directions of q and k, not of k alone.", **_OWN)
     set: tuple[str, ...] = option(
-        (), "Any option of a method, also of another package; may be repeated.", metavar="NAME=VALUE", **_OWN
+        (), "An option of a method (keyreduce methods); may be repeated.", metavar="NAME=VALUE"
     )
     variance: float | None = option(
         None,
-        "pca: the smallest rank that keeps this share of the variance, instead of --ratio.",
+        "pca: the smallest rank that keeps this share of the variance.",
         instead_of=("ratio", "keep", "state_ratio", "state_bytes", "fit"),
-        **_OWN,
+        **_CUT,
     )
     verify: Literal["logits", "load"] | None = option(
         None,
-        "Check more before the result appears: load builds the library's own model for it, logits compares it with the "
-        "dense model with the dropped channels masked.",
-        shown_default="the mixers' tensors and shapes alone",
+        "load: build the library's model of it; logits: also compare it with the masked dense one.",
+        shown_default="shapes alone",
+        **options.OUTPUT,
     )
     engine: EngineName | None = option(
-        None, "Refuse sizes that this serving engine does not run.", shown_default="the result says which do"
+        None, "Refuse sizes that this serving engine does not run.", **_CUT
     )
     recover: Literal["least-squares", "reconstruct"] | None = option(
         None,
-        "Win quality back before the result appears, as keyreduce recover --mode does.",
-        shown_default="left as it is cut",
+        "Win quality back, as keyreduce recover does.",
     )
     uncorrected: bool = option(
         False,
-        "Leave what stays exactly as it was. By default the statistics correct what the cut enlarges, unless --recover "
-        "follows.",
+        "Leave what stays as it was; else statistics correct what a cut enlarges.",
     )
     config: Path | None = options.config()
 
@@ -283,6 +282,7 @@ def run(
                 own = {"mode": request.recover, "compressed": str(folder), "output": target}
                 given = {name: getattr(request, name) for name in (*_TEXT, "seed", "device", "overwrite")}
                 recover.run(recover.RecoverRequest(**own, **given), reporter)
+    reporter.keep(f"the pruned model, {target}")
     return _result(source, target, made, request.pushed(target), searched)
 
 
@@ -476,6 +476,7 @@ def _statistics(request: PruneRequest, source: "Checkpoint", cut: Cut, reporter:
         made = calibrate.run(calibrate.CalibrateRequest(output=path, gradients=gradients, **given), reporter)
         if made is not None:
             reporter.note(f"wrote {path}: {made.tokens:,} tokens, {made.layers} layers")
+            reporter.keep(f"the statistics, {path}")
     check_calibration(source, read_record(path)["model"])
     statistics = read_statistics(path)
     try:

@@ -31,7 +31,7 @@ class RankRequest(options.OfRun, options.OfText, options.OfPair):
     seq_len: int = options.seq_len(1024)
     every: int = option(64, "Tokens between two measurements of the states.", **options.COUNT)
     output: Path | None = options.output("The figures as JSON.", metavar="FILE")
-    plot: Path | None = options.output("The pictures, as PNG; --overwrite replaces them too.", metavar="FOLDER")
+    plot: Path | None = options.output("The pictures, as PNG; --overwrite replaces them too.", metavar="DIR", flags=())
     dtype: options.Dtype | None = options.dtype()
 
 

@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     from keyreduce.recovery.layers import Recovered
 
 _MODE_HELP = "\n\n".join(f"{name}: {summary}" for name, summary in (MODES | TRAINING_MODES).items())
-_RECONSTRUCT = {"panel": "Options of --mode reconstruct"}
-_TRAINING = {"panel": "Options of --mode lora and full"}
-_LORA = {"panel": "Options of --mode lora"}
+_RECONSTRUCT = {"panel": "reconstruct"}
+_TRAINING = {"panel": "lora and full"}
 _RATES = ", ".join(f"{mode} {rate:g}" for mode, rate in RATES.items())
 _DEFAULTS = {name: str(value) for name, value in (Training(lr=0.0)._asdict() | Steps()._asdict()).items()}
 
@@ -54,75 +53,72 @@ class RecoverRequest(options.OfRun, options.OfText, options.OfPair, options.Uplo
     )
     teacher: str | None = option(
         None,
-        "The dense model; with --mode lora or full, any model of the same vocabulary to learn from.",
+        "For lora and full: a model of the same vocabulary to learn from.",
         metavar="PATH|NAME",
-        shown_default="lora and full learn from the text alone",
+        shown_default="the text alone",
     )
     output: Path | None = options.output("The recovered checkpoint.")
     heldout: tuple[Path, ...] = option(
         (),
-        "Other text, to measure perplexity on before and after; refused where it shares a document with the text "
-        "that the model is recovered on. May be repeated.",
+        "Other text, to measure perplexity before and after; may be repeated.",
         metavar="FILE|FOLDER",
         panel="Text",
-        shown_default="not measured",
-    )
+            )
     num_batches: int = options.num_batches(32)
     batch_size: int = options.batch_size(8)
     seq_len: int = options.seq_len(512)
     repeats: float | None = option(
         None,
-        "least-squares and reconstruct: the share of rows of repeated random tokens, not text, which keep recall.",
+        "Share of rows that repeat random tokens, which keeps recall; not for lora and full.",
         metavar="SHARE",
         shown_default=f"{REPEATS:g}",
     )
     steps: int | None = _setting("steps", "Gradient steps in each layer.", minimum=1, **_RECONSTRUCT)
-    lr: float | None = option(None, "The highest learning rate, of gradient steps.", shown_default=_RATES)
+    lr: float | None = option(None, "Highest learning rate.", shown_default=_RATES)
     scope: Scope | None = _setting(
         "scope",
-        "Fit the mixer to what the dense block or the dense mixer gives, or mixer and MLP to what the block gives.",
+        "What is fitted: the mixer to the dense block or mixer, or mixer and MLP to the block.",
         **_RECONSTRUCT,
     )
     distill_weight: float | None = _setting(
         "distill_weight",
-        "The share of the loss that compares the model with its teacher; the rest is the loss on the text. "
-        "Without --teacher, the model that the pruned one was made from is the teacher.",
+        "Share of the loss that compares with the teacher: without --teacher the dense model.",
         shown_default=f"{Training(0).distill_weight:g} with --teacher",
         **_TRAINING | {"minimum": 0, "maximum": 1},
     )
     temperature: float | None = _setting(
-        "temperature", "What the logits of teacher and model are divided by, to compare them.", **_TRAINING
+        "temperature", "Divisor of the logits compared.", **_TRAINING
     )
-    warmup: float | None = _setting("warmup", "Share of the steps in which the learning rate rises.", **_TRAINING)
+    warmup: float | None = _setting("warmup", "Share of steps with a rising rate.", **_TRAINING)
     micro_batch: int | None = _setting(
         "micro_batch",
-        "Rows that a device takes at a time; the gradients of a batch are added up.",
+        "Rows that a device takes at a time.",
         shown_default="its share of --batch-size",
         **_TRAINING | {"minimum": 1},
     )
-    gradient_checkpointing: bool = option(False, "Compute activations twice, to keep fewer of them.", **_TRAINING)
+    gradient_checkpointing: bool = option(False, "Compute activations twice, and keep fewer.", **_TRAINING)
     shard: bool = option(
-        False, "FSDP: distribute weights, gradients and optimizer state among torchrun's processes.", **_TRAINING
+        False, "FSDP: shard weights and optimizer over processes.", **_TRAINING
     )
     save_every: int | None = _setting(
         "save_every",
-        "Steps between checkpoints, from which the same command resumes after an interruption.",
+        "Steps between checkpoints, from which it resumes.",
         shown_default="a tenth of --num-batches",
         **_TRAINING | {"minimum": 1},
     )
     kernels: Kernels | None = _setting(
         "kernels",
-        "keyreduce's PyTorch, which needs no tuning, or fla's own Triton kernels, on GPUs they train on.",
+        "keyreduce's PyTorch, or fla's Triton kernels.",
         **_TRAINING,
     )
-    lora_rank: int | None = _setting("lora_rank", "Rank of the additions.", minimum=1, **_LORA)
-    lora_alpha: float | None = _setting("lora_alpha", "Scale of the additions, times their rank.", **_LORA)
+    lora_rank: int | None = _setting("lora_rank", "lora: rank of the additions.", minimum=1, **_TRAINING)
+    lora_alpha: float | None = _setting("lora_alpha", "lora: their scale, times rank.", **_TRAINING)
     lora_targets: tuple[str, ...] = option(
         (),
-        "Linear layers that get a low-rank addition, by the end of their names. May be repeated.",
+        "lora: linear layers that get one; may be repeated.",
         metavar="NAME",
-        shown_default="the projections of q, k and v",
-        **_LORA,
+        shown_default="q, k and v",
+        **_TRAINING,
     )
 
     @property
@@ -335,6 +331,7 @@ def _train(found: _Found, processes: Processes, reporter: Reporter) -> None:
     with claimed(folder, folder=True, by_this_process=processes.rank == 0):
         told = f"{request.mode}, with teacher {teacher.path.name}" if teacher else request.mode
         found.tell(reporter, "training", told)
+        reporter.keep(f"{folder}, if it has a checkpoint, from which the same command resumes")
         start = time.perf_counter()
         with reporter.progress("training", settings.tokens, "tokens") as progress:
             where: dict[str, Any] = {"device": found.device, "progress": progress, "note": reporter.note}

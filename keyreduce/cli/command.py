@@ -4,7 +4,8 @@ import dataclasses
 import inspect
 import os
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,17 +13,25 @@ import typer
 from keyreduce.api.request import Request, Spec, specs
 from keyreduce.cli import errors
 from keyreduce.cli.console import Console
+from keyreduce.cli.help import LABEL_WIDTH, Command
 
-_JSON = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
-_DEBUG = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+_OWN = {
+    "json": typer.Option("--json", help="One JSON object on stdout, all else on stderr.", rich_help_panel="Output"),
+    "quiet": typer.Option("--quiet", "-q", help="Print results and errors alone.", rich_help_panel="Output"),
+    "debug": typer.Option("--debug", "--verbose", "-v", help="Show tracebacks.", rich_help_panel="Output"),
+}
+_VALUES = {int: "N", float: "X", str: "TEXT", Path: "PATH", bool: None}
 
 
-def add_command(app: typer.Typer, show: Callable[..., object], name: str) -> None:
-    """Add a command to ``app``: it calls ``show(request, console)``, and its help is the docstring of that request."""
+def add_command(app: typer.Typer, show: Callable[..., object], name: str, panel: str, examples: Sequence[str]) -> None:
+    """Add a command to ``app``: it calls ``show(request, console)``.
+
+    Its help is the docstring of that request, with ``examples``; in the list of commands it stands under ``panel``.
+    """
     request: type[Request] = typing.get_type_hints(show)["request"]
     fields = specs(request)
 
-    def callback(context: typer.Context, json: bool, debug: bool, **values: Any) -> None:
+    def callback(context: typer.Context, json: bool, quiet: bool, debug: bool, **values: Any) -> None:
         named = {}
         for field in fields.values():
             is_unset = values[field.name] is None and field.is_many
@@ -32,19 +41,19 @@ def add_command(app: typer.Typer, show: Callable[..., object], name: str) -> Non
             is_given = _source(context, field.name) == "ENVIRONMENT" and not is_overruled
             named[field.name] = _variables(field)[0] if is_given else field.flag
         errors.begin_command(named, show_tracebacks=debug)
-        show(request(**values), Console(as_json=json))
+        show(request(**values), Console(as_json=json, is_quiet=quiet))
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("context", keyword, annotation=typer.Context)]
     for field in fields.values():
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else _default(field)
         parameters.append(inspect.Parameter(field.name, keyword, default=default, annotation=_annotation(field)))
-    parameters += [inspect.Parameter("json", keyword, default=False, annotation=_JSON)]
-    parameters += [inspect.Parameter("debug", keyword, default=False, annotation=_DEBUG)]
+    for own, declared in _OWN.items():
+        parameters.append(inspect.Parameter(own, keyword, default=False, annotation=Annotated[bool, declared]))
     callback.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     callback.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     callback.__doc__ = request.__doc__
-    app.command(name)(callback)
+    app.command(name, cls=Command, epilog="\n".join(examples), rich_help_panel=panel)(callback)
 
 
 def _is_overruled(context: typer.Context, field: Spec, names: list[str]) -> bool:
@@ -80,10 +89,34 @@ def _variables(field: Spec) -> list[str]:
     return [name for name in names if os.environ.get(name)][:1] or names
 
 
+def _words(field: Spec) -> tuple[str | None, str]:
+    """Return the help's word for a field's value, and what it says; choices are in the one, or else in the other."""
+    settings = field.option
+    if settings.metavar or not field.choices:
+        value = None if settings.is_argument else _VALUES[field.kind]  # an argument is called by its name
+        return settings.metavar or value, settings.help
+    choices = "|".join(field.choices)
+    if len(f"{field.flag} {choices}") <= LABEL_WIDTH:
+        return choices, settings.help
+    is_said = all(choice in settings.help for choice in field.choices)
+    return "NAME", settings.help if is_said else f"{settings.help} One of {', '.join(field.choices)}."
+
+
+def _completer(field: Spec) -> Callable[[str], list[str]]:
+    """Return what completes one of a field's choices in a shell; with commas, the last of several."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",") if field.option.commas else ("", "", incomplete)
+        return [f"{before}{comma}{choice}" for choice in field.choices if choice.startswith(last)]
+
+    return complete
+
+
 def _annotation(field: Spec) -> Any:
     settings = field.option
     kind: Any = field.kind
-    extra: dict[str, Any] = {"metavar": settings.metavar or ("|".join(field.choices) if field.choices else None)}
+    extra: dict[str, Any] = {}
+    extra["metavar"], extra["help"] = _words(field)
     if settings.commas:
         kind = str
     elif field.is_many:
@@ -95,10 +128,13 @@ def _annotation(field: Spec) -> Any:
         extra["envvar"] = names[0] if os.environ.get(names[0]) else names
     if settings.shown_default is not None:
         extra["show_default"] = settings.shown_default
-    extra |= {"help": settings.help, "hidden": settings.hidden}
+    extra["hidden"] = settings.hidden
+    if field.choices:
+        extra["autocompletion"] = _completer(field)
+    extra["rich_help_panel"] = settings.panel
     if settings.is_argument:
         return Annotated[kind, typer.Argument(**extra)]
     flags = [*settings.flags] or [field.flag]
     if field.kind is bool and field.default is True:
         flags = [f"{flags[0]}/--no-{flags[0].removeprefix('--')}"]
-    return Annotated[kind, typer.Option(*flags, rich_help_panel=settings.panel, **extra)]
+    return Annotated[kind, typer.Option(*flags, **extra)]

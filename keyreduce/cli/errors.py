@@ -10,16 +10,18 @@ from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 from keyreduce.errors import KeyreduceError
-from keyreduce.processes import is_torchrun
+from keyreduce.processes import Processes, is_torchrun
 
 show_tracebacks = False
 """Whether ``--debug`` was given."""
 _flags: dict[str, str] = {}
+_kept: list[str] = []
 
 
 def begin_command(flags: Mapping[str, str], *, show_tracebacks: bool) -> None:
     """Remember what the running command calls the fields of its request, and whether tracebacks are wanted."""
     globals()["show_tracebacks"] = show_tracebacks
+    _kept.clear()
     _flags.clear()
     _flags.update(flags)
 
@@ -37,6 +39,18 @@ def tell(message: str) -> int:
         # In one piece: processes of torchrun may be stopping at the same time.
         sys.stderr.write(f"keyreduce: {line}\n")
     return 2
+
+
+def keep(what: str) -> None:
+    """Remember what stays if the running command is stopped from now on."""
+    _kept.append(what)
+
+
+def tell_stopped(number: int) -> int:
+    """Say what a command that a signal has stopped leaves, and return its exit code."""
+    if Processes.of_torchrun().rank == 0:
+        tell("stopped; " + (f"kept: {'; '.join(_kept)}" if _kept else "no output was written"))
+    return 128 + number
 
 
 @contextlib.contextmanager

@@ -24,6 +24,8 @@ OLMO_HYBRID = Family(
     num_layers=Field("num_hidden_layers", 32),
     tensors={name: parts for name, parts in GATED_TENSORS.items() if name not in BIASES},
     taps=Field("linear_conv_kernel_dim", 4),
+    rule="gated delta rule",
+    paper="arXiv:2412.06464",
     layers=LayerTypes(needs_softmax=True),
     shipped_by="transformers",
     doubled=("linear_allow_neg_eigval", True),

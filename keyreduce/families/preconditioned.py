@@ -16,6 +16,8 @@ _PER_CHANNEL = "has the sum of its squares as preconditioner"
 PRECOND_GATED_DELTANET = replace(
     GATED_DELTANET,
     model_type="precond_gated_deltanet",
+    rule="preconditioned gated delta rule",
+    paper="arXiv:2604.21100",
     operators=("chunk_precond_gated_delta_rule", "fused_recurrent_precond_gated_delta_rule"),
     tensors={
         **GATED_DELTANET.tensors,
@@ -31,6 +33,8 @@ PRECOND_GATED_DELTANET = replace(
 PRECOND_KDA = replace(
     KDA,
     model_type="precond_kda",
+    rule="preconditioned Kimi Delta Attention",
+    paper="arXiv:2604.21100",
     operators=("chunk_precond_kda", "fused_recurrent_precond_kda"),
     tensors={
         **KDA.tensors,

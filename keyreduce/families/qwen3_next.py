@@ -36,6 +36,8 @@ QWEN3_NEXT = Family(
         "in_proj_ba.weight": (Joined((Part.BETA, Part.VALUE_HEAD), by_key_head=True), Part.HIDDEN),
     },
     taps=Field("linear_conv_kernel_dim", 4),
+    rule="gated delta rule",
+    paper="arXiv:2412.06464",
     layers=LayerTypes(),
     shipped_by="transformers",
 )

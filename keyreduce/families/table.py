@@ -64,6 +64,8 @@ class Family:
             language model's, or the fields that lead there; a config without them is the language model's own.
         tensors: name below the mixer in files -> what each axis holds. A config need not ask for all of them.
         taps: where the config says how many tokens a convolution spans.
+        rule: what the field calls the way in which the state is written.
+        paper: where that is published, as an arXiv number.
         per_head: the flag of a config by which each key head has a convolution kernel of its own, and not all one.
         switches: flags of a config by which its mixers have tensors or not -> what holds where it does not say it.
         only_with: name of a tensor -> what these flags are where a config asks for it; it always does for others.
@@ -92,6 +94,8 @@ class Family:
     num_layers: Field
     tensors: Mapping[str, tuple[Axis, ...]]
     taps: Field
+    rule: str
+    paper: str
     per_head: str | None = None
     switches: Mapping[str, bool] = field(default_factory=dict)
     only_with: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)

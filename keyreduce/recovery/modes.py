@@ -15,13 +15,13 @@ RECONSTRUCT: Final = "reconstruct"
 LORA: Final = "lora"
 FULL: Final = "full"
 MODES = {
-    LEAST_SQUARES: "refit each layer's output projection in closed form to what the dense mixer gives",
-    RECONSTRUCT: "then fit each layer on its own, by gradient steps, to what the dense layer gives",
+    LEAST_SQUARES: "refit each layer's output projection, in closed form",
+    RECONSTRUCT: "then fit each layer by gradient steps",
 }
 """The modes that go layer by layer, and what they do."""
 TRAINING_MODES = {
-    LORA: "train low-rank additions to the projections of q, k and v on the whole model's loss, and merge them",
-    FULL: "train all weights on the whole model's loss",
+    LORA: "train low-rank additions, and merge them",
+    FULL: "train all weights",
 }
 """The modes that train the whole model, and what they do."""
 ALGORITHMS = {LEAST_SQUARES: 1, RECONSTRUCT: 1, LORA: 1, FULL: 1}

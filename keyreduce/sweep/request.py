@@ -13,24 +13,40 @@ from keyreduce.reporting import Reporter
 if TYPE_CHECKING:
     from keyreduce.sweep.results import Results
 
-_RUNS = "How it runs"
+
+
+QUICK = Path(__file__).with_name("quick.toml")
+"""The recipe of a sweep that names none."""
 
 
 def _text(help: str, shown_default: str) -> Any:
-    return option((), help=f"{help}; may be repeated.", metavar="FILE|FOLDER", shown_default=shown_default)
+    words = {"metavar": "FILE|FOLDER", "shown_default": shown_default}
+    return option((), help=f"{help}; may be repeated.", **words, **options.TEXT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRequest(Request):
     """Prune models in every way of a recipe, time and measure each, and write the tables and pictures.
 
-    Each run has a folder. A sweep that was stopped, or has a longer recipe now, goes on where it was: what is done is
+    Each run has a folder. A sweep that was stopped, or has a longer recipe now, resumes where it was: what is done is
     not done again. A run that fails is reported at the end and does not stop the others; the exit code is 1 then.
     """
 
-    recipe: Path = option(help="What to compare: a .toml, as in configs/sweep.", metavar="RECIPE", is_argument=True)
+    recipe: Path | None = option(
+        None,
+        help="What to compare: a .toml, as in configs/sweep.",
+        metavar="RECIPE",
+        is_argument=True,
+        panel="Model",
+        shown_default="three methods at three ratios on the shipped models",
+    )
     model: tuple[str, ...] = option(
-        (), help="Models to prune; may be repeated.", metavar="PATH|NAME", shown_default="those of the recipe"
+        (),
+        help="Models to prune; may be repeated.",
+        metavar="PATH|NAME",
+        shown_default="those of the recipe",
+        flags=options.MODEL_FLAGS,
+        panel="Model",
     )
     calibration: tuple[Path, ...] = _text("Text for calibration and repair", "the Python standard library's source")
     heldout: tuple[Path, ...] = _text("Text to measure on", "another part of that source")
@@ -39,23 +55,23 @@ class SweepRequest(Request):
     seed: tuple[int, ...] = option(
         (), help="Seeds; may be repeated.", shown_default="those of the recipe", minimum=0, maximum=options.MOST_SEED
     )
-    device: str | None = option(None, help="cpu, cuda, ...", metavar="DEVICE", shown_default="a GPU if there is one")
+    device: str | None = options.device("cpu, cuda, ...")
     dtype: options.Dtype | None = options.dtype()
     launcher: Literal["processes", "ray"] = option(
         "processes",
         help="What starts the processes: this machine, or a Ray cluster (an extra).",
-        panel=_RUNS,
+        **options.HARDWARE,
         flags=("--launcher", "--engine"),
     )
     jobs: int | None = option(
         None,
         help="Processes at a time. On a CPU they take time from each other, and notes on what is timed say so.",
-        panel=_RUNS,
+        **options.HARDWARE,
         minimum=1,
         shown_default="one for each GPU, else one",
     )
-    keep_checkpoints: bool = option(False, help="Leave the pruned models in the runs' folders.", panel=_RUNS)
-    overwrite: bool = option(False, help="Repeat the runs that are done.", panel=_RUNS)
+    keep_checkpoints: bool = option(False, help="Leave the pruned models in the runs' folders.", **options.OUTPUT)
+    overwrite: bool = option(False, help="Repeat the runs that are done.", **options.OUTPUT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +86,12 @@ class TableRequest(Request):
         help="The folder of a sweep, finished or not.",
         metavar="DIR",
         is_argument=True,
+        panel="Model",
         shown_default="sweep in --work",
     )
     work: Path = options.work()
     output: Path | None = options.output("Where to write.", shown_default="the folder of the sweep")
-    overwrite: bool = option(False, help="Replace what is at --output.")
+    overwrite: bool = option(False, help="Replace what is at --output.", **options.OUTPUT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +129,7 @@ def sweep(request: SweepRequest, reporter: Reporter = Reporter()) -> SweepResult
     from keyreduce.sweep.run import plan_sweep, run_sweep
     from keyreduce.workspace import Workspace
 
-    recipe = read_recipe(request.recipe)
+    recipe = read_recipe(request.recipe or QUICK)
     recipe = replace(recipe, models=request.model or recipe.models, seeds=request.seed or recipe.seeds)
     check_seeds("seed", recipe.seeds)
     device = pick_device(request.device)
@@ -134,6 +151,7 @@ def sweep(request: SweepRequest, reporter: Reporter = Reporter()) -> SweepResult
         "launcher": request.launcher,
         "jobs": workers,
     }
+    reporter.keep(f"the runs in {root} that have ended; the same command does the others")
     with reporter.progress("sweeping", len(runs), "runs") as progress:
         failures = run_sweep(
             runs,

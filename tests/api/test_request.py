@@ -17,6 +17,7 @@ from keyreduce.api.evaluate import EvaluateRequest
 from keyreduce.api.prune import PruneRequest
 from keyreduce.api.rank import RankRequest
 from keyreduce.api.recover import RecoverRequest
+from keyreduce.api.registries import FamiliesRequest, MethodsRequest
 from keyreduce.api.request import Request, Result, option, specs
 from keyreduce.api.verify import VerifyRequest
 from keyreduce.errors import KeyreduceError
@@ -24,7 +25,7 @@ from keyreduce.sweep.request import SweepRequest, TableRequest
 
 REQUESTS = (
     *(BenchmarkRequest, CalibrateRequest, ConvertRequest, EvaluateRequest, PruneRequest),
-    *(RankRequest, RecoverRequest, SweepRequest, TableRequest, VerifyRequest),
+    *(RankRequest, RecoverRequest, SweepRequest, TableRequest, VerifyRequest, FamiliesRequest, MethodsRequest),
 )
 
 

@@ -1,12 +1,14 @@
 """``--help`` says all there is, and at once: what computes is not imported for it."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+from typer.main import get_command
 from typer.models import OptionInfo
 
 from keyreduce.cli import app
@@ -16,7 +18,7 @@ from keyreduce.pruning.methods import METHODS
 REPOSITORY = Path(__file__).parents[2]
 COMMANDS = (
     *("inspect", "calibrate", "prune", "recover", "convert-dcp", "benchmark", "eval"),
-    *("rank", "sweep", "table", "verify"),
+    *("rank", "sweep", "table", "methods", "families", "verify"),
 )
 HEAVY = ("torch", "transformers", "fla", "datasets", "numpy", "safetensors", "matplotlib", "scipy", "lm_eval", "ray")
 
@@ -70,21 +72,43 @@ def test_help_lists_the_commands(keyreduce):
     assert keyreduce("-h").out == result.out
 
 
-def test_help_of_prune_lists_the_methods(keyreduce):
-    told = words(keyreduce("prune", "--help").out)
-    for method in METHODS.values():
-        assert f"{method.name}: {method.summary}" in told
+def test_help_of_prune_names_the_methods(keyreduce):
+    assert f"What chooses: {', '.join(METHODS)}; keyreduce methods says more." in words(keyreduce("prune", "-h").out)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_short_and_ends_in_no_column(keyreduce, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = keyreduce(command, "--help").out.splitlines()
+    assert 10 <= len(lines) <= 90
+    assert max(map(len, lines)) <= 80
+    # A flag has no word for a value, and a panel stands around each option.
+    assert not [line for line in lines if "bool" in line or "…" in line]
+    assert [line.split()[1] for line in lines if line.startswith("╭")][-1] in ("Output", "Hardware")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_of_the_help_can_be_typed(keyreduce, command):
+    """They are parsed; what they name need not be there."""
+    examples = re.findall(r"^  \$ keyreduce (.*)$", keyreduce(command, "--help").out, re.MULTILINE)
+    assert len(examples) == 2
+    group = get_command(app)
+    for example in examples:
+        name, *arguments = shlex.split(example)
+        assert name == command
+        with group.make_context("keyreduce", [name, *arguments]) as context:
+            _, parsed, rest = group.resolve_command(context, [name, *arguments])
+            parsed.make_context(name, rest, parent=context)
 
 
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        ("calibrate", ["[default: (in --work)]", "[default: (the Python standard library's source)]", "NUM_BATCHES"]),
-        ("prune", ["(0.25, where a method or target is named)", "[default: auto]", "PRUNING_RATIO", "OUTPUT_DIR"]),
-        ("prune", ["(0.5, where nothing says what to remove)", "PRUNING_STRATEGY", "STATE_RATIO"]),
-        ("convert-dcp", ["[SRC] [DST]", "[default: (what prune or recover wrote into --work)]", "COMPRESSED_MODEL"]),
+        ("calibrate", ["[default: in --work]", "[default: the Python standard library's source]", "NUM_BATCHES"]),
+        ("prune", ["0.25 with --target or --method;", "[default: auto; env:", "PRUNING_STRATEGY", "OUTPUT_DIR"]),
+        ("convert-dcp", ["[SRC] [DST]", "[default: what prune or recover wrote into --work; env:", "COMPRESSED_MODEL"]),
         ("benchmark", ["[default: 1024]", "BASE_MODEL_DIR", "COMPRESSED_MODEL"]),
-        ("eval", ["[default: (what prune or recover wrote into --work)]", "KEYREDUCE_WORK", "keyreduce-out"]),
+        ("eval", ["[default: what prune or recover wrote into --work;", "KEYREDUCE_WORK", "keyreduce-out"]),
     ],
 )
 def test_help_tells_defaults_and_variables(keyreduce, monkeypatch, command, told):

@@ -286,12 +286,18 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.p
 WORK = """
 import os, pathlib, signal, sys, time
 from keyreduce import cli
+from keyreduce.cli.console import Console
 from keyreduce.outputs import claimed
+
+kept = [argument for argument in sys.argv[1:] if argument != "nohup"]
 
 @cli.app.command()
 def work():
     with claimed(pathlib.Path("out/model"), folder=True) as claim, claim.appearing() as made:
         (made / "half").touch(), (claim.scratch / "cut").mkdir()
+        console = Console(as_json=False)
+        for what in kept:
+            console.keep(what)
         print("begun", flush=True)
         time.sleep(600)
 
@@ -307,14 +313,19 @@ def stop(process: subprocess.Popen, number: int) -> int:
     return process.wait(60)
 
 
+@pytest.mark.parametrize(
+    ("kept", "said"), [((), "no output was written"), (("one", "two"), "kept: one; two")], ids=["nothing", "something"]
+)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_unwinds(tmp_path, number, code):
+def test_a_signal_unwinds(tmp_path, number, code, kept, said):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(
-        [sys.executable, "-c", WORK], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", WORK, *kept], cwd=tmp_path, env=ENVIRONMENT, text=True, **pipes
     )
     assert process.stdout.readline() == "begun\n"
     assert {path.name for path in tmp_path.glob("out/**/*")} > {".model.lock", ".model.partial", "half", "cut"}
     assert stop(process, number) == code
+    assert process.stderr.read().strip() == f"keyreduce: stopped; {said}"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -338,7 +349,7 @@ def test_calibrate_unwinds_and_keeps_another_one_out(keyreduce, tiny_folder, tmp
     second = keyreduce(*arguments)
     assert second.code == 2 and len(second.err.splitlines()) == 1 and "another run is writing" in second.err
     assert stop(process, signal.SIGTERM) == 143
-    assert process.stderr.read() == ""
+    assert process.stderr.read() == "keyreduce: stopped; no output was written\n"
     assert not (tmp_path / "out").exists()
 
 

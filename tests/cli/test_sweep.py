@@ -86,6 +86,19 @@ def test_a_sweep_measures_what_prune_and_eval_do(keyreduce, tiny_folder, recipe,
     assert len(re.findall(rf"^\| {target} \| (energy|random) \|", again.out, flags=re.MULTILINE)) == 4
 
 
+def test_a_sweep_without_a_recipe_runs_the_quick_one(keyreduce, monkeypatch):
+    """Its runs are counted, and not done."""
+
+    def launch(jobs: Sequence[Job]) -> list[Outcome]:
+        return [Outcome(job, 1, 0.0, "not done here") for job in jobs]
+
+    monkeypatch.setattr(launchers, "launcher_named", lambda name, *, jobs, device: (launch, 1))
+    result = keyreduce("sweep")
+    assert result.code == 2 and "not done here" in result.err
+    runs = json.loads(Path("keyreduce-out/sweep/sweep.json").read_text())["runs"]
+    assert len([run for run in runs if run["kind"] == "pruned"]) == 2 * 3 * 3
+
+
 def test_a_run_leaves_plan_log_and_figures_and_no_checkpoint(keyreduce, tiny_folder, recipe, in_process):
     timing = 'benchmark = { kinds = ["mixer"], batch_size = 1, seq_len = 8, rounds = 1 }'
     path, model = recipe(timing, convert="true"), ("--model", tiny_folder("delta_net"))

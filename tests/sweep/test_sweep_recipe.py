@@ -1,16 +1,20 @@
 """Recipes: what they may say, and the line that says what is wrong with one."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import keyreduce
 from keyreduce.api.benchmark import BenchmarkRequest
 from keyreduce.api.calibrate import CalibrateRequest
 from keyreduce.api.evaluate import EvaluateRequest
 from keyreduce.api.recover import RecoverRequest
+from keyreduce.checkpoint.find import shipped_models
 from keyreduce.errors import KeyreduceError
 from keyreduce.pruning.methods import METHODS
 from keyreduce.sweep.recipe import read_recipe
+from keyreduce.sweep.request import QUICK
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "sweep").glob("*.toml"))
 GOOD = """
@@ -50,6 +54,16 @@ def read(tmp_path):
         return read_recipe(tmp_path / "recipe.toml")
 
     return of
+
+
+def test_the_recipe_of_a_sweep_that_names_none_is_in_the_package():
+    """It goes along when the package is built: pyproject.toml names it."""
+    package = Path(keyreduce.__file__).parent
+    project = tomllib.loads((package.parent / "pyproject.toml").read_text())
+    named = project["tool"]["setuptools"]["package-data"]["keyreduce"]
+    assert QUICK.is_file() and QUICK.relative_to(package).as_posix() in named
+    assert read_recipe(QUICK).models == tuple(sorted(shipped_models()))
+    assert (SHIPPED[0].parent / "quick.toml").samefile(QUICK)
 
 
 def test_a_recipe(read):
