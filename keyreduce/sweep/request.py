@@ -28,7 +28,9 @@ class SweepRequest(Request):
     not done again. A run that fails is reported at the end and does not stop the others; the exit code is 1 then.
     """
 
-    recipe: Path = option(help="What to compare: a .toml, as in configs/sweep.", metavar="RECIPE", is_argument=True)
+    recipe: Path = option(
+        help="What to compare: a .toml file, or a recipe that ships, such as quick.", metavar="RECIPE", is_argument=True
+    )
     model: tuple[str, ...] = option(
         (), help="Models to prune; may be repeated.", metavar="PATH|NAME", shown_default="those of the recipe"
     )

@@ -10,9 +10,8 @@ from keyreduce.api.evaluate import EvaluateRequest
 from keyreduce.api.recover import RecoverRequest
 from keyreduce.errors import KeyreduceError
 from keyreduce.pruning.methods import METHODS
-from keyreduce.sweep.recipe import read_recipe
+from keyreduce.sweep.recipe import read_recipe, shipped_recipes
 
-SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "sweep").glob("*.toml"))
 GOOD = """
 models = ["one", "two"]
 [calibration]
@@ -206,10 +205,20 @@ def test_files_that_are_no_recipe(tmp_path):
     for path, told in refused.items():
         with pytest.raises(KeyreduceError, match=told):
             read_recipe(tmp_path / path)
+    with pytest.raises(KeyreduceError, match=r"quickly cannot be read: .*; recipes that ship are 1\.3b, .*, quick"):
+        read_recipe(Path("quickly"))
+
+
+def test_a_recipe_that_ships_is_found_by_its_name_but_a_file_comes_first(read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe(Path("quick")).models == ("delta-net-5m", "gated-deltanet-5m")
+    assert [read_recipe(Path(name)).path for name in shipped_recipes()] == [Path(name) for name in shipped_recipes()]
+    Path("quick").write_text(GOOD)
+    assert read_recipe(Path("quick")).models == ("one", "two")
 
 
 def test_the_shipped_recipe_of_methods_holds_every_method_on_every_target():
-    recipe = read_recipe(next(path for path in SHIPPED if path.stem == "methods"))
+    recipe = read_recipe(Path("methods"))
     # auto is one of the others.
     assert {(one.request.method, one.target) for one in recipe.combinations} == {
         (name, target) for name, method in METHODS.items() if name != "auto" for target in method.select
