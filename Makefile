@@ -4,12 +4,26 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := keyreduce-out/demo
 
-.PHONY: setup demo check test test-fast test-versions clean
+NEEDS := $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
+# Which interpreter an environment was made from.
+INTERPRETER := import sys; print(sys.version, sys.base_prefix)
+
+define need_python
+@$(PYTHON) -c 'import sys; v = sys.version_info >= tuple(map(int, "$(NEEDS)".split("."))); \
+v or sys.exit("keyreduce needs Python $(NEEDS) or newer, and $(PYTHON) is " + sys.version.split()[0] \
++ "; name another one: make PYTHON=python$(NEEDS)")'
+endef
+
+.PHONY: setup demo check test test-fast test-versions dist clean
 
 setup: $(VENV)/.ready
 
+# An environment of the same interpreter is kept, and what differs from the pinned versions is installed into it.
+# `make clean setup` makes a fresh one.
 $(VENV)/.ready: pyproject.toml configs/constraints.txt
-	$(PYTHON) -m venv --clear $(VENV)
+	$(need_python)
+	@test "$$($(BIN)/python -c 'import pip; $(INTERPRETER)' 2>/dev/null)" = "$$($(PYTHON) -c '$(INTERPRETER)')" \
+	|| $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint configs/constraints.txt --editable ".[test,train,harness,ray]"
 	touch $@
 
@@ -39,7 +53,13 @@ test-fast: setup
 
 # The oldest versions that pyproject.toml allows and the pinned ones, each without extras and then with them.
 test-versions:
+	$(need_python)
 	$(PYTHON) tests/versions.py
 
+# The wheel and the sdist; docs/release.md says what comes before and after.
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
 clean:
-	rm -rf $(VENV) .venv-versions keyreduce-out build *.egg-info
+	rm -rf $(VENV) .venv-versions keyreduce-out build dist *.egg-info

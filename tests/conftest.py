@@ -22,6 +22,7 @@ FAST = {
     "test_model_card.py",
     "test_outputs.py",
     "test_overlap.py",
+    "test_package.py",
     "test_processes.py",
     "test_record.py",
     "test_request.py",

@@ -1,4 +1,4 @@
-"""Every recipe and every model config of configs/ is read by what is to read it."""
+"""Every recipe that ships and every model config of configs/ is read by what is to read it."""
 
 import json
 import math
@@ -11,10 +11,10 @@ from transformers import AutoConfig
 from keyreduce.api.prune import Cut
 from keyreduce.checkpoint.shards import TensorSpec
 from keyreduce.families import family_of
-from keyreduce.sweep.recipe import read_recipe
+from keyreduce.sweep.recipe import read_recipe, shipped_recipes
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPES = sorted((CONFIGS / "sweep").glob("*.toml"))
+RECIPES = [*shipped_recipes().values()]
 MODELS = sorted((CONFIGS / "models").glob("*.json"))
 # Parameters and tensors: of the published delta_net-1.3B-100B as its model card and file have them.
 PUBLISHED = {"delta-net-1.3b": (1_365_677_056, 339)}
@@ -54,7 +54,7 @@ def test_model_configs(path):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_recipes_of_a_size_can_prune_each_model_of_it(size):
-    recipe = read_recipe(CONFIGS / "sweep" / f"{size}.toml")
+    recipe = read_recipe(Path(size))
     for path in (path for path in MODELS if path.stem.endswith(size)):
         source = _Described(json.loads(path.read_text()), path)
         for combination in recipe.combinations:

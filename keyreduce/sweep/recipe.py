@@ -128,15 +128,18 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a recipe.
+    """Read a recipe: a file, or where there is none a recipe of the package by its name, such as ``quick``.
 
     Raises:
         KeyreduceError: the file is missing or no TOML, or it holds what the commands do not take.
     """
+    shipped = shipped_recipes()
+    file = shipped.get(str(path), path) if not path.is_file() else path
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise KeyreduceError(f"{path} cannot be read: {error.strerror}") from None
+        names = ", ".join(shipped)
+        raise KeyreduceError(f"{path} cannot be read: {error.strerror}; recipes that ship are {names}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise KeyreduceError(f"{path} is not valid TOML: {error}") from None
     with named(path):
@@ -167,6 +170,11 @@ def read_recipe(path: Path) -> Recipe:
         benchmark=_benchmark(path, tables["benchmark"]) if tables["benchmark"] else None,
         combinations=[combination for table in lists for combination in _combinations(path, table)],
     )
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes of the package, name -> file."""
+    return {file.stem: file for file in sorted((Path(__file__).parent / "recipes").glob("*.toml"))}
 
 
 @contextlib.contextmanager

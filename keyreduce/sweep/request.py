@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 
-QUICK = Path(__file__).with_name("quick.toml")
-"""The recipe of a sweep that names none."""
+QUICK = Path("quick")
+"""The recipe of a sweep that names none, by its name."""
 
 
 def _text(help: str, shown_default: str) -> Any:
@@ -34,11 +34,11 @@ class SweepRequest(Request):
 
     recipe: Path | None = option(
         None,
-        help="What to compare: a .toml, as in configs/sweep.",
+        help="What to compare: a .toml file, or a recipe that ships, such as quick.",
         metavar="RECIPE",
         is_argument=True,
         panel="Model",
-        shown_default="three methods at three ratios on the shipped models",
+        shown_default="quick: three methods at three ratios on the shipped models",
     )
     model: tuple[str, ...] = option(
         (),

@@ -1,11 +1,9 @@
 """Recipes: what they may say, and the line that says what is wrong with one."""
 
-import tomllib
 from pathlib import Path
 
 import pytest
 
-import keyreduce
 from keyreduce.api.benchmark import BenchmarkRequest
 from keyreduce.api.calibrate import CalibrateRequest
 from keyreduce.api.evaluate import EvaluateRequest
@@ -13,10 +11,9 @@ from keyreduce.api.recover import RecoverRequest
 from keyreduce.checkpoint.find import shipped_models
 from keyreduce.errors import KeyreduceError
 from keyreduce.pruning.methods import METHODS
-from keyreduce.sweep.recipe import read_recipe
+from keyreduce.sweep.recipe import read_recipe, shipped_recipes
 from keyreduce.sweep.request import QUICK
 
-SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "sweep").glob("*.toml"))
 GOOD = """
 models = ["one", "two"]
 [calibration]
@@ -56,14 +53,9 @@ def read(tmp_path):
     return of
 
 
-def test_the_recipe_of_a_sweep_that_names_none_is_in_the_package():
-    """It goes along when the package is built: pyproject.toml names it."""
-    package = Path(keyreduce.__file__).parent
-    project = tomllib.loads((package.parent / "pyproject.toml").read_text())
-    named = project["tool"]["setuptools"]["package-data"]["keyreduce"]
-    assert QUICK.is_file() and QUICK.relative_to(package).as_posix() in named
+def test_the_recipe_of_a_sweep_that_names_none_ships():
+    assert str(QUICK) in shipped_recipes()
     assert read_recipe(QUICK).models == tuple(sorted(shipped_models()))
-    assert (SHIPPED[0].parent / "quick.toml").samefile(QUICK)
 
 
 def test_a_recipe(read):
@@ -220,10 +212,20 @@ def test_files_that_are_no_recipe(tmp_path):
     for path, told in refused.items():
         with pytest.raises(KeyreduceError, match=told):
             read_recipe(tmp_path / path)
+    with pytest.raises(KeyreduceError, match=r"quickly cannot be read: .*; recipes that ship are 1\.3b, .*, quick"):
+        read_recipe(Path("quickly"))
+
+
+def test_a_recipe_that_ships_is_found_by_its_name_but_a_file_comes_first(read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe(Path("quick")).models == ("delta-net-5m", "gated-deltanet-5m")
+    assert [read_recipe(Path(name)).path for name in shipped_recipes()] == [Path(name) for name in shipped_recipes()]
+    Path("quick").write_text(GOOD)
+    assert read_recipe(Path("quick")).models == ("one", "two")
 
 
 def test_the_shipped_recipe_of_methods_holds_every_method_on_every_target():
-    recipe = read_recipe(next(path for path in SHIPPED if path.stem == "methods"))
+    recipe = read_recipe(Path("methods"))
     # auto is one of the others.
     assert {(one.request.method, one.target) for one in recipe.combinations} == {
         (name, target) for name, method in METHODS.items() if name != "auto" for target in method.select
