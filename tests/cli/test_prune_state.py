@@ -23,7 +23,7 @@ def model(tiny_folder, keyreduce, monkeypatch) -> tuple:
     for name, value in (("ROWS", 4), ("ROW_LENGTH", 64), ("BATCH", 2)):
         monkeypatch.setattr(trial, name, value)
     monkeypatch.setattr(trial, "RECOVERED", trial.RECOVERED._replace(num_batches=1, batch_size=2, seq_len=64))
-    Path("text.md").write_text("".join(TEXT.format(line) for line in range(3000)))
+    Path("text.md").write_text("".join(TEXT.format(line) for line in range(60)))
     given = ("--model", tiny_folder("gated_deltanet"), "--text", "text.md")
     assert keyreduce(*CALIBRATE, *given).code == 0
     return given
@@ -78,7 +78,7 @@ def test_a_budget_is_met_and_recovered_in_one_command(keyreduce, model):
     torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=1e-3, atol=1e-3)
 
     again = keyreduce(*arguments, "--json")
-    assert again.json()["made"] is False and again.json()["state_budget"] is None
+    assert again.json()["made"] is False and "state_budget" not in again.json()
     assert "is there already, from the same inputs" in again.err
     other = keyreduce("prune", *model, "--state-ratio", 0.6, "--recover", "least-squares")
     assert other.code == 2 and "differs in keep" in other.err
