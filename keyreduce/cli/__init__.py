@@ -140,7 +140,9 @@ def _run() -> int:
     usage_error: Any = typer.BadParameter.__base__
     try:
         # The name that help and completion use, also where Python runs the package as `python -m keyreduce`.
-        return app(prog_name="keyreduce", standalone_mode=False) or 0
+        code = app(prog_name="keyreduce", standalone_mode=False) or 0
+        # Newer versions of Typer return the code of Ctrl-C, older ones raise.
+        return errors.tell_stopped(signal.SIGINT) if code == 128 + signal.SIGINT else code
     except SystemExit as exit_:
         if isinstance(exit_.code, int) and exit_.code > 128:
             return errors.tell_stopped(exit_.code - 128)
