@@ -24,8 +24,9 @@ def operands(args: Sequence, kwargs: Mapping) -> tuple[torch.Tensor, torch.Tenso
 def writing_strength(args: Sequence, kwargs: Mapping) -> torch.Tensor | None:
     """Return the beta of such a call, ``[B, T, W]`` or ``[B, T, W, V]``; None where there is none, and it is 1."""
     beta = kwargs.get("beta", args[4] if len(args) > 4 else None)
-    is_logit = beta is not None and kwargs.get("use_beta_sigmoid_in_kernel")
-    return beta.sigmoid() * (2 if kwargs.get("allow_neg_eigval") else 1) if is_logit else beta
+    if beta is None or not kwargs.get("use_beta_sigmoid_in_kernel"):
+        return beta
+    return beta.sigmoid() * (2 if kwargs.get("allow_neg_eigval") else 1)
 
 
 @contextlib.contextmanager

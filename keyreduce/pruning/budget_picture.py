@@ -40,9 +40,9 @@ def _draw_predicted(panel: Axes, found: Mapping, colours: Mapping[str, int]) -> 
         sizes, losses = [size / 2**10 for size, _ in points], [max(_LEAST, loss) for _, loss in points]
         panel.plot(sizes, losses, "-", color=_COLOURS[colours[dtype] % len(_COLOURS)], lw=1.5, alpha=0.6)
     for dtype, rows in _by_format(found["candidates"]).items():
-        look = {"color": _COLOURS[colours[dtype] % len(_COLOURS)], "marker": _MARKERS[colours[dtype] % len(_MARKERS)]}
-        places = [row["state_bytes"] / 2**10 for row in rows]
-        panel.scatter(places, [row["predicted"] for row in rows], s=18, label=f"state in {dtype}", **look)
+        colour, marker = _COLOURS[colours[dtype] % len(_COLOURS)], _MARKERS[colours[dtype] % len(_MARKERS)]
+        places, losses = [row["state_bytes"] / 2**10 for row in rows], [row["predicted"] for row in rows]
+        panel.scatter(places, losses, s=18, color=colour, marker=marker, label=f"state in {dtype}")
     chosen = found["chosen"]
     panel.scatter([chosen["state_bytes"] / 2**10], [chosen["predicted"]], s=180, fc="none", ec="black", label="chosen")
     panel.set_xlabel("state of a sequence in all layers (KiB); lines: the least predicted loss at any size")

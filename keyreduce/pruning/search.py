@@ -174,7 +174,7 @@ class Search:
         before = next(iter(self._layers.values()))
         numbers = {target: getattr(after, size) for target, size in SIZE_OF.items()}
         changed = {target: n for target, n in numbers.items() if n != getattr(before, SIZE_OF[target])}
-        return {target: dict.fromkeys(self._layers, number) for target, number in changed.items()}
+        return {target: {layer: number for layer in self._layers} for target, number in changed.items()}
 
     def _default_mode(self) -> SearchMode:
         parameters = sum(math.prod(spec.shape) for spec in self.source.tensors.values())

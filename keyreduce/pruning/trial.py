@@ -99,15 +99,16 @@ class Trial:
             return self.costs(self.dense, state_dtype)
         plan = make_plan(self.source, keep=keep, statistics=self.statistics, inputs={}, **self.choose)
         module: Any = pruned_module(self.dense.model, self.source, plan)
+        dense: Any = self.dense.model
         pruned = loaded_module(module, self.dense.tokenizer, gradients=True)
         if self.recovery is not None:
-            device, cpu = self.dense.model.device, torch.device("cpu")
+            device, cpu = dense.device, torch.device("cpu")
             settings = RECOVERED._replace(seed=_seed(self.statistics))
             dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
-            self.dense.model.to(cpu)
+            dense.to(cpu)
             module.to(cpu)
             recover_layers(self.dense, pruned, dtypes, self.text, settings, steps=None, device=device)
-            self.dense.model.to(device)
+            dense.to(device)
             module.to(device)
         return self.costs(pruned, state_dtype)
 
