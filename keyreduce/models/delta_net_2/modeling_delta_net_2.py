@@ -103,7 +103,7 @@ class DeltaNet2ForCausalLM(DeltaNet2PreTrainedModel, FLAForCausalLM, FLAUnsuppor
 
     forward = _taking_cache(FLAForCausalLM.forward)
     if _HAS_CACHE:
-        prepare_inputs_for_generation = GenerationMixin.prepare_inputs_for_generation
+        prepare_inputs_for_generation = GenerationMixin.prepare_inputs_for_generation  # pyright: ignore
 
     def __init__(self, config: DeltaNet2Config) -> None:
         super().__init__(config)
