@@ -72,7 +72,7 @@ def _draw_measured(panel: Axes, found: Mapping, colours: Mapping[str, int]) -> N
     chosen = found["chosen"]
     place = [chosen["head_k_dim"]], [100 * chosen["perplexity_increase"]]
     panel.scatter(*place, s=180, fc="none", ec="black", label="chosen", zorder=3)
-    panel.margins(0.12, 0.2)
+    panel.margins(0.2, 0.2)
     panel.set_xlabel("key channels that stay in a head")
     panel.set_ylabel("perplexity over dense (%), measured")
     panel.legend()
