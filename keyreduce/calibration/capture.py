@@ -100,9 +100,10 @@ def watching(
             if not running:
                 return operator(*args, **kwargs)
             running[0].add_operands(*operands(args, kwargs)[:2])
-            output_BTWV, state_BWKV = operator(*args, **kwargs | {"output_final_state": True})
-            running[0].add_readout(output_BTWV, writing_strength(args, kwargs), state_BWKV)
-            return output_BTWV, state_BWKV if kwargs.get("output_final_state") else None
+            # Preconditioned operators return more than one state, of which the first is the associative memory.
+            output_BTWV, *states = operator(*args, **kwargs | {"output_final_state": True})
+            running[0].add_readout(output_BTWV, writing_strength(args, kwargs), states[0])
+            return output_BTWV, *(states if kwargs.get("output_final_state") else [None] * len(states))
 
         return call
 

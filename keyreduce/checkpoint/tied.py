@@ -7,7 +7,7 @@ from keyreduce.errors import KeyreduceError
 
 OUTPUT = "lm_head.weight"
 # What the models of fla and transformers call them, alone and inside larger models.
-_NAMES = ("embeddings", "word_embeddings", "embed_tokens", "language_model.embed_tokens")
+_NAMES = ("embeddings", "embed_tokens", "language_model.embed_tokens", "word_embeddings")
 EMBEDDINGS = tuple(f"model.{name}.weight" for name in _NAMES)
 
 
