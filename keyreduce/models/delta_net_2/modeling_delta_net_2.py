@@ -31,7 +31,7 @@ _OPTIONS = (
 _OPTIONS += ("use_gate", "use_beta", "use_short_conv", "conv_size")
 _OPTIONS += ("per_head_conv", "share_kv_conv", "shift_only_conv", "conv_scaled_shift")
 # Since transformers 5.24, which gives a model its state under this name.
-_HAS_CACHE = "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters
+_HAS_CACHE = "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters  # pyright: ignore
 
 
 def _taking_cache(forward: Callable) -> Callable:
