@@ -8,7 +8,7 @@ FROM ${BASE}
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 COPY . /src
-RUN pip install --no-cache-dir --extra-index-url "${TORCH_INDEX}" --constraint /src/configs/constraints.txt /src \
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} --constraint /src/configs/constraints.txt /src \
     && rm -rf /src
 
 # Any user may run it: caches of Triton, matplotlib and the model hub go where everyone may write.
