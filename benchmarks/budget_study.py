@@ -1,0 +1,216 @@
+"""What a budget for the state costs one model: sizes that are chosen for it, each recovery, each format of the state.
+
+    python benchmarks/budget_study.py --output FILE.json --work FOLDER [--model PATH] [--calibration FILE]
+        [--heldout FILE] [--heldout-rows 64] [--first-rows N] [--cuts state=0.5 state=0.75 key=0.5]
+        [--repairs none least-squares reconstruct] [--state-dtypes bfloat16 int8] [--num-batches 64] [--seeds 0 1 2]
+    python benchmarks/budget_study.py --table FILE.json ...
+
+A cut is `state=SHARE`, whose sizes `keyreduce prune --state-ratio SHARE` chooses, or `key=SHARE`, of key channels
+alone. Each is made of statistics of so many batches of 8 rows of 512 tokens, repaired on the same text, and measured on
+rows of 1,024 held-out tokens, of which --first-rows are also told apart. Without a repair the cut has its corrections;
+with `exact` as the repair, it has none either. After the last repair the state of these sizes is also kept in the
+formats of --state-dtypes, rounded after each token. A seed is another draw of calibration text. Recall is the share of
+right answers among eight, and is not measured in other formats.
+
+The file is written after each measurement, and one that was cut off
+continues from there. Models lie in the work folder.
+"""
+
+import argparse
+import contextlib
+import platform
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+from keyreduce.api import calibrate, evaluate, prune, recover
+from keyreduce.checkpoint.find import find_model, open_model
+from keyreduce.data.text import text_source
+from keyreduce.devices import pick_device
+from keyreduce.evaluation.perplexity import total
+from keyreduce.evaluation.recall import RecallProbes, RecallSettings, recall_metrics
+from keyreduce.families import family_of
+from keyreduce.models.loading import load_model
+from keyreduce.models.state_storage import stored_states
+from keyreduce.outputs import read_json, write_json
+from keyreduce.reporting import Reporter
+
+BATCH, ROW = 8, 512
+HELDOUT_ROW = 1024
+UNREPAIRED = ("exact", "none")
+RECALL = RecallSettings(("mqar", "needle"), (256, 1024), (4, 16), 16, 0)
+
+
+class Lines(Reporter):
+    """Remarks as lines of the log."""
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+
+def main() -> None:
+    """Measure what is missing, or print what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--table", type=Path, nargs="+")
+    parser.add_argument("--work", type=Path, default=Path("keyreduce-out/budget-study"))
+    parser.add_argument("--model")
+    parser.add_argument("--calibration", type=Path, nargs="+", default=())
+    parser.add_argument("--heldout", type=Path, nargs="+", default=())
+    parser.add_argument("--heldout-rows", type=int, default=64)
+    parser.add_argument("--first-rows", type=int, help="of the held-out rows, whose figures are given too")
+    parser.add_argument("--cuts", nargs="+", default=["state=0.5", "state=0.75", "key=0.5"])
+    parser.add_argument("--repairs", nargs="+", default=["none", "least-squares", "reconstruct"])
+    parser.add_argument("--state-dtypes", nargs="*", default=["bfloat16", "int8"])
+    parser.add_argument("--num-batches", type=int, default=64)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--device")
+    options = parser.parse_args()
+    for path in options.table or ():
+        print_table(read_json(path))
+    if options.output:
+        study(options)
+
+
+def study(options: argparse.Namespace) -> None:
+    """Measure everything that the output does not have yet."""
+    folder = find_model(options.model)
+    found = read_json(options.output) if options.output.exists() else {"model": folder.name, "runs": []}
+    found |= {"calibration_tokens": options.num_batches * BATCH * ROW, "heldout_rows": options.heldout_rows}
+    found |= {"first_rows": options.first_rows, "device": str(pick_device(options.device))}
+    found |= {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()}
+    if "dense" not in found:
+        formats = ["float32", *options.state_dtypes]
+        found["dense"] = {dtype: measure(options, folder, dtype) for dtype in formats}
+        write_json(options.output, found, overwrite=True)
+    for seed in options.seeds:
+        for cut in options.cuts:
+            for repair in options.repairs:
+                more = options.state_dtypes if repair == options.repairs[-1] and cut.startswith("state=") else ()
+                for dtype in ("float32", *more):
+                    key = {"seed": seed, "cut": cut, "repair": repair, "state_dtype": dtype}
+                    if any(key.items() <= run.items() for run in found["runs"]):
+                        continue
+                    made = make(options, seed, cut, repair)
+                    run = key | made | measure(options, options.work / name_of(seed, cut, repair), dtype)
+                    found["runs"].append(run)
+                    write_json(options.output, found, overwrite=True)
+                    loss = run["perplexity"] / found["dense"]["float32"]["perplexity"] - 1
+                    print(f"{seed} {cut} {repair} {dtype}: {loss:+.2%} {run.get('recall', '')}", flush=True)
+
+
+def name_of(seed: int, cut: str, repair: str) -> str:
+    """Return the name of a model's folder."""
+    return f"{seed}-{cut.replace('=', '-')}-{repair}"
+
+
+def make(options: argparse.Namespace, seed: int, cut: str, repair: str) -> dict:
+    """Prune and repair a model, unless that was done, and return its sizes and how long it took."""
+    folder = options.work / name_of(seed, cut, repair)
+    about = folder.with_name(f"{folder.name}.json")
+    if about.exists():
+        return read_json(about)
+    common = {"work": options.work, "device": options.device, "seed": seed}
+    text = {"text": tuple(options.calibration)}
+    amount = {"num_batches": options.num_batches, "batch_size": BATCH, "seq_len": ROW}
+    calibration = options.work / f"calibration-{seed}.safetensors"
+    calibrate.run(
+        calibrate.CalibrateRequest(model=options.model, output=calibration, gradients=False, **text, **amount, **common)
+    )
+    how = {"model": options.model, "calibration": calibration, **text, **common}
+    sizes = chosen_sizes(options, cut, repair, how)
+    bare = folder if repair in UNREPAIRED else folder.with_name(f"{folder.name}-cut")
+    request = prune.PruneRequest(output=bare, uncorrected=repair != "none", **sizes, **how)
+    started = time.perf_counter()
+    result = prune.run(request)
+    if bare != folder:
+        recover.run(
+            recover.RecoverRequest(mode=repair, compressed=str(bare), output=folder, **text, **amount, **common)
+        )
+    seconds = time.perf_counter() - started
+    assert isinstance(result, prune.PruneResult)
+    found = {"sizes": [result.key_heads[1], result.head_k_dim[1], result.head_v_dim[1]], "seconds": seconds}
+    write_json(about, found)
+    return found
+
+
+def chosen_sizes(options: argparse.Namespace, cut: str, repair: str, how: dict) -> dict:
+    """Return the fields of a request that say what a cut keeps; for a budget what the search chooses."""
+    target, share = cut.split("=")
+    if target != "state":
+        return {"target": (target,), "ratio": (share,)}
+    recovery = None if repair in UNREPAIRED else "least-squares"  # by which reconstruct is searched as well
+    path = options.work / f"search-{how['seed']}-{share}-{recovery or 'none'}.json"
+    if not path.exists():
+        request = prune.PruneRequest(state_ratio=share, dry_run=True, recover=recovery, **how)
+        found = prune.run(request, Lines())
+        assert isinstance(found, prune.DryRunResult)
+        write_json(path, found.state_budget)
+    best = read_json(path)["chosen"]
+    keep = {"head": best["key_heads"], "key": best["head_k_dim"], "value": best["head_v_dim"]}
+    before = dense_sizes(how["model"])
+    kept = {name: number for name, number in keep.items() if number != before[name]}
+    return {"target": tuple(kept), "keep": tuple(map(str, kept.values()))}
+
+
+def dense_sizes(model: str | None) -> dict[str, int]:
+    """Return the sizes of the dense model's mixers."""
+    source = open_model(model)
+    sizes = next(iter(family_of(source.config).layer_sizes(source.config).values()))
+    return {"head": sizes.key_heads, "key": sizes.head_k_dim, "value": sizes.head_v_dim}
+
+
+def measure(options: argparse.Namespace, folder: Path, dtype: str) -> dict:
+    """Return perplexity of the held-out text, of all rows and of the first ones, and recall."""
+    device = pick_device(options.device)
+    loaded = load_model(folder, device, torch.float32)
+    text = text_source(options.heldout, default="heldout")
+    batch = 4
+    request = evaluate.EvaluateRequest(num_batches=-(-options.heldout_rows // batch), batch_size=batch)
+    with contextlib.ExitStack() as stack:
+        if dtype != "float32":
+            stack.enter_context(stored_states(loaded.model, loaded.family, dtype))
+        rows = evaluate.row_costs(request, loaded, text, Reporter())[: options.heldout_rows]
+    found: dict = {"perplexity": total(rows).perplexity}
+    if options.first_rows:
+        found["perplexity_first"] = total(rows[: options.first_rows]).perplexity
+    if dtype == "float32":
+        cells = recall_metrics([RecallProbes(loaded, text, RECALL).ask(batch_size=16)])
+        found["recall"] = {kind: mean(cell["choice_accuracy"] for cell in of_kind) for kind, of_kind in cells.items()}
+    return found
+
+
+def print_table(found: dict) -> None:
+    """Print what a file holds as Markdown: means over the seeds, and their standard deviation."""
+    dense = found["dense"]
+    base = dense["float32"]
+    first = f", of the first {found['first_rows']} in brackets" if found["first_rows"] else ""
+    print(f"\n{found['model']}: perplexity {base['perplexity']:.3f} of {found['heldout_rows']} rows{first};")
+    print(f"{found['calibration_tokens']:,} calibration tokens, {found['device']}\n")
+    kinds = list(base["recall"])
+    print(f"| cut | heads, K x V | repair | state in | perplexity | {' | '.join(kinds)} | s |")
+    print("|" + "---|" * (6 + len(kinds)))
+    groups = {("nothing", "", "", dtype): [one] for dtype, one in dense.items()}
+    for run in found["runs"]:
+        heads, key, value = run["sizes"]
+        groups.setdefault((run["cut"], f"{heads}, {key} x {value}", run["repair"], run["state_dtype"]), []).append(run)
+    for (cut, sizes, repair, dtype), runs in groups.items():
+        loss = spread([100 * (run["perplexity"] / base["perplexity"] - 1) for run in runs])
+        if found["first_rows"]:
+            whole = [100 * (run["perplexity_first"] / base["perplexity_first"] - 1) for run in runs]
+            loss += f" ({spread(whole)})"
+        recall = [spread([100 * run["recall"][kind] for run in runs if "recall" in run], "") for kind in kinds]
+        seconds = f"{mean(run.get('seconds', 0) for run in runs):,.0f}"
+        print(f"| {cut} | {sizes} | {repair} | {dtype} | {loss} | {' | '.join(recall)} | {seconds} |")
+
+
+def spread(percents: list[float], sign: str = "+") -> str:
+    """Return a mean in percent, with the standard deviation where there are several."""
+    more = f" ± {stdev(percents):.1f}" if len(percents) > 1 else ""
+    return f"{mean(percents):{sign}.1f}{more}%" if percents else ""
+
+
+if __name__ == "__main__":
+    main()
