@@ -82,8 +82,7 @@ def study(options: argparse.Namespace) -> None:
     found |= {"first_rows": options.first_rows, "device": str(pick_device(options.device))}
     found |= {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()}
     if "dense" not in found:
-        formats = ["float32", *options.state_dtypes]
-        found["dense"] = {dtype: measure(options, folder, dtype) for dtype in formats}
+        found["dense"] = measure(options, folder, "float32")
         write_json(options.output, found, overwrite=True)
     for seed in options.seeds:
         for cut in options.cuts:
@@ -97,7 +96,7 @@ def study(options: argparse.Namespace) -> None:
                     run = key | made | measure(options, options.work / name_of(seed, cut, repair), dtype)
                     found["runs"].append(run)
                     write_json(options.output, found, overwrite=True)
-                    loss = run["perplexity"] / found["dense"]["float32"]["perplexity"] - 1
+                    loss = run["perplexity"] / found["dense"]["perplexity"] - 1
                     print(f"{seed} {cut} {repair} {dtype}: {loss:+.2%} {run.get('recall', '')}", flush=True)
 
 
@@ -184,15 +183,14 @@ def measure(options: argparse.Namespace, folder: Path, dtype: str) -> dict:
 
 def print_table(found: dict) -> None:
     """Print what a file holds as Markdown: means over the seeds, and their standard deviation."""
-    dense = found["dense"]
-    base = dense["float32"]
+    base = found["dense"]
     first = f", of the first {found['first_rows']} in brackets" if found["first_rows"] else ""
     print(f"\n{found['model']}: perplexity {base['perplexity']:.3f} of {found['heldout_rows']} rows{first};")
     print(f"{found['calibration_tokens']:,} calibration tokens, {found['device']}\n")
     kinds = list(base["recall"])
     print(f"| cut | heads, K x V | repair | state in | perplexity | {' | '.join(kinds)} | s |")
     print("|" + "---|" * (6 + len(kinds)))
-    groups = {("nothing", "", "", dtype): [one] for dtype, one in dense.items()}
+    groups = {("nothing", "", "", "float32"): [base]}
     for run in found["runs"]:
         heads, key, value = run["sizes"]
         groups.setdefault((run["cut"], f"{heads}, {key} x {value}", run["repair"], run["state_dtype"]), []).append(run)
