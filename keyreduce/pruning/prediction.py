@@ -14,12 +14,12 @@ For both, channels are taken in the order of their energy. So one Cholesky facto
 numbers of value channels: with ``G = L L^T`` in that order and W the projection's rows, the squares of the rows of
 ``L^T W`` from the R-th on are what the first R channels cannot give.
 
-How well it ranks is measured by benchmarks/state_budget.py, and told in docs/state-budget.md.
+How well it ranks is measured by benchmarks/state_budget.py; the results are in docs/state-budget.md.
 
 Shapes: H key heads, W value heads, K key channels, V value channels, D hidden.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,14 +45,6 @@ class Curves(NamedTuple):
     energy_H: torch.Tensor
     key_HK: torch.Tensor
     value_HV: torch.Tensor
-
-    def loss(self, sizes: MixerSizes, key_weight: float) -> float:
-        """Return the layer's term of the score for the sizes that stay."""
-        energy_H = self.energy_H[: sizes.key_heads]
-        key_H = self.key_HK[: sizes.key_heads, sizes.head_k_dim - 1]
-        value_H = self.value_HV[: sizes.key_heads, sizes.head_v_dim - 1]
-        gone = max(0.0, 1 - float(energy_H.sum()))
-        return float((energy_H * (key_weight * key_H + value_H)).sum()) + gone
 
 
 def curves_of(statistics: LayerStatistics, sizes: MixerSizes, output_weight_WVD: torch.Tensor) -> Curves:
@@ -84,8 +76,22 @@ def predicted_loss(layers: Mapping[int, Curves], sizes: MixerSizes, recovery: st
 
     ``recovery`` is the mode of the recovery that will follow, if one will.
     """
-    weight = KEY_WEIGHT[recovery]
-    return sum(curves.loss(sizes, weight) for curves in layers.values()) / len(layers)
+    return predicted_losses(layers, [sizes], recovery)[0]
+
+
+def predicted_losses(
+    layers: Mapping[int, Curves], grid: Sequence[MixerSizes], recovery: str | None = None
+) -> list[float]:
+    """Return the score of each of many cuts, see :func:`predicted_loss`. Layers are summed up once for all of them."""
+    curves = layers.values()
+    energy_H = sum(one.energy_H for one in curves) / len(curves)
+    # The sum over the first heads of the mean over layers, for all numbers of heads and channels.
+    key_HK = sum(one.energy_H[:, None] * one.key_HK for one in curves).cumsum(0) / len(curves)
+    value_HV = sum(one.energy_H[:, None] * one.value_HV for one in curves).cumsum(0) / len(curves)
+    keys, values = (KEY_WEIGHT[recovery] * key_HK).tolist(), value_HV.tolist()
+    gone = (1 - energy_H.cumsum(0)).clamp(min=0).tolist()
+    places = [(sizes.key_heads - 1, sizes.head_k_dim - 1, sizes.head_v_dim - 1) for sizes in grid]
+    return [keys[head][key] + values[head][value] + gone[head] for head, key, value in places]
 
 
 def _squares(gram_WVV: torch.Tensor, weight_WVD: torch.Tensor) -> torch.Tensor:

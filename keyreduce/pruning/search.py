@@ -17,8 +17,8 @@ from keyreduce.families import MixerSizes, family_of
 from keyreduce.outputs import write_json
 from keyreduce.pruning.budget import SIZE_OF
 from keyreduce.pruning.methods import Method
-from keyreduce.pruning.prediction import Curves, predicted_loss, read_curves
-from keyreduce.pruning.state_budget import Candidate, SearchMode, StateBudget, find_candidates, size_grid
+from keyreduce.pruning.prediction import Curves, predicted_losses, read_curves
+from keyreduce.pruning.state_budget import Candidate, SearchMode, StateBudget, allowed_sizes, find_candidates
 from keyreduce.pruning.trial import Trial
 from keyreduce.reporting import Reporter
 from keyreduce.serving.state_formats import bytes_of
@@ -130,7 +130,8 @@ class Search:
         layers = self._layers
         candidates = find_candidates(self.source, self.budget)
         curves = read_curves(self.source, self.statistics)
-        scored = [(predicted_loss(curves, one.sizes, self.recovery), one) for one in candidates]
+        losses = predicted_losses(curves, [one.sizes for one in candidates], self.recovery)
+        scored = list(zip(losses, candidates, strict=True))
         order = {dtype: place for place, dtype in enumerate(self.budget.dtypes)}
         scored.sort(key=lambda pair: (pair[0], order[pair[1].state_dtype]))
         considered = [_considered(one, score) for score, one in scored]
@@ -154,8 +155,8 @@ class Search:
 
     def _frontier(self, curves: Mapping[int, Curves]) -> dict[str, list[tuple[int, float]]]:
         layers = self._layers
-        grid = size_grid(next(iter(layers.values())), self.budget)
-        losses = [(sizes, predicted_loss(curves, sizes, self.recovery)) for sizes in grid]
+        grid = allowed_sizes(self.source, self.budget)
+        losses = list(zip(grid, predicted_losses(curves, grid, self.recovery), strict=True))
         found: dict[str, list[tuple[int, float]]] = {}
         for dtype in self.budget.dtypes:
             points = sorted((len(layers) * bytes_of(dtype, {0: sizes}), loss) for sizes, loss in losses)

@@ -146,7 +146,7 @@ def find_candidates(source: Checkpoint, budget: StateBudget) -> list[Candidate]:
             f"the state takes {now:,} bytes a sequence, and {most:,} are allowed: there is nothing to remove"
         )
     # The whole model is among them, for a format alone may be enough.
-    grid = [after for after in (before, *size_grid(before, budget)) if _is_allowed(family, budget.engine, after)]
+    grid = [*([before] if _is_allowed(family, budget.engine, before) else []), *allowed_sizes(source, budget)]
     found: list[Candidate] = []
     for dtype in budget.dtypes:
         most = budget.most_bytes(source, dtype)
@@ -166,8 +166,17 @@ def _parse_fit(text: str) -> tuple[int, int, int]:
     return parse_memory(parts[0], "fit"), int(parts[1]), int(parts[2])
 
 
-def size_grid(before: MixerSizes, budget: StateBudget) -> list[MixerSizes]:
-    """All sizes on the grid that are smaller than the model's; the heads are at least half of those that there are."""
+def allowed_sizes(source: Checkpoint, budget: StateBudget) -> list[MixerSizes]:
+    """Return all sizes on the grid that are smaller than the model's, that its family can have, and the engine runs.
+
+    The model's layers are all of one size. At least half of the heads stay.
+    """
+    family = family_of(source.config)
+    before = next(iter(family.layer_sizes(source.config).values()))
+    return [after for after in _grid(before, budget) if _is_allowed(family, budget.engine, after)]
+
+
+def _grid(before: MixerSizes, budget: StateBudget) -> list[MixerSizes]:
     multiple, targets = budget.multiple_of, budget.targets
     heads = range((before.key_heads + 1) // 2, before.key_heads + 1) if "head" in targets else (before.key_heads,)
     steps = {

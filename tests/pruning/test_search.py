@@ -253,7 +253,11 @@ def test_neighbours_of_the_best_are_measured_until_they_are_worse(known, monkeyp
     asked: list[int] = []
     made_up(monkeypatch, dict.fromkeys(COSTS, TokenTimes(SLOW, SLOW)), asked)
     monkeypatch.setattr(search_module, "MEASURED", 1)
-    monkeypatch.setattr(search_module, "predicted_loss", lambda curves, sizes, recovery: abs(sizes.head_k_dim - 8))
+
+    def by_keys(curves, grid, recovery):
+        return [abs(sizes.head_k_dim - 8) for sizes in grid]
+
+    monkeypatch.setattr(search_module, "predicted_losses", by_keys)
     found = search_of(known, "measured", targets=("key", "value")).run(Reporter())
     assert found.chosen.head_k_dim == 6
     assert asked == [8, 6, 5]  # of which the last is worse, so that 4 is left out
