@@ -231,7 +231,7 @@ def _cut(
     return {
         "head_k_dim": one.head_k_dim,
         "head_v_dim": one.head_v_dim,
-        "state_share": one.state_elements / first.state_elements,
+        "state_share": layouts[1].state_bytes(dtype) / layouts[0].state_bytes(dtype),
         "state_bytes": layouts[1].state_bytes(dtype),
         "saved_bytes": dense - cut,
         "saved_parameters": numbers[0] - numbers[1],

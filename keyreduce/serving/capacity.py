@@ -87,8 +87,11 @@ class CacheLayout:
         )
 
     def state_bytes(self, dtype: str) -> int:
-        """Return the bytes of recurrent state of a sequence, ``W x V x K`` in each layer, scales of 8 bits included."""
-        return sum(_state_bytes(sizes, dtype) for sizes in self.mixers)
+        """Return the bytes of recurrent state of a sequence, ``W x V x K`` in each layer, scales of 8 bits included.
+
+        A preconditioner's vector, which stays float32, is included too.
+        """
+        return sum(_state_bytes(sizes, dtype) + self.family.preconditioner_bytes(sizes) for sizes in self.mixers)
 
     @property
     def convolution_bytes(self) -> int:
