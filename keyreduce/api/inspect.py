@@ -175,8 +175,9 @@ class _Capacity:
         gpu_bytes = None if request.gpu_memory is None else parse_memory(request.gpu_memory, "gpu_memory")
         # Engines serve in 16 bits what is stored in more; what is quantised stays.
         weights = sum(min(spec.bits, 16) * math.prod(spec.shape) // 8 for spec in headers.tensors.values())
-        counted = family.model_type not in FURTHER_CACHES
-        known: list[PoolEngine] = [name for name in _POOLS if counted and family.model_type in (NAMED[name].knows or {})]
+        known: list[PoolEngine] = [name for name in _POOLS if family.model_type in (NAMED[name].knows or {})]
+        if family.model_type in FURTHER_CACHES:
+            known = []
         return cls(gpu_bytes, parse_memory(request.reserve, "reserve"), weights, tuple(known), request)
 
     def of_sizes(

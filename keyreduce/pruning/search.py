@@ -18,14 +18,7 @@ from keyreduce.outputs import write_json
 from keyreduce.pruning.budget import SIZE_OF
 from keyreduce.pruning.methods import Method
 from keyreduce.pruning.prediction import Curves, predicted_loss, read_curves
-from keyreduce.pruning.state_budget import (
-    Candidate,
-    SearchMode,
-    StateBudget,
-    find_candidates,
-    size_grid,
-    state_bytes,
-)
+from keyreduce.pruning.state_budget import Candidate, SearchMode, StateBudget, find_candidates, size_grid, state_bytes
 from keyreduce.pruning.trial import Trial
 from keyreduce.reporting import Reporter
 
@@ -164,7 +157,8 @@ class Search:
         losses = [(sizes, predicted_loss(curves, sizes, self.recovery)) for sizes in grid]
         found: dict[str, list[tuple[int, float]]] = {}
         for dtype in self.budget.dtypes:
-            points = sorted((len(layers) * state_bytes(self._family, dtype, {0: sizes}), loss) for sizes, loss in losses)
+            taken = [len(layers) * state_bytes(self._family, dtype, {0: sizes}) for sizes, _ in losses]
+            points = sorted((size, loss) for size, (_, loss) in zip(taken, losses, strict=True))
             best: list[tuple[int, float]] = []
             for size, loss in points:
                 if not best or loss < best[-1][1]:

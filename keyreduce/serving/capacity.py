@@ -154,9 +154,9 @@ class SglangPool(NamedTuple):
 def state_dtype(layout: CacheLayout, engine: PoolEngine, asked: str | None = None) -> str:
     """Return the dtype in which an engine keeps the recurrent state: ``float32``, ``bfloat16`` or ``float16``.
 
-    vLLM takes what is ``asked`` of it, then ``mamba_ssm_dtype`` of a Qwen3.5 or Qwen4 config, then the model's dtype (a float32
-    model is served in bfloat16); of Kimi Delta Attention it keeps float32. SGLang takes what is asked, then ``mamba_ssm_dtype``
-    of any config, then float32.
+    vLLM takes what is ``asked`` of it, then ``mamba_ssm_dtype`` of a Qwen3.5 or Qwen4 config, then the model's dtype (a
+    float32 model is served in bfloat16); of Kimi Delta Attention it keeps float32. SGLang takes what is asked, then
+    ``mamba_ssm_dtype`` of any config, then float32.
 
     Raises KeyreduceError if the engine cannot keep a state in what is asked.
     """
