@@ -23,7 +23,7 @@ PLAIN = ("tests/models/test_meta.py", "tests/cli/test_hybrids.py")
 WITH_EXTRAS = (
     "tests/test_versions.py",
     "tests/families",
-    "tests/models/test_operators.py",
+    "tests/models/test_replaced_operators.py",
     "tests/models/test_file_tensors.py",
     "tests/models/test_delta_net_2_checkpoint.py",
     "tests/calibration/test_capture.py",
