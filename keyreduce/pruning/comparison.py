@@ -95,10 +95,10 @@ def _of_heads(
     ours: Kept, theirs: Kept, heads: Callable[[Kept], list[int]], channels: Callable[[Kept], list[list[int]] | None]
 ) -> float | None:
     """The mean overlap of the channels of the heads that both keep."""
-    found = [channels(one) for one in (ours, theirs)]
-    if found[0] is None or found[1] is None:
+    of_ours, of_theirs = channels(ours), channels(theirs)
+    if of_ours is None or of_theirs is None:
         return None
-    mine, other = (dict(zip(heads(one), kept, strict=True)) for one, kept in zip((ours, theirs), found, strict=True))
+    mine, other = dict(zip(heads(ours), of_ours, strict=True)), dict(zip(heads(theirs), of_theirs, strict=True))
     overlaps = [_overlap(mine[head], other[head]) for head in mine.keys() & other.keys()]
     return mean(overlaps) if overlaps else None
 
