@@ -9,6 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from versions import PLAIN, WITH_EXTRAS
 
 from keyreduce import versions
 
@@ -51,6 +52,11 @@ def test_lower_bounds_are_those_of_the_oldest_list():
         name = canonicalize_name(requirement.name)
         if name in pinned and lowest and name not in ("torch", "triton"):
             assert Version(pinned[name]) == Version(lowest[0]), requirement
+
+
+def test_what_the_versions_are_tested_with_is_there():
+    """A path that is gone would end the run only after the environment was built."""
+    assert [path for path in (*PLAIN, *WITH_EXTRAS) if not (ROOT / path).exists()] == []
 
 
 def test_the_note_names_the_installed_version(monkeypatch):

@@ -14,7 +14,8 @@ from keyreduce.reporting import Reporter
 class CalibrateRequest(options.OfRun, options.OfText):
     """Run text through the model and keep statistics: one small file, for every method and every ratio.
 
-    Under torchrun the processes divide the batches.
+    A run that was stopped goes on where it was: sums are kept beside the output every minute. Under torchrun the
+    processes divide the batches.
     """
 
     model: str | None = options.model()
@@ -57,6 +58,7 @@ def run(request: CalibrateRequest, reporter: Reporter = Reporter()) -> Calibrate
             file is there from other inputs, or cannot be written.
     """
     from keyreduce.calibration.file import read_record, read_statistics, write_statistics
+    from keyreduce.calibration.partial import PartialSums
     from keyreduce.calibration.run import Settings, calibrate, describe_inputs
     from keyreduce.checkpoint.find import find_model, model_name
     from keyreduce.checkpoint.folder import open_folder
@@ -84,12 +86,15 @@ def run(request: CalibrateRequest, reporter: Reporter = Reporter()) -> Calibrate
         if made:
             how = f"{inputs['dtype']}, with gradients" if request.gradients else inputs["dtype"]
             reporter.note(f"calibrating {Path(model_name(request.model)).name} on {device} ({how})")
+            kept = PartialSums(target, inputs, device, processes, reporter.note, reporter.keep)
             with reporter.progress("calibrating", settings.tokens // processes.number, "tokens") as progress:
                 where: dict[str, Any] = {"device": device, "dtype": dtype, "offload": request.offload}
                 where |= {"processes": processes, "progress": progress, "note": reporter.note}
+                where |= {"partial_sums": kept}
                 statistics = calibrate(source, text, settings, gradients=request.gradients, **where)
             if processes.rank == 0:
                 write_statistics(statistics, target, overwrite=request.overwrite)
+            kept.clear()
     if processes.rank:
         return None
     statistics = read_statistics(target)

@@ -10,6 +10,7 @@ from keyreduce.api import options
 from keyreduce.api.request import Request, Result, option
 from keyreduce.reporting import Reporter
 from keyreduce.serving.capacity import CacheDtype, CacheLayout, PoolEngine
+from keyreduce.versions import generation_note
 
 if TYPE_CHECKING:
     from keyreduce.checkpoint.headers import Headers
@@ -168,13 +169,15 @@ class _Capacity:
 
     @classmethod
     def of(cls, request: InspectRequest, headers: "Headers", family: "Family") -> "_Capacity":
-        from keyreduce.serving.capacity import parse_memory
+        from keyreduce.serving.capacity import FURTHER_CACHES, parse_memory
         from keyreduce.serving.engines import NAMED
 
         gpu_bytes = None if request.gpu_memory is None else parse_memory(request.gpu_memory, "gpu_memory")
         # Engines serve in 16 bits what is stored in more; what is quantised stays.
         weights = sum(min(spec.bits, 16) * math.prod(spec.shape) // 8 for spec in headers.tensors.values())
         known: list[PoolEngine] = [name for name in _POOLS if family.model_type in (NAMED[name].knows or {})]
+        if family.model_type in FURTHER_CACHES:
+            known = []
         return cls(gpu_bytes, parse_memory(request.reserve, "reserve"), weights, tuple(known), request)
 
     def of_sizes(
@@ -231,7 +234,7 @@ def _cut(
     return {
         "head_k_dim": one.head_k_dim,
         "head_v_dim": one.head_v_dim,
-        "state_share": one.state_elements / first.state_elements,
+        "state_share": layouts[1].state_bytes(dtype) / layouts[0].state_bytes(dtype),
         "state_bytes": layouts[1].state_bytes(dtype),
         "saved_bytes": dense - cut,
         "saved_parameters": numbers[0] - numbers[1],
@@ -274,6 +277,7 @@ def _engines(family: "Family", sizes: "Mapping[int, MixerSizes]") -> list[dict]:
 def _notes(
     request: InspectRequest, family: "Family", layout: CacheLayout, equal: int | None, has_cuts: bool
 ) -> list[str]:
+    from keyreduce.serving.capacity import FURTHER_CACHES
     from keyreduce.serving.engines import NAMED
 
     notes = []
@@ -290,7 +294,10 @@ def _notes(
             )
     if not has_cuts:
         notes.append("its layers have different sizes, so that no candidate cuts are shown")
-    if request.gpu_memory is not None:
+    further = FURTHER_CACHES.get(family.model_type)
+    if request.gpu_memory is not None and further:
+        notes.append(f"engines also keep {further}, whose arithmetic is not known here: no sequences are counted")
+    elif request.gpu_memory is not None:
         for name in _POOLS:
             if family.model_type not in (NAMED[name].knows or {}):
                 notes.append(f"{name} has no class for {family.model_type}: its sequences are not counted")
@@ -299,4 +306,6 @@ def _notes(
             "measures them when it starts"
         )
         notes.append("SGLang's arithmetic was read in its 0.5.23 and not run; vLLM's is that of its 0.26.0")
+    if note := generation_note(family.shipped_by):
+        notes.append(note)
     return notes

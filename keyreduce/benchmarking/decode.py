@@ -78,7 +78,7 @@ def time_decoding(
 def check_states(models: Sequence[TimedModel], scope: str, batch_size: int) -> None:
     """Raise a KeyreduceError where there is no memory for the states of a scope, and for what is computed from them."""
     needed = sum(
-        timed.family.state_bytes(timed.config) if scope == "model" else 4 * timed.sizes.state_elements
+        timed.family.state_bytes(timed.config) if scope == "model" else timed.family.layer_state_bytes(timed.sizes)
         for timed in models
     )
     check_memory(3 * batch_size * needed, models[0].device, f"decoding {batch_size} sequences")

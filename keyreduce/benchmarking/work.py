@@ -37,7 +37,7 @@ def mixer_work(timed: TimedModel, *, batch_size: int, seq_len: int, cached: bool
     Where it is ``cached``, its state is read before and written after.
     """
     tokens, item = batch_size * seq_len, next(timed.mixer.parameters()).element_size()
-    states = 2 * batch_size * 4 * timed.sizes.state_elements if cached else 0
+    states = 2 * batch_size * timed.family.layer_state_bytes(timed.sizes) if cached else 0
     flops = tokens * (2 * _linear_weights(timed.mixer) + _delta_rule_flops(timed.sizes, seq_len))
     return Work(flops, _parameter_bytes(timed.mixer) + 2 * tokens * timed.hidden * item + states)
 

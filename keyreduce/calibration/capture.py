@@ -7,11 +7,13 @@ in different ways on different paths, but the operator gets the same on all of t
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from keyreduce.calibration.partial import PartialSums
 from keyreduce.calibration.projections import projection_name
 from keyreduce.calibration.statistics import LayerStatistics, TaylorStatistics
 from keyreduce.calibration.taylor import differentiating
@@ -29,6 +31,7 @@ def collect(
     *,
     gradients: bool = False,
     add: Callable[[torch.Tensor], object] = lambda tensor: None,
+    partial_sums: PartialSums | None = None,
 ) -> tuple[dict[int, LayerStatistics], int]:
     """Run batches of tokens through a model and gather the statistics of its mixers.
 
@@ -38,6 +41,7 @@ def collect(
         gradients: whether to gather ``TaylorStatistics`` too, from the same forward passes.
         add: sums a tensor over all processes, in place, if the batches are distributed. Gradients need it before the
             end, since not all of their statistics are sums over rows.
+        partial_sums: keeps the sums every so often; batches that an earlier run has added already are passed over.
 
     Returns:
         Layer number -> statistics, on the CPU, and the number of tokens.
@@ -45,25 +49,33 @@ def collect(
     Raises:
         KeyreduceError: with ``gradients``, a row has only one token, or its loss is NaN or inf.
     """
-    model, tokens = loaded.model, 0
+    model = loaded.model
 
     def forward(tokens_BT: torch.Tensor) -> None:
         # Without the language-model head, whose output no statistic needs.
         model.base_model(input_ids=tokens_BT, use_cache=False)
 
     with watching(model, loaded.family, loaded.folder) as layers, contextlib.ExitStack() as stack:
-        run = forward
+        run, gradient_sums = forward, {}
         if gradients:
             taylor = {}
             for layer, sizes in loaded.family.layer_sizes(model.config.to_dict()).items():
                 taylor[layer] = TaylorStatistics.zeros(sizes, layers[layer].input_square_D.device)
                 layers[layer].taylor = taylor[layer]
-            run = stack.enter_context(differentiating(model, loaded.family, taylor, loaded.folder, add))
-        for tokens_BT in batches:
+            taken = differentiating(model, loaded.family, taylor, loaded.folder, add)
+            run, gradient_sums = stack.enter_context(taken)
+        sums = {f"layers.{layer}.{name}": one for layer in layers for name, one in layers[layer].running().items()}
+        sums |= {f"gradients.{name}": one for name, one in gradient_sums.items()}
+        done, tokens = partial_sums.restore(sums) if partial_sums else (0, 0)
+        if progress is not None and tokens:
+            progress(tokens)
+        for number, tokens_BT in enumerate(islice(batches, done, None), done + 1):
             run(tokens_BT.to(model.device))
             tokens += tokens_BT.numel()
             if progress is not None:
                 progress(tokens_BT.numel())
+            if partial_sums is not None:
+                partial_sums.keep_if_due(sums, number, tokens)
     return {layer: statistics.on_cpu() for layer, statistics in layers.items()}, tokens
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from keyreduce.calibration.capture import collect
+from keyreduce.calibration.partial import PartialSums
 from keyreduce.calibration.statistics import Statistics
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.data.batches import batches, token_rows
@@ -70,6 +71,7 @@ def calibrate(
     processes: Processes = Processes(),
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda message: None,
+    partial_sums: PartialSums | None = None,
 ) -> Statistics:
     """Load the model, run the text through it, and return the statistics.
 
@@ -80,6 +82,7 @@ def calibrate(
         processes: the processes of torchrun over which the batches are distributed; each returns all statistics.
         progress: called after each batch with its number of tokens.
         note: called with a message if the text is shorter than was asked for.
+        partial_sums: keeps the sums on the way, and has those of a run that was stopped.
 
     Raises:
         KeyreduceError: the model is quantised or does not load, the text is empty (with gradients, of one token),
@@ -89,7 +92,8 @@ def calibrate(
     refuse_quantized(source)
     with offloading(source.config, device, offload) as placement:
         loaded = load_model(source.path, device, dtype, gradients=gradients, placement=placement, with_head=gradients)
-        return calibrate_loaded(loaded, source, text, settings, dtype, gradients, processes, progress, note)
+        given = (loaded, source, text, settings, dtype, gradients, processes, progress, note)
+        return calibrate_loaded(*given, partial_sums=partial_sums)
 
 
 def calibrate_loaded(
@@ -102,6 +106,7 @@ def calibrate_loaded(
     processes: Processes = Processes(),
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda message: None,
+    partial_sums: PartialSums | None = None,
 ) -> Statistics:
     """Do what :func:`calibrate` does with a model that is loaded from ``source`` already."""
     rows = token_rows(text.in_pieces(settings.seed), loaded.tokenizer, settings.seq_len)
@@ -110,7 +115,8 @@ def calibrate_loaded(
         note(f"the text is shorter than one sequence: {len(first_row)} tokens instead of {settings.seq_len}")
     taken = batches(itertools.chain([first_row], rows), settings.batch_size, settings.num_batches)
     with processes.adding() as add:
-        layers, tokens = collect(loaded, processes.own(taken), progress, gradients=gradients, add=add)
+        own = processes.own(taken)
+        layers, tokens = collect(loaded, own, progress, gradients=gradients, add=add, partial_sums=partial_sums)
         count = torch.tensor(tokens, dtype=torch.int64)
         add(count)
         for layer in sorted(layers):

@@ -186,6 +186,11 @@ class LayerStatistics:
         weight_WDV = weight_DC.double().unflatten(1, self.output_gram_WVV.shape[:2]).transpose(0, 1)
         self.output_energy_W = (weight_WDV @ self.output_gram_WVV).mul_(weight_WDV).sum(dim=(1, 2))
 
+    def running(self) -> dict[str, torch.Tensor]:
+        """Return name -> the tensors themselves to which batches are added, those of gradients included."""
+        taylor = {} if self.taylor is None else {TAYLOR + name: tensor for name, tensor in vars(self.taylor).items()}
+        return {name: tensor for name, tensor in vars(self).items() if isinstance(tensor, torch.Tensor)} | taylor
+
     def on_cpu(self) -> "LayerStatistics":
         """Return the same statistics on the CPU."""
         moved = LayerStatistics.of_tensors(self.tensors())

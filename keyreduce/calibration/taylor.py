@@ -35,8 +35,10 @@ def differentiating(
     layers: Mapping[int, TaylorStatistics],
     folder: Path | None = None,
     add: Callable[[torch.Tensor], object] = lambda tensor: None,
-) -> Iterator[Callable[[torch.Tensor], None]]:
+) -> Iterator[tuple[Callable[[torch.Tensor], None], Mapping[str, torch.Tensor]]]:
     """While the block runs, give a function that takes a batch of tokens ``[B, T]`` and adds to ``layers``.
+
+    With it come the sums that it adds up beside them: name of a weight -> its gradient.
 
     It runs the model forward without gradients, then block by block forward and backward; a sample of the squared form
     is a row. Memory does not depend on the number of batches: beside the model it holds the inputs of all blocks, one
@@ -74,7 +76,7 @@ def differentiating(
         for name in gradients.parts:
             projection = model.get_submodule(name.rpartition(".")[0])
             undo.callback(projection.register_forward_hook(partial(gradients.observe, name)).remove)
-        yield run
+        yield run, gradients.summed
     gradients.finish(lambda name: read_parameter(model, name, folder).detach(), add)
 
 
@@ -83,6 +85,7 @@ class _Gradients:
 
     Attributes:
         parts: name of a weight -> the layers and projections that it holds; several projections may share a weight.
+        summed: name of a weight -> its gradient, summed.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family, layers: Mapping[int, TaylorStatistics]):
@@ -91,7 +94,7 @@ class _Gradients:
         for layer in layers:
             for part in PROJECTIONS:
                 self.parts.setdefault(projection_name(family, layer, part), []).append((layer, part))
-        self._summed = {name: _zeros_like(model.get_parameter(name)) for name in self.parts}
+        self.summed = {name: _zeros_like(model.get_parameter(name)) for name in self.parts}
 
     def observe(self, name: str, module: torch.nn.Module, args: tuple, output_BTN: torch.Tensor) -> None:
         """The forward hook of the projection with this weight: add its gradient in the backward pass."""
@@ -100,7 +103,7 @@ class _Gradients:
         input_BTM, output, is_output = args[0].detach(), output_BTN.detach(), self._is_output(name)
 
         def on_output(gradient_BTN: torch.Tensor) -> None:
-            summed = self._summed[name]
+            summed = self.summed[name]
             product_NM = gradient_BTN.flatten(0, 1).to(summed.dtype).T @ input_BTM.flatten(0, 1).to(summed.dtype)
             summed += product_NM.to(summed.device)
             if not is_output:
@@ -113,7 +116,7 @@ class _Gradients:
     def finish(self, read: Callable[[str], torch.Tensor], add: Callable[[torch.Tensor], object]) -> None:
         """Complete the statistics, over all processes, with the weights that ``read`` returns."""
         for name, places in self.parts.items():
-            summed = self._summed[name]
+            summed = self.summed[name]
             add(summed)
             effect_NM = (read(name).to(summed.device).double() * summed).abs()
             for layer, part in places:

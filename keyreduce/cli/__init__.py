@@ -11,6 +11,7 @@ from keyreduce import __version__
 from keyreduce.cli import (
     benchmark,
     calibrate,
+    compare,
     convert_dcp,
     errors,
     inspect,
@@ -88,6 +89,11 @@ _COMMANDS = {
     ),
     "table": _Entry(
         sweep.show_table, _MEASURE, ("keyreduce table", "keyreduce table keyreduce-out/sweep -o tables --json")
+    ),
+    "compare": _Entry(
+        compare.show,
+        _MEASURE,
+        ("keyreduce compare calibration.safetensors other.safetensors", "keyreduce compare cut other-cut --json"),
     ),
     "methods": _Entry(registries.show_methods, _KNOWN, ("keyreduce methods", "keyreduce methods --json")),
     "families": _Entry(registries.show_families, _KNOWN, ("keyreduce families", "keyreduce families --json")),

@@ -1,6 +1,7 @@
 """Preconditioned Gated DeltaNet and Kimi Delta Attention, as fla ships them (arXiv:2604.21100).
 
-Beside its state a mixer keeps the sums of its keys' squares, one number for each key channel, and writes a key with its
+Beside its state a mixer keeps the sums of its keys' squares, in float32: one number for each key channel, and of the
+latter for each key channel of each value head, whose decays differ. It writes a key with its
 channels divided by about the square roots of these. A channel that is dropped takes its sum along, so that a cut is as
 exact as without; methods that combine key channels would have to combine the sums, and are refused.
 """
@@ -28,6 +29,7 @@ PRECOND_GATED_DELTANET = replace(
         "dt_bias_atk": (Part.KEY_HEAD,),
     },
     per_channel=_PER_CHANNEL,
+    preconditioner=Part.KEY,
 )
 
 PRECOND_KDA = replace(
@@ -46,4 +48,5 @@ PRECOND_KDA = replace(
         "dt_bias_atk": (Part.VALUE_HEAD,),
     },
     per_channel=_PER_CHANNEL,
+    preconditioner=Part.DECAY,
 )

@@ -80,6 +80,8 @@ class Family:
         apart: name below the mixer in files -> the names in the model of those tensors into which the model divides it
             along the first axis, in order, each with what its first axis holds.
         per_channel: what each key channel does by itself, as the end of a sentence, so that no method may combine them.
+        preconditioner: what part a sequence keeps one number for in a layer, in float32, beside the state; None where
+            it keeps the state alone.
         tied: where a head has always as many key as value channels, why, and what to ask for.
     """
 
@@ -108,6 +110,7 @@ class Family:
     apart: Mapping[str, Mapping[str, Axis]] = field(default_factory=dict)
     sections: tuple[str, ...] = ()
     per_channel: str | None = None
+    preconditioner: Part | None = None
     tied: str | None = None
 
     def language(self, config: Mapping) -> Mapping:
@@ -281,4 +284,12 @@ class Family:
 
     def state_bytes(self, config: Mapping) -> int:
         """Return the bytes of recurrent state that one sequence holds in all layers, in float32."""
-        return 4 * sum(sizes.state_elements for sizes in self.layer_sizes(config).values())
+        return sum(map(self.layer_state_bytes, self.layer_sizes(config).values()))
+
+    def layer_state_bytes(self, sizes: MixerSizes) -> int:
+        """Return the bytes of recurrent state that one sequence holds in a layer of these sizes, in float32."""
+        return 4 * sizes.state_elements + self.preconditioner_bytes(sizes)
+
+    def preconditioner_bytes(self, sizes: MixerSizes) -> int:
+        """Return those of them that are a preconditioner's, which stay float32 whatever the state is stored in."""
+        return 0 if self.preconditioner is None else 4 * sizes.lengths[self.preconditioner]

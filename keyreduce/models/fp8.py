@@ -5,6 +5,7 @@ weight is its 8-bit numbers times the scale of their block (``weight_scale_inv``
 """
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,23 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
+from keyreduce.errors import KeyreduceError
+
 
 def plain_numbers(folder: Path, config: Mapping) -> dict[str, Any]:
     """Return the arguments with which ``from_pretrained`` multiplies blocks of FP8 by their scales; else none.
 
     ``config`` is the content of the folder's config.json.
+
+    Raises KeyreduceError for blocks of FP8 where accelerate, without which transformers loads none, is not installed.
     """
     settings = config.get("quantization_config")
     if not isinstance(settings, Mapping) or settings.get("quant_method") != "fp8":
         return {}
+    if find_spec("accelerate") is None:
+        raise KeyreduceError(
+            f"{folder} is in FP8, which transformers loads only with accelerate: pip install 'keyreduce[train]'"
+        )
     theirs = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     theirs.quantization_config = {**settings, "dequantize": True}
     return {"config": theirs}

@@ -74,10 +74,13 @@ def replaced_recurrences(
     It gets queries and keys normalised, and the decay and beta as the rule uses them; states are ``[B, W, K, V]``. None
     stands for the PyTorch operators as they are.
 
-    Raises KeyreduceError at the end if mixers ran without calling their operators by name.
+    Raises KeyreduceError if no operator here computes the family's rule in such a way; and at the end, if mixers ran
+    without calling their operators by name.
     """
     layers = family.mixer_layers(model.config.to_dict())
-    ours, calls, runs = _OURS[family.operators[0]], [], []
+    ours, calls, runs = _OURS.get(family.operators[0]), [], []
+    if ours is None:
+        raise KeyreduceError(f"`state_dtype`: the {family.rule} runs here with a state in float32 alone")
 
     def replace(operator: Callable, layer: Callable[[], int]) -> Callable:
         def call(*operands, **arguments):

@@ -13,15 +13,21 @@ from keyreduce.calibration.statistics import Statistics
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.data.text import TextSource
 from keyreduce.evaluation.perplexity import Perplexity
-from keyreduce.families import MixerSizes, family_of
+from keyreduce.families import Family, MixerSizes, family_of
 from keyreduce.outputs import write_json
 from keyreduce.pruning.budget import SIZE_OF
 from keyreduce.pruning.methods import Method
 from keyreduce.pruning.prediction import Curves, predicted_losses, read_curves
-from keyreduce.pruning.state_budget import Candidate, SearchMode, StateBudget, allowed_sizes, find_candidates
+from keyreduce.pruning.state_budget import (
+    Candidate,
+    SearchMode,
+    StateBudget,
+    allowed_sizes,
+    find_candidates,
+    state_bytes,
+)
 from keyreduce.pruning.trial import Trial
 from keyreduce.reporting import Reporter
-from keyreduce.serving.state_formats import bytes_of
 
 MEASURED = 4
 """How many of each format are measured: those of the lowest predicted loss."""
@@ -142,7 +148,7 @@ class Search:
             rest = [row for row in considered if row not in measured]
             chosen = {new: sizes[old] for old, new in measured.items()}
             considered, sizes = [*chosen, *rest], sizes | chosen
-        dense = bytes_of(self.budget.dtypes[0], layers)
+        dense = state_bytes(self._family, self.budget.dtypes[0], layers)
         keep = self._keep(sizes[considered[0]])
         return Found(
             mode=mode,
@@ -159,7 +165,8 @@ class Search:
         losses = list(zip(grid, predicted_losses(curves, grid, self.recovery), strict=True))
         found: dict[str, list[tuple[int, float]]] = {}
         for dtype in self.budget.dtypes:
-            points = sorted((len(layers) * bytes_of(dtype, {0: sizes}), loss) for sizes, loss in losses)
+            taken = [len(layers) * state_bytes(self._family, dtype, {0: sizes}) for sizes, _ in losses]
+            points = sorted((size, loss) for size, (_, loss) in zip(taken, losses, strict=True))
             best: list[tuple[int, float]] = []
             for size, loss in points:
                 if not best or loss < best[-1][1]:
@@ -168,8 +175,12 @@ class Search:
         return found
 
     @property
+    def _family(self) -> Family:
+        return family_of(self.source.config)
+
+    @property
     def _layers(self) -> dict[int, MixerSizes]:
-        return family_of(self.source.config).layer_sizes(self.source.config)
+        return self._family.layer_sizes(self.source.config)
 
     def _keep(self, after: MixerSizes) -> dict[str, dict[int, int]]:
         before = next(iter(self._layers.values()))

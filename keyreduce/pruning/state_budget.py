@@ -97,9 +97,10 @@ class StateBudget:
 
     def most_bytes(self, source: Checkpoint, dtype: str) -> int:
         """Return how many bytes the state of a sequence may take where it is stored in a format."""
-        layers = family_of(source.config).layer_sizes(source.config)
+        family = family_of(source.config)
+        layers = family.layer_sizes(source.config)
         if self.fit is None:
-            return self.bytes or int(bytes_of(self.dtypes[0], layers) * (1 - (self.ratio or 0)))
+            return self.bytes or int(state_bytes(family, self.dtypes[0], layers) * (1 - (self.ratio or 0)))
         memory, tokens, sequences = self.fit
         engine: PoolEngine = "sglang" if self.engine == "sglang" else "vllm"
         room = cache_memory(memory, source.nbytes, engine, gpus=1, reserve_bytes=RESERVED)
@@ -126,6 +127,11 @@ class Candidate:
         return f"{self.sizes.head_k_dim}x{self.sizes.head_v_dim}"
 
 
+def state_bytes(family: Family, dtype: str, layers: Mapping[int, MixerSizes]) -> int:
+    """Return the bytes of recurrent state of a sequence that stores it in a format; a preconditioner's stay float32."""
+    return bytes_of(dtype, layers) + sum(map(family.preconditioner_bytes, layers.values()))
+
+
 def find_candidates(source: Checkpoint, budget: StateBudget) -> list[Candidate]:
     """Return all cuts that fit into a budget and that no other one of the same format exceeds in every size.
 
@@ -140,7 +146,7 @@ def find_candidates(source: Checkpoint, budget: StateBudget) -> list[Candidate]:
             "layers of this model differ in their sizes, for which no budget is searched: give `ratio` or `keep`"
         )
     before, first = next(iter(layers.values())), budget.dtypes[0]
-    now, most = bytes_of(first, layers), budget.most_bytes(source, first)
+    now, most = state_bytes(family, first, layers), budget.most_bytes(source, first)
     if now <= most:
         raise KeyreduceError(
             f"the state takes {now:,} bytes a sequence, and {most:,} are allowed: there is nothing to remove"
@@ -150,7 +156,7 @@ def find_candidates(source: Checkpoint, budget: StateBudget) -> list[Candidate]:
     found: list[Candidate] = []
     for dtype in budget.dtypes:
         most = budget.most_bytes(source, dtype)
-        bytes_by = {after: len(layers) * bytes_of(dtype, {0: after}) for after in grid}
+        bytes_by = {after: len(layers) * state_bytes(family, dtype, {0: after}) for after in grid}
         fitting = _largest([after for after, size in bytes_by.items() if size <= most])
         possible = [after for after in fitting if _can_be_said(family, source.config, dict.fromkeys(layers, after))]
         found += [Candidate(after, dtype, bytes_by[after]) for after in possible]
@@ -233,7 +239,7 @@ def _can_be_said(family: Family, config: Mapping, after: Mapping[int, MixerSizes
 
 def _why_none(source: Checkpoint, budget: StateBudget, layers: Mapping[int, MixerSizes]) -> str:
     most = max(budget.most_bytes(source, dtype) for dtype in budget.dtypes)
-    now = bytes_of(budget.dtypes[0], layers)
+    now = state_bytes(family_of(source.config), budget.dtypes[0], layers)
     if budget.fit is not None and most <= 0:
         layout = CacheLayout.of(source.config)
         rest = ", keys and values of softmax layers" if layout.softmax else ""

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import Family, MixerSizes, family_of
 from keyreduce.families.attention import SoftmaxLayer, softmax_layers
+from keyreduce.serving.engines import KDA
 from keyreduce.serving.state_formats import FORMATS
 
 PoolEngine = Literal["vllm", "sglang"]
@@ -87,8 +88,11 @@ class CacheLayout:
         )
 
     def state_bytes(self, dtype: str) -> int:
-        """Return the bytes of recurrent state of a sequence, ``W x V x K`` in each layer, scales of 8 bits included."""
-        return sum(_state_bytes(sizes, dtype) for sizes in self.mixers)
+        """Return the bytes of recurrent state of a sequence, ``W x V x K`` in each layer, scales of 8 bits included.
+
+        A preconditioner's vector, which stays float32, is included too.
+        """
+        return sum(_state_bytes(sizes, dtype) + self.family.preconditioner_bytes(sizes) for sizes in self.mixers)
 
     @property
     def convolution_bytes(self) -> int:
@@ -106,6 +110,13 @@ class CacheLayout:
         """
         growing = [layer.numbers_per_token for layer in self.softmax if layer.window is None]
         return math.ceil(self.state_bytes(dtype) / (_KEPT_BYTES * sum(growing))) if growing else None
+
+
+FURTHER_CACHES = {
+    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), "keys of its indexers and inputs of its n-gram embeddings"),
+    **dict.fromkeys(("glm5_next", "glm5_next_text"), "keys of its indexers"),
+}
+"""Model type -> what engines keep of each sequence that this arithmetic leaves out, so that it counts too many."""
 
 
 class VllmPool(NamedTuple):
@@ -143,9 +154,9 @@ class SglangPool(NamedTuple):
 def state_dtype(layout: CacheLayout, engine: PoolEngine, asked: str | None = None) -> str:
     """Return the dtype in which an engine keeps the recurrent state: ``float32``, ``bfloat16`` or ``float16``.
 
-    vLLM takes what is ``asked`` of it, then ``mamba_ssm_dtype`` of a Qwen3.5 config, then the model's dtype (a float32
-    model is served in bfloat16); of Kimi Linear it keeps float32. SGLang takes what is asked, then ``mamba_ssm_dtype``
-    of any config, then float32.
+    vLLM takes what is ``asked`` of it, then ``mamba_ssm_dtype`` of a Qwen3.5 or Qwen4 config, then the model's dtype (a
+    float32 model is served in bfloat16); of Kimi Delta Attention it keeps float32. SGLang takes what is asked, then
+    ``mamba_ssm_dtype`` of any config, then float32.
 
     Raises KeyreduceError if the engine cannot keep a state in what is asked.
     """
@@ -156,11 +167,11 @@ def state_dtype(layout: CacheLayout, engine: PoolEngine, asked: str | None = Non
         )
     if engine == "sglang":
         return asked or (layout.asked_state_dtype if layout.asked_state_dtype in ENGINE_DTYPES else "float32")
-    if layout.family.model_type == "kimi_linear":
+    if layout.family.model_type in KDA:
         return "float32"
     if asked is not None:
         return asked
-    if layout.family.model_type.startswith("qwen3_5") and layout.asked_state_dtype in ENGINE_DTYPES:
+    if layout.family.model_type.startswith(("qwen3_5", "qwen4_exp")) and layout.asked_state_dtype in ENGINE_DTYPES:
         return layout.asked_state_dtype
     return "float16" if layout.dtype == "float16" else "bfloat16"
 

@@ -50,7 +50,8 @@ class Row(NamedTuple):
 class Engine(NamedTuple):
     """An engine's ``label``, its ``rows``, and the architectures that it ``knows``: model type -> since which version.
 
-    ``knows`` is None where that was not looked up, or where the engine is a library of kernels.
+    ``knows`` was read in the list of classes of each release since 0.26 for vLLM, and of the release that is named for
+    the others. It is None where that was not looked up, or where the engine is a library of kernels.
     """
 
     label: str
@@ -96,6 +97,13 @@ def _split_in_order(sizes: MixerSizes) -> bool:
 
 
 _QWEN: tuple[str, ...] = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")
+KDA: tuple[str, ...] = ("kimi_linear", "bailing_hybrid", "glm5_next", "glm5_next_text")
+"""Architectures of Kimi Delta Attention that engines have."""
+# Of Qwen3.5's mixers, which engines run with its layer.
+_QWEN4: tuple[str, ...] = ("qwen4_exp", "qwen4_exp_text")
+_MINICPM: tuple[str, ...] = ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr")
+QWEN: tuple[str, ...] = (*_QWEN, *_QWEN4, *_MINICPM)
+"""Architectures that engines run with the layer of Qwen3-Next or Qwen3.5."""
 _NOVEMBER = "2026-11"
 _FILE = "benchmarks/serving/kernels_{}.json"
 _FLA_COMPILED = Evidence("compiled", "0.6.0", _NOVEMBER, _FILE.format("fla"))
@@ -142,6 +150,18 @@ _VLLM = Engine(
             (_VLLM_COMPILED,),
         ),
         Row(
+            KDA[1:],
+            "as many key as value channels, at most 128",
+            lambda sizes: sizes.head_k_dim == sizes.head_v_dim <= 128,
+            (Evidence("read", "0.33.0", _NOVEMBER, "their layers and kernels, which are nearly Kimi Linear's"),),
+        ),
+        Row(
+            (*_QWEN4, *_MINICPM),
+            "head_k_dim and head_v_dim at most 256, with the same next power of two",
+            _alike_when_padded,
+            (Evidence("read", "0.33.0", _NOVEMBER, "they run the layer of Qwen3.5"),),
+        ),
+        Row(
             (),
             "head_k_dim and head_v_dim at most 256, with the same next power of two",
             _alike_when_padded,
@@ -155,7 +175,11 @@ _VLLM = Engine(
             ),
         ),
     ),
-    dict.fromkeys([*_QWEN, "olmo_hybrid", "kimi_linear"], "0.26") | dict.fromkeys(_QWEN[3:], "0.33"),
+    dict.fromkeys([*_QWEN, "olmo_hybrid", "kimi_linear"], "0.26")
+    | dict.fromkeys(_QWEN[3:], "0.27")
+    | dict.fromkeys(_QWEN4, "0.29")
+    | {"bailing_hybrid": "0.28", "glm5_next": "0.30", "glm5_next_text": "0.30"}
+    | {"minicpmv4_6": "0.26", "minicpmv4_7": "0.32", "minicpm_ocr": "0.33"},
 )
 _SGLANG = Engine(
     "SGLang",
@@ -167,10 +191,28 @@ _SGLANG = Engine(
             (_SGLANG_COMPILED,),
         ),
         Row(
+            KDA[2:],
+            "as many key as value channels, at most 128",
+            lambda sizes: sizes.head_k_dim == sizes.head_v_dim <= 128,
+            (Evidence("read", "0.5.23", _NOVEMBER, "Kimi Linear's kernels; on a B200 prefill is FlashInfer's"),),
+        ),
+        Row(
+            ("bailing_hybrid",),
+            "128 key and 128 value channels: it takes these from softmax attention, which no cut changes",
+            lambda sizes: sizes[2:] == (128, 128),
+            (Evidence("read", "0.5.23", _NOVEMBER, "its layer"),),
+        ),
+        Row(
             _QWEN[1:],
             "head_k_dim, at most 256, and head_v_dim powers of two",
             _split_in_order,
             (_SGLANG_COMPILED,),
+        ),
+        Row(
+            (*_QWEN4, *_MINICPM),
+            "head_k_dim, at most 256, and head_v_dim powers of two",
+            _split_in_order,
+            (Evidence("read", "0.5.23", _NOVEMBER, "they run the layer of Qwen3.5"),),
         ),
         Row(
             (),
@@ -179,7 +221,7 @@ _SGLANG = Engine(
             (_SGLANG_COMPILED,),
         ),
     ),
-    dict.fromkeys([*_QWEN, "kimi_linear"], "0.5.23"),
+    dict.fromkeys([*_QWEN, "qwen4_exp", *_MINICPM[:2], *KDA[:3]], "0.5.23"),
 )
 _MLX = Engine(
     "MLX (Metal)",
@@ -191,7 +233,7 @@ _MLX = Engine(
             (Evidence("read", "mlx-lm 0.32.2", _NOVEMBER, "its kernel for Metal; its code for a CPU was run"),),
         ),
     ),
-    dict.fromkeys([*_QWEN, "olmo_hybrid", "kimi_linear"], "0.32.2"),
+    dict.fromkeys([*_QWEN, "olmo_hybrid", "kimi_linear", "bailing_hybrid"], "0.32.2"),
 )
 _LLAMA_CPP = Engine(
     "llama.cpp",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from keyreduce.serving.capacity import STATE_SHARE, CacheLayout, PoolEngine, sglang_pool, vllm_pool
+from keyreduce.serving.engines import KDA, QWEN
 
 # Read in vLLM 0.26.0: above so many sequences in a step it runs without CUDA graphs, unless told to capture more.
 _CAPTURED = 512
@@ -83,9 +84,9 @@ def _vllm_settings(
         settings["max-cudagraph-capture-size"] = str(-(-sequences // _CAPTURE_STEP) * _CAPTURE_STEP)
     if gpus > 1:
         settings["tensor-parallel-size"] = str(gpus)
-    if dtype is not None and layout.family.model_type != "kimi_linear":
+    if dtype is not None and layout.family.model_type not in KDA:
         settings["mamba-ssm-cache-dtype"] = dtype
-    is_qwen = layout.family.model_type.startswith("qwen3")
+    is_qwen = layout.family.model_type in QWEN
     if is_qwen and any(sizes[2:] != _FLASH_SIZES for sizes in layout.mixers):
         # On an H100 vLLM hands every prefill to FlashInfer, which takes no other size, and does not ask it first.
         settings["gdn-prefill-backend"] = "triton"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from keyreduce.api.benchmark import BenchmarkRequest
 from keyreduce.api.calibrate import CalibrateRequest
+from keyreduce.api.compare import CompareRequest
 from keyreduce.api.convert import ConvertRequest
 from keyreduce.api.evaluate import EvaluateRequest
 from keyreduce.api.prune import PruneRequest
@@ -24,7 +25,7 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.sweep.request import SweepRequest, TableRequest
 
 REQUESTS = (
-    *(BenchmarkRequest, CalibrateRequest, ConvertRequest, EvaluateRequest, PruneRequest),
+    *(BenchmarkRequest, CalibrateRequest, CompareRequest, ConvertRequest, EvaluateRequest, PruneRequest),
     *(RankRequest, RecoverRequest, SweepRequest, TableRequest, VerifyRequest, FamiliesRequest, MethodsRequest),
 )
 

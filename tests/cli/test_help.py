@@ -18,7 +18,7 @@ from keyreduce.pruning.methods import METHODS
 REPOSITORY = Path(__file__).parents[2]
 COMMANDS = (
     *("inspect", "calibrate", "prune", "recover", "convert-dcp", "benchmark", "eval"),
-    *("rank", "sweep", "table", "methods", "families", "verify"),
+    *("rank", "sweep", "table", "compare", "methods", "families", "verify"),
 )
 HEAVY = ("torch", "transformers", "fla", "datasets", "numpy", "safetensors", "matplotlib", "scipy", "lm_eval", "ray")
 

@@ -22,8 +22,11 @@ from keyreduce.models.in_memory import ModuleCheckpoint, rebuilt
 from keyreduce.models.loading import LoadedModel, load_model
 from keyreduce.models.meta import check_loading, language_model
 from keyreduce.models.offloading import offloading
+from keyreduce.models.state_storage import stored_states
+from keyreduce.pruning.state_budget import state_bytes
 from keyreduce.recovery.streams import open_stream
 from keyreduce.recovery.writing import Replace
+from keyreduce.serving.capacity import CacheLayout
 
 ALL = pytest.mark.parametrize("model_type", marked(NEWER))
 OF_TRANSFORMERS = pytest.mark.parametrize("model_type", marked(n for n in NEWER if not n.startswith("precond")))
@@ -88,6 +91,26 @@ def test_a_module_in_memory_is_saved_and_built_as_files_are(stored, model_type):
     new = rebuilt(loaded.model, found.config, {name: found.read(name) for name in found.tensors})
     for name, parameter in loaded.model.named_parameters():
         assert torch.equal(new.get_parameter(name), parameter), name
+
+
+@pytest.mark.parametrize("model_type", ["precond_gated_deltanet", "precond_kda"])
+@torch.no_grad()
+def test_preconditioned_states_have_the_bytes_of_their_cache(stored, model_type):
+    loaded = load(stored(model_type))
+    kept = loaded.model(input_ids=draw_tokens(2, 5), use_cache=True).past_key_values
+    held = [tensor for layer in kept for tensor in layer["recurrent_state"] or ()]
+    assert {tensor.ndim for tensor in held} == {3, 4} and {tensor.dtype for tensor in held} == {torch.float32}
+    config = loaded.model.config.to_dict()
+    assert 2 * loaded.family.state_bytes(config) == sum(tensor.nbytes for tensor in held)
+    layout = CacheLayout.of(config)
+    vectors = sum(tensor.nbytes for tensor in held if tensor.ndim == 3) // 2
+    assert layout.state_bytes("float32") == loaded.family.state_bytes(config)
+    assert layout.state_bytes("bfloat16") == (loaded.family.state_bytes(config) + vectors) // 2
+    sizes = loaded.family.layer_sizes(config)
+    assert state_bytes(loaded.family, "bfloat16", sizes) == layout.state_bytes("bfloat16")
+    rounded = stored_states(loaded.model, loaded.family, "int8")
+    with pytest.raises(KeyreduceError, match=r"`state_dtype`: .* float32"), rounded:
+        pass
 
 
 def operators_of(model):

@@ -132,6 +132,12 @@ def test_fp8_outside_the_mixers_is_loaded_as_its_numbers(fp8, dtype):
     assert difference < (1e-5 if dtype == torch.float32 else 0.1)
 
 
+def test_fp8_without_accelerate_is_one_line_that_names_the_extra(fp8, monkeypatch):
+    monkeypatch.setattr("keyreduce.models.fp8.find_spec", lambda name: None)
+    with pytest.raises(KeyreduceError, match=rf"^{fp8[0]} is in FP8, .* accelerate: pip install 'keyreduce\[train\]'$"):
+        load_model(fp8[0], torch.device("cpu"), torch.float32)
+
+
 def test_fp8_goes_through_calibration_and_prune_with_recovery_and_eval(fp8, tmp_path):
     amount = {"num_batches": 2, "batch_size": 2, "seq_len": 64}
     pruned, perplexity = [], []

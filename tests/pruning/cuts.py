@@ -9,7 +9,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -226,33 +226,37 @@ def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     mixers = {layer: model.get_submodule(family.mixer.format(layer=layer)) for layer in plan.layers}
     module = sys.modules[type(next(iter(mixers.values()))).forward.__module__]
     running: list[int] = []
-    before = {name: getattr(module, name) for name in (*family.operators, "sum_norm") if hasattr(module, name)}
+    places = [(module, name) for name in (*family.operators, "sum_norm") if hasattr(module, name)]
+    # Mixers of transformers up to 5.14 hold their operators.
+    held = {name.removeprefix("torch_") for name in family.operators}
+    places += [(mixer, name) for mixer in mixers.values() for name in held & vars(mixer).keys()]
+    before = [getattr(holder, name) for holder, name in places]
 
     def mask(operand: torch.Tensor, what: str) -> torch.Tensor:
         return on_operand(plan.layers[running[-1]], what, operand)
 
-    def operator(name: str):
+    def operator(original: Callable):
         def call(*args, **rest):
             # fla's layers name the operands, those of transformers do not.
             q, k, v = args or (rest.pop("q"), rest.pop("k"), rest.pop("v"))
-            return before[name](mask(q, "key"), mask(k, "key"), mask(v, "value"), **rest)
+            return original(mask(q, "key"), mask(k, "key"), mask(v, "value"), **rest)
 
         return call
 
-    def norm(x: torch.Tensor) -> torch.Tensor:
-        return before["sum_norm"](mask(x, "key"))
+    def norm(original: Callable):
+        return lambda x: original(mask(x, "key"))
 
     hooks = [
         mixer.register_forward_pre_hook(lambda *_, layer=layer: running.append(layer))
         for layer, mixer in mixers.items()
     ]
     try:
-        for name in before:
-            setattr(module, name, norm if name == "sum_norm" else operator(name))
+        for (holder, name), function in zip(places, before, strict=True):
+            setattr(holder, name, (norm if name == "sum_norm" else operator)(function))
         yield
     finally:
-        for name, function in before.items():
-            setattr(module, name, function)
+        for (holder, name), function in zip(places, before, strict=True):
+            setattr(holder, name, function)
         for hook in hooks:
             hook.remove()
 

@@ -9,6 +9,7 @@ import itertools
 import hybrid_models
 import pytest
 import torch
+import transformers
 from cuts import assert_near, config_of, cut, load, masked, plan_of, set_eps
 from hybrid_models import ALIKE, HYBRIDS, SEEING, WRAPPED
 from test_exact_slices import EPS, assert_identical, shuffled
@@ -215,7 +216,10 @@ def test_convolutions_that_transformers_divided_otherwise_are_divided_anew(tmp_p
         source = open_folder(write(model, tmp_path / write.__name__))
         found.append(tensors_of(cut(source, plan_of(source, keep, method), tmp_path / f"{write.__name__}-cut")))
     rows = [source.tensors[f"model.layers.0.linear_attn.{which}_conv1d.weight"].shape[0] for which in "qkv"]
-    assert rows == [19, 19, 18]
+    if transformers.__version__.startswith("5.6."):
+        assert rows == [16, 16, 24]  # this one saves them as the config says
+    else:
+        assert rows == [19, 19, 18]
     assert found[0].keys() == found[1].keys()
     for name, tensor in found[0].items():
         assert torch.equal(found[1][name], tensor), name

@@ -67,6 +67,35 @@ def test_sglang_splits_the_values_of_a_key_head_too(model_type, sizes, suits):
     assert ("SGLang" in suited_engines(FAMILIES[model_type], [MixerSizes(*sizes)])[0]) == suits
 
 
+NEWER = {
+    "bailing_hybrid": ({"vllm": "0.28", "sglang": "0.5.23", "mlx": "0.32.2"}, {64: {"vllm", "mlx"}, 128: {"sglang"}}),
+    "glm5_next": ({"vllm": "0.30", "sglang": "0.5.23"}, {64: {"vllm", "sglang"}, 256: set()}),
+    "qwen4_exp": ({"vllm": "0.29", "sglang": "0.5.23"}, {64: {"vllm", "sglang"}, 96: {"vllm"}}),
+    "minicpmv4_6": ({"vllm": "0.26", "sglang": "0.5.23"}, {64: {"vllm", "sglang"}}),
+    "minicpmv4_7": ({"vllm": "0.32", "sglang": "0.5.23"}, {64: {"vllm", "sglang"}}),
+    "minicpm_ocr": ({"vllm": "0.33"}, {64: {"vllm"}}),
+    "jev": ({}, {}),
+}
+
+
+@pytest.mark.parametrize("model_type", NEWER)
+def test_newer_architectures_are_known_since_a_version_and_their_rows_were_read(model_type):
+    since, by_size = NEWER[model_type]
+    found = {name: engine.knows.get(model_type) for name, engine in NAMED.items() if engine.knows}
+    assert {name: version for name, version in found.items() if version} == since
+    for size, names in by_size.items():
+        sizes = MixerSizes(16, 16, size, size)
+        assert names <= {name for name in since if runs(name, FAMILIES[model_type], sizes)}
+        assert not any(runs(name, FAMILIES[model_type], sizes) for name in since if not names)
+    for name in since.keys() - {"mlx"}:
+        row = NAMED[name].row(model_type)
+        assert model_type in row.model_types and {one.how for one in row.evidence} == {"read"}
+
+
+def test_sglang_takes_the_values_of_bailing_hybrid_from_softmax_attention():
+    assert not runs("sglang", FAMILIES["bailing_hybrid"], MixerSizes(16, 16, 64, 64))
+
+
 def test_no_engine_knows_what_fla_does_not_ship():
     suited, unsuited = suited_engines(FAMILIES["delta_net_2"], [MixerSizes(2, 2, 64, 64)])
     assert not suited

@@ -27,11 +27,14 @@ def _head(layer: LayerView):
     return layer.in_groups(layer.statistics.output_energy_W)[None]
 
 
+SCORES = {"key": lambda layer: _query(layer) + _key(layer), "value": _value, "head": _head}
+"""Target -> the energy of each channel of each group, ``[G, C]``."""
+
 ENERGY = Method(
     name="energy",
     summary="sums of squared activations",
     citation="baseline",
-    select={"key": ranked(lambda layer: _query(layer) + _key(layer)), "value": ranked(_value), "head": ranked(_head)},
+    select={target: ranked(score) for target, score in SCORES.items()},
     needs_statistics=True,
 )
 MAGNITUDE = Method(
