@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class RankRequest(options.OfRun, options.OfText, options.OfPair):
     """Measure how much of its rank each head's state uses along the sequence, and draw it.
 
-    Rank utilisation is the stable rank of the state as a share of the largest rank it could have. The pictures also
-    show the channels that pruning kept, and the convolution kernels. Text is taken in its own order, so --seed changes
+    Table and pictures have the stable rank of the state, the report also as a share of the largest rank it could have.
+    The pictures also show the channels that pruning kept, and the convolution kernels. Text is taken in its own order, so --seed changes
     nothing here.
     """
 
@@ -39,7 +39,7 @@ def run(request: RankRequest, reporter: Reporter = Reporter()) -> Report:
     """Measure the models, and write numbers and pictures; earlier ones in the work folder are replaced.
 
     Returns:
-        ``text``, where the text is from; ``seq_len``; ``every``; ``positions``, after how many tokens of a sequence the
+        ``text``, where the text is from; ``device``; ``seq_len``; ``every``; ``positions``, after how many tokens of a sequence the
         states were looked at; ``models``: for each its ``label`` and ``folder``, the number of ``sequences``, and
         ``layers`` (:meth:`keyreduce.evaluation.rank.StateRank.to_json`); and the paths of the ``pictures``.
 
@@ -49,7 +49,7 @@ def run(request: RankRequest, reporter: Reporter = Reporter()) -> Report:
     """
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.data.batches import batches, token_rows
-    from keyreduce.devices import pick_device, pick_dtype
+    from keyreduce.devices import device_name, pick_device, pick_dtype
     from keyreduce.evaluation.pictures import draw_folder, refuse_other_files
     from keyreduce.evaluation.rank import measure_rank
 
@@ -80,7 +80,8 @@ def run(request: RankRequest, reporter: Reporter = Reporter()) -> Report:
         if positions[-1] < request.seq_len:
             reporter.note(f"the text is shorter than one sequence: {positions[-1]} tokens instead of {request.seq_len}")
         with reporter.progress("drawing", None, "pictures"):
-            report: dict[str, Any] = {"text": text.describe(), "seq_len": request.seq_len, "every": request.every}
+            report: dict[str, Any] = {"text": text.describe(), "device": device_name(device)}
+            report |= {"seq_len": request.seq_len, "every": request.every}
             report |= {"positions": positions, "models": entries}
             names = draw_folder(folder, report, kept, open_folder(models["dense"].folder))
         report["pictures"] = [str(folder / name) for name in names]
