@@ -115,8 +115,8 @@ def _state(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iter
     left_out = [one["dtype"] for one in known.precision["states"] if one["perplexity_increase"] > 0.6]
     beyond = f" Beyond the picture: {', '.join(f'`{name}`' for name in left_out)}." if left_out else ""
     yield (
-        f"One model of {known.precision['parameters'] / 1e6:.1f}M parameters, float32 on a CPU; the tables below have the "
-        f"figures and commands. Bars are standard deviations over draws of calibration text.{beyond}"
+        f"One model of {known.precision['parameters'] / 1e6:.1f}M parameters, float32 on a CPU; the tables below have "
+        f"the figures and commands. Bars are standard deviations over draws of calibration text.{beyond}"
     )
 
 
@@ -223,8 +223,8 @@ def _decode(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Ite
     if sources["decode"]:
         yield "## keyreduce's decode kernel"
         yield (
-            "The delta-rule operator alone, 16 heads, bfloat16 inputs, as nodes of a CUDA graph, in turns with a copy of "
-            "as many bytes and with fla's kernel, whose state is float32. The best tiling of a search."
+            "The delta-rule operator alone, 16 heads, bfloat16 inputs, as nodes of a CUDA graph, in turns with a copy "
+            "of as many bytes and with fla's kernel, whose state is float32. The best tiling of a search."
         )
     for source in sources["decode"]:
         found = source.content
@@ -261,8 +261,8 @@ def _capacity(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> I
         yield _command(f"benchmarks/vllm_capacity.py --output {source.name}")
         yield (
             f"vLLM {found['vllm']}'s own cache manager, on a machine without a GPU that is taken for one with an "
-            f"{found['made_up_gpu']}; configs with the mixers and attention of the large models, no weights. One GPU, no "
-            "prefix caching; the file has two GPUs and prefix caching too."
+            f"{found['made_up_gpu']}; configs with the mixers and attention of the large models, no weights. One GPU, "
+            "no prefix caching; the file has two GPUs and prefix caching too."
         )
         yield from _text(tables.capacity_table(found))
 

@@ -68,7 +68,7 @@ class Known(NamedTuple):
 
 
 def draw_state(known: Known) -> Figure:
-    """Draw all that is known of a model: fewer bits as points, fewer channels as lines, one for each repair and format."""
+    """Draw all that is known of a model: fewer bits as points, fewer channels as lines, by repair and format."""
     title = f"What a smaller state costs: {known.model}, {known.precision['parameters'] / 1e6:.1f}M parameters"
     figure = drawing.new_figure(8.5, 4.6, title, about=_about(known))
     axes = figure.subplots()
@@ -77,7 +77,7 @@ def draw_state(known: Known) -> Figure:
     for number, (name, points) in enumerate(series.items()):
         style: dict[str, Any] = {"linestyle": ""} if name == _FORMATS else {}
         look = drawing.lined(number) | {"markersize": 6.5} | style
-        spreads = [point.spread for point in points]
+        spreads = [point.spread for point in points] if any(point.spread for point in points) else None
         x, y = [point.bytes / 1024 for point in points], [point.cost for point in points]
         container = drawing.errorbars(axes, x, y, spreads, look)
         container.set_label(name)
@@ -92,11 +92,11 @@ def draw_state(known: Known) -> Figure:
 def _about(known: Known) -> str:
     report = known.precision
     amounts = [f"formats: {report['rows'] * (report['seq_len'] - 1):,} predictions"]
-    amounts += [f"cuts without repair: {grid['predictions']:,}" for grid in known.grids[:1]]
-    amounts += [f"repairs: {study['heldout_rows']} rows" for study in known.studies[:1]]
+    amounts += [f"cuts: {grid['predictions']:,}" for grid in known.grids[:1] if not known.studies]
+    amounts += [f"cuts: {study['heldout_rows']} rows of 1,024 tokens" for study in known.studies[:1]]
     words = report["command"].split()
-    text = f"held-out text: {words[words.index('--text') + 1]}" if "--text" in words else "held-out text: Python's library"
-    return drawing.joined(text, ", ".join(amounts), "CPU, float32")
+    text = words[words.index("--text") + 1] if "--text" in words else "Python's standard library"
+    return drawing.joined(f"held-out text: {text}", ", ".join(amounts), "CPU, float32")
 
 
 def _series(known: Known) -> dict[str, list[Point]]:
@@ -106,7 +106,8 @@ def _series(known: Known) -> dict[str, list[Point]]:
         cost = 100 * state["perplexity_increase"]
         if state["dtype"] != "float32":
             found[_FORMATS].append(Point(state["bytes_per_sequence"], cost, 0.0, state["dtype"]))
-    for grid in known.grids:
+    measured = {run["repair"] for study in known.studies for run in study["runs"]}
+    for grid in known.grids if "none" not in measured else ():
         points = [Point(cut["state"] * known.dense_bytes, 100 * cut["corrected"], 0.0, "") for cut in grid["cuts"]]
         found["fewer channels, no repair (the best sizes of a grid)"] = list(_frontier(points))
     for study in known.studies:
@@ -171,7 +172,7 @@ def _scale(axes: Axes, known: Known, points: Sequence[Point]) -> None:
     axes.set_xscale("log")
     shares = [share for share in (1, 2, 4, 8, 16) if dense / share >= min(point.bytes for point in points) / 1024 * 0.7]
     axes.set_xlim(dense * 1.15, min(point.bytes for point in points) / 1024 * 0.8)
-    axes.xaxis.set_major_locator(FixedLocator([dense / share for share in shares]))
     axes.xaxis.set_minor_locator(NullLocator())
     words = {1: "all", 2: "a half", 4: "a quarter", 8: "an eighth", 16: "a sixteenth"}
-    axes.set_xticks([dense / share for share in shares], [f"{dense / share:,.0f}\n({words[share]})" for share in shares])
+    sizes = [dense / share for share in shares]
+    axes.set_xticks(sizes, [f"{size:,.0f}\n({words[share]})" for size, share in zip(sizes, shares, strict=True)])

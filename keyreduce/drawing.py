@@ -21,7 +21,7 @@ from matplotlib.transforms import offset_copy
 
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 BLACK, GREY, PALE = "#000000", "#595959", "#DDDDDD"
-# The palette's yellow is too pale for a line on white. The last five are not of the palette, and serve where there are many series.
+# Without the palette's yellow, too pale for a line on white; the last five are not of it, for where there are many.
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK, "#8C6D46", "#6A3D9A", "#8B0000", "#7F7F00", "#7F8FA9")
 MARKERS = "osD^vPXp<>hd"
 LINES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
@@ -107,7 +107,7 @@ def errorbars(
 
 
 def save_picture(figure: Figure, path: Path, format: str | None = None, *, made_from: str | None = None) -> None:
-    """Write a figure to a file; without a format its suffix says which. A PNG can say in itself what it is made from."""
+    """Write a figure to a file; without a format its suffix says which. A PNG can say what it is made from."""
     metadata = None if made_from is None else {"Description": made_from}
     figure.savefig(path, dpi=_DPI, format=format, metadata=metadata)
 

@@ -15,16 +15,17 @@ def test_series_are_told_apart_without_colours():
 
 
 def test_titles_break_behind_a_semicolon():
-    figure = drawing.new_figure(4, 3, "a title", about=drawing.joined("seven words that are of one part", "", "a device"))
+    about = drawing.joined("seven words that are of one part", "", "a device")
+    figure = drawing.new_figure(4, 3, "a title", about=about)
     assert figure.get_suptitle() == "a title\nseven words that are of one part; a device"
-    narrow = drawing.new_figure(3, 3, "a title", about=drawing.joined("seven words that are of one part", "a device"))
+    narrow = drawing.new_figure(3, 3, "a title", about=about)
     assert narrow.get_suptitle().splitlines()[1:] == ["seven words that are of one part;", "a device"]
 
 
 @pytest.mark.parametrize(
     ("described", "words"),
     [
-        ({"kind": "stdlib", "split": "heldout", "python": "3.12.1"}, "standard library of Python 3.12.1, heldout files"),
+        ({"kind": "stdlib", "split": "heldout", "python": "3.12"}, "standard library of Python 3.12, heldout files"),
         ({"kind": "files", "paths": ["/a/notes.txt", "/a/more"], "files": 9}, "notes.txt and 1 more"),
         ({"kind": "dataset", "name": "wiki", "config": None, "split": "test"}, "wiki, test"),
         ({"kind": "documents", "documents": 1200}, "1,200 documents"),

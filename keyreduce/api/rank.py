@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class RankRequest(options.OfRun, options.OfText, options.OfPair):
     """Measure how much of its rank each head's state uses along the sequence, and draw it.
 
-    Table and pictures have the stable rank of the state, the report also as a share of the largest rank it could have.
-    The pictures also show the channels that pruning kept, and the convolution kernels. Text is taken in its own order, so --seed changes
-    nothing here.
+    Table and pictures have the stable rank of the state, the report has it as a share of the largest rank it could
+    have. The pictures also show the channels that pruning kept, and the convolution kernels. Text is taken in its own
+    order, so --seed changes nothing here.
     """
 
     num_batches: int = options.num_batches(4, "Batches to measure on; 0 takes all the text.", minimum=0)
@@ -39,9 +39,10 @@ def run(request: RankRequest, reporter: Reporter = Reporter()) -> Report:
     """Measure the models, and write numbers and pictures; earlier ones in the work folder are replaced.
 
     Returns:
-        ``text``, where the text is from; ``device``; ``seq_len``; ``every``; ``positions``, after how many tokens of a sequence the
-        states were looked at; ``models``: for each its ``label`` and ``folder``, the number of ``sequences``, and
-        ``layers`` (:meth:`keyreduce.evaluation.rank.StateRank.to_json`); and the paths of the ``pictures``.
+        ``text``, where the text is from; ``device``; ``seq_len``; ``every``; ``positions``, after how many tokens of a
+        sequence the states were looked at; ``models``: for each its ``label`` and ``folder``, the number of
+        ``sequences``, and ``layers`` (:meth:`keyreduce.evaluation.rank.StateRank.to_json`); and the paths of the
+        ``pictures``.
 
     Raises:
         KeyreduceError: a model does not load, the pruned one was not made from the dense one, the text is empty, a

@@ -254,12 +254,13 @@ def _sizes(model: Mapping) -> str:
 def _kept_of_a_head(kind: str, kept: Iterable[Kept]) -> str:
     """Return in words how many channels of a head are kept, and how many heads."""
     kept, channels, heads = list(kept), f"head_{kind[0]}_dim", f"{kind}_heads"
-    before, after = (_span(getattr(sizes, channels) for sizes in side) for side in zip(*(one[:2] for one in kept)))
+    sides = [one.before for one in kept], [one.after for one in kept]
+    before, after = (_span(getattr(sizes, channels) for sizes in side) for side in sides)
     if kind == "key" and any(one.key is None for one in kept):
         words = f"{before} projected onto {after}"
     else:
         words = f"all {before} kept" if before == after else f"{after} of {before} kept"
-    before, after = (_span(getattr(sizes, heads) for sizes in side) for side in zip(*(one[:2] for one in kept)))
+    before, after = (_span(getattr(sizes, heads) for sizes in side) for side in sides)
     return f"{kind} channels of a head: {words}" + (f"; {after} of {before} {kind} heads" if before != after else "")
 
 

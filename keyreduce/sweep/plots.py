@@ -101,9 +101,7 @@ class _Style:
 
     def __init__(self, results: Results):
         labels, repairs = results.table["label"].unique(), results.table["repair"].unique()
-        self.markers: dict[str, dict[str, Any]] = {
-            label: drawing.marked(number) for number, label in enumerate(labels)
-        }
+        self.markers: dict[str, dict[str, Any]] = {label: drawing.marked(number) for number, label in enumerate(labels)}
         self.lines: dict[str, Any] = dict(zip(repairs, cycle(drawing.LINES)))
         self.fills = dict(zip(repairs, cycle(("full", "none", "left", "top"))))
 

@@ -114,7 +114,7 @@ def test_pictures_show_each_measurement(report, tmp_path):
         "Peak memory on whole sequences, beyond weights",
         "Decoding, one mixer layer\n(launched by Python)",
     ]
-    speed, memory, decode = axes.values()
+    speed, memory, _ = axes.values()
     assert (speed.get_ylabel(), memory.get_ylabel()) == ("times as fast as dense", "share of the memory of dense")
     # Six lines of two sizes, each with its interval, and no two alike without colours.
     assert len(speed.containers) == len(report["mixer"] + report["forward"] + report["train_step"]) / 2

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from made_up_sweep import make_up
 
+from keyreduce.sweep.recipe import read_recipe
+
 REPOSITORY = Path(__file__).parents[2]
 STUDY = {
     "model": "delta-net-5m", "calibration_tokens": 4096, "heldout_rows": 8, "first_rows": 4, "device": "cpu",
@@ -18,7 +20,9 @@ STUDY = {
             "seconds": 60.0, "perplexity": 4.0 * (1 + cost * (1 + seed)), "perplexity_first": 3.3,
         } | ({"recall": {"mqar": 0.5}} if dtype == "float32" else {})
         for seed in (0, 1)
-        for repair, dtype, cost in (("none", "float32", 0.1), ("reconstruct", "float32", 0.02), ("reconstruct", "int8", 0.03))
+        for repair, dtype, cost in (
+            ("none", "float32", 0.1), ("reconstruct", "float32", 0.02), ("reconstruct", "int8", 0.03)
+        )
     ],
 }  # fmt: skip
 
@@ -68,6 +72,14 @@ def test_a_study_of_budgets(script):
     assert small.tolist() == pytest.approx([384 * (64 + 4) / 256, 4.5])
     (segment,) = axes.containers[1].lines[2][0].get_segments()
     assert segment[1, 1] - segment[0, 1] == pytest.approx(2 * 7.0710678)
+
+
+def test_the_recipe_of_several_draws_is_that_of_the_methods():
+    random = read_recipe(REPOSITORY / "benchmarks/quality/random.toml")
+    methods = read_recipe(Path("methods"))
+    assert (random.calibration, random.heldout, random.models) == (methods.calibration, methods.heldout, methods.models)
+    drawn = [combination for combination in methods.combinations if combination.request.method == "random"]
+    assert random.combinations == drawn and len(random.seeds) == 5
 
 
 def test_sweeps_become_a_file_of_results(script, tmp_path, monkeypatch):

@@ -20,11 +20,11 @@ from keyreduce.evaluation.perplexity import Perplexity
 from keyreduce.families import MixerSizes
 from keyreduce.pruning import search as search_module
 from keyreduce.pruning import trial as trial_module
+from keyreduce.pruning.budget_picture import draw_search
 from keyreduce.pruning.methods import METHODS, method_named
 from keyreduce.pruning.planning import make_plan
 from keyreduce.pruning.prediction import predicted_loss, read_curves
 from keyreduce.pruning.prune import write_pruned
-from keyreduce.pruning.budget_picture import draw_search
 from keyreduce.pruning.search import Considered, Found, Search, write_search
 from keyreduce.pruning.state_budget import StateBudget, find_candidates
 from keyreduce.pruning.trial import Trial
@@ -296,7 +296,7 @@ def test_json_has_what_is_known_and_no_more(found):
 def test_the_picture_says_what_was_measured(found):
     figure = draw_search(found.to_json(), "a model", about="text: notes.txt; a device")
     assert figure.get_suptitle().splitlines() == ["a model: cuts that fit into the budget", "text: notes.txt; a device"]
-    frontier, predicted, measured = figure.get_axes()
+    frontier, _, measured = figure.get_axes()
     assert len(frontier.lines) == 2 + 1  # of two formats, and the choice
     assert [label.get_text() for label in measured.get_xticklabels()] == ["2 x 6 x 5", "2 x 8 x 8"]
     (bars,) = measured.containers

@@ -77,7 +77,8 @@ def test_the_front_goes_through_the_dense_model_and_the_best_at_each_speed(tmp_p
 
 
 def test_points_have_the_spread_of_both_axes(tmp_path):
-    results = read_results(make_up(tmp_path, methods=("rrqr",), ratios=(0.5,), repairs=("none",), models=("one-model",)))
+    one = {"methods": ("rrqr",), "ratios": (0.5,), "repairs": ("none",), "models": ("one-model",)}
+    results = read_results(make_up(tmp_path, **one))
     axes, (row,) = draw_pareto(results).axes[0], results.rows
     heights = [abs(top[1] - bottom[1]) for one in axes.containers for bottom, top in one.lines[2][1].get_segments()]
     assert heights == [pytest.approx(2 * row.perplexity_spread)]
