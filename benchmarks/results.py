@@ -316,6 +316,9 @@ def keep(folders: Sequence[Path], output: Path) -> None:
     if whole["waiting"]:
         sys.exit(f"{len(whole['waiting'])} runs are not done yet, such as {whole['waiting'][0]}")
     last = records[-1]
+    for text in (last[name]["text"] for name in ("calibration", "heldout")):
+        if "paths" in text:
+            text["paths"] = [Path(path).name for path in text["paths"]]
     words = ", ".join(_amounts(name, last[name]) for name in ("calibration", "heldout"))
     about = {name: last[name] for name in ("device", "dtype", "heldout")}
     whole["record"] = about | {"commands": [*commands, _kept(folders, output)], "words": words}

@@ -19,7 +19,7 @@ _MOST = 60.0  # percent; what costs more is not drawn
 _NEAR = 0.2  # percent; points of one size that are nearer to each other get one label
 _FORMATS = "all channels, in fewer bits"
 _COST = "perplexity over dense, %"
-_REPAIRS = {"exact": "nothing", "none": "no repair", "least-squares": "least squares", "reconstruct": "reconstruct"}
+_REPAIRS = {"exact": "uncorrected", "none": "no repair", "least-squares": "least squares", "reconstruct": "reconstruct"}
 
 
 class Point(NamedTuple):

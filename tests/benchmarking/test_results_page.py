@@ -88,7 +88,7 @@ def test_sweeps_become_a_file_of_results(script, tmp_path, monkeypatch):
     make_up(folders[1], methods=("random",), seeds=(0, 1, 2), kinds=())
     for folder in folders:
         record = json.loads((folder / "sweep.json").read_text())
-        text = {"text": {"kind": "stdlib", "python": "3.12.1", "split": "heldout"}}
+        text = {"text": {"kind": "files", "paths": [str(tmp_path / "notes.txt")], "files": 1}}
         amount = {"num_batches": 2, "batch_size": 4, "seq_len": 512}
         record |= {"recipe": f"recipes/{folder.name}.toml", "dtype": "float32"}
         record |= {"calibration": text | amount, "heldout": text | amount}
@@ -97,13 +97,13 @@ def test_sweeps_become_a_file_of_results(script, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["results.py", "--keep", *map(str, folders), "--output", str(output)])
     script.main()
     assert str(tmp_path) not in output.read_text()
-    sources = script.read_sources(tmp_path.joinpath("nothing")) | {"sweep": []}
+    sources: dict = {kind: [] for kind in script.KINDS}
     sources["sweep"] = [script.Source(script.HERE / "quality/methods.json", json.loads(output.read_text()))]
     page, (picture,) = script.make_page(sources)
     assert "    keyreduce sweep all --seed 0 --output FOLDER\n    keyreduce sweep more --seed 0,1,2" in page
-    assert "calibration: 4,096 tokens (text: standard library of Python 3.12.1, heldout files)" in page
+    assert "calibration: 4,096 tokens (text: notes.txt)" in page
     (random,) = (line for line in page.splitlines() if line.startswith("| `random` |"))
     assert " ± " in random  # of three draws; the others have one
     (rrqr,) = (line for line in page.splitlines() if line.startswith("| `rrqr` |"))
     assert " ± " not in rrqr
-    assert "held-out text: standard library of Python 3.12.1" in picture.draw().get_suptitle()
+    assert "held-out text: notes.txt" in picture.draw().get_suptitle()

@@ -185,7 +185,7 @@ def test_a_browser_shows_the_page(results, tmp_path):
     shown = tmp_path / "shown.html"
     shown.write_text((tmp_path / "out" / "table.html").read_text().replace("</body>", f"{LOOK}</body>"))
     command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=700,900", "--dump-dom"]
-    done = subprocess.run([*command, shown.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([*command, shown.as_uri()], capture_output=True, text=True, timeout=600, check=True)
     found = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
     assert found == {
         "pictures": [True, True],
