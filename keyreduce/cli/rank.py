@@ -14,7 +14,7 @@ def show(request: rank.RankRequest, console: Console) -> None:
     models, pictures = result.content["models"], result.content["pictures"]
     amount = f"{models[-1]['sequences']:,} sequences of {result.content['positions'][-1]:,} tokens"
     header = [name for entry in models for name in (f"{entry['label']}: K x V", "mean", "at end")]
-    console.table(f"stable rank of the states, mean of the heads, of {amount}", ("layer", *header), _rows(models))
+    console.table(f"stable rank, mean of the heads: {amount}", ("layer", *header), _rows(models))
     console.say(f"wrote {result.output}, and {len(pictures)} pictures in {Path(pictures[0]).parent}")
     console.finish(result)
 
