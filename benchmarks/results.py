@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import result_tables as tables
 from state_picture import Known, draw_state
+from sweep_results import keep
 
 from keyreduce.benchmarking.plot import draw_report
 from keyreduce.drawing import save_picture
@@ -285,55 +286,6 @@ def _titled(model: str, sources: Mapping[str, list[Source]]) -> str:
     """Return a model's name with its size, which files of state precision know."""
     sizes = {one.content["model"]: one.content["parameters"] for one in sources["precision"]}
     return f"{model} ({sizes[model] / 1e6:.1f}M parameters)" if model in sizes else model
-
-
-def keep(folders: Sequence[Path], output: Path) -> None:
-    """Write the results of sweeps as one file of this folder, without anything of the machine's."""
-    from keyreduce.outputs import write_json
-    from keyreduce.sweep.results import read_results
-
-    whole: dict[str, Any] = {"dense": {}, "rows": [], "failed": {}, "waiting": []}
-    commands, records = [], []
-    for folder in folders:
-        results = read_results(folder)
-        found, record = results.to_json(), results.record
-        records.append(record)
-        seeds = sorted({run["seed"] for run in record["runs"] if "seed" in run})
-        # A recipe that ships is named, another one is a file of this repository.
-        recipe = Path(record["recipe"])
-        named = recipe.stem if recipe.parent.name == "recipes" else f"benchmarks/quality/{recipe.name}"
-        commands.append(f"keyreduce sweep {named} --seed {','.join(map(str, seeds))} --output FOLDER")
-        whole["dense"] |= found["dense"]
-        way = ("model", "target", "label", "repair", "ratio")
-        for row in found["rows"]:
-            same = [one for one in whole["rows"] if all(one[name] == row[name] for name in way)]
-            if not same:
-                whole["rows"].append(row)
-            elif row["seeds"] > same[0]["seeds"]:
-                whole["rows"][whole["rows"].index(same[0])] = row
-        whole["failed"] |= found["failed"]
-        whole["waiting"] += found["waiting"]
-    if whole["waiting"]:
-        sys.exit(f"{len(whole['waiting'])} runs are not done yet, such as {whole['waiting'][0]}")
-    last = records[-1]
-    for text in (last[name]["text"] for name in ("calibration", "heldout")):
-        if "paths" in text:
-            text["paths"] = [Path(path).name for path in text["paths"]]
-    words = ", ".join(_amounts(name, last[name]) for name in ("calibration", "heldout"))
-    about = {name: last[name] for name in ("device", "dtype", "heldout")}
-    whole["record"] = about | {"commands": [*commands, _kept(folders, output)], "words": words}
-    write_json(output, whole, overwrite=True)
-
-
-def _kept(folders: Sequence[Path], output: Path) -> str:
-    return f"python benchmarks/results.py --keep{' FOLDER' * len(folders)} --output benchmarks/quality/{output.name}"
-
-
-def _amounts(name: str, text: Mapping) -> str:
-    from keyreduce.drawing import text_words
-
-    tokens = text["num_batches"] * text["batch_size"] * text["seq_len"]
-    return f"{name}: {tokens:,} tokens ({text_words(text['text'])})"
 
 
 def draw(pictures: Sequence[Picture]) -> None:
