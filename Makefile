@@ -14,7 +14,7 @@ v or sys.exit("keyreduce needs Python $(NEEDS) or newer, and $(PYTHON) is " + sy
 + "; name another one: make PYTHON=python$(NEEDS)")'
 endef
 
-.PHONY: setup demo check test test-fast test-versions dist clean
+.PHONY: setup demo check test test-fast test-versions results dist clean
 
 setup: $(VENV)/.ready
 
@@ -55,6 +55,10 @@ test-fast: setup
 test-versions:
 	$(need_python)
 	$(PYTHON) tests/versions.py
+
+# docs/results.md and its pictures, from the JSON that is committed in benchmarks/; nothing is measured.
+results: setup
+	$(BIN)/python benchmarks/results.py
 
 # The wheel and the sdist; docs/release.md says what comes before and after.
 dist: setup

@@ -18,6 +18,7 @@ from itertools import product
 from pathlib import Path
 
 import triton.testing
+from results import benchmark_title
 
 from keyreduce.api import benchmark
 from keyreduce.api.benchmark import BenchmarkRequest
@@ -104,7 +105,7 @@ def put_together(folder: Path) -> None:
                 if kind in report:
                     whole[kind] = whole.get(kind, []) + report[kind]
         write_json(folder / f"{config}.json", whole, overwrite=True)
-        plot_report(whole | {"settings": first["settings"]}, folder / f"{config}.png")
+        plot_report(whole | {"settings": first["settings"]}, folder / f"{config}.png", model=benchmark_title(config))
 
 
 def file_of(folder: Path, config: str, measurement: str) -> Path:

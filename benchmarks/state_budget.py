@@ -16,7 +16,7 @@ import platform
 from pathlib import Path
 
 import torch
-from scipy.stats import spearmanr
+from result_tables import grid_table
 
 from keyreduce.calibration.run import Settings, calibrate_loaded
 from keyreduce.checkpoint.find import find_model
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--device")
     options = parser.parse_args()
     for path in options.table or ():
-        print_table(read_json(path))
+        print("", *grid_table(read_json(path)), sep="\n")
     if options.output:
         measure(options)
 
@@ -115,26 +115,6 @@ def grid(before: MixerSizes) -> list[MixerSizes]:
         fewer = before._replace(key_heads=heads, value_heads=heads * group)
         found += [fewer, fewer._replace(head_k_dim=keys[-3]), fewer._replace(head_v_dim=values[-3])]
     return found
-
-
-def print_table(found: dict) -> None:
-    """Print what a file holds as Markdown."""
-    cuts = sorted(found["cuts"], key=lambda cut: -cut["state"])
-    kinds = [kind for kind in (*KINDS, "least-squares") if kind in cuts[0]]
-    print(f"\n{found['model']}: dense perplexity {found['dense_perplexity']:.3f} on {found['predictions']:,} held-out")
-    print(f"predictions, {found['calibration_tokens']:,} calibration tokens, {len(cuts)} cuts, {found['device']}\n")
-    for kind in kinds:
-        predicted = [cut["predicted_recovered" if kind == "least-squares" else "predicted"] for cut in cuts]
-        rank = spearmanr(predicted, [cut[kind] for cut in cuts]).statistic
-        near = [place for place, cut in enumerate(cuts) if 0.35 <= cut["state"] <= 0.7]
-        close = spearmanr([predicted[place] for place in near], [cuts[place][kind] for place in near]).statistic
-        print(f"- {kind}: Spearman {rank:.3f}; of the {len(near)} cuts that leave 35% to 70% of the state {close:.3f}")
-    print(f"\n| heads, K x V | state | predicted | {' | '.join(kinds)} |")
-    print("|---|---|---|" + "---|" * len(kinds))
-    for cut in cuts:
-        sizes = f"{cut['key_heads']}, {cut['head_k_dim']} x {cut['head_v_dim']}"
-        shares = " | ".join(f"{100 * cut[kind]:+.1f}%" for kind in kinds)
-        print(f"| {sizes} | {100 * cut['state']:.0f}% | {cut['predicted']:.3f} | {shares} |")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from result_tables import precision_table
+
 from keyreduce.api import evaluate
 from keyreduce.api.evaluate import EvaluateRequest
 from keyreduce.checkpoint.find import find_model
@@ -92,27 +94,7 @@ def measure(study: Study) -> dict:
 
 def table(files: list[Path]) -> str:
     """Return Markdown: a table of costs, one of drift and one of heads for each study."""
-    lines = []
-    for report in (json.loads(file.read_text()) for file in files):
-        states = report["states"]
-        bins = [f"{part['start']:,} to {part['end'] - 1:,}" for part in states[0]["drift"]]
-        size = f"{report['parameters'] / 1e6:.0f}M parameters, {report['rows']} rows of {report['seq_len']:,} tokens"
-        lines += [f"`{report['command']}` ({report['model']}, {size}; {report['seconds']} s)", ""]
-        lines += ["| state in | KiB a sequence | perplexity | over float32 | mean error of a head |", "|---" * 5 + "|"]
-        for state in states:
-            errors = [head["errors"].get(state["dtype"]) for head in report.get("heads", [])]
-            mean = f"{sum(errors) / len(errors):.2%}" if errors and None not in errors else ""
-            cost = f"{state['perplexity_per_token']:.4f} | {state['perplexity_increase']:+.2%}"
-            lines.append(f"| {state['dtype']} | {state['bytes_per_sequence'] / 1024:,.0f} | {cost} | {mean} |")
-        lines += ["", f"| nats, over float32 | {' | '.join(bins)} |", "|---|" + "---|" * len(bins)]
-        for state in states[1:]:
-            differences = " | ".join(f"{part['difference']:+.4f}" for part in state["drift"])
-            lines.append(f"| {state['dtype']} | {differences} |")
-        known = (f"{name} {value:+.2f}" for name, value in report["memory_correlation"].items() if value is not None)
-        lines += ["", f"Correlation of a head's error with its memory: {', '.join(known)}", ""]
-        choice = next((state["choice"] for state in states if "choice" in state), None)
-        lines += [f"Choice: {json.dumps(choice)}", ""] if choice else []
-    return "\n".join(lines)
+    return "\n".join(line for file in files for line in precision_table(json.loads(file.read_text())))
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ import json
 import math
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -38,6 +39,9 @@ from fla_torch import operators
 
 from keyreduce.benchmarking.metrics import measure_roofline
 from keyreduce.benchmarking.timing import RoundTimes, interleave, ratio
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from result_tables import search_table
 
 
 class Case(NamedTuple):
@@ -425,19 +429,6 @@ def table(rows: Sequence[dict], dtypes: Sequence[str]) -> Iterator[str]:
     for name in ("speedup", "of_copy"):
         reach = max(max(row[name + "_high"] - row[name], row[name] - row[name + "_low"]) for row in shown)
         yield f"95% intervals of {name} reach at most {reach:.3f} to either side."
-
-
-def search_table(rows: Sequence[dict]) -> Iterator[str]:
-    """Yield the fastest tiling of each size in a search as Markdown, beside a copy of its state and fla's kernel."""
-    yield "| size | B | µs | of the bandwidth | of its copy | fla: µs | faster |"
-    yield "|" + "---|" * 7
-    finals: dict[tuple[str, int], dict[str, dict]] = {}
-    for row in rows:
-        finals.setdefault((row["size"], row["B"]), {})[row["name"]] = row
-    for (size, B), found in finals.items():
-        ours = next(row for name, row in found.items() if name.startswith("("))  # the best comes first
-        cells = [size, str(B), f"{ours['us']:.1f}", f"{ours['share']:.0%}", f"{found['copy']['us'] / ours['us']:.0%}"]
-        yield f"| {' | '.join(cells)} | {found['fla']['us']:.1f} | {ours['speedup']:.2f} |"
 
 
 def falls_short(row: dict) -> bool:

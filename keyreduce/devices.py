@@ -1,6 +1,7 @@
 """What to compute on, in what dtype, and how much memory there is."""
 
 import os
+import platform
 from pathlib import Path
 
 import torch
@@ -37,6 +38,14 @@ def dtype_named(dtype: str) -> torch.dtype:
     if dtype not in DTYPES:
         raise KeyreduceError(f"dtype {dtype!r} is unknown; take one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def device_name(device: torch.device) -> str:
+    """Return what reports and pictures call a device: a GPU by its name, a CPU by what it computes with."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    processor = platform.processor() or platform.machine()
+    return f"{processor} CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
 
 
 def available_memory(device: torch.device) -> int:

@@ -13,6 +13,7 @@ import pytest
 FAST = {
     "test_budget.py",
     "test_capacity.py",
+    "test_drawing.py",
     "test_engine_kernels.py",
     "test_engines.py",
     "test_help.py",
@@ -26,6 +27,7 @@ FAST = {
     "test_processes.py",
     "test_record.py",
     "test_request.py",
+    "test_results_page.py",
     "test_strong_rrqr.py",
     "test_sweep_launchers.py",
     "test_sweep_plots.py",

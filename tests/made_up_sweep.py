@@ -59,6 +59,7 @@ def make_up(
                             runs.append(_run(root, name, steps, kind="pruned", title=title, **about))
     timing = {"kinds": list(kinds), "batch_size": 4, "seq_len": 1024, "rounds": 10, "decode_batch_sizes": [1, 8]}
     record = {"recipe": "made/up.toml", "device": "cpu", "jobs": 1, "timing": timing if kinds else None, "runs": runs}
+    record["heldout"] = {"text": {"kind": "files", "paths": ["/home/notes.txt"], "files": 1}}
     (root / "sweep.json").write_text(json.dumps(record))
     return root
 

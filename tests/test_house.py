@@ -28,7 +28,7 @@ FLOORS = (
     {"families"},
     {"checkpoint"},
     {"outputs"},
-    {"devices", "processes", "reporting", "versions", "workspace"},
+    {"devices", "drawing", "processes", "reporting", "versions", "workspace"},
     {"errors"},
     {"__init__"},
 )
@@ -110,6 +110,14 @@ def test_libraries_know_no_flag(path):
     strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
     flags = [one for one in strings if isinstance(one, str) and re.search(r"(?<!lm_eval )--[a-z]", one)]
     assert not flags
+
+
+def test_pictures_have_one_look():
+    """What a picture looks like, and how it is written, is said in one module."""
+    for path in modules(PACKAGE):
+        if path != PACKAGE / "drawing.py":
+            found = re.findall(r"\.savefig\(|Figure\(|\"#[0-9A-Fa-f]{6}\"", path.read_text())
+            assert not found, name_of(path)
 
 
 def test_no_two_classes_have_one_name():

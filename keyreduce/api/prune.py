@@ -416,11 +416,14 @@ class Cut:
 
 def _write_search(request: PruneRequest, source: "Checkpoint", found: "Found") -> Path:
     """Write what was considered, and its picture, into the work folder, and return the file."""
+    from keyreduce.devices import device_name, pick_device
+    from keyreduce.drawing import joined, text_words
     from keyreduce.pruning.search import write_search
     from keyreduce.workspace import Workspace
 
     path = Workspace(request.work).state_budget
-    write_search(found, path, model=source.path.name)
+    about = joined(text_words(request.text_source("calibration").describe()), device_name(pick_device(request.device)))
+    write_search(found, path, model=source.path.name, about=about)
     return path
 
 

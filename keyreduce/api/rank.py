@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class RankRequest(options.OfRun, options.OfText, options.OfPair):
     """Measure how much of its rank each head's state uses along the sequence, and draw it.
 
-    Rank utilisation is the stable rank of the state as a share of the largest rank it could have. The pictures also
-    show the channels that pruning kept, and the convolution kernels. Text is taken in its own order, so --seed changes
-    nothing here.
+    Table and pictures have the stable rank of the state, the report has it as a share of the largest rank it could
+    have. The pictures also show the channels that pruning kept, and the convolution kernels. Text is taken in its own
+    order, so --seed changes nothing here.
     """
 
     num_batches: int = options.num_batches(4, "Batches to measure on; 0 takes all the text.", minimum=0)
@@ -39,9 +39,10 @@ def run(request: RankRequest, reporter: Reporter = Reporter()) -> Report:
     """Measure the models, and write numbers and pictures; earlier ones in the work folder are replaced.
 
     Returns:
-        ``text``, where the text is from; ``seq_len``; ``every``; ``positions``, after how many tokens of a sequence the
-        states were looked at; ``models``: for each its ``label`` and ``folder``, the number of ``sequences``, and
-        ``layers`` (:meth:`keyreduce.evaluation.rank.StateRank.to_json`); and the paths of the ``pictures``.
+        ``text``, where the text is from; ``device``; ``seq_len``; ``every``; ``positions``, after how many tokens of a
+        sequence the states were looked at; ``models``: for each its ``label`` and ``folder``, the number of
+        ``sequences``, and ``layers`` (:meth:`keyreduce.evaluation.rank.StateRank.to_json`); and the paths of the
+        ``pictures``.
 
     Raises:
         KeyreduceError: a model does not load, the pruned one was not made from the dense one, the text is empty, a
@@ -49,7 +50,7 @@ def run(request: RankRequest, reporter: Reporter = Reporter()) -> Report:
     """
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.data.batches import batches, token_rows
-    from keyreduce.devices import pick_device, pick_dtype
+    from keyreduce.devices import device_name, pick_device, pick_dtype
     from keyreduce.evaluation.pictures import draw_folder, refuse_other_files
     from keyreduce.evaluation.rank import measure_rank
 
@@ -80,7 +81,8 @@ def run(request: RankRequest, reporter: Reporter = Reporter()) -> Report:
         if positions[-1] < request.seq_len:
             reporter.note(f"the text is shorter than one sequence: {positions[-1]} tokens instead of {request.seq_len}")
         with reporter.progress("drawing", None, "pictures"):
-            report: dict[str, Any] = {"text": text.describe(), "seq_len": request.seq_len, "every": request.every}
+            report: dict[str, Any] = {"text": text.describe(), "device": device_name(device)}
+            report |= {"seq_len": request.seq_len, "every": request.every}
             report |= {"positions": positions, "models": entries}
             names = draw_folder(folder, report, kept, open_folder(models["dense"].folder))
         report["pictures"] = [str(folder / name) for name in names]

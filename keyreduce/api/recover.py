@@ -320,6 +320,8 @@ def _recover_layers(found: _Found, reporter: Reporter) -> None:
 
 def _train(found: _Found, processes: Processes, reporter: Reporter) -> None:
     """Make the checkpoint in a mode that trains the whole model; every process of torchrun calls this."""
+    from keyreduce.devices import device_name
+    from keyreduce.drawing import joined, save_picture, text_words
     from keyreduce.outputs import claimed
     from keyreduce.recovery.layers import Recovered
     from keyreduce.recovery.training.picture import draw_losses
@@ -343,8 +345,12 @@ def _train(found: _Found, processes: Processes, reporter: Reporter) -> None:
         figures = trained.figures(settings.batch_size * settings.seq_len)
 
         def finish(made: Path) -> None:
-            label = "loss with a teacher" if teacher else "loss"
-            draw_losses([tokens for tokens, _ in figures["losses"]], trained.losses, label, made / "training.png")
+            tokens = [tokens for tokens, _ in figures["losses"]]
+            title = f"{found.pruned.path.name}: recovery, {told}"
+            about = joined(text_words(found.text.describe()), device_name(found.device))
+            loss = "loss with a teacher" if teacher else "loss"
+            figure = draw_losses(tokens, trained.losses, title=title, about=about, loss=loss)
+            save_picture(figure, made / "training.png")
             if (folder / "runs").is_dir():
                 shutil.copytree(folder / "runs", made / "runs")  # tensorboard's
 

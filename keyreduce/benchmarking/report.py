@@ -14,6 +14,7 @@ from keyreduce.benchmarking.largest_batch import time_largest_batch
 from keyreduce.benchmarking.metrics import Roofline, measure_roofline
 from keyreduce.benchmarking.per_token import token_entries
 from keyreduce.benchmarking.timed_models import TimedModel, explained_out_of_memory
+from keyreduce.devices import device_name
 from keyreduce.models.miscompiled import refuse_wrong_gradients
 
 _ORDER = ("mixer", "forward", "decode", "per_token", "train_step")
@@ -135,12 +136,7 @@ def _warmup_seconds(entry: dict) -> float:
 
 
 def _environment(device: torch.device, dtype: torch.dtype) -> dict:
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        processor = platform.processor() or platform.machine()
-        name = f"{processor} CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
     versions = {"keyreduce": keyreduce.__version__, "python": platform.python_version()}
     versions |= {library: version(library) for library in ("torch", "transformers", "flash-linear-attention")}
     dtype_name = str(dtype).removeprefix("torch.")
-    return {"device": name, "device_type": device.type, "dtype": dtype_name, "versions": versions}
+    return {"device": device_name(device), "device_type": device.type, "dtype": dtype_name, "versions": versions}

@@ -80,6 +80,9 @@ class TimedModel:
         return {
             "label": self.label,
             "folder": None if self.folder is None else str(self.folder),
+            "model_type": self.config["model_type"],
+            "hidden_size": self.hidden,
+            "layers": len(self.family.layer_sizes(self.config)),
             "layer": self.layer,
             **self.sizes._asdict(),
             "state_bytes_per_sequence": self.family.state_bytes(self.config),

@@ -1,4 +1,4 @@
-"""``keyreduce rank``: how much of its rank the state uses, dense against pruned, in figures and pictures."""
+"""``keyreduce rank``: the stable rank of the state, dense against pruned, in figures and pictures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ def show(request: rank.RankRequest, console: Console) -> None:
     models, pictures = result.content["models"], result.content["pictures"]
     amount = f"{models[-1]['sequences']:,} sequences of {result.content['positions'][-1]:,} tokens"
     header = [name for entry in models for name in (f"{entry['label']}: K x V", "mean", "at end")]
-    console.table(f"rank utilisation of {amount}, mean of the heads", ("layer", *header), _rows(models))
+    console.table(f"stable rank, mean of the heads: {amount}", ("layer", *header), _rows(models))
     console.say(f"wrote {result.output}, and {len(pictures)} pictures in {Path(pictures[0]).parent}")
     console.finish(result)
 
@@ -31,6 +31,7 @@ def _rows(entries: Sequence[dict]) -> list[list[str]]:
                 continue
             heads = layer["utilisation"]
             means = fmean(fmean(head) for head in heads), fmean(head[-1] for head in heads)
-            row += [f"{layer['head_k_dim']} x {layer['head_v_dim']}", *(f"{share:.2%}" for share in means)]
+            sides = layer["head_k_dim"], layer["head_v_dim"]
+            row += [f"{sides[0]} x {sides[1]}", *(f"{min(sides) * share:.2f}" for share in means)]
         rows.append(row)
     return rows

@@ -1,85 +1,112 @@
-"""The picture of a search: what each candidate costs, against the bytes of its state."""
+"""The picture of a search: what each candidate costs, and the least that any sizes do at so many bytes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
+from keyreduce import drawing
 from keyreduce.outputs import appearing
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")  # of the palette of Okabe and Ito
-_MARKERS = "os^Dv*"
 _LEAST = 1e-4  # a loss below it is drawn at the foot
+_SHOWN = 32  # candidates that are drawn at most
 
 
-def draw_search(found: Mapping, model: str, path: Path) -> None:
-    """Draw what :meth:`keyreduce.pruning.search.Found.to_json` holds, and write it as PNG.
+def write_picture(found: Mapping, model: str, path: Path, *, about: str = "") -> None:
+    """Draw a search and write it as PNG; KeyreduceError if the file cannot be written."""
+    figure = draw_search(found, model, about=about)
+    with appearing(path, folder=False, overwrite=True) as temporary:
+        drawing.save_picture(figure, temporary, format="png")
 
-    Above: the predicted loss against the bytes of the state: of the candidates, and as lines the least that any sizes
-    have at so many bytes. Below, where the best few were measured: their increase in perplexity, with twice its
-    standard error, by the key channels that they keep. The choice has a ring.
 
-    Raises KeyreduceError if the file cannot be written.
+def draw_search(found: Mapping, model: str, *, about: str = "") -> Figure:
+    """Draw what :meth:`keyreduce.pruning.search.Found.to_json` holds; ``about`` names text and device.
+
+    On top: the least predicted loss of any sizes, against the bytes of the state. Below: the predicted loss of each
+    candidate and, where the best few were measured, their increase in perplexity with twice its standard error. The
+    choice has a ring.
     """
     is_measured = found["search"] == "measured"
-    figure = Figure(figsize=(7.5, 7.5 if is_measured else 4.2), layout="constrained")
-    panels = figure.subplots(2 if is_measured else 1, 1, squeeze=False)[:, 0]
-    how = f", {found['recover']} to follow" if found["recover"] else ""
-    figure.suptitle(f"{model}: cuts that fit into the budget{how}")
-    colours = {dtype: number for number, dtype in enumerate(found["frontier"])}
-    _draw_predicted(panels[0], found, colours)
+    recovery = f", after {found['recover']}" if found["recover"] and is_measured else ""
+    follows = f", {found['recover']} to follow" if found["recover"] else ""
+    title = f"{model}: cuts that fit into the budget{follows}"
+    figure = drawing.new_figure(8, 9.6 if is_measured else 6.6, title, about=about)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[2, 5 if is_measured else 3])
+    looks = {dtype: drawing.marked(number) for number, dtype in enumerate(found["frontier"])}
+    _draw_frontier(top.subplots(), found, looks)
+    panels = bottom.subplots(2 if is_measured else 1, 1, squeeze=False, sharex=True)[:, 0]
+    shown = _shown(found["candidates"])
+    for dtype, look in looks.items():
+        chosen = {number: row for number, row in enumerate(shown) if row["state_dtype"] == dtype}
+        panels[0].plot(list(chosen), [_drawn(row["predicted"]) for row in chosen.values()], linestyle="", **look)
+    drawing.logarithmic(panels[0], [_drawn(row["predicted"]) for row in shown])
+    drawing.finish(panels[0], x="", y="predicted loss\n(no unit)")
+    ring = shown.index(found["chosen"])
+    panels[0].scatter([ring], [_drawn(found["chosen"]["predicted"])], **drawing.CHOSEN)
     if is_measured:
-        _draw_measured(panels[1], found, colours)
-    with appearing(path, folder=False, overwrite=True) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+        _draw_measured(panels[1], shown, looks)
+        panels[1].scatter([ring], [100 * found["chosen"]["perplexity_increase"]], **drawing.CHOSEN)
+        drawing.finish(panels[1], x="", y=f"perplexity over dense\n(%), measured{recovery}")
+    labels = [f"{row['key_heads']} x {row['head_k_dim']} x {row['head_v_dim']}" for row in shown]
+    panels[-1].set_xticks(range(len(shown)), labels, rotation=90, fontsize="small")
+    hidden = len(found["candidates"]) - len(shown)
+    beside = f"; {hidden} more, of a larger predicted loss, are not drawn" if hidden else ""
+    panels[-1].set_xlabel(f"key heads x key channels x value channels that stay{beside}")
+    drawing.legend(figure, _handles(looks, is_measured))
+    return figure
 
 
-def _draw_predicted(panel: Axes, found: Mapping, colours: Mapping[str, int]) -> None:
-    for dtype, points in found["frontier"].items():
-        sizes, losses = [size / 2**10 for size, _ in points], [max(_LEAST, loss) for _, loss in points]
-        panel.plot(sizes, losses, "-", color=_COLOURS[colours[dtype] % len(_COLOURS)], lw=1.5, alpha=0.6)
-    for dtype, rows in _by_format(found["candidates"]).items():
-        colour, marker = _COLOURS[colours[dtype] % len(_COLOURS)], _MARKERS[colours[dtype] % len(_MARKERS)]
-        places, losses = [row["state_bytes"] / 2**10 for row in rows], [row["predicted"] for row in rows]
-        panel.scatter(places, losses, s=18, color=colour, marker=marker, label=f"state in {dtype}")
+def _drawn(loss: float) -> float:
+    return max(_LEAST, loss)
+
+
+def _shown(candidates: Sequence[Mapping]) -> list[Mapping]:
+    """Return the candidates that are drawn, in the order of their sizes: all, or those before the others."""
+    ordered = list(candidates[:_SHOWN])
+    formats = list(dict.fromkeys(row["state_dtype"] for row in ordered))
+
+    def key(row: Mapping) -> tuple:
+        return formats.index(row["state_dtype"]), -row["key_heads"], -row["head_k_dim"], -row["head_v_dim"]
+
+    return sorted(ordered, key=key)
+
+
+def _draw_frontier(axes: Axes, found: Mapping, looks: Mapping[str, dict[str, Any]]) -> None:
+    for number, (dtype, points) in enumerate(found["frontier"].items()):
+        sizes, losses = [size / 2**10 for size, _ in points], [_drawn(loss) for _, loss in points]
+        line = drawing.LINES[number % len(drawing.LINES)]
+        axes.plot(sizes, losses, linestyle=line, color=looks[dtype]["color"], linewidth=1.5)
     chosen = found["chosen"]
-    panel.scatter([chosen["state_bytes"] / 2**10], [chosen["predicted"]], s=180, fc="none", ec="black", label="chosen")
-    panel.set_xlabel("state of a sequence in all layers (KiB); lines: the least predicted loss at any size")
-    panel.set_ylabel("predicted loss (no unit)")
-    panel.set_yscale("log")
-    panel.legend()
+    place = [chosen["state_bytes"] / 2**10], [_drawn(chosen["predicted"])]
+    axes.plot(*place, linestyle="", **looks[chosen["state_dtype"]])
+    axes.scatter(*place, **drawing.CHOSEN, zorder=3)
+    every = [loss for points in found["frontier"].values() for _, loss in points]
+    drawing.logarithmic(axes, [_drawn(loss) for loss in (*every, chosen["predicted"])])
+    title = "lines: the least predicted loss of any sizes, in the format of the colour"
+    drawing.finish(axes, title=title, x="state of a sequence in all layers (KiB)", y="predicted loss\n(no unit)")
 
 
-def _draw_measured(panel: Axes, found: Mapping, colours: Mapping[str, int]) -> None:
-    measured = [row for row in found["candidates"] if "perplexity_increase" in row]
-    for dtype, rows in _by_format(measured).items():
-        rows = sorted(rows, key=lambda row: row["head_k_dim"])
-        panel.errorbar(
-            [row["head_k_dim"] for row in rows],
-            [100 * row["perplexity_increase"] for row in rows],
-            yerr=[200 * row["perplexity_error"] for row in rows],
-            fmt=f"{_MARKERS[colours[dtype] % len(_MARKERS)]}-",
-            color=_COLOURS[colours[dtype] % len(_COLOURS)],
-            capsize=3,
-            lw=1,
-            label=f"state in {dtype}",
-        )
-        for row in rows:
-            place = (row["head_k_dim"], 100 * row["perplexity_increase"])
-            label = f"{row['key_heads']} heads, {row['head_k_dim']}x{row['head_v_dim']}"
-            panel.annotate(label, place, xytext=(6, 6), textcoords="offset points", fontsize=7, rotation=30)
-    chosen = found["chosen"]
-    place = [chosen["head_k_dim"]], [100 * chosen["perplexity_increase"]]
-    panel.scatter(*place, s=180, fc="none", ec="black", label="chosen", zorder=3)
-    panel.margins(0.2, 0.2)
-    panel.set_xlabel("key channels that stay in a head")
-    panel.set_ylabel("perplexity over dense (%), measured")
-    panel.legend()
+def _draw_measured(axes: Axes, shown: Sequence[Mapping], looks: Mapping[str, dict[str, Any]]) -> None:
+    measured = {number: row for number, row in enumerate(shown) if "perplexity_increase" in row}
+    for dtype, look in looks.items():
+        rows = {number: row for number, row in measured.items() if row["state_dtype"] == dtype}
+        if rows:
+            increases = [100 * row["perplexity_increase"] for row in rows.values()]
+            errors = [200 * row["perplexity_error"] for row in rows.values()]
+            drawing.errorbars(axes, list(rows), increases, errors, look | {"linestyle": ""})
 
 
-def _by_format(rows: Sequence[Mapping]) -> dict[str, list[Mapping]]:
-    found: dict[str, list[Mapping]] = {}
-    for row in rows:
-        found.setdefault(row["state_dtype"], []).append(row)
-    return found
+def _handles(looks: Mapping[str, dict[str, Any]], is_measured: bool) -> list[Artist]:
+    handles: list[Artist] = [
+        Line2D([], [], label=f"state in {dtype}", linestyle=drawing.LINES[number % len(drawing.LINES)], **look)
+        for number, (dtype, look) in enumerate(looks.items())
+    ]
+    ring = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "markeredgecolor": drawing.BLACK}
+    handles.append(Line2D([], [], linestyle="", label="chosen", **ring))
+    if is_measured:
+        handles.append(Line2D([], [], color=drawing.GREY, linestyle="", marker="|", label="twice the standard error"))
+    return handles

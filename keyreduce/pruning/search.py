@@ -227,12 +227,12 @@ class Search:
         return {entry[0]: entry[1] for entry in ordered}
 
 
-def write_search(found: Found, path: Path, model: str) -> None:
-    """Write what a search found as JSON, and beside it the picture of it."""
-    from keyreduce.pruning.budget_picture import draw_search  # matplotlib takes a second
+def write_search(found: Found, path: Path, model: str, about: str = "") -> None:
+    """Write what a search found as JSON, and beside it the picture of it, whose title says ``about``: text, device."""
+    from keyreduce.pruning.budget_picture import write_picture  # matplotlib takes a second
 
     write_json(path, {"model": model, **found.to_json()}, overwrite=True)
-    draw_search(found.to_json(), model, path.with_suffix(".png"))
+    write_picture(found.to_json(), model, path.with_suffix(".png"), about=about)
 
 
 def _considered(one: Candidate, score: float) -> Considered:

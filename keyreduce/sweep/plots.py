@@ -7,19 +7,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from keyreduce import drawing
 from keyreduce.sweep.recipe import NO_REPAIR
 from keyreduce.sweep.results import Results, pareto_front
 
-# Okabe and Ito's colours, which the colour-blind tell apart, with brown for their yellow, which is pale on white, and
-# four more, as there are twelve markers.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D46")
-_COLORS += ("#6A3D9A", "#8B0000", "#7F7F00", "#7F8FA9")
-_MARKERS = "osD^vPXp<>hd"
-_LINES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 _LEGEND_INCHES = 2.3
 _LOGARITHMIC_FROM = 3.0  # times as much at the top as at the bottom
 _DENSE: dict[str, Any] = {"color": "0.35", "marker": "*", "markersize": 11, "linestyle": ""}
@@ -32,11 +25,15 @@ _AXES = {
 
 
 def draw_perplexity(results: Results) -> Canvas:
-    """Draw perplexity against the share removed: a panel for each model and target, bars for the spread over seeds."""
+    """Draw perplexity against the share removed: a panel for each model and target, bars for the spread over seeds.
+
+    Methods stand beside each other at each share, so that none covers another.
+    """
     table = results.table
     models, targets = table["model"].unique(), table["target"].unique()
     style = _Style(results)
-    figure, panels = _panels(len(models), len(targets), style)
+    title = drawing.joined("perplexity against the share removed", _spread_words(results))
+    figure, panels = _panels(len(models), len(targets), style, title, _about(results))
     for line, model in zip(panels, models, strict=True):
         for axes, target in zip(line, targets, strict=True):
             rows: Any = table[(table["model"] == model) & (table["target"] == target)]
@@ -44,18 +41,24 @@ def draw_perplexity(results: Results) -> Canvas:
                 axes.set_axis_off()
                 continue
             dense = rows["dense"].iloc[0]
-            for (label, repair), chosen in rows.groupby(["label", "repair"], sort=False):
+            groups = list(rows.groupby(["label", "repair"], sort=False))
+            for place, ((label, repair), chosen) in enumerate(groups):
                 chosen = chosen.sort_values("ratio")
-                axes.errorbar(
+                look = style.markers[label] | {"linestyle": style.lines[repair], "linewidth": 1.5}
+                look |= {"markevery": slice(1, None)}  # the first is the dense model's, where all begin
+                drawing.errorbars(
+                    axes,
                     [0, *(100 * chosen["ratio"])],
                     [dense, *chosen["perplexity"]],
-                    yerr=[0, *chosen["perplexity_spread"].fillna(0)],
-                    **style.markers[label],
-                    **{"linestyle": style.lines[repair], "linewidth": 1.5, "elinewidth": 1, "capsize": 2},
+                    [math.nan, *chosen["perplexity_spread"]],
+                    look,
+                    place=place,
+                    of=len(groups),
                 )
             axes.axhline(dense, color="0.5", linewidth=0.8, zorder=0)
             axes.set_xticks([0, *(100 * ratio for ratio in sorted(rows["ratio"].unique()))])
-            axes.set(title=f"{model}, {target}", xlabel=f"share of {target} removed, %", ylabel="perplexity per token")
+            what = {"key": "key channels", "value": "value channels", "head": "heads"}.get(target, target)
+            drawing.finish(axes, title=f"{model}, {target}", x=f"share of {what} removed, %", y="perplexity per token")
             _scale(axes, [dense, *rows["perplexity"]])
     return figure
 
@@ -63,11 +66,14 @@ def draw_perplexity(results: Results) -> Canvas:
 def draw_pareto(results: Results) -> Canvas:
     """Draw perplexity against what was timed, or against the state's size where nothing was.
 
-    The front is the line through what nothing else beats in both: what is left of it is as good, but slower.
+    The front is the line through what nothing else beats in both: what is left of it is as good, but slower. Bars are
+    the spreads over seeds.
     """
     models, kinds = results.table["model"].unique(), results.kinds or ["state"]
     style = _Style(results)
-    figure, panels = _panels(len(models), len(kinds), style, front=True)
+    against = "speed" if results.kinds else "the size of the state"
+    title = drawing.joined(f"perplexity against {against}", _spread_words(results))
+    figure, panels = _panels(len(models), len(kinds), style, title, _about(results), front=True)
     several = len(results.table["target"].unique()) > 1
     for line, model in zip(panels, models, strict=True):
         for axes, kind in zip(line, kinds, strict=True):
@@ -76,12 +82,14 @@ def draw_pareto(results: Results) -> Canvas:
             dense = results.dense[model][0]
             points = [(1.0, dense), *((_gain(row, kind), row.perplexity) for row in rows)]
             for row, point in zip(rows, points[1:], strict=True):
+                bars = {"xerr": getattr(row, f"{kind}_speedup_spread", math.nan), "yerr": row.perplexity_spread}
+                axes.errorbar(*point, **bars, fmt="none", ecolor=style.markers[row.label]["color"], elinewidth=1)
                 axes.plot(*point, linestyle="", fillstyle=style.fills[row.repair], **style.markers[row.label])
             axes.plot(1.0, dense, **_DENSE)
             front = pareto_front(points)
             axes.plot(*zip(*(points[number] for number in front), strict=True), color="0.35", linewidth=1, zorder=0)
             words = ["", *(f"{row.target + ' ' if several else ''}{100 * row.ratio:g}%" for row in rows)]
-            axes.set(title=model, xlabel=_AXES[kind], ylabel="perplexity per token")
+            drawing.finish(axes, title=model, x=_AXES[kind], y="perplexity per token")
             axes.margins(x=0.12, y=0.1)
             _scale(axes, [cost for _, cost in points])
             _label_front(axes, [points[number] for number in front], [words[number] for number in front])
@@ -93,15 +101,29 @@ class _Style:
 
     def __init__(self, results: Results):
         labels, repairs = results.table["label"].unique(), results.table["repair"].unique()
-        self.markers: dict[str, dict[str, Any]] = {
-            label: {"color": color, "marker": marker, "markersize": 6}
-            for label, color, marker in zip(labels, cycle(_COLORS), cycle(_MARKERS))
-        }
-        self.lines: dict[str, Any] = dict(zip(repairs, cycle(_LINES)))
+        self.markers: dict[str, dict[str, Any]] = {label: drawing.marked(number) for number, label in enumerate(labels)}
+        self.lines: dict[str, Any] = dict(zip(repairs, cycle(drawing.LINES)))
         self.fills = dict(zip(repairs, cycle(("full", "none", "left", "top"))))
 
 
-def _panels(rows: int, columns: int, style: _Style, *, front: bool = False) -> tuple[Canvas, Any]:
+def _about(results: Results) -> str:
+    """Return what the title says of text and device."""
+    record = results.record
+    text = drawing.text_words((record.get("heldout") or {}).get("text") or {})
+    return drawing.joined(f"held-out {text}" if text else "", str(record.get("device", "")))
+
+
+def _spread_words(results: Results) -> str:
+    """Return what the bars are, where there are any."""
+    seeds = sorted({row.seeds for row in results.rows if row.seeds > 1})
+    if not seeds:
+        return ""
+    return f"bars: sample standard deviation over {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds"
+
+
+def _panels(
+    rows: int, columns: int, style: _Style, title: str, about: str, *, front: bool = False
+) -> tuple[Canvas, Any]:
     """Return a figure and its axes, with a legend: the methods, and in black the repairs, where there are several."""
     line = "" if front else "-"
     handles = [Line2D([], [], label=label, linestyle=line, **look) for label, look in style.markers.items()]
@@ -116,29 +138,17 @@ def _panels(rows: int, columns: int, style: _Style, *, front: bool = False) -> t
     else:
         handles.append(Line2D([], [], color="0.5", linewidth=0.8, label="dense"))
     height = max(3.6 * rows, 0.25 * len(handles) + 0.6)
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
-    figure = Canvas(figsize=(4.6 * columns + _LEGEND_INCHES, height), layout=layout)
+    figure = drawing.new_figure(4.6 * columns + _LEGEND_INCHES, height, title, about=about)
     panels = figure.subplots(rows, columns, squeeze=False)
-    figure.legend(handles=handles, loc="outside right center", fontsize=9, frameon=False)
-    for axes in panels.flat:
-        axes.grid(alpha=0.25)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        axes.title.set_fontsize(11)
+    drawing.legend(figure, handles, columns=1, side="right center")
     return figure, panels
 
 
 def _scale(axes: Axes, values: Sequence[float]) -> None:
     """Make the perplexity's axis logarithmic where its values differ much, with plain numbers on it."""
     finite = [value for value in values if math.isfinite(value)]
-    ratio = max(finite) / min(finite)
-    if ratio < _LOGARITHMIC_FROM:
-        return
-    axes.set_yscale("log")
-    steps = (1, 1.5, 2, 3, 4, 6, 8) if ratio < 10 else (1, 2, 5) if ratio < 1000 else (1,)
-    axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=20))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    if max(finite) / min(finite) >= _LOGARITHMIC_FROM:
+        drawing.logarithmic(axes, finite)
 
 
 def _label_front(axes: Axes, points: Sequence[tuple[float, float]], words: Sequence[str]) -> None:

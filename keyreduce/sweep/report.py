@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from keyreduce.drawing import save_picture
 from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import appearing
 from keyreduce.sweep.plots import draw_pareto, draw_perplexity
@@ -27,7 +28,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 2rem auto
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .25rem .55rem; text-align: right; white-space: nowrap; }
+th, td { padding: .25rem .45rem; text-align: right; }
+td { white-space: nowrap; }
 th { border-bottom: 2px solid; vertical-align: bottom; } tbody tr:nth-child(even) { background: #8881; }
 tr.first td { border-top: 1px solid #8888; }
 th:nth-child(-n+3), td:nth-child(-n+3) { text-align: left; }
@@ -81,7 +83,7 @@ def write_report(results: Results, folder: Path) -> list[Path]:
             if isinstance(made, str):
                 temporary.write_text(made, encoding="utf-8")
             else:
-                made.savefig(temporary, format="png", dpi=130)
+                save_picture(made, temporary, format="png")
     return [folder / name for name in NAMES]
 
 
@@ -217,7 +219,8 @@ def _escape_latex(text: str) -> str:
 def page(results: Results, pictures: Mapping[str, Path]) -> str:
     """Return an HTML page that needs no other file; ``pictures`` maps what each shows to a PNG file, which it holds."""
     record = results.record
-    title = escape(f"Sweep {Path(str(record.get('recipe', ''))).name}".strip())
+    models = ", ".join(dict.fromkeys(results.table["model"]))
+    title = escape(f"Sweep {Path(str(record.get('recipe', ''))).stem}: {models}")
     parts = [f"<h1>{title}</h1>"]
     if results.failed:
         items = "".join(f"<li>{escape(run)}: {escape(why)}</li>" for run, why in results.failed.items())

@@ -61,6 +61,20 @@ class Results(NamedTuple):
         """What was timed, over all rows."""
         return [name.removesuffix("_speedup") for name in self.table if str(name).endswith("_speedup")]
 
+    @classmethod
+    def of_json(cls, found: Mapping, record: dict) -> "Results":
+        """Return the results that :meth:`to_json` has made a JSON object of, with a sweep's record of them."""
+        rows = []
+        for row in found["rows"]:
+            line = {name: row[name] for name in (*_WAY, "seeds", "dense")} | {"state": _number(row["state"])}
+            figures = {name: row[name] for name in _FIGURES}
+            figures |= {f"{kind}_speedup": figure for kind, figure in row["speedups"].items()}
+            for name, figure in figures.items():
+                line |= {name: _number(figure["mean"]), f"{name}_spread": _number(figure["spread"])}
+            rows.append(line)
+        dense = {model: (one["perplexity"], one["bits_per_byte"]) for model, one in found["dense"].items()}
+        return cls(record, pd.DataFrame(rows), dense, dict(found["failed"]), list(found["waiting"]))
+
     def to_json(self) -> dict:
         """Return all figures as a JSON object: ``dense``, ``rows``, what has ``failed`` and what is ``waiting``."""
         names = [*_WAY, "seeds", "dense", "perplexity", "increase", "bits_per_byte", "state", "seconds"]
@@ -165,6 +179,10 @@ def _table(runs: list[dict], dense: Mapping[str, tuple[float, float]]) -> pd.Dat
         table[f"{name}_spread"], table[name] = of_sizes.transform("std"), of_sizes.transform("median")
         columns |= {name: (name, "first"), f"{name}_spread": (f"{name}_spread", "first")}
     return table.groupby(_WAY, sort=False).agg(**columns).reset_index()
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _spread(values: pd.Series) -> float:

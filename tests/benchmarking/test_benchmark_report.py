@@ -5,7 +5,7 @@ import torch
 
 from keyreduce.benchmarking import report as module
 from keyreduce.benchmarking.metrics import Roofline, measure_roofline
-from keyreduce.benchmarking.plot import plot_report
+from keyreduce.benchmarking.plot import draw_report, plot_report
 from keyreduce.benchmarking.report import benchmark_report, total_rounds
 from keyreduce.benchmarking.timing import RoundTimes
 from keyreduce.errors import KeyreduceError
@@ -104,20 +104,43 @@ def test_the_roofline_is_that_of_a_copy_and_a_product(monkeypatch):
 
 
 def test_pictures_show_each_measurement(report, tmp_path):
-    plot_report(report, tmp_path / "all.svg")
-    drawn = (tmp_path / "all.svg").read_text()
-    for text in ("mixer, 5 tokens", "train step, 70 tokens", "Decode, one mixer layer", "batch 2", "CPU"):
-        assert text in drawn
+    figure = draw_report(report)
+    title, about = figure.get_suptitle().split("\n", 1)
+    assert title == "delta_net: time and memory"  # the folder of both
+    assert "CPU" in about and "float32" in about and "95% intervals" in about
+    axes = {one.get_title(): one for one in figure.get_axes()}
+    assert list(axes) == [
+        "Speed on whole sequences",
+        "Peak memory on whole sequences, beyond weights",
+        "Decoding, one mixer layer\n(launched by Python)",
+    ]
+    speed, memory, _ = axes.values()
+    assert (speed.get_ylabel(), memory.get_ylabel()) == ("times as fast as dense", "share of the memory of dense")
+    # Six lines of two sizes, each with its interval, and no two alike without colours.
+    assert len(speed.containers) == len(report["mixer"] + report["forward"] + report["train_step"]) / 2
+    looks = {(one.lines[0].get_linestyle(), one.lines[0].get_marker()) for one in speed.containers}
+    assert len(looks) == len(speed.containers)
+    for container, entry in zip(speed.containers, report["mixer"][1::2], strict=False):
+        (_, (bottom, top)) = (segment[:, 1] for segment in container.lines[2][0].get_segments())
+        assert (bottom, top) == pytest.approx((entry["speedup"]["low"], entry["speedup"]["high"]))
+    told = [[text.get_text() for text in one.legends[0].get_texts()] for one in figure.subfigs]
+    assert told[0][0] == "one mixer layer, 2 x 5 tokens" and told[0][-1] == "a step of training, 2 x 70 tokens"
+    assert told[1][:2] == ["1 at once", "2 at once"] and "lower bound" in told[1][2]
+    assert not any(one.get_legend() for one in axes.values())  # none lies on the data
+
+
+def test_pictures_of_decoding_and_of_pairs_of_sizes(report, tmp_path):
+    common = {name: report[name] for name in ("settings", "models")}
     graph = report["decode"][0]["eager"]
     decode = [entry | {"graph": graph} for entry in report["decode"]]
-    plot_report({"settings": report["settings"], "decode": decode}, tmp_path / "decode.svg")
-    drawn = (tmp_path / "decode.svg").read_text()
-    assert "CUDA graph" in drawn
-    assert "tokens" not in drawn
-    assert "key channels a head (K)" in drawn
+    (axes,) = draw_report(common | {"decode": decode}, "a model").get_axes()
+    assert "CUDA graph" in axes.get_title() and axes.get_xlabel() == "key channels of a head (K)"
     pairs = [entry | {"head_v_dim": 16 - number} for number, entry in enumerate(report["decode"][:2])]
-    plot_report({"settings": report["settings"], "decode": pairs}, tmp_path / "pairs.svg")
-    drawn = (tmp_path / "pairs.svg").read_text()
-    assert "16x16" in drawn and "8x15" in drawn and "key x value channels a head" in drawn
-    plot_report({"settings": report["settings"], "mixer": report["mixer"]}, tmp_path / "mixer.png")
+    (axes,) = draw_report(common | {"decode": pairs}).get_axes()
+    assert axes.get_xlabel() == "key x value channels of a head"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["16x16", "8x15"]
+    plot_report(common | {"mixer": report["mixer"]}, tmp_path / "mixer.png")
     assert (tmp_path / "mixer.png").read_bytes().startswith(b"\x89PNG")
+    random = [entry | {"folder": None} for entry in report["models"]]
+    title = draw_report(report | {"models": random}).get_suptitle()
+    assert title.startswith("delta_net of 2 layers, hidden size 32, 2 key heads, random weights")

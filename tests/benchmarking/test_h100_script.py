@@ -23,6 +23,7 @@ def script(tmp_path, monkeypatch):
     """A function: run the script with arguments, for small models of its configs."""
     monkeypatch.setattr(triton.testing, "do_bench", triton.testing.do_bench)  # the script puts another there
     monkeypatch.setattr("keyreduce.benchmarking.report.measure_roofline", lambda device, dtype: Roofline(1e9, 1e9))
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
     spec = importlib.util.spec_from_file_location("h100", REPOSITORY / "benchmarks/h100.py")
     h100 = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(h100)

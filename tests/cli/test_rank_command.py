@@ -60,15 +60,16 @@ def test_tables_and_outputs_that_are_named(keyreduce, tiny_folder):
     named = ("--output", "figures.json", "--plot", "pictures")
     result = keyreduce(*RANK, *model, *named)
     assert (result.code, result.err) == (0, "")
-    assert "rank utilisation of 2 sequences of 72 tokens, mean of the heads" in result.out
+    assert "stable rank, mean of the heads: 2 sequences of 72 tokens" in result.out
     assert "wrote figures.json, and 5 pictures in pictures" in result.out
     report = json.loads(Path("figures.json").read_text())
     for entry in report["models"]:
         for layer in entry["layers"]:
             shares_WP = np.array(layer["utilisation"])
             assert f"{layer['head_k_dim']} x 16" in result.out
-            assert f"{100 * shares_WP.mean():.2f}%" in result.out
-            assert f"{100 * shares_WP[:, -1].mean():.2f}%" in result.out
+            side = min(layer["head_k_dim"], 16)
+            assert f"{side * shares_WP.mean():.2f}" in result.out
+            assert f"{side * shares_WP[:, -1].mean():.2f}" in result.out
     for given in (named[:2], named[2:]):
         again = keyreduce(*RANK, *model, *given)
         assert (again.code, again.out) == (2, "")

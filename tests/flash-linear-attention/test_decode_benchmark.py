@@ -102,9 +102,9 @@ def test_a_search_goes_on_with_the_fastest(made_up, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "benchmarks/decode").glob("*.json")), ids=lambda path: path.stem)
-def test_the_readme_has_the_tables_of_the_committed_results(path, monkeypatch, capsys):
+def test_the_page_of_results_has_the_tables_of_the_committed_ones(path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--table", str(path)])
     bench.main()
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 2 + len({(row["size"], row["B"]) for row in json.loads(path.read_text())["search"]})
-    assert "\n".join(lines) in (SCRIPT.parent / "README.md").read_text()
+    assert "\n".join(lines) in (REPOSITORY / "docs/results.md").read_text()

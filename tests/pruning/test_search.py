@@ -20,6 +20,7 @@ from keyreduce.evaluation.perplexity import Perplexity
 from keyreduce.families import MixerSizes
 from keyreduce.pruning import search as search_module
 from keyreduce.pruning import trial as trial_module
+from keyreduce.pruning.budget_picture import draw_search
 from keyreduce.pruning.methods import METHODS, method_named
 from keyreduce.pruning.planning import make_plan
 from keyreduce.pruning.prediction import predicted_loss, read_curves
@@ -296,6 +297,25 @@ def test_json_has_what_is_known_and_no_more(found):
     }  # fmt: skip
 
 
+def test_the_picture_says_what_was_measured(found):
+    figure = draw_search(found.to_json(), "a model", about="text: notes.txt; a device")
+    assert figure.get_suptitle().splitlines() == ["a model: cuts that fit into the budget", "text: notes.txt; a device"]
+    frontier, _, measured = figure.get_axes()
+    assert len(frontier.lines) == 2 + 1  # of two formats, and the choice
+    assert [label.get_text() for label in measured.get_xticklabels()] == ["2 x 6 x 5", "2 x 8 x 8"]
+    (bars,) = measured.containers
+    (segment,) = bars.lines[2][0].get_segments()
+    assert segment[:, 1].tolist() == pytest.approx([100 * (0.01 - 2 * 0.002), 100 * (0.01 + 2 * 0.002)])
+    assert measured.get_ylabel() == "perplexity over dense\n(%), measured"
+    told = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert told == ["state in float32", "state in int8", "chosen", "twice the standard error"]
+    assert not any(axes.get_legend() for axes in figure.get_axes())  # none lies on the data
+    # Of many candidates the best are drawn, and the axis says how many are not.
+    many = found.to_json()
+    many["candidates"] += many["candidates"][1:] * 40
+    assert "; 10 more, of a larger predicted loss," in draw_search(many, "a model").get_axes()[2].get_xlabel()
+
+
 @pytest.mark.parametrize("mode", ["measured", "predicted"])
 def test_the_report_and_its_picture_are_written(tmp_path, found, mode):
     plain = dataclasses.replace(found.candidates[0], perplexity_increase=None, perplexity_error=None)
@@ -308,7 +328,7 @@ def test_the_report_and_its_picture_are_written(tmp_path, found, mode):
     picture = (tmp_path / "budget.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and picture[12:16] == b"IHDR" and picture[-8:-4] == b"IEND"
     height = int.from_bytes(picture[20:24])
-    assert height > 900 if mode == "measured" else 500 < height < 700
+    assert height > 1400 if mode == "measured" else 900 < height < 1200
     assert {path.name for path in tmp_path.iterdir()} == {"budget.json", "budget.png"}
 
 

@@ -1,5 +1,6 @@
 """What the pictures of a sweep hold: the points, the spreads and the front."""
 
+import pytest
 from made_up_sweep import DENSE, make_up, speedup
 from matplotlib.figure import Figure as Canvas
 
@@ -23,7 +24,7 @@ def test_perplexity_against_ratio_has_a_panel_for_each_model_and_target(tmp_path
     assert set(found) == {f"{model}, {target}" for model in DENSE for target in ("key", "value")}
     axes = found["one-model, value"]
     assert axes.get_ylabel() == "perplexity per token"
-    assert axes.get_xlabel() == "share of value removed, %"
+    assert axes.get_xlabel() == "share of value channels removed, %"
     rows = [row for row in results.rows if (row.model, row.target) == ("one-model", "value")]
     curves = [container.lines[0].get_xydata().tolist() for container in axes.containers]
     assert len(curves) == 3 * 2
@@ -33,9 +34,13 @@ def test_perplexity_against_ratio_has_a_panel_for_each_model_and_target(tmp_path
     heights = {
         round(top - bottom, 6)
         for container in axes.containers
-        for (_, bottom), (_, top) in container.lines[2][0].get_segments()
+        for (_, bottom), (_, top) in filter(len, container.lines[2][0].get_segments())  # none at the dense model
     }
     assert {round(2 * row.perplexity_spread, 6) for row in rows} <= heights
+    title = "perplexity against the share removed; bars: sample standard deviation over 3 seeds"
+    assert figure.get_suptitle().splitlines() == [title, "held-out text: notes.txt; cpu"]
+    # Beside each other: no two lines of a panel coincide, whatever their values.
+    assert len({tuple(one.lines[0].get_transform().transform((0, 0))) for one in axes.containers}) == len(curves)
     assert legend(figure) == ["rrqr", "wanda", "taylor (form squared)", "no repair", "least-squares", "dense"]
 
 
@@ -58,6 +63,7 @@ def test_the_front_goes_through_the_dense_model_and_the_best_at_each_speed(tmp_p
         "decoding, times as fast as dense",
     }
     axes = figure.axes[0]
+    assert figure.get_suptitle().splitlines()[0] == "perplexity against speed"  # one seed has no spread
     best = {
         row.ratio: row.perplexity
         for row in results.rows
@@ -68,6 +74,14 @@ def test_the_front_goes_through_the_dense_model_and_the_best_at_each_speed(tmp_p
     points = [line for line in lines if len(line) == 1]
     assert len(points) == 3 * 3 * 2 + 1
     assert [text.get_text() for text in axes.texts if text.get_text()] == ["25%", "50%", "75%"]
+
+
+def test_points_have_the_spread_of_both_axes(tmp_path):
+    one = {"methods": ("rrqr",), "ratios": (0.5,), "repairs": ("none",), "models": ("one-model",)}
+    results = read_results(make_up(tmp_path, **one))
+    axes, (row,) = draw_pareto(results).axes[0], results.rows
+    heights = [abs(top[1] - bottom[1]) for one in axes.containers for bottom, top in one.lines[2][1].get_segments()]
+    assert heights == [pytest.approx(2 * row.perplexity_spread)]
 
 
 def test_where_nothing_was_timed_the_state_takes_the_place_of_speed(tmp_path):

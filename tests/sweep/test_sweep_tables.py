@@ -7,6 +7,8 @@ import io
 import json
 import math
 import re
+import shutil
+import subprocess
 from itertools import pairwise
 
 import pandas as pd
@@ -15,8 +17,9 @@ from made_up_sweep import DENSE, make_up
 
 from keyreduce.errors import KeyreduceError
 from keyreduce.sweep.report import NAMES, as_csv, latex, markdown, number_of, page, sections, write_report
-from keyreduce.sweep.results import read_results
+from keyreduce.sweep.results import Results, read_results
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NASTY = r"a_b%c&d$e#f{g}h~i^j\k|l<m>n`*o*"
 
 
@@ -169,6 +172,29 @@ def test_the_page_needs_no_other_file(results, tmp_path):
     assert found.cells == expected
 
 
+LOOK = """<script>document.title = JSON.stringify({
+    pictures: [...document.images].map(one => one.complete && one.naturalWidth > 100 && one.width <= innerWidth),
+    tables: [...document.querySelectorAll("tbody")].map(one => one.rows.length),
+    overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    heading: document.querySelector("h1").textContent})</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_browser_shows_the_page(results, tmp_path):
+    write_report(results, tmp_path / "out")
+    shown = tmp_path / "shown.html"
+    shown.write_text((tmp_path / "out" / "table.html").read_text().replace("</body>", f"{LOOK}</body>"))
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=700,900", "--dump-dom"]
+    done = subprocess.run([*command, shown.as_uri()], capture_output=True, text=True, timeout=600, check=True)
+    found = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
+    assert found == {
+        "pictures": [True, True],
+        "tables": [len(section.rows) for section in sections(results)],
+        "overflow": 0,  # wide tables scroll on their own
+        "heading": f"Sweep up: {', '.join(DENSE)}",
+    }
+
+
 def test_names_are_escaped_everywhere(tmp_path):
     results = read_results(make_up(tmp_path, methods=(NASTY,), seeds=(0,), models=("one-model",)))
     results.failed[f"<script>{NASTY}</script>"] = "a | b & <b>c</b>"
@@ -179,6 +205,13 @@ def test_names_are_escaped_everywhere(tmp_path):
     table = markdown(results).split("\n\n")[1].splitlines()
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {len(sections(results)[0].header) + 1}
     assert next(csv.DictReader(io.StringIO(as_csv(results))))["label"] == NASTY
+
+
+def test_json_becomes_the_results_again(results):
+    found = json.loads(json.dumps(results.to_json()))
+    again = Results.of_json(found, results.record)
+    assert again.to_json() == found
+    assert markdown(again) == markdown(results)
 
 
 def test_failures_and_runs_to_come_are_told(tmp_path):

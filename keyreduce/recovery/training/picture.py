@@ -1,33 +1,32 @@
 """A picture of the loss curve."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
+
+from keyreduce import drawing
 
 
-def draw_losses(tokens: Sequence[int], losses: Sequence[float], label: str, target: Path) -> None:
-    """Draw losses (nats per token), and their running mean, against the tokens seen before each into a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def draw_losses(tokens: Sequence[int], losses: Sequence[float], *, title: str, about: str, loss: str) -> Figure:
+    """Draw losses (nats per token), and their running mean, against the tokens seen before each.
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot(tokens, losses, color="#9db8d2", linewidth=1, marker="." if len(losses) < 30 else "", label="as logged")
+    ``title`` names model and mode, ``about`` text and device, and ``loss`` says which loss it is.
+    """
+    figure = drawing.new_figure(7, 4, title, about=about)
+    axes = figure.subplots()
+    few = {"marker": "o", "markersize": 4} if len(losses) < 30 else {}
+    lines = axes.plot(tokens, losses, color=drawing.SKY, linewidth=1, **few, label="as logged")
     width = max(1, len(losses) // 20)
     if width > 1:
         # At both ends the mean is over fewer entries, since nothing was logged beyond them.
         sums, counts = (np.convolve(row, np.ones(width), "same") for row in (losses, np.ones(len(losses))))
-        axes.plot(tokens, sums / counts, color="#1f4e79", linewidth=2, label=f"mean of {width}")
-        axes.legend(frameon=False)
-    axes.set_xlabel("tokens seen")
-    axes.set_ylabel(f"{label}, nats per token")
+        lines += axes.plot(tokens, sums / counts, color=drawing.BLACK, linewidth=2, label=f"mean of {width} entries")
+        drawing.legend(figure, lines)
     axes.xaxis.set_major_formatter(lambda tokens, _: _scaled(tokens))
     axes.set_xlim(left=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    figure.savefig(target, dpi=150)
+    drawing.finish(axes, x="tokens seen", y=f"{loss}, nats per token")
+    return figure
 
 
 def _scaled(tokens: float) -> str:
