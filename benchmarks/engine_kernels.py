@@ -1,13 +1,14 @@
 """Which sizes the delta-rule kernels of an engine compile for, found out on a machine without a GPU.
 
     python benchmarks/engine_kernels.py vllm --output benchmarks/serving/kernels_vllm.json
+    python benchmarks/engine_kernels.py vllm-plugin --output benchmarks/serving/kernels_vllm_plugin.json
     python benchmarks/engine_kernels.py fla --kernels kda --sizes 64x64 48x48 --architectures 90 --output found.json
 
-The engine must be installed, as its wheel alone: fla, vLLM, or SGLang. Its own functions for prefill and decode are
-called as the engine calls them, with 16 key and 32 value heads where nothing else is said, and Triton compiles each
-kernel down to machine code for A100 (80), H100 (90) and B200 (100) without running it. Of the settings that a kernel
-tries in tuning, one is compiled for each shape of its tiles; where none fits into the GPU's shared memory, the kernel
-counts as not compiled.
+The engine must be installed, as its wheel alone: fla, vLLM, or SGLang; vllm-plugin is vLLM with what keyreduce replaces
+in it (keyreduce/serving/vllm_plugin.py). Its own functions for prefill and decode are called as the engine calls them,
+with 16 key and 32 value heads where nothing else is said, and Triton compiles each kernel down to machine code for A100
+(80), H100 (90) and B200 (100) without running it. Of the settings that a kernel tries in tuning, one is compiled for
+each shape of its tiles; where none fits into the GPU's shared memory, the kernel counts as not compiled.
 
 A row has: the kernels, the architecture, K key and V value channels of a head, whether all compiled, and the first
 error. What compiles need not be right, nor fast. keyreduce/serving/engines.py takes its "compiled" rows from here.
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 KEY_HEADS, VALUE_HEADS = 16, 32
 TOKENS = 192
-DISTRIBUTIONS = {"fla": "flash-linear-attention", "vllm": "vllm", "sglang": "sglang"}
+DISTRIBUTIONS = {"fla": "flash-linear-attention", "vllm": "vllm", "vllm-plugin": "vllm", "sglang": "sglang"}
 _QWEN = (
     *("128x128", "96x128", "72x128", "65x128", "64x128", "48x128", "32x128", "80x104", "64x104", "128x64", "96x64"),
     *("64x64", "48x64", "33x64", "32x64", "32x32", "256x256"),
@@ -41,6 +42,12 @@ GRIDS = {
         "qwen": (_QWEN, ("128x128", "80x104", "72x128", "64x128", "64x64")),
         "olmo_hybrid": (("96x192", "64x192", "48x192", "32x192"), ("96x192", "48x192")),
         "kimi_linear": (("128x128", "96x96", "80x80", "64x64", "48x48", "32x32"), ("128x128", "64x64")),
+    },
+    "vllm-plugin": {
+        "qwen": (
+            ("64x128", "48x128", "32x128", "64x104", "16x128", "128x64", "96x64", "48x64", "40x100", "128x256", "24x32"),
+            ("64x128", "48x128", "64x104"),
+        ),
     },
     "sglang": {
         "qwen3_next": (
@@ -267,14 +274,19 @@ def compiled(engine: str, kernels: str, architecture: int, sizes: list[tuple[int
     from made_up_gpu import GPUS, make_up, make_up_for_vllm
 
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-    (make_up_for_vllm if engine == "vllm" else make_up)(architecture)
+    library = engine.removesuffix("-plugin")
+    (make_up_for_vllm if library == "vllm" else make_up)(architecture)
+    if engine == "vllm-plugin":
+        from keyreduce.serving import vllm_plugin
+
+        vllm_plugin.register()
     names = watch_kernels(GPUS[architecture][2])
     rows = []
     for key, value in sizes:
         began, error = time.perf_counter(), None
         names.clear()
         try:
-            globals()[f"{engine}_{kernels}"](key, value)
+            globals()[f"{library}_{kernels}"](key, value)
         except Exception as raised:  # what a kernel or its caller raises is anything
             error = f"{names[-1] if names else 'no kernel'}: {_last_line(raised)}"
         row = {

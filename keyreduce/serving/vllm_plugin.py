@@ -29,6 +29,7 @@ SWITCH = "KEYREDUCE_VLLM_PLUGIN"
 _FLASHINFER_SIZES = (128, 128)
 # vLLM prints what its own loggers say.
 _logger = logging.getLogger("vllm.keyreduce")
+_has_warned = False
 
 
 class _Replacement(NamedTuple):
@@ -121,17 +122,25 @@ def _replace(module: ModuleType) -> None:
     name, arguments, around = _REPLACEMENTS[module.__name__]
     own = getattr(module, name, None)
     if not callable(own) or tuple(inspect.signature(own).parameters) != arguments:
-        _logger.warning(
-            "keyreduce's plugin does not know this vLLM: %s of %s is missing or has changed, and is left as it is. "
-            "Pruned heads of Qwen3-Next and Qwen3.5 whose sizes vLLM does not run will not start. %s=0 switches the "
-            "plugin off.",
-            *(name, module.__name__, SWITCH),
-        )
+        _warn(f"{module.__name__}.{name}")
         return
     ours = around(own)
     for holder in [one for key, one in sys.modules.items() if key.startswith("vllm.")]:
         if getattr(holder, "__dict__", {}).get(name) is own:
             setattr(holder, name, ours)
+
+
+def _warn(function: str) -> None:
+    """Say once in this process that vLLM's functions are not those that were known."""
+    global _has_warned
+    if not _has_warned:
+        _logger.warning(
+            "keyreduce's plugin does not know this version of vLLM and leaves it as it is: %s is missing or takes "
+            "other arguments. A pruned Qwen model may not start, if its sizes need the plugin. %s=0 switches the "
+            "plugin off.",
+            *(function, SWITCH),
+        )
+    _has_warned = True
 
 
 class _Watch(importlib.abc.MetaPathFinder):

@@ -47,19 +47,20 @@ def preparation_kernel(
     if head < 2 * H:
         key_channel = tl.arange(0, K_TILE)
         is_key = is_token[:, None] & (key_channel < K)[None, :]
-        source = mixed_TC + token[:, None] * mixed_stride + (head * K + key_channel)[None, :]
-        vector = tl.load(source, mask=is_key, other=0).to(tl.float32)
+        key_source = mixed_TC + token[:, None] * mixed_stride + (head * K + key_channel)[None, :]
+        vector = tl.load(key_source, mask=is_key, other=0).to(tl.float32)
         if NORMALIZE:
             vector *= (1.0 / tl.sqrt(tl.sum(vector * vector, axis=1) + EPS))[:, None]
         # Query heads come first; the keys' tensor lies behind that of the queries.
         row = (token + (head // H) * T.to(tl.int64)) * H + head % H
         tl.store(query_key_2THK + row[:, None] * K + key_channel[None, :], vector, mask=is_key)
     else:
+        # No name of the branch above: Triton refuses a variable of two shapes, and that is vLLM's fault.
         value_head = head - 2 * H
         value_channel = tl.arange(0, V_TILE)
         is_value = is_token[:, None] & (value_channel < V)[None, :]
-        source = mixed_TC + token[:, None] * mixed_stride + (2 * H * K + value_head * V + value_channel)[None, :]
-        copied = tl.load(source, mask=is_value, other=0)
+        value_source = mixed_TC + token[:, None] * mixed_stride + (2 * H * K + value_head * V + value_channel)[None, :]
+        copied = tl.load(value_source, mask=is_value, other=0)
         tl.store(value_TWV + (token * W + value_head)[:, None] * V + value_channel[None, :], copied, mask=is_value)
         gate = tl.load(a_TW + token * a_stride + value_head, mask=is_token, other=0).to(tl.float32)
         gate += tl.load(dt_bias_W + value_head).to(tl.float32)
