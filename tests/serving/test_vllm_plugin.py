@@ -6,6 +6,7 @@ Where vLLM is installed, ``test_engine_kernels.py`` has its kernels compiled wit
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -154,6 +155,26 @@ def test_the_kernel_is_right():
         assert worst["value"] == 0
         # A gate of -60 is a sum in float32, off by 4e-6; so is then its exponential, relatively.
         assert max(worst["decay"], worst["beta"]) < 1e-5
+
+
+def test_the_reproduction_of_the_docs_fails_as_it_says(tmp_path, monkeypatch):
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    from triton.backends.compiler import GPUTarget
+
+    text = (REPOSITORY / "docs" / "vllm-fault.md").read_text()
+    (snippet,) = re.findall(r"^```python\n(import torch\nimport triton\n.*?)^kernel\[", text, re.MULTILINE | re.DOTALL)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "reproduction_of_the_docs.py").write_text(snippet)
+    kernel = load("reproduction_of_the_docs").kernel
+
+    def compiled(K, V):
+        types = {"out": "*fp32", "K": "constexpr", "V": "constexpr"}
+        source = triton.compiler.ASTSource(kernel, types, {"K": K, "V": V})
+        return triton.compile(source, target=GPUTarget("cuda", 90, 32))
+
+    assert compiled(128, 128).asm["cubin"]
+    with pytest.raises(triton.compiler.CompilationError, match="Mismatched type for mask"):
+        compiled(64, 128)
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
