@@ -20,6 +20,7 @@ printed.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import random
@@ -122,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--only", nargs="*", choices=KINDS, default=KINDS, metavar="KIND")
     found.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS), metavar="KxV")
     found.add_argument("--prefill", choices=["auto", "triton"], default="triton", help="of the dense model")
-    found.add_argument("--state", choices=STATES, default="auto", help="dtype of the state in load and decode")
+    found.add_argument("--states", nargs="*", choices=STATES, default=STATES, metavar="DTYPE", help="of the state")
     found.add_argument("--pool-gib", type=float, default=10, help="of each engine that shares the GPU, in load")
     found.add_argument("--decode-pool-gib", type=float, default=56, help="of the only engine, in decode")
     found.add_argument("--rounds", type=int, default=2, help="of load, dense and cut in turns")
@@ -134,18 +135,18 @@ def parser() -> argparse.ArgumentParser:
 def steps(asked: argparse.Namespace) -> dict[str, Step]:
     """Return all steps that are asked for, by the names of their files."""
     found: dict[str, Step] = {}
-    cuts = [name for name in asked.variants if name != DENSE]
     if "preparation" in asked.only:
         found["preparation"] = Step(partial(preparation, asked), 90)
     if "right" in asked.only:
-        for name in asked.variants:
-            found |= {f"right-{name}-{state}": Step(partial(right, asked, name, state), 170) for state in STATES}
+        for name, state in itertools.product(asked.variants, asked.states):
+            found[f"right-{name}-{state}"] = Step(partial(right, asked, name, state), 170)
     if "load" in asked.only:
-        for group in GROUPS:
-            if chosen := [name for name in group if name in cuts]:
-                found[f"load-{'-'.join(chosen)}"] = Step(partial(load, asked, chosen), 520)
+        for state, group in itertools.product(asked.states, GROUPS):
+            if chosen := [name for name in group if name in asked.variants]:
+                found[f"load-{'-'.join(chosen)}-{state}"] = Step(partial(load, asked, chosen, state), 520)
     if "decode" in asked.only:
-        found |= {f"decode-{name}": Step(partial(decode, asked, name), 270) for name in asked.variants}
+        for state, name in itertools.product(asked.states, asked.variants):
+            found[f"decode-{name}-{state}"] = Step(partial(decode, asked, name, state), 270)
     return found
 
 
@@ -271,24 +272,26 @@ def engine_settings(
     }  # fmt: skip
 
 
-def large_settings(asked: argparse.Namespace, name: str, pool_gib: float, tokens: int, most: int | None = None) -> dict:
+def large_settings(
+    asked: argparse.Namespace, name: str, state: str, pool_gib: float, tokens: int, most: int | None = None
+) -> dict:
     """Return what a large engine is started with: as many sequences as fit, by keyreduce's arithmetic."""
     config, folder = large_config(name), asked.output / "models" / f"large-{name}"
     write_json(folder / "config.json", config, overwrite=True)
-    dtype = None if asked.state == "auto" else asked.state
+    dtype = None if state == "auto" else state
     pool = vllm_pool(CacheLayout.of(config), int(pool_gib * GIB), tokens, dtype=dtype)
-    given = {"state": asked.state, "pool_gib": pool_gib, "sequences": min(pool.sequences, most or pool.sequences)}
+    given = {"state": state, "pool_gib": pool_gib, "sequences": min(pool.sequences, most or pool.sequences)}
     return engine_settings(asked, name, folder, config["vocab_size"], **given)
 
 
-def load(asked: argparse.Namespace, cuts: list[str]) -> dict:
+def load(asked: argparse.Namespace, cuts: list[str], state: str) -> dict:
     """Serve many sequences with the dense and the cut engines in turns; keep what was measured before one failed."""
     engines: dict[str, Apart] = {}
     found: dict[str, Any] = {}
     failure: dict[str, str] = {}
     try:
         for name in (DENSE, *cuts):
-            settings = large_settings(asked, name, asked.pool_gib, sum(SEQUENCE))
+            settings = large_settings(asked, name, state, asked.pool_gib, sum(SEQUENCE))
             engines[name] = Apart(asked.until, vllm_engine.serve, settings)
         for name, engine in engines.items():
             found[name] = engine.result() | {"rounds": []}
@@ -307,10 +310,10 @@ def load(asked: argparse.Namespace, cuts: list[str]) -> dict:
     return {"pool_gib": asked.pool_gib, "sequences": asked.sequences, "engines": whole, **failure}
 
 
-def decode(asked: argparse.Namespace, name: str) -> dict:
+def decode(asked: argparse.Namespace, name: str, state: str) -> dict:
     """Time one step of decoding for batches of several sizes."""
     engine = Apart(
-        asked.until, vllm_engine.serve, large_settings(asked, name, asked.decode_pool_gib, 256, max(BATCHES))
+        asked.until, vllm_engine.serve, large_settings(asked, name, state, asked.decode_pool_gib, 256, max(BATCHES))
     )
     try:
         found = engine.result() | {"batches": {}}
