@@ -13,14 +13,16 @@ them one head: queries and keys are heads of K channels that lie one after anoth
 Shapes: T tokens, H key heads, W value heads, K key channels, V value channels, C = 2 H K + W V.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 EPSILON = 1e-6
 """Under the root of the norm, as everywhere in vLLM."""
-_TOKENS = 16  # of one program: the tile of a head of 128 channels is then 2,048 numbers for 128 threads
-_WARPS = 4
+# Of one program, which has Triton's default of 4 warps: a head of 128 channels is then 2,048 numbers for 128 threads.
+_TOKENS = 16
 
 
 @triton.jit
@@ -115,10 +117,11 @@ def prepare(
     value_TWV = mixed_TC.new_empty(T, W, V)
     decay_TW, beta_TW = (mixed_TC.new_empty(T, W, dtype=torch.float32) for _ in range(2))
     if T:
-        preparation_kernel[triton.cdiv(T, _TOKENS), 2 * H + W](
+        launch: Any = preparation_kernel[triton.cdiv(T, _TOKENS), 2 * H + W]  # whose types Triton does not tell
+        launch(
             mixed_TC, a_TW, b_TW, A_log_W, dt_bias_W, query_key_2THK, value_TWV, decay_TW, beta_TW,
             T, mixed_TC.stride(0), a_TW.stride(0), b_TW.stride(0), H, W, K, V,
             triton.next_power_of_2(K), triton.next_power_of_2(V), _TOKENS, normalize, exponentiate, EPSILON,
-            num_warps=_WARPS,
         )  # fmt: skip
-    return *query_key_2THK, value_TWV, decay_TW, beta_TW
+    query_THK, key_THK = query_key_2THK
+    return query_THK, key_THK, value_TWV, decay_TW, beta_TW
