@@ -10,11 +10,14 @@ with 16 key and 32 value heads where nothing else is said, and Triton compiles e
 (80), H100 (90) and B200 (100) without running it. Of the settings that a kernel tries in tuning, one is compiled for
 each shape of its tiles; where none fits into the GPU's shared memory, the kernel counts as not compiled.
 
+Each row is written as it is known, and a run that was cut off goes on from there with the same versions.
+
 A row has: the kernels, the architecture, K key and V value channels of a head, whether all compiled, and the first
 error. What compiles need not be right, nor fast. keyreduce/serving/engines.py takes its "compiled" rows from here.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -35,11 +38,8 @@ _QWEN = (
 # Engine -> its kernels -> the sizes that are asked about on an H100, and those on the others.
 GRIDS = {
     "fla": {
-        "gated_deltanet": (
-            ("128x128", "80x104", "64x128", "64x64", "48x48", "31x128", "256x256", "64x512", "264x128"),
-            ("64x128",),
-        ),
-        "kda": (("128x128", "64x64", "48x48", "64x128"), ("64x64",)),
+        "gated_deltanet": (("128x128", "80x104", "64x128", "64x64", "48x48", "264x128"), ("64x128",)),
+        "kda": (("64x64", "48x48", "64x128"), ("64x64",)),
     },
     "vllm": {
         "qwen": (_QWEN, ("128x128", "80x104", "72x128", "64x128", "64x64")),
@@ -272,33 +272,35 @@ def sglang_kimi_linear(key: int, value: int) -> None:
     )  # fmt: skip
 
 
-def compiled(engine: str, kernels: str, architecture: int, sizes: list[tuple[int, int]]) -> list[dict]:
-    """Return a row for each size; to be called in a process of its own, since it changes torch and Triton."""
+@functools.cache
+def prepared(engine: str, architecture: int) -> list[str]:
+    """Make up a GPU for this process, which changes torch and Triton; return the names of the kernels to be called."""
     from made_up_gpu import GPUS, make_up, make_up_for_vllm
 
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-    library = engine.removesuffix("-plugin")
-    (make_up_for_vllm if library == "vllm" else make_up)(architecture)
+    (make_up_for_vllm if DISTRIBUTIONS[engine] == "vllm" else make_up)(architecture)
     if engine == "vllm-plugin":
         from keyreduce.serving import vllm_plugin
 
         vllm_plugin.register()
-    names = watch_kernels(GPUS[architecture][2])
-    rows = []
-    for key, value in sizes:
-        began, error = time.perf_counter(), None
-        names.clear()
-        try:
-            globals()[f"{library}_{kernels}"](key, value)
-        except Exception as raised:  # what a kernel or its caller raises is anything
-            error = f"{names[-1] if names else 'no kernel'}: {_last_line(raised)}"
-        row = {
-            "kernels": kernels, "architecture": architecture, "head_k_dim": key, "head_v_dim": value,
-            "compiles": error is None, "error": error,
-        }  # fmt: skip
-        rows.append(row)
-        print(f"{time.perf_counter() - began:5.0f} s, {len(names)} calls", row, flush=True)
-    return rows
+    return watch_kernels(GPUS[architecture][2])
+
+
+def compiled(engine: str, kernels: str, architecture: int, key: int, value: int) -> dict:
+    """Return the row of one size; to be called in a process of its own, for one architecture."""
+    names = prepared(engine, architecture)
+    began, error = time.perf_counter(), None
+    names.clear()
+    try:
+        globals()[f"{engine.removesuffix('-plugin')}_{kernels}"](key, value)
+    except Exception as raised:  # what a kernel or its caller raises is anything
+        error = f"{names[-1] if names else 'no kernel'}: {_last_line(raised)}"
+    row = {
+        "kernels": kernels, "architecture": architecture, "head_k_dim": key, "head_v_dim": value,
+        "compiles": error is None, "error": error,
+    }  # fmt: skip
+    print(f"{time.perf_counter() - began:5.0f} s, {len(names)} calls", row, flush=True)
+    return row
 
 
 def _last_line(error: BaseException) -> str:
@@ -316,18 +318,31 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="*", type=int, default=[80, 90, 100])
     parser.add_argument("--output", type=Path, required=True)
     asked = parser.parse_args()
-    rows = []
+    found = {asked.engine: version(DISTRIBUTIONS[asked.engine]), "triton": version("triton"), "torch": version("torch")}
+    rows = made_before(asked.output, found)
     for kernels in asked.kernels or GRIDS[asked.engine]:
         grid = GRIDS[asked.engine][kernels]
         for architecture in asked.architectures:
+            have = {tuple(row.values())[2:4] for row in rows if tuple(row.values())[:2] == (kernels, architecture)}
             names = asked.sizes or grid[architecture != _MOST_ASKED]
-            sizes = [tuple(map(int, one.split("x"))) for one in names]
+            sizes = [size for name in names if (size := tuple(map(int, name.split("x")))) not in have]
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                rows += pool.apply(compiled, (asked.engine, kernels, architecture, sizes))
-    found = {asked.engine: version(DISTRIBUTIONS[asked.engine]), "triton": version("triton"), "torch": version("torch")}
-    asked.output.parent.mkdir(parents=True, exist_ok=True)
+                for size in sizes:
+                    rows.append(pool.apply(compiled, (asked.engine, kernels, architecture, *size)))
+                    write(asked.output, found, rows)
+
+
+def made_before(path: Path, found: dict) -> list[dict]:
+    """Return the rows of a file of the same versions, which a run that was cut off has left."""
+    content = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    return content.pop("rows") if content == found | {"rows": content["rows"]} else []
+
+
+def write(path: Path, found: dict, rows: list[dict]) -> None:
+    """Write the versions and a line for each row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n  ".join(json.dumps(row) for row in rows)
-    asked.output.write_text(f'{json.dumps(found)[:-1]}, "rows": [\n  {lines}\n ]}}\n')
+    path.write_text(f'{json.dumps(found)[:-1]}, "rows": [\n  {lines}\n ]}}\n')
 
 
 if __name__ == "__main__":
