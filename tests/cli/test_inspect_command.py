@@ -18,7 +18,7 @@ def test_tables_and_commands(keyreduce, tmp_path, monkeypatch):
     assert "vllm-plugin yes" not in words
     figures = r"[\d,]+ \(x[\d.]+\)"
     assert re.search(rf"64 x 128 -50% 72\.56 MiB -2\.1% {figures} {figures} vllm-plugin sglang", words)
-    assert re.search(rf"80 x 104 -49% [^%]+% {figures} - vllm 72 x 128", words)
+    assert re.search(rf"80 x 104 -49% [^%]+% {figures} - vllm 64 x 128", words)
     assert "vLLM, with about half the state:" in words
     commands = [shlex.split(line) for line in result.out.splitlines() if line.startswith("  ")]
     commands = [command for command in commands if command[:2] in (["vllm", "serve"], ["keyreduce", "prune"])]
