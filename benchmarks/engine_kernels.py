@@ -1,19 +1,23 @@
 """Which sizes the delta-rule kernels of an engine compile for, found out on a machine without a GPU.
 
     python benchmarks/engine_kernels.py vllm --output benchmarks/serving/kernels_vllm.json
+    python benchmarks/engine_kernels.py vllm-plugin --output benchmarks/serving/kernels_vllm_plugin.json
     python benchmarks/engine_kernels.py fla --kernels kda --sizes 64x64 48x48 --architectures 90 --output found.json
 
-The engine must be installed, as its wheel alone: fla, vLLM, or SGLang. Its own functions for prefill and decode are
-called as the engine calls them, with 16 key and 32 value heads where nothing else is said, and Triton compiles each
-kernel down to machine code for A100 (80), H100 (90) and B200 (100) without running it. Of the settings that a kernel
-tries in tuning, one is compiled for each shape of its tiles; where none fits into the GPU's shared memory, the kernel
-counts as not compiled.
+The engine must be installed, as its wheel alone: fla, vLLM, or SGLang; vllm-plugin is vLLM with what keyreduce replaces
+in it (keyreduce/serving/vllm_plugin.py). Its own functions for prefill and decode are called as the engine calls them,
+with 16 key and 32 value heads where nothing else is said, and Triton compiles each kernel down to machine code for A100
+(80), H100 (90) and B200 (100) without running it. Of the settings that a kernel tries in tuning, one is compiled for
+each shape of its tiles; where none fits into the GPU's shared memory, the kernel counts as not compiled.
+
+Each row is written as it is known, and a run that was cut off goes on from there with the same versions.
 
 A row has: the kernels, the architecture, K key and V value channels of a head, whether all compiled, and the first
 error. What compiles need not be right, nor fast. keyreduce/serving/engines.py takes its "compiled" rows from here.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -26,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 KEY_HEADS, VALUE_HEADS = 16, 32
 TOKENS = 192
-DISTRIBUTIONS = {"fla": "flash-linear-attention", "vllm": "vllm", "sglang": "sglang"}
+DISTRIBUTIONS = {"fla": "flash-linear-attention", "vllm": "vllm", "vllm-plugin": "vllm", "sglang": "sglang"}
 _QWEN = (
     *("128x128", "96x128", "72x128", "65x128", "64x128", "48x128", "32x128", "80x104", "64x104", "128x64", "96x64"),
     *("64x64", "48x64", "33x64", "32x64", "32x32", "256x256"),
@@ -34,13 +38,19 @@ _QWEN = (
 # Engine -> its kernels -> the sizes that are asked about on an H100, and those on the others.
 GRIDS = {
     "fla": {
-        "gated_deltanet": (("128x128", "80x104", "64x128", "31x128", "256x256", "64x512", "264x128"), ("64x128",)),
-        "kda": (("128x128", "64x64", "48x48", "64x128"), ("64x64",)),
+        "gated_deltanet": (("128x128", "80x104", "64x128", "64x64", "48x48", "264x128"), ("64x128",)),
+        "kda": (("64x64", "48x48", "64x128"), ("64x64",)),
     },
     "vllm": {
         "qwen": (_QWEN, ("128x128", "80x104", "72x128", "64x128", "64x64")),
         "olmo_hybrid": (("96x192", "64x192", "48x192", "32x192"), ("96x192", "48x192")),
         "kimi_linear": (("128x128", "96x96", "80x80", "64x64", "48x48", "32x32"), ("128x128", "64x64")),
+    },
+    "vllm-plugin": {
+        "qwen": (
+            ("64x128", "48x128", "32x128", "16x128", "64x104", "40x100", "128x64", "24x64", "128x256"),
+            ("64x128", "48x128", "64x104"),
+        )
     },
     "sglang": {
         "qwen3_next": (
@@ -262,28 +272,35 @@ def sglang_kimi_linear(key: int, value: int) -> None:
     )  # fmt: skip
 
 
-def compiled(engine: str, kernels: str, architecture: int, sizes: list[tuple[int, int]]) -> list[dict]:
-    """Return a row for each size; to be called in a process of its own, since it changes torch and Triton."""
+@functools.cache
+def prepared(engine: str, architecture: int) -> list[str]:
+    """Make up a GPU for this process, which changes torch and Triton; return the names of the kernels to be called."""
     from made_up_gpu import GPUS, make_up, make_up_for_vllm
 
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-    (make_up_for_vllm if engine == "vllm" else make_up)(architecture)
-    names = watch_kernels(GPUS[architecture][2])
-    rows = []
-    for key, value in sizes:
-        began, error = time.perf_counter(), None
-        names.clear()
-        try:
-            globals()[f"{engine}_{kernels}"](key, value)
-        except Exception as raised:  # what a kernel or its caller raises is anything
-            error = f"{names[-1] if names else 'no kernel'}: {_last_line(raised)}"
-        row = {
-            "kernels": kernels, "architecture": architecture, "head_k_dim": key, "head_v_dim": value,
-            "compiles": error is None, "error": error,
-        }  # fmt: skip
-        rows.append(row)
-        print(f"{time.perf_counter() - began:5.0f} s, {len(names)} calls", row, flush=True)
-    return rows
+    (make_up_for_vllm if DISTRIBUTIONS[engine] == "vllm" else make_up)(architecture)
+    if engine == "vllm-plugin":
+        from keyreduce.serving import vllm_plugin
+
+        vllm_plugin.register()
+    return watch_kernels(GPUS[architecture][2])
+
+
+def compiled(engine: str, kernels: str, architecture: int, key: int, value: int) -> dict:
+    """Return the row of one size; to be called in a process of its own, for one architecture."""
+    names = prepared(engine, architecture)
+    began, error = time.perf_counter(), None
+    names.clear()
+    try:
+        globals()[f"{engine.removesuffix('-plugin')}_{kernels}"](key, value)
+    except Exception as raised:  # what a kernel or its caller raises is anything
+        error = f"{names[-1] if names else 'no kernel'}: {_last_line(raised)}"
+    row = {
+        "kernels": kernels, "architecture": architecture, "head_k_dim": key, "head_v_dim": value,
+        "compiles": error is None, "error": error,
+    }  # fmt: skip
+    print(f"{time.perf_counter() - began:5.0f} s, {len(names)} calls", row, flush=True)
+    return row
 
 
 def _last_line(error: BaseException) -> str:
@@ -301,18 +318,31 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="*", type=int, default=[80, 90, 100])
     parser.add_argument("--output", type=Path, required=True)
     asked = parser.parse_args()
-    rows = []
+    found = {asked.engine: version(DISTRIBUTIONS[asked.engine]), "triton": version("triton"), "torch": version("torch")}
+    rows = made_before(asked.output, found)
     for kernels in asked.kernels or GRIDS[asked.engine]:
         grid = GRIDS[asked.engine][kernels]
         for architecture in asked.architectures:
+            have = {tuple(row.values())[2:4] for row in rows if tuple(row.values())[:2] == (kernels, architecture)}
             names = asked.sizes or grid[architecture != _MOST_ASKED]
-            sizes = [tuple(map(int, one.split("x"))) for one in names]
+            sizes = [size for name in names if (size := tuple(map(int, name.split("x")))) not in have]
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                rows += pool.apply(compiled, (asked.engine, kernels, architecture, sizes))
-    found = {asked.engine: version(DISTRIBUTIONS[asked.engine]), "triton": version("triton"), "torch": version("torch")}
-    asked.output.parent.mkdir(parents=True, exist_ok=True)
+                for size in sizes:
+                    rows.append(pool.apply(compiled, (asked.engine, kernels, architecture, *size)))
+                    write(asked.output, found, rows)
+
+
+def made_before(path: Path, found: dict) -> list[dict]:
+    """Return the rows of a file of the same versions, which a run that was cut off has left."""
+    content = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    return content.pop("rows") if content == found | {"rows": content["rows"]} else []
+
+
+def write(path: Path, found: dict, rows: list[dict]) -> None:
+    """Write the versions and a line for each row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n  ".join(json.dumps(row) for row in rows)
-    asked.output.write_text(f'{json.dumps(found)[:-1]}, "rows": [\n  {lines}\n ]}}\n')
+    path.write_text(f'{json.dumps(found)[:-1]}, "rows": [\n  {lines}\n ]}}\n')
 
 
 if __name__ == "__main__":

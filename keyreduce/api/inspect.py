@@ -153,7 +153,7 @@ def run(request: InspectRequest, reporter: Reporter = Reporter()) -> InspectResu
         engines=_engines(family, sizes),
         capacity=capacity,
         cuts=cuts,
-        notes=too_small + _notes(request, family, layout, equal, bool(cuts)),
+        notes=too_small + _notes(request, family, layout, equal, bool(cuts)) + _plugin_notes(family, layout, cuts),
     )
 
 
@@ -185,8 +185,9 @@ class _Capacity:
     ) -> list[dict]:
         """Return for each engine what it makes of a model of these sizes; nothing where that was not asked for.
 
-        That is: ``engine``, whether it ``runs`` the sizes, the ``state_dtype``, the ``cache_bytes`` of one GPU, the
-        ``sequences`` with the settings of the ``command``, those ``by_default`` and ``with_prefix_caching``.
+        That is: ``engine``, whether it ``runs`` the sizes, or does with the plugin alone (``needs_plugin``), the
+        ``state_dtype``, the ``cache_bytes`` of one GPU, the ``sequences`` with the settings of the ``command``, those
+        ``by_default`` and ``with_prefix_caching``.
         """
         from keyreduce.serving.capacity import cache_memory, state_dtype
         from keyreduce.serving.engines import runs
@@ -200,9 +201,12 @@ class _Capacity:
             memory = cache_memory(self.gpu_bytes, weights, engine, gpus=gpus, reserve_bytes=self.reserve_bytes)
             given = {"dtype": self.request.state_dtype, "gpus": gpus, "prefix_caching": self.request.prefix_caching}
             found = launch(engine, model, layout, memory, self.request.tokens, **given)
+            is_run = all(runs(engine, layout.family, one) for one in layout.mixers)
+            with_plugin = engine == "vllm" and all(runs("vllm-plugin", layout.family, one) for one in layout.mixers)
             row = {
                 "engine": engine,
-                "runs": all(runs(engine, layout.family, one) for one in layout.mixers),
+                "runs": is_run,
+                "needs_plugin": with_plugin and not is_run,
                 "state_dtype": state_dtype(layout, engine, self.request.state_dtype),
                 "cache_bytes": memory,
             }
@@ -272,6 +276,20 @@ def _engines(family: "Family", sizes: "Mapping[int, MixerSizes]") -> list[dict]:
             }
         )
     return rows
+
+
+def _plugin_notes(family: "Family", layout: CacheLayout, cuts: list[dict]) -> list[str]:
+    """Say what the plugin is, where it makes a difference."""
+    from keyreduce.serving.engines import NAMED, needs_plugin
+
+    is_needed = any(needs_plugin(family, one) for one in layout.mixers)
+    if not is_needed and not any("vllm-plugin" in cut["engines"] and "vllm" not in cut["engines"] for cut in cuts):
+        return []
+    known = NAMED["vllm-plugin"].row(family.model_type).evidence[0]
+    return [
+        "vllm-plugin is vLLM with the plugin that it loads where keyreduce is installed beside it; that it runs these "
+        f"sizes is known by: {known.how}, with {known.version}"
+    ]
 
 
 def _notes(

@@ -138,7 +138,9 @@ class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
         **options.OUTPUT,
     )
     engine: EngineName | None = option(
-        None, "Refuse sizes that this serving engine does not run.", **_CUT
+        None,
+        "Refuse sizes that this serving engine does not run; vllm-plugin: vLLM beside which keyreduce is installed.",
+        **_CUT,
     )
     recover: Literal["least-squares", "reconstruct"] | None = option(
         None,

@@ -46,7 +46,10 @@ def _describe(result: inspect.InspectResult, console: Console) -> None:
 
 def _list_engines(result: inspect.InspectResult, console: Console) -> None:
     rows = []
+    alone = any(engine["name"] == "vllm" and engine["runs"] for engine in result.engines)
     for engine in result.engines:
+        if engine["name"] == "vllm-plugin" and alone:
+            continue
         first = engine["evidence"][0]
         known = f"{first['how']}: {first['version']}, {first['when']}"
         knows = {None: "-", "": "no"}.get(engine["knows"], f"since {engine['knows']}")
@@ -72,19 +75,20 @@ def _list_cuts(result: inspect.InspectResult, console: Console) -> None:
         row += [mebibytes(cut["saved_bytes"]), f"{-cut['saved_parameters'] / result.parameters:+.1%}"]
         for one in cut["capacity"]:
             more = f" (x{one['sequences'] / now[one['engine']]:.2f})" if now[one["engine"]] else ""
-            row.append(f"{one['sequences']:,}{more}" if one["runs"] else "-")
-        rows.append([*row, " ".join(engine for engine in cut["engines"] if engine not in _LIBRARIES)])
+            row.append(f"{one['sequences']:,}{more}" if one["runs"] or one["needs_plugin"] else "-")
+        hidden = {*_LIBRARIES, "vllm-plugin"} if "vllm" in cut["engines"] else set(_LIBRARIES)
+        rows.append([*row, " ".join(engine for engine in cut["engines"] if engine not in hidden)])
     if rows:
         header = ["cut to", "state", "saved a sequence", "model"]
         console.table("", (*header, *(_COLUMNS[engine] for engine in now), "served by"), rows)
 
 
 def _list_commands(result: inspect.InspectResult, console: Console) -> None:
-    """Print what to paste: the model as it is, and the cut nearest to half the state that an engine runs."""
+    """Print what to paste: the model as it is, and the cut nearest to half the state that an engine runs by itself."""
     for one in result.capacity:
-        if not one["runs"] or not one["sequences"]:
+        if not (one["runs"] or one["needs_plugin"]) or not one["sequences"]:
             continue
-        console.say(f"{_COLUMNS[one['engine']]}, as it is:")
+        console.say(f"{_COLUMNS[one['engine']]}, as it is{', with the plugin' if one['needs_plugin'] else ''}:")
         console.say(f"  {one['command']}")
         cuts = [(cut, found) for cut in result.cuts for found in cut["capacity"] if found["engine"] == one["engine"]]
         running = [(cut, found) for cut, found in cuts if found["runs"]]

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     # Only for the types: the names of the engines appear in the help, which must not wait for more.
     from keyreduce.families import Family, MixerSizes
 
-EngineName = Literal["fla", "transformers", "vllm", "sglang", "mlx", "llama.cpp"]
+EngineName = Literal["fla", "transformers", "vllm", "vllm-plugin", "sglang", "mlx", "llama.cpp"]
+"""The engines that a user can ask for. ``vllm-plugin`` is vLLM with keyreduce installed in its environment."""
 Known = Literal["run", "compiled", "read"]
 _STEP = 8  # sizes that are named to users are multiples of it where the engine runs any
+_OR_WITH_PLUGIN = "; where keyreduce is installed beside vLLM, its plugin runs this cut too: `engine` vllm-plugin"
 
 
 class Evidence(NamedTuple):
@@ -137,12 +139,7 @@ _TRAINING = Engine(
 _VLLM = Engine(
     "vLLM (Triton)",
     (
-        Row(
-            ("olmo_hybrid",),
-            "head_k_dim and head_v_dim at most 256",
-            _up_to_256,
-            (_VLLM_COMPILED,),
-        ),
+        Row(("olmo_hybrid",), "head_k_dim and head_v_dim at most 256", _up_to_256, (_VLLM_COMPILED,)),
         Row(
             ("kimi_linear",),
             "as many key as value channels, at most 128",
@@ -180,6 +177,22 @@ _VLLM = Engine(
     | dict.fromkeys(_QWEN4, "0.29")
     | {"bailing_hybrid": "0.28", "glm5_next": "0.30", "glm5_next_text": "0.30"}
     | {"minicpmv4_6": "0.26", "minicpmv4_7": "0.32", "minicpm_ocr": "0.33"},
+)
+_VLLM_PLUGIN = Engine(
+    "vLLM with keyreduce's plugin",
+    (
+        *_VLLM.rows[:-1],  # in these vLLM is left as it is
+        Row(
+            (),
+            "head_k_dim and head_v_dim at most 256",
+            _up_to_256,
+            (
+                Evidence("compiled", "0.26.0", _NOVEMBER, _FILE.format("vllm_plugin")),
+                Evidence("compiled", "0.33.0", _NOVEMBER, _FILE.format("vllm_plugin_0_33")),
+            ),
+        ),
+    ),
+    _VLLM.knows,
 )
 _SGLANG = Engine(
     "SGLang",
@@ -270,9 +283,10 @@ _FLASH = Engine(
     ),
 )
 ENGINES = (_FLA, _TRAINING, _VLLM, _SGLANG, _MLX, _LLAMA_CPP, _FLASH)
-"""The tables, in the order in which they are shown; that of transformers stands apart, as it runs only its own."""
+"""The tables, in the order in which they are shown. That of transformers stands apart, as it runs only its own, and so
+does that of vLLM with the plugin, which counts where vLLM alone does not do."""
 NAMED: Mapping[EngineName, Engine] = {
-    **{"fla": _FLA, "transformers": _TRANSFORMERS, "vllm": _VLLM, "sglang": _SGLANG},
+    **{"fla": _FLA, "transformers": _TRANSFORMERS, "vllm": _VLLM, "vllm-plugin": _VLLM_PLUGIN, "sglang": _SGLANG},
     **{"mlx": _MLX, "llama.cpp": _LLAMA_CPP},
 }
 """The engines that a user can ask for, by name."""
@@ -287,6 +301,11 @@ def runs(engine: EngineName, family: Family, sizes: MixerSizes) -> bool:
     return family.shipped_by != "keyreduce" and NAMED[engine].row(family.model_type).is_met(sizes)
 
 
+def needs_plugin(family: Family, sizes: MixerSizes) -> bool:
+    """Return whether vLLM runs a mixer of these sizes with keyreduce's plugin alone."""
+    return runs("vllm-plugin", family, sizes) and not runs("vllm", family, sizes)
+
+
 def suited_engines(family: Family, layers: Iterable[MixerSizes]) -> tuple[list[str], list[str]]:
     """Return the names of the engines that run layers of these sizes, and of those that do not, with their demand.
 
@@ -298,6 +317,8 @@ def suited_engines(family: Family, layers: Iterable[MixerSizes]) -> tuple[list[s
     engines = (_TRANSFORMERS, *ENGINES) if family.shipped_by == "transformers" else ENGINES
     rows = {engine.label: engine.row(family.model_type) for engine in engines}
     suited = {label: all(row.is_met(layer) for layer in sizes) for label, row in rows.items()}
+    if not suited[_VLLM.label] and all(runs("vllm-plugin", family, layer) for layer in sizes):
+        suited[_VLLM_PLUGIN.label] = True
     return (
         [label for label, is_met in suited.items() if is_met],
         [f"{label} ({rows[label].demand})" for label, is_met in suited.items() if not is_met],
@@ -323,6 +344,7 @@ def check_engine(
             raise KeyreduceError(
                 f"`engine` {name} wants {row.demand}, and the cut leaves {sizes.head_k_dim} x {sizes.head_v_dim} "
                 f"channels a head; {'near it run ' + ', '.join(told) if told else 'no cut of this model fits'}"
+                f"{_OR_WITH_PLUGIN if name == 'vllm' and needs_plugin(family, sizes) else ''}"
             )
 
 

@@ -84,9 +84,12 @@ def test_cuts_save_what_a_resized_config_has_less(large):
         convolution = 48 * 4 * ((128 - key) * 32 + (128 - value) * 48)
         assert cut["saved_parameters"] == fewer + convolution + 48 * (128 - value)
     capacity = {one["engine"]: one for one in pairs[64, 128]["capacity"]}
-    assert not capacity["vllm"]["runs"]
-    assert pairs[64, 128]["engines"] == ["fla", "transformers", "sglang", "mlx"]
-    assert pairs[80, 104]["engines"] == ["fla", "transformers", "vllm"]
+    assert (capacity["vllm"]["runs"], capacity["vllm"]["needs_plugin"]) == (False, True)
+    assert not capacity["sglang"]["needs_plugin"]
+    assert pairs[64, 128]["engines"] == ["fla", "transformers", "vllm-plugin", "sglang", "mlx"]
+    assert pairs[80, 104]["engines"] == ["fla", "transformers", "vllm", "vllm-plugin"]
+    assert not any(one["needs_plugin"] for one in pairs[80, 104]["capacity"])
+    assert any("vLLM with the plugin" in note and "compiled, with 0.26.0" in note for note in found.notes)
     assert pairs[80, 104]["prune"] == "--target key,value --keep 80,104"
     assert pairs[72, 128]["prune"] == "--target key --keep 72"
 

@@ -1,5 +1,6 @@
 """``keyreduce inspect``: what people read, and one JSON object for shells."""
 
+import re
 import shlex
 
 from sparse_checkpoints import QWEN3_5_27B, write_sparse
@@ -14,7 +15,10 @@ def test_tables_and_commands(keyreduce, tmp_path, monkeypatch):
     assert "48 layers with a delta-rule state and 16 of softmax attention" in words
     assert "recurrent state, float32 144.00 MiB" in words
     assert "vllm yes since 0.26 run: 0.26.0, 2026-11" in words
-    assert "64 x 128 -50% 72.56 MiB -2.1% - " in words
+    assert "vllm-plugin yes" not in words
+    figures = r"[\d,]+ \(x[\d.]+\)"
+    assert re.search(rf"64 x 128 -50% 72\.56 MiB -2\.1% {figures} {figures} vllm-plugin sglang", words)
+    assert re.search(rf"80 x 104 -49% [^%]+% {figures} - vllm 64 x 128", words)
     assert "vLLM, with about half the state:" in words
     commands = [shlex.split(line) for line in result.out.splitlines() if line.startswith("  ")]
     commands = [command for command in commands if command[:2] in (["vllm", "serve"], ["keyreduce", "prune"])]
@@ -23,6 +27,16 @@ def test_tables_and_commands(keyreduce, tmp_path, monkeypatch):
     assert prune[-6:] == ["--target", "key,value", "--keep", "80,104", "--output", "PRUNED"]
     assert cut[2] == "PRUNED"
     assert "from 2,304 tokens on the keys and values" in result.err
+
+
+def test_a_model_that_needs_the_plugin(keyreduce, tmp_path):
+    config = QWEN3_5_27B | {"text_config": QWEN3_5_27B["text_config"] | {"linear_key_head_dim": 64}}
+    result = keyreduce("inspect", write_sparse(tmp_path / "pruned", config), "--gpu-memory", "80GB", "--gpus", 2)
+    assert result.code == 0, result.err
+    words = " ".join(result.out.split())
+    assert "vllm-plugin yes since 0.26 compiled: 0.26.0" in words
+    assert "vLLM, as it is, with the plugin: vllm serve" in words
+    assert "vllm-plugin is vLLM with the plugin" in result.err
 
 
 def test_commands_to_paste_are_those_of_the_json(keyreduce, tmp_path):

@@ -8,21 +8,30 @@ import pytest
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import FAMILIES, MixerSizes
 from keyreduce.pruning.budget import sizes_after
-from keyreduce.serving.engines import ENGINES, NAMED, Known, check_engine, near_sizes, runs, suited_engines
+from keyreduce.serving.engines import (
+    ENGINES,
+    NAMED,
+    Known,
+    check_engine,
+    near_sizes,
+    needs_plugin,
+    runs,
+    suited_engines,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 
 FLA = FAMILIES["delta_net"]
 TRITON = {"fla", "vLLM (Triton)"}
-FLA_ALONE = {"fla"}
+WITH_PLUGIN = {"fla", "vLLM with keyreduce's plugin"}
 SUITED = {
     128: TRITON | {"fla, 16-bit training", "SGLang", "MLX (Metal)", "llama.cpp", "FlashInfer, FlashQLA, CuteDSL"},
     96: TRITON | {"fla, 16-bit training", "MLX (Metal)"},
     72: TRITON | {"fla, 16-bit training"},
-    64: FLA_ALONE | {"fla, 16-bit training", "SGLang", "MLX (Metal)"},
-    48: FLA_ALONE | {"fla, 16-bit training"},
-    31: FLA_ALONE,
-    1: FLA_ALONE | {"SGLang"},
+    64: WITH_PLUGIN | {"fla, 16-bit training", "SGLang", "MLX (Metal)"},
+    48: WITH_PLUGIN | {"fla, 16-bit training"},
+    31: WITH_PLUGIN,
+    1: WITH_PLUGIN | {"SGLang"},
     512: {"MLX (Metal)"},
 }
 
@@ -31,7 +40,8 @@ SUITED = {
 def test_engines_of_a_size(head_k_dim):
     suited, unsuited = suited_engines(FLA, [MixerSizes(2, 2, head_k_dim, 128)])
     assert set(suited) == SUITED[head_k_dim]
-    assert len(suited) + len(unsuited) == len(ENGINES)
+    # vLLM with the plugin is shown where it makes a difference.
+    assert len(suited) + len(unsuited) == len(ENGINES) + ({*suited} >= WITH_PLUGIN)
     assert all("(" in told for told in unsuited)
 
 
@@ -104,7 +114,7 @@ def test_no_engine_knows_what_fla_does_not_ship():
 
 def test_models_of_transformers_run_there_at_any_size():
     suited, _ = suited_engines(FAMILIES["qwen3_next"], [MixerSizes(2, 4, 31, 128)])
-    assert suited == ["transformers", "fla"]
+    assert suited == ["transformers", "fla", "vLLM with keyreduce's plugin"]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +161,8 @@ QWEN = {
 @pytest.mark.parametrize(
     ("engine", "numbers"),
     [
-        ("fla", keep(97)), ("vllm", keep(97)), ("transformers", keep(97)), ("sglang", keep(64)), ("mlx", keep(96)),
+        ("fla", keep(97)), ("vllm", keep(97)), ("vllm-plugin", keep(64)), ("vllm-plugin", keep(64, 104)),
+        ("transformers", keep(97)), ("sglang", keep(64)), ("mlx", keep(96)),
         ("llama.cpp", keep(64, 64)),
     ],
 )  # fmt: skip
@@ -171,7 +182,8 @@ def test_sizes_that_an_engine_runs_pass(engine, numbers):
             "vllm",
             keep(64),
             "80 x 104 (`target` key,value, `keep` 80,104), 72 x 128 (`target` key, `keep` 72), 64 x 64 (`target` "
-            "key,value, `keep` 64,64)",
+            "key,value, `keep` 64,64); where keyreduce is installed beside vLLM, its plugin runs this cut too: "
+            "`engine` vllm-plugin",
         ),
     ],
 )
@@ -188,6 +200,13 @@ def test_sizes_that_are_named_do_run_and_cut():
                 sizes = before._replace(head_k_dim=found[0], head_v_dim=found[1])
                 assert runs(name, family, sizes)
                 assert sizes.state_elements < before.state_elements
+
+
+def test_the_plugin_changes_what_qwen_runs_alone():
+    for model_type, sizes in {"qwen3_next": (64, 128), "kimi_linear": (64, 128), "olmo_hybrid": (64, 300)}.items():
+        family, layer = FAMILIES[model_type], MixerSizes(2, 2, *sizes)
+        assert not runs("vllm", family, layer)
+        assert runs("vllm-plugin", family, layer) == needs_plugin(family, layer) == (model_type == "qwen3_next")
 
 
 def test_a_family_of_one_size_is_named_one_size():
