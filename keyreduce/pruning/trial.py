@@ -28,8 +28,11 @@ from keyreduce.recovery.layers import recover_layers
 from keyreduce.reporting import Reporter
 
 ROWS, ROW_LENGTH, BATCH = 32, 1024, 4
-"""The text that candidates are measured on: rows, tokens of a row, rows at a time. The longer a row, the more a state has
-to hold, and the more fewer key channels cost beside fewer value channels: rows of 512 tokens choose too few keys."""
+"""The text that candidates are measured on: rows, tokens of a row, rows at a time.
+
+The longer a row, the more a state has to hold, and the more a cut of keys costs beside one of values: on rows of 512
+tokens too few keys would be kept.
+"""
 RECOVERED = Settings(num_batches=16)
 """The text that candidates are recovered on: a quarter of what a recovery takes by default, since there are several."""
 
