@@ -1,5 +1,6 @@
-"""A process for each GPU, which carries out one call after another: to import torch and fla, and to compile kernels, takes
-longer than most of them do.
+"""A process for each GPU, which carries out one call after another.
+
+To import torch and fla and to compile kernels takes longer than most of the calls do.
 """
 
 import multiprocessing

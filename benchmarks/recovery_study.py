@@ -7,8 +7,8 @@
     python benchmarks/recovery_study.py ... --table
 
 A ratio is a share of the key channels, or `state=SHARE` of the state, whose sizes `keyreduce prune --state-ratio`
-chooses. A repair is a mode of `keyreduce recover` that goes layer by layer. A kind is one that trains the model after it,
-distilled or not from the dense model. After a colon come the options that are not their defaults. Both take the
+chooses. A repair is a mode of `keyreduce recover` that goes layer by layer. A kind is one that trains the model after
+it, distilled or not from the dense model. After a colon come the options that are not their defaults. Both take the
 calibration text, and each seed another order of it. Each number of tokens is a run of its own, with its own schedule.
 
 Each run is a file of its own below the output folder, and one that is there is not made again, so a run that was cut

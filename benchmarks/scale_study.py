@@ -6,25 +6,25 @@
 
 It takes one to eight GPUs, and pip install -e '.[train]'. Each model of configs/scale that is asked for is trained by
 flame/pretrain.py, on all GPUs, on the text of the packages that are installed on this machine. Then each GPU takes
-steps of `recovery_study.py`: a dense model is measured and calibrated; shares of its state are removed, in the sizes that
+steps of `recovery_study.py`: a dense model is measured and calibrated; shares of its state are removed, in sizes that
 `keyreduce prune --state-ratio` chooses; what is left is repaired, and after the last repair distilled from the dense
 model; each result is measured on held-out text, perplexity and recall.
 
-The output gets a JSON file for each model, written anew after every step. Weights and text lie in the work folder, which
-may be outside the repository. The same command goes on after an interruption, or after --pause-after minutes, where
-a machine ends commands that take longer. --minutes count over all of these. The trainings divide a share of them. A step
-that is not expected to end in time, by those of its kind that were made, is left out, and so is one that does not; the
-files say which.
+The output gets a JSON file for each model, written anew after every step. Weights and text lie in the work folder,
+which may be outside the repository. The same command goes on after an interruption, or after --pause-after minutes,
+where a machine ends commands that take longer. --minutes count over all of these. The trainings divide a share of
+them. A step that is not expected to end in time, by those of its kind that were made, is left out, and so is one that
+does not; the files say which.
 """
 
 import argparse
 import platform
+import shutil
 import sys
 import tempfile
 import time
 from argparse import Namespace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ SHORTEST = 60.0  # seconds of a training for which it is worth to start
 
 
 class Recipe(NamedTuple):
-    """How a model is trained: its part of the time for trainings, the highest rate, and rows that a GPU takes at a time."""
+    """How a model is trained: its part of the time, the highest rate, and the most rows that a GPU takes at a time."""
 
     part: float = 2.0
     learning_rate: float = 2e-3
@@ -94,8 +94,8 @@ def main(words: list[str] | None = None) -> None:
     options = parse_arguments(words)
     if not options.table:
         study = Study(options)
-        study.train()
-        study.measure()
+        if study.train():
+            study.measure()
     print_tables(options.output)
 
 
@@ -128,7 +128,8 @@ class Study:
         self.began, self.clock = time.monotonic(), options.work / "clock.json"
         self.used_before = read_json(self.clock)["seconds"] if self.clock.exists() else 0.0
         self.left_out: dict[str, dict[str, str]] = {}
-        self.speeds: dict[str, float] = {}  # kind of a step -> the most seconds that one took for each parameter
+        # kind of a step -> parameters of a model, and the seconds that it took, or after which it was ended
+        self.took: dict[str, list[tuple[int, float]]] = {}
 
     @property
     def left(self) -> float:
@@ -157,8 +158,8 @@ class Study:
         self.left_out.setdefault(model, {})[name] = why
         print(f"{model}, {name}: left out: {why}", flush=True)
 
-    def train(self) -> None:
-        """Train the models that are not trained, as long as there is time."""
+    def train(self) -> bool:
+        """Train the models that are not trained, as long as there is time; return whether this is over."""
         for model in self.configs:
             minutes = self.minutes_of(model)
             if self.trained(model).exists():
@@ -168,11 +169,12 @@ class Study:
                 self.leave_out(model, "training", "no time is left")
             elif self.left_of_call < PAUSING + least:
                 print(f"{model}: to be trained in the next call", flush=True)
-                return
+                return False
             else:
                 self.train_one(model, minutes)
             self.keep_time()
             self.report(model)
+        return True
 
     def minutes_of(self, model: str) -> float:
         """Return how long a model is to be trained, which stays as it was said first."""
@@ -190,6 +192,8 @@ class Study:
         if outcome.code:
             self.leave_out(model, "training", outcome.message)
         else:
+            if self.trained(model).exists():
+                shutil.rmtree(self.trained(model).with_name("checkpoints"))  # several times the size of the model
             print(f"{model}: {log.read_text().strip().splitlines()[-1]}", flush=True)
 
     def training_command(self, model: str, minutes: float) -> list[str]:
@@ -204,7 +208,7 @@ class Study:
         words += ["--pause-after", (self.left_of_call - PAUSING) / 60, "--batch-size", rows * number]
         words += ["--micro-batch", micro, "--seq-len", options.row_length, "--kernels", "fla", "--residual", "bfloat16"]
         words += ["--learning-rate", recipe.learning_rate, "--heldout-rows", 64, "--log-every", 20]
-        words += ["--save-every", 2000, "--evaluate-every", 10**8, "--installed", *options.installed]
+        words += ["--save-every", 500, "--evaluate-every", 10**8, "--installed", *options.installed]
         return list(map(str, words))
 
     def measure(self) -> None:
@@ -279,14 +283,18 @@ class Study:
         return None
 
     def expected(self, step: Step) -> float:
-        """Return how long a step will take, by the slowest of its kind; 0 where none was made yet."""
-        return self.speeds.get(step.kind, 0.0) * self.parameters(step.model)
+        """Return how long a step may take, by those of its kind; 0 where none was made yet.
+
+        It is proportional to parameters at the most: a part of it is the same for all models.
+        """
+        own = self.parameters(step.model)
+        return min((max(1.0, own / one) * seconds for one, seconds in self.took.get(step.kind, [])), default=0.0)
 
     def parameters(self, model: str) -> int:
         return read_json(self.trained(model) / "training.json")["parameters"]
 
     def learn(self, step: Step, seconds: float) -> None:
-        self.speeds[step.kind] = max(self.speeds.get(step.kind, 0.0), seconds / self.parameters(step.model))
+        self.took.setdefault(step.kind, []).append((self.parameters(step.model), seconds))
 
     def end(self, step: Step, ended: Ended) -> None:
         """Take note of a step that ended."""

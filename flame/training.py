@@ -42,9 +42,7 @@ class ByteTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         if self.schedule is not None and self.lr_scheduler is None:
-            # accelerate's wrapper of the optimizer is none of those that LambdaLR knows.
-            inner = getattr(self.optimizer, "optimizer", self.optimizer)
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(inner, self.schedule)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
