@@ -5,6 +5,7 @@ To import torch and fla and to compile kernels takes longer than most of the cal
 
 import multiprocessing
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -93,6 +94,7 @@ class _Worker:
 def _serve(connection: Connection, device: str | None) -> None:
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half made is removed
     import torch
 
     from keyreduce.models.loading import prepare_backend
@@ -103,11 +105,10 @@ def _serve(connection: Connection, device: str | None) -> None:
     while True:
         try:
             function, arguments = connection.recv()
-        except EOFError:
-            return
-        try:
             function(*arguments)
             connection.send(None)
+        except (EOFError, KeyboardInterrupt):
+            return
         except (Exception, SystemExit) as error:
             traceback.print_exc()
             connection.send(f"{type(error).__name__}: {error}")

@@ -76,7 +76,7 @@ def parse_arguments(words: list[str] | None = None) -> Namespace:
     add("--work", type=Path, default=Path(tempfile.gettempdir()) / "keyreduce-scale-study", help="weights and text")
     default = [name for name in MODELS if name not in HYBRIDS]
     add("--models", nargs="+", default=default, help=f"of {', '.join(MODELS)}, or paths of configs")
-    add("--train-share", type=float, default=0.6, help="of the minutes, for the trainings together")
+    add("--train-share", type=float, default=0.5, help="of the minutes, for the trainings together")
     add("--ratios", nargs="+", default=["0.5", "0.75"], help="of the state, to remove")
     add("--repairs", nargs="+", default=["none", "least-squares", "reconstruct"], help="as in recovery_study.py")
     add("--kind", default="full-distilled", help="the training after the last repair, as in recovery_study.py")
@@ -106,6 +106,7 @@ class Step(NamedTuple):
         model: the model's name.
         name: the step's, among those of the model.
         kind: what steps it is like, whose time tells how long it takes.
+        stage: what comes before it, of all models, if there is not time for all.
         path: the file that is there when it was done.
         needs: files that must be there before.
         call: what a process calls.
@@ -114,6 +115,7 @@ class Step(NamedTuple):
     model: str
     name: str
     kind: str
+    stage: int
     path: Path
     needs: tuple[Path, ...]
     call: partial
@@ -219,7 +221,7 @@ class Study:
             seconds = step.path.with_suffix(".seconds.json")
             if seconds.exists():
                 self.learn(step, read_json(seconds)["seconds"])
-        waiting = [step for step in waiting if not step.path.exists()]
+        waiting = sorted((step for step in waiting if not step.path.exists()), key=lambda step: step.stage)
         workers = Workers(self.devices)
         try:
             while waiting or workers.running:
@@ -239,23 +241,23 @@ class Study:
             self.report(model)
 
     def steps(self, model: str) -> list[Step]:
-        """Return all steps of a trained model, in the order in which they are best made."""
+        """Return all steps of a trained model."""
         options, chosen = self.options, self.chosen(model)
         dense = chosen.output / "dense.json"
-        found = [Step(model, "dense", "dense", dense, (), partial(begin, chosen))]
+        found = [Step(model, "dense", "dense", 0, dense, (), partial(begin, chosen))]
         for ratio in options.ratios:
             before = dense
-            for repair in options.repairs:
+            for stage, repair in enumerate(options.repairs, start=1):
                 start = Start("auto", f"state={ratio}", repair, 0)
                 path, _ = files_of(chosen, start)
                 name = f"{start.ratio} {repair}"
                 # One after another, since a repair takes the sizes that were found for the one before it.
-                found.append(Step(model, name, repair, path, (before,), partial(make_start, chosen, start)))
+                found.append(Step(model, name, repair, stage, path, (before,), partial(make_start, chosen, start)))
                 before = path
-            for tokens in options.tokens:
+            for stage, tokens in enumerate(options.tokens, start=1 + len(options.repairs)):
                 path = before.with_name(f"{slug(f'{options.kind}-{tokens}')}.json")
                 call = partial(make_run, chosen, start, options.kind, tokens)
-                found.append(Step(model, f"{name} {tokens}", f"{options.kind} {tokens}", path, (before,), call))
+                found.append(Step(model, f"{name} {tokens}", f"{options.kind} {tokens}", stage, path, (before,), call))
         return found
 
     def chosen(self, model: str) -> Namespace:
@@ -316,7 +318,9 @@ class Study:
             if not all(path.exists() for path in step.needs):
                 self.leave_out(step.model, step.name, "what it begins with was not made")
             elif self.left <= expected:
-                self.leave_out(step.model, step.name, f"it takes {expected:.0f} s, and {self.left:.0f} s are left")
+                self.leave_out(
+                    step.model, step.name, f"it takes {expected:.0f} s, and {max(self.left, 0):.0f} s are left"
+                )
             else:
                 self.leave_out(step.model, step.name, "the time of this call was over")
 

@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import sys
+import time
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -83,7 +84,7 @@ def choose_kernels(args: argparse.Namespace, config: dict, device: torch.device)
     import fla_torch
 
     if args.kernels == "torch" or device.type == "cpu":
-        fla_torch.enable(cuda=True)
+        fla_torch.enable(cuda=device.type != "cpu")
         return
     from keyreduce.families import family_of
     from keyreduce.models.miscompiled import has_wrong_gated_gradients, refuse_wrong_gradients
@@ -133,6 +134,7 @@ def save(model: PreTrainedModel, tokenizer, folder: Path, record: dict) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    began = time.monotonic()
     model_folder = args.output / "model"
     if model_folder.exists():
         raise KeyreduceError(f"{model_folder} exists, so this training is done; give another --output")
@@ -143,7 +145,7 @@ def main(args: argparse.Namespace) -> None:
         **{name: [str(path) for path in getattr(args, name) or ()] for name in ("text", "heldout_text")},
         "installed": None if args.installed is None else [str(path) for path in args.installed],
     }
-    for name in ("output", "data", "pause_after"):
+    for name in ("output", "data", "pause_after", "micro_batch"):
         del recipe[name]
     recipe_file = args.output / "arguments.json"
     checkpoint = last_checkpoint(args.output / "checkpoints")
@@ -161,7 +163,7 @@ def main(args: argparse.Namespace) -> None:
     heldout_rows = list(islice(heldout_rows, args.heldout_rows))
     windows = RandomWindows(corpus.tokens_N, args.seq_len, settings.max_steps * args.batch_size, args.seed)
     schedule = None if args.minutes is None else TimeSchedule(60 * args.minutes, args.warmup)
-    timing = InTime(schedule, None if args.pause_after is None else 60 * args.pause_after)
+    timing = InTime(schedule, None if args.pause_after is None else began + 60 * args.pause_after)
 
     set_seed(args.seed)
     bytes_V = bytes_per_token(corpus.tokenizer)

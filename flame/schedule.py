@@ -53,14 +53,13 @@ class InTime(TrainerCallback):
 
     Args:
         schedule: the schedule, or None where the number of steps ends the training.
-        pause_after: seconds after which a checkpoint is saved and the training ends, to be resumed; None is never.
+        pause_at: when a checkpoint is saved and the training ends, to be resumed, by `time.monotonic`; None is never.
     """
 
-    def __init__(self, schedule: TimeSchedule | None, pause_after: float | None):
-        self.schedule, self.pause_after, self.is_paused = schedule, pause_after, False
+    def __init__(self, schedule: TimeSchedule | None, pause_at: float | None):
+        self.schedule, self.pause_at, self.is_paused = schedule, pause_at, False
 
     def on_train_begin(self, args, state, control, **_) -> None:
-        self.began = time.monotonic()
         if self.schedule is not None:
             self.schedule.begin()
 
@@ -73,9 +72,9 @@ class InTime(TrainerCallback):
         is_over = state.global_step >= state.max_steps
         if self.schedule is not None and self.schedule.share >= 1:
             control.should_training_stop = is_over = True
-        if self.pause_after is not None and not is_over:
-            (elapsed,) = from_first_process(time.monotonic() - self.began)
-            if elapsed >= self.pause_after:
+        if self.pause_at is not None and not is_over:
+            (is_late,) = from_first_process(float(time.monotonic() >= self.pause_at))
+            if is_late:
                 self.is_paused = control.should_save = control.should_training_stop = True
 
 

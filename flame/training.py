@@ -109,7 +109,8 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         bf16=not on_cpu,
         # For what is left in float32: matrix products of the PyTorch rule, whose inputs have 8 bits of mantissa anyway.
         tf32=True if args.kernels == "fla" and not on_cpu else None,
-        accelerator_config={"non_blocking": True},  # a copy that blocks would make the CPU wait for the step before
+        # A copy that blocks would make the CPU wait for the step before.
+        accelerator_config={"non_blocking": not on_cpu},
         seed=args.seed,
         train_sampling_strategy="sequential",  # the rows come in random order already
         remove_unused_columns=False,

@@ -13,7 +13,7 @@ from keyreduce.processes import Outcome
 
 ROOT = Path(__file__).parents[2]
 # Lines of some words, so that there is something to learn and to calibrate with in each split.
-TEXT = "".join(f"the value of line {number} is {number * number}\n" for number in range(60))
+TEXT = "".join(f"the value of line {number} is {number * number}\n" for number in range(200))
 
 
 @pytest.fixture

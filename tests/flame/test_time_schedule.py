@@ -71,6 +71,7 @@ def test_lambda_lr_saves_what_was_reached(made):
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     end_step(0)
     end_step(25)
+    optimizer.step()
     scheduler.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(3 * (1 + math.cos(math.pi / 4)) / 2)
     file = io.BytesIO()
