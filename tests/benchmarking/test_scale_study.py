@@ -107,7 +107,7 @@ def test_study(study, tmp_path, capsys):
     assert kinds == [("none", None, 0), (repaired, None, 0), trained]
     assert all(run["ratio"] == "state=0.5" and run["perplexity"] > 1 for run in found["runs"])
     heads, keys, values = found["runs"][0]["sizes"]
-    assert heads * keys * values == 2 * 16 * 16 / 2
+    assert 0.4 < heads * keys * values / (2 * 16 * 16) <= 0.5
     assert all(one["recall"] == RECALL["recall"] for one in (found["dense"], *found["runs"]))
     assert not found["left_out"]
     rise = 100 * (found["runs"][0]["perplexity"] / found["dense"]["perplexity"] - 1)
