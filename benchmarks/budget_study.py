@@ -119,7 +119,7 @@ def make(options: argparse.Namespace, seed: int, cut: str, repair: str) -> dict:
         calibrate.CalibrateRequest(model=options.model, output=calibration, gradients=False, **text, **amount, **common)
     )
     how = {"model": options.model, "calibration": calibration, **text, **common}
-    sizes = chosen_sizes(options, cut, repair, how)
+    sizes = chosen_sizes(options.work, cut, repair, how)
     bare = folder if repair in UNREPAIRED else folder.with_name(f"{folder.name}-cut")
     request = prune.PruneRequest(output=bare, uncorrected=repair != "none", **sizes, **how)
     started = time.perf_counter()
@@ -135,13 +135,16 @@ def make(options: argparse.Namespace, seed: int, cut: str, repair: str) -> dict:
     return found
 
 
-def chosen_sizes(options: argparse.Namespace, cut: str, repair: str, how: dict) -> dict:
-    """Return the fields of a request that say what a cut keeps; for a budget what the search chooses."""
+def chosen_sizes(work: Path, cut: str, repair: str, how: dict) -> dict:
+    """Return the fields of a request that say what a cut keeps; for a budget what the search chooses.
+
+    What is found is kept in the work folder, and ``how`` are the fields that say what is searched.
+    """
     target, share = cut.split("=")
     if target != "state":
         return {"target": (target,), "ratio": (share,)}
     recovery = None if repair in UNREPAIRED else "least-squares"  # by which reconstruct is searched as well
-    path = options.work / f"search-{how['seed']}-{share}-{recovery or 'none'}.json"
+    path = work / f"search-{how['seed']}-{share}-{recovery or 'none'}.json"
     if not path.exists():
         request = prune.PruneRequest(state_ratio=share, dry_run=True, recover=recovery, **how)
         found = prune.run(request, Lines())

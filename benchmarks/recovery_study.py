@@ -6,8 +6,9 @@
         [--tokens 250000 1000000 4000000] [--num-batches 64] [--heldout-rows 64] [--recall] [--seeds 0 1] [--jobs 4]
     python benchmarks/recovery_study.py ... --table
 
-A repair is a mode of `keyreduce recover` that goes layer by layer. A kind is one that trains the model after it,
-distilled or not from the dense model. After a colon come the options that are not their defaults. Both take the
+A ratio is a share of the key channels, or `state=SHARE` of the state, whose sizes `keyreduce prune --state-ratio`
+chooses. A repair is a mode of `keyreduce recover` that goes layer by layer. A kind is one that trains the model after
+it, distilled or not from the dense model. After a colon come the options that are not their defaults. Both take the
 calibration text, and each seed another order of it. Each number of tokens is a run of its own, with its own schedule.
 
 Each run is a file of its own below the output folder, and one that is there is not made again, so a run that was cut
@@ -29,6 +30,8 @@ from math import gcd
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
+
+from budget_study import chosen_sizes
 
 from keyreduce.api import calibrate, evaluate, prune, recover
 from keyreduce.api.request import specs
@@ -83,6 +86,17 @@ def main() -> None:
 
 def make_all(chosen: argparse.Namespace) -> None:
     """Make all runs that are not there, the numbers of tokens in the order given."""
+    make_dense(chosen)
+    for seed in chosen.seeds:
+        calibration_file(chosen, seed)
+    starts = [Start(*one) for one in product(chosen.methods, chosen.ratios, chosen.repairs, chosen.seeds)]
+    in_processes(make_start, [(chosen, start) for start in starts], chosen.jobs)
+    runs = product(chosen.tokens, starts, chosen.kinds)
+    in_processes(make_run, [(chosen, start, kind, tokens) for tokens, start, kind in runs], chosen.jobs)
+
+
+def make_dense(chosen: argparse.Namespace) -> None:
+    """Measure the dense model, unless that was done, and refuse runs of another model or text than are there."""
     if chosen.calibration and chosen.heldout:
         refuse_overlap(FileText(chosen.calibration), FileText(chosen.heldout))
     texts = (text_source(chosen.calibration, default="calibration"), text_source(chosen.heldout, default="heldout"))
@@ -93,12 +107,6 @@ def make_all(chosen: argparse.Namespace) -> None:
         write_json(path, {"inputs": inputs, **measure(chosen, chosen.model)})
     if read_json(path)["inputs"] != inputs:
         sys.exit(f"{chosen.output} holds runs of another model, other text or another amount; give another --output")
-    for seed in chosen.seeds:
-        calibration_file(chosen, seed)
-    starts = [Start(*one) for one in product(chosen.methods, chosen.ratios, chosen.repairs, chosen.seeds)]
-    in_processes(make_start, [(chosen, start) for start in starts], chosen.jobs)
-    runs = product(chosen.tokens, starts, chosen.kinds)
-    in_processes(make_run, [(chosen, start, kind, tokens) for tokens, start, kind in runs], chosen.jobs)
 
 
 def in_processes(function: Callable[..., None], calls: Sequence[tuple], jobs: int) -> None:
@@ -122,18 +130,29 @@ def make_start(chosen: argparse.Namespace, start: Start) -> None:
         model=chosen.model,
         calibration=calibration_file(chosen, start.seed),
         method=start.method,
-        ratio=start.ratio,
         seed=start.seed,
         output=pruned,
+        **cut_of(chosen, start),
         **common(chosen),
     )
-    prune.run(request)
-    run = {**start._asdict(), "kind": None, "tokens": 0, "seconds": 0.0}
+    result = prune.run(request)
+    assert isinstance(result, prune.PruneResult)
+    sizes = [result.key_heads[1], result.head_k_dim[1], result.head_v_dim[1]]
+    run = {**start._asdict(), "kind": None, "tokens": 0, "seconds": 0.0, "sizes": sizes}
     if start.repair != "none":
         fields = {"num_batches": chosen.num_batches, **rows_of(chosen), **recovery_of(start.repair)}
         result = recover_into(folder, chosen, pruned, start.seed, fields)
         run |= {"seconds": result.seconds, "layers": result.layers}
     write_run(chosen, path, run | measure(chosen, folder))
+
+
+def cut_of(chosen: argparse.Namespace, start: Start) -> dict:
+    """Return the fields of a request that say what a start removes."""
+    if not start.ratio.startswith("state="):
+        return {"ratio": start.ratio}
+    how = {"model": chosen.model, "calibration": calibration_file(chosen, start.seed), "text": chosen.calibration}
+    sizes = chosen_sizes(chosen.output / "work", start.ratio, start.repair, how | common(chosen) | {"seed": start.seed})
+    return {"uncorrected": start.repair != "none", **sizes}
 
 
 def make_run(chosen: argparse.Namespace, start: Start, kind: str, tokens: int) -> None:
@@ -269,7 +288,8 @@ def print_table(runs: list[dict], read: Callable[[dict], float], form: str) -> N
             row = [run for run in of_start if run["kind"] in (None, kind)]
             cells = [told([read(run) for run in row if run["tokens"] == count], form) for count in columns]
             seconds = max(run["seconds"] for run in row)
-            print(f"| {method} | {float(ratio):.0%} | {repair} | {kind} | {' | '.join(cells)} | {seconds:.0f} |")
+            share = ratio if "=" in ratio else f"{float(ratio):.0%}"
+            print(f"| {method} | {share} | {repair} | {kind} | {' | '.join(cells)} | {seconds:.0f} |")
 
 
 def told(values: list[float], form: str) -> str:

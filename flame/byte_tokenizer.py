@@ -16,10 +16,21 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     printable = [ord(character) for character in alphabet if ord(character) < 256]
     others = [byte for byte in range(256) if byte not in printable]
     vocabulary = dict(zip(alphabet, printable + others, strict=True))
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer = byte_level(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.add_special_tokens([SEPARATOR])
+    return with_separator(tokenizer)
+
+
+def byte_level(model: models.Model) -> Tokenizer:
+    """Return a tokenizer of bytes, which are grouped into words before the model sees them."""
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([SEPARATOR])
+    return tokenizer
+
+
+def with_separator(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """Return transformers' tokenizer of one that has the token ``<|endoftext|>``, which becomes bos and eos."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=SEPARATOR,

@@ -7,7 +7,7 @@
 command again, after an interruption, goes on from the last of ``OUTPUT/checkpoints``. Under ``torchrun`` the same
 global batch is divided among the processes.
 
-Shapes: T tokens in a row, N tokens of text, V token ids.
+Shapes: V token ids.
 """
 
 import argparse
@@ -17,102 +17,40 @@ import platform
 import sys
 import time
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 import torch
-from byte_tokenizer import byte_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from corpus import Corpus, RandomWindows, open_corpus, write_corpus
+from schedule import InTime, TimeSchedule
+from training import ByteTrainer, build_model, measure, training_arguments
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
 
-from keyreduce.data.batches import batches, bytes_per_token, document_tokens, token_rows
-from keyreduce.data.text import text_source
+from keyreduce.data.batches import bytes_per_token, token_rows
+from keyreduce.data.installed import InstalledText
+from keyreduce.data.text import Split, TextSource, text_source
 from keyreduce.errors import KeyreduceError
-from keyreduce.evaluation.perplexity import measure_rows
+from keyreduce.evaluation.perplexity import Perplexity
 from keyreduce.outputs import appearing, read_json, write_json
 
-
-class RandomWindows(torch.utils.data.Dataset):
-    """Rows of T tokens from one long text, as many as the training takes.
-
-    Each pass over the text starts its windows at another random offset and visits them in another random order, so each
-    token is seen once a pass. Row i depends on the seed and on i alone: a resumed run sees the rows of an unbroken one.
-    """
-
-    def __init__(self, tokens_N: torch.Tensor, row_length: int, num_rows: int, seed: int):
-        self.tokens_N, self.row_length, self.num_rows, self.seed = tokens_N, row_length, num_rows, seed
-        # One row less than fits, so that every offset leaves room for the last window.
-        self.rows_per_pass = len(tokens_N) // row_length - 1
-        if self.rows_per_pass < 1:
-            raise KeyreduceError(
-                f"the text has {len(tokens_N)} tokens, fewer than two rows of {row_length}; "
-                "give more text, or a smaller --seq-len"
-            )
-        self._pass = (-1, 0, torch.empty(0))
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        number, place = divmod(index, self.rows_per_pass)
-        if self._pass[0] != number:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-            offset = int(torch.randint(self.row_length, (), generator=generator))
-            self._pass = (number, offset, torch.randperm(self.rows_per_pass, generator=generator))
-        _, offset, order = self._pass
-        start = offset + int(order[place]) * self.row_length
-        tokens_T = self.tokens_N[start : start + self.row_length]
-        return {"input_ids": tokens_T, "labels": tokens_T}
-
-
-class ByteTrainer(Trainer):
-    """`Trainer` that measures bits per byte of held-out rows, and logs tokens a second."""
-
-    def __init__(self, *, heldout_rows: list[torch.Tensor], bytes_V: torch.Tensor, tokens_per_step: int, **kwargs):
-        super().__init__(eval_dataset=heldout_rows, **kwargs)
-        # fla's models take any keyword, by which Trainer believes that they divide the loss by `num_items_in_batch`.
-        # They return the mean, which is what Trainer assumes of a model that does not.
-        self.model_accepts_loss_kwargs = False
-        self.bytes_V, self.tokens_per_step = bytes_V, tokens_per_step
-        self.clock = time.monotonic()
-
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        exempt = {name for name, parameter in model.named_parameters() if getattr(parameter, "_no_weight_decay", False)}
-        return [name for name in super().get_decay_parameter_names(model) if name not in exempt]
-
-    def evaluate(self, *_, **__) -> dict[str, float]:
-        metrics = {"heldout_bits_per_byte": self.bits_per_byte(self.model)}
-        self.log(metrics)
-        return metrics
-
-    def bits_per_byte(self, model: torch.nn.Module) -> float:
-        """Measure ``model`` on the held-out rows, which the processes divide among themselves."""
-        own_rows = self.eval_dataset[self.args.process_index :: self.args.world_size]
-        own_batches = batches(own_rows, self.args.per_device_eval_batch_size)
-        own = measure_rows(model.eval(), own_batches, self.bytes_V, name="the model in training")
-        total = torch.tensor([own.nats, own.bytes], dtype=torch.float64, device=self.args.device)
-        nats, num_bytes = self.accelerator.reduce(total, reduction="sum").tolist()
-        return nats / math.log(2) / num_bytes
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # The log is saved with each checkpoint, so the seconds add up over interruptions.
-        before = self.state.log_history[-1] if self.state.log_history else {"seconds": 0.0, "step": 0}
-        now = time.monotonic()
-        elapsed, self.clock = now - self.clock, now
-        logs["seconds"] = round(before["seconds"] + elapsed, 1)
-        if "loss" in logs:
-            tokens = (self.state.global_step - before["step"]) * self.tokens_per_step
-            logs["tokens_per_second"] = round(tokens / elapsed)
-        super().log(logs, start_time)
+VERSIONS = ("torch", "transformers", "accelerate", "flash-linear-attention", "triton")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--config", type=Path, required=True, help="a model config, as in configs/pretrain")
+    add("--config", type=Path, required=True, help="a model config, as in configs/pretrain and configs/scale")
     add("--output", type=Path, required=True, help="the folder for checkpoints and, at the end, the model")
     add("--text", type=Path, action="append", default=[], help="file or folder to train on (default: Python's source)")
     add("--heldout-text", type=Path, action="append", default=[], help="file or folder to measure on (likewise)")
-    add("--steps", type=int, default=3000)
+    add("--installed", nargs="*", type=Path, metavar="FOLDER", help="text instead: that of all installed packages")
+    add("--tokenizer", choices=["bytes", "bpe"], default="bytes", help="bpe: trained on the text, for the config")
+    add("--data", type=Path, help="the folder of tokenizer and tokens, made unless it is there (default: in --output)")
+    add("--steps", type=int, help="3000 by default")
+    add("--minutes", type=float, help="train for so long instead; the learning rate follows the time")
+    add("--pause-after", type=float, metavar="MINUTES", help="save and end then; the same command goes on")
     add("--batch-size", type=int, default=64, help="rows a step, of all processes together")
+    add("--micro-batch", type=int, help="rows that a device takes at a time (default: its share of --batch-size)")
     add("--seq-len", type=int, default=1024, help="tokens a row")
     add("--learning-rate", type=float, default=2e-3, help="the highest, after warm-up; it falls to zero as a cosine")
     add("--warmup", type=int, default=100, help="steps")
@@ -122,8 +60,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--log-every", type=int, default=50, help="steps")
     add("--evaluate-every", type=int, default=500, help="steps")
     add("--save-every", type=int, default=500, help="steps")
-    add("--kernels", choices=["torch", "fla"], default="torch", help="PyTorch, or fla's own Triton (CUDA only)")
-    return parser.parse_args(arguments)
+    add("--kernels", choices=["torch", "fla"], default="torch", help="PyTorch, or on CUDA fla's own Triton")
+    add("--residual", choices=["float32", "bfloat16"], default="float32", help="what layers add to, on CUDA")
+    add("--shard", action="store_true", help="FSDP instead of DDP under torchrun")
+    args = parser.parse_args(arguments)
+    if args.steps is not None and args.minutes is not None:
+        parser.error("--steps and --minutes both say when to end: give one of them")
+    if args.installed is not None and (args.text or args.heldout_text):
+        parser.error("--installed is text to train on and to measure on: leave out --text and --heldout-text")
+    args.steps = 3000 if args.steps is None and args.minutes is None else args.steps
+    return args
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -133,60 +79,74 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(newest) if newest else None
 
 
-def training_arguments(args: argparse.Namespace) -> TrainingArguments:
-    on_cpu = not torch.cuda.is_available()
-    settings = TrainingArguments(
-        output_dir=str(args.output / "checkpoints"),
-        max_steps=args.steps,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=args.warmup,
-        weight_decay=args.weight_decay,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu and torch.distributed.is_torchelastic_launched() else None,
-        ddp_find_unused_parameters=False,
-        bf16=not on_cpu,
-        seed=args.seed,
-        train_sampling_strategy="sequential",  # the rows come in random order already
-        remove_unused_columns=False,
-        logging_first_step=True,
-        logging_steps=args.log_every,
-        logging_nan_inf_filter=False,  # it would wait for the device at every step
-        eval_strategy="steps",
-        eval_steps=args.evaluate_every,
-        save_steps=args.save_every,
-        save_total_limit=2,
-        disable_tqdm=True,
-        report_to="none",
-    )
-    if args.batch_size % settings.world_size:
-        raise KeyreduceError(f"--batch-size {args.batch_size} does not divide among {settings.world_size} processes")
-    settings.per_device_train_batch_size = args.batch_size // settings.world_size
-    settings.per_device_eval_batch_size = settings.per_device_train_batch_size
-    return settings
+def choose_kernels(args: argparse.Namespace, config: dict, device: torch.device) -> None:
+    """Let fla's models run on a device in the kernels that were asked for; the rule in PyTorch where Triton errs."""
+    import fla_torch
+
+    if args.kernels == "torch" or device.type == "cpu":
+        fla_torch.enable(cuda=device.type != "cpu")
+        return
+    from keyreduce.families import family_of
+    from keyreduce.models.miscompiled import has_wrong_gated_gradients, refuse_wrong_gradients
+    from keyreduce.models.tuning import tune_few_variants
+
+    family = family_of(config)
+    fla_torch.mend()
+    if has_wrong_gated_gradients(family, device):
+        print("fla's gated rule has wrong gradients with this Triton and GPU: that rule runs in PyTorch", flush=True)
+        fla_torch.enable(cuda=("gated_delta_rule",))
+    else:
+        refuse_wrong_gradients(family, config, device, "; or take --kernels torch")
+    tune_few_variants()
 
 
-def save(trainer: ByteTrainer, tokenizer, folder: Path, record: dict) -> None:
-    """Write the model in bfloat16, its tokenizer and the record; ``folder`` appears whole or not at all."""
+def make_texts(args: argparse.Namespace) -> dict[str, TextSource]:
+    """Return the text of each use: split by file, where it is of this machine."""
+    splits: tuple[Split, ...] = ("train", "heldout", "calibration")
+    if args.installed is not None:
+        return {split: InstalledText(split, args.installed or None) for split in splits}
+    given = {"train": args.text, "heldout": args.heldout_text}
+    uses = splits if not any(given.values()) else splits[:2]
+    return {use: text_source(given.get(use, ()), default=use) for use in uses}
+
+
+def make_corpus(args: argparse.Namespace, settings: TrainingArguments, config: dict) -> Corpus:
+    """Return the tokens and the tokenizer, which the first process makes unless they are there."""
+    folder = args.data or args.output / "data"
+    with settings.main_process_first(local=False, desc="the tokens"):
+        if settings.process_index == 0:
+            write_corpus(folder, make_texts(args), config["vocab_size"] if args.tokenizer == "bpe" else None)
+    corpus = open_corpus(folder)
+    separator, most = corpus.tokenizer.eos_token_id, max(corpus.tokenizer.get_vocab().values())
+    if most >= config["vocab_size"] or config.get("eos_token_id") != separator:
+        raise KeyreduceError(
+            f"{args.config} is for another tokenizer: this one has ids up to {most} and {separator} between documents"
+        )
+    return corpus
+
+
+def save(model: PreTrainedModel, tokenizer, folder: Path, record: dict) -> None:
+    """Write a model, its tokenizer and the record; ``folder`` appears whole or not at all."""
     with appearing(folder, folder=True) as temporary:
-        trainer.model.save_pretrained(temporary)
+        model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_json(temporary / "training.json", record)
 
 
 def main(args: argparse.Namespace) -> None:
+    began = time.monotonic()
     model_folder = args.output / "model"
     if model_folder.exists():
         raise KeyreduceError(f"{model_folder} exists, so this training is done; give another --output")
+    config = read_json(args.config)
     recipe = {
         **vars(args),
-        "config": read_json(args.config),
-        "text": [str(path) for path in args.text],
-        "heldout_text": [str(path) for path in args.heldout_text],
+        "config": config,
+        **{name: [str(path) for path in getattr(args, name) or ()] for name in ("text", "heldout_text")},
+        "installed": None if args.installed is None else [str(path) for path in args.installed],
     }
-    del recipe["output"]
+    for name in ("output", "data", "pause_after", "micro_batch"):
+        del recipe[name]
     recipe_file = args.output / "arguments.json"
     checkpoint = last_checkpoint(args.output / "checkpoints")
     if checkpoint and read_json(recipe_file) != recipe:
@@ -194,66 +154,78 @@ def main(args: argparse.Namespace) -> None:
 
     import fla  # noqa: F401  (AutoConfig learns fla's model types)
 
-    if args.kernels == "torch":
-        import fla_torch
-
-        fla_torch.enable(cuda=True)
-
     settings = training_arguments(args)
+    choose_kernels(args, config, settings.device)
     if settings.process_index == 0:
         write_json(recipe_file, recipe, overwrite=True)
-
-    tokenizer = byte_tokenizer()
-    train_text = text_source(args.text, default="train")
-    heldout_text = text_source(args.heldout_text, default="heldout")
-    tokens_N = torch.cat(list(document_tokens(train_text.in_pieces(), tokenizer)))
-    heldout_rows = list(token_rows(heldout_text.in_pieces(), tokenizer, args.seq_len))[: args.heldout_rows]
-    windows = RandomWindows(tokens_N, args.seq_len, args.steps * args.batch_size, args.seed)
+    corpus = make_corpus(args, settings, config)
+    heldout_rows = token_rows(corpus.heldout.in_pieces(), corpus.tokenizer, args.seq_len)
+    heldout_rows = list(islice(heldout_rows, args.heldout_rows))
+    windows = RandomWindows(corpus.tokens_N, args.seq_len, settings.max_steps * args.batch_size, args.seed)
+    schedule = None if args.minutes is None else TimeSchedule(60 * args.minutes, args.warmup)
+    timing = InTime(schedule, None if args.pause_after is None else began + 60 * args.pause_after)
 
     set_seed(args.seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.config))
+    bytes_V = bytes_per_token(corpus.tokenizer)
     tokens_per_step = args.batch_size * args.seq_len
     trainer = ByteTrainer(
-        model=model,
+        model=build_model(args, settings),
         args=settings,
         train_dataset=windows,
         heldout_rows=heldout_rows,
-        bytes_V=bytes_per_token(tokenizer),
+        bytes_V=bytes_V,
         tokens_per_step=tokens_per_step,
+        schedule=schedule,
+        callbacks=[timing],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
+    if timing.is_paused:
+        if settings.process_index == 0:
+            print(f"{args.output}: paused at step {trainer.state.global_step}; the same command goes on")
+        leave_processes()
+        return
+    # What ships is bfloat16, so that is what is measured last.
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if settings.process_index == 0:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.config))
+        model.load_state_dict(weights)
+        model = model.to(settings.device, torch.bfloat16).eval()
+        heldout = measure(model, heldout_rows, settings, bytes_V)
+        record = describe(trainer, recipe, corpus, model.num_parameters(), heldout)
+        save(model, corpus.tokenizer, model_folder, record)
+        print(f"{model_folder}: {heldout.bits_per_byte:.3f} bits per byte, held-out")
+    leave_processes()
 
-    # What ships is bfloat16, so that is what is measured last; the wrapper that Trainer put around forward comes off.
-    trainer.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).to(torch.bfloat16)
-    trainer.model.config.use_cache = True  # Trainer switched it off for itself
-    heldout_bits_per_byte = trainer.bits_per_byte(trainer.model)
-    history = trainer.state.log_history
-    record = {
+
+def describe(trainer: ByteTrainer, recipe: dict, corpus: Corpus, parameters: int, heldout: Perplexity) -> dict:
+    """Return the record of a training."""
+    windows = trainer.train_dataset
+    assert isinstance(windows, RandomWindows)
+    history, steps = trainer.state.log_history, trainer.state.global_step
+    speeds = sorted(entry["tokens_per_second"] for entry in history[1:] if "tokens_per_second" in entry)
+    texts = corpus.record["inputs"]["texts"]
+    return {
         "arguments": recipe,
-        "parameters": trainer.model.num_parameters(),
-        "text": train_text.describe(),
-        "text_tokens": len(tokens_N),
-        "tokens_seen": args.steps * tokens_per_step,
-        "passes": round(args.steps * args.batch_size / windows.rows_per_pass, 2),
+        "parameters": parameters,
+        "text": texts["train"],
+        "text_tokens": len(corpus.tokens_N),
+        "steps": steps,
+        "tokens_seen": steps * trainer.tokens_per_step,
+        "passes": round(steps * recipe["batch_size"] / windows.rows_per_pass, 2),
         "seconds": history[-1]["seconds"],
+        "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
         "train_bits_per_token": next(e["loss"] for e in reversed(history) if "loss" in e) / math.log(2),
-        "heldout_text": heldout_text.describe(),
-        "heldout_rows": len(heldout_rows),
-        "heldout_bits_per_byte": heldout_bits_per_byte,
+        "heldout_text": texts["heldout"],
+        "heldout_rows": len(trainer.eval_dataset),
+        "heldout_bits_per_byte": heldout.bits_per_byte,
+        "heldout_perplexity": heldout.perplexity,
         "heldout_bits_per_byte_at_step": {
             entry["step"]: entry["heldout_bits_per_byte"] for entry in history if "heldout_bits_per_byte" in entry
         },
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "processes": settings.world_size,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "accelerate", "flash-linear-attention")},
-        },
+        "processes": trainer.args.world_size,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
     }
-    if settings.process_index == 0:
-        save(trainer, tokenizer, model_folder, record)
-        print(f"{model_folder}: {heldout_bits_per_byte:.3f} bits per byte, held-out")
-    leave_processes()
 
 
 def leave_processes() -> None:

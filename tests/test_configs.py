@@ -52,6 +52,19 @@ def test_model_configs(path):
     assert {size.head_k_dim for size in sizes.values()} <= {128, 256}
 
 
+def test_models_of_the_scale_study():
+    named = {path.stem: json.loads(path.read_text()) for path in (CONFIGS / "scale").glob("*.json")}
+    assert {name.rsplit("-", 1)[0] for name in named} >= {"delta-net", "gated-deltanet", "qwen3-next", "olmo-hybrid"}
+    for name, config in named.items():
+        parameters = sum(math.prod(shape) for shape in file_shapes(config).values())
+        assert parameters / 1e6 == pytest.approx(int(name.rsplit("-", 1)[1].removesuffix("m")), rel=0.09)
+        sizes = family_of(config).layer_sizes(config)
+        is_hybrid = "layer_types" in config
+        assert len(sizes) == config["num_hidden_layers"] * (3 / 4 if is_hybrid else 1)
+        # What flame/pretrain.py asks of a config whose tokenizer is trained on the spot.
+        assert config["bos_token_id"] == config["eos_token_id"] == 0
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_recipes_of_a_size_can_prune_each_model_of_it(size):
     recipe = read_recipe(Path(size))

@@ -10,6 +10,8 @@ asked for; fla's or flash-attn's kernel otherwise. Without flash-attn ours serve
 import importlib
 import inspect
 import sys
+from collections.abc import Collection
+from functools import partial
 
 import torch
 
@@ -80,7 +82,7 @@ UNDISPATCHED = {
 SOFTMAX_MODULE = "fla.layers.attn"
 SOFTMAX = {"flash_attn_func": attention.flash_attn_func, "flash_attn_varlen_func": attention.flash_attn_varlen_func}
 
-_runs_on_cuda = False
+_on_cuda: bool | frozenset[str] = False  # on CUDA everything, or the operations of these names
 _is_enabled = False
 
 
@@ -101,24 +103,29 @@ def mend() -> None:
             setattr(module, name, implementation)
 
 
-def enable(*, cuda: bool = False) -> None:
+def enable(*, cuda: bool | Collection[str] = False) -> None:
     """Let fla's models run in PyTorch where no Triton kernel can: on a CPU, and on CUDA if asked for.
 
     It does what :func:`mend` does, too.
 
     On CUDA fla's own kernels run, unless ``cuda`` is true: PyTorch needs no autotuning, which on a fresh
-    machine takes minutes. Calling it again changes nothing but this choice. Call it before or after models are built.
+    machine takes minutes. Where ``cuda`` names operations of fla (``gated_delta_rule``, ``kda``: the chunked rules),
+    these alone run in PyTorch there. Calling it again changes nothing but this choice. Call it before or after models
+    are built.
 
     Raises:
+        ValueError: there is no such operation.
         UnsupportedVersionError: the installed fla lacks what the backend needs, or its dispatch is switched off.
     """
-    global _is_enabled, _runs_on_cuda
+    global _is_enabled, _on_cuda
+    if not isinstance(cuda, bool) and (unknown := set(cuda) - DISPATCHED_OPERATIONS.keys()):
+        raise ValueError(f"no operation {', '.join(unknown)}; there are {', '.join(DISPATCHED_OPERATIONS)}")
     if not _is_enabled:
         _check_version()
         _register()
         mend()
         _is_enabled = True
-    _runs_on_cuda = cuda
+    _on_cuda = cuda if isinstance(cuda, bool) else frozenset(cuda)
 
 
 def is_enabled() -> bool:
@@ -126,9 +133,9 @@ def is_enabled() -> bool:
     return _is_enabled
 
 
-def is_taken(*args, **kwargs) -> tuple[bool, str | None]:
+def is_taken(*args, operation: str | None = None, **kwargs) -> tuple[bool, str | None]:
     """Tell fla's dispatcher whether our backend takes a call with these arguments, and if not, why."""
-    if _runs_on_cuda:
+    if _on_cuda is True or (_on_cuda and operation in _on_cuda):
         return True, None
     for argument in (*args, *kwargs.values()):
         if isinstance(argument, torch.Tensor):
@@ -196,7 +203,8 @@ def _register() -> None:
 
     for operation, implementation in DISPATCHED_OPERATIONS.items():
         methods = {implementation.__name__: staticmethod(implementation)}
-        register(operation, verifier=is_taken)(type("TorchOperation", (TorchBackend,), methods))
+        backend = type("TorchOperation", (TorchBackend,), methods)
+        register(operation, verifier=partial(is_taken, operation=operation))(backend)
 
     for module_name, (path, implementation) in UNDISPATCHED.items():
         module = importlib.import_module(module_name)

@@ -1,9 +1,8 @@
 """The largest batch that a model can decode, and its speed at that batch: where a smaller state gains most."""
 
 import contextlib
-import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -11,6 +10,7 @@ from keyreduce.benchmarking.steps import model_steps
 from keyreduce.benchmarking.timed_models import TimedModel, is_out_of_memory
 from keyreduce.benchmarking.timing import interleave, peak_memory
 from keyreduce.devices import available_memory
+from keyreduce.models.tuning import tuned_kernels
 
 # Messages of CUDA when a launch grid is larger than it allows.
 _BEYOND_KERNELS = ("invalid argument", "invalid configuration")
@@ -77,18 +77,7 @@ def tuned_once_for_any_batch() -> Iterator[None]:
     They tune again whenever the number of rows, in thousands, changes (``NB`` in their keys), which takes some 15
     seconds for each batch size that a search tries. A norm is a small part of a step.
     """
-    from triton.runtime.autotuner import Autotuner
-    from triton.runtime.jit import KernelInterface
-
-    changed: dict[Any, list[str]] = {}
-    for name, module in list(sys.modules.items()):
-        kernels = vars(module).values() if name.startswith("fla.") else ()
-        kernel: Any
-        for kernel in [value for value in kernels if isinstance(value, KernelInterface)]:
-            while not isinstance(kernel, Autotuner) and hasattr(kernel, "fn"):
-                kernel = kernel.fn  # heuristics wrap it
-            if isinstance(kernel, Autotuner) and "NB" in kernel.keys:
-                changed[kernel] = kernel.keys
+    changed = {kernel: kernel.keys for kernel in tuned_kernels() if "NB" in kernel.keys}
     for kernel, keys in changed.items():
         kernel.keys = [key for key in keys if key != "NB"]
     try:

@@ -167,7 +167,7 @@ class StdlibText(TextSource):
         return {**self.describe(), "files": hashes}
 
     def _stream(self, seed: int | None) -> Iterator[Iterable[str]]:
-        return _shuffled(((document,) for document in stdlib_documents(self.split)), seed)
+        return shuffled(((document,) for document in stdlib_documents(self.split)), seed)
 
 
 class FileText(TextSource):
@@ -195,7 +195,7 @@ class FileText(TextSource):
         files = list(self._files)
         if seed is not None:
             random.Random(seed).shuffle(files)
-        return _shuffled((document for path in files for document in _read(path, self.repairs)), seed)
+        return shuffled((document for path in files for document in _read(path, self.repairs)), seed)
 
 
 class DatasetText(TextSource):
@@ -249,7 +249,7 @@ class DocumentText(TextSource):
 
     def _stream(self, seed: int | None) -> Iterator[Iterable[str]]:
         numbered = enumerate(self._documents, start=1)
-        return _shuffled(((self.repairs.text(text, f"document {number}"),) for number, text in numbered), seed)
+        return shuffled(((self.repairs.text(text, f"document {number}"),) for number, text in numbered), seed)
 
 
 def text_source(
@@ -382,7 +382,7 @@ def _text_of(row: object, where: str, repairs: Repairs) -> str:
     return repairs.text(text, where.rstrip(","))
 
 
-def _shuffled(documents: Iterable[_Any], seed: int | None) -> Iterator[_Any]:
+def shuffled(documents: Iterable[_Any], seed: int | None) -> Iterator[_Any]:
     """Yield the documents in an order drawn through a buffer of bounded length, as `datasets` shuffles a stream."""
     documents = iter(documents)
     if seed is None:

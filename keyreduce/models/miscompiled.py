@@ -26,11 +26,16 @@ def refuse_wrong_gradients(family: Family, config: Mapping, device: torch.device
     """
     if not _is_affected(device):
         return
-    # With tilelang fla has other kernels for the gated rule.
-    is_gated = "chunk_gated_delta_rule" in family.operators and importlib.util.find_spec("tilelang") is None
-    why = "of the gated rule" if is_gated else _suspected(family, config)
+    why = "of the gated rule" if has_wrong_gated_gradients(family, device) else _suspected(family, config)
     if why:
         raise KeyreduceError(f"{_told('gradients', why)}{otherwise}")
+
+
+def has_wrong_gated_gradients(family: Family, device: torch.device) -> bool:
+    """Return whether a family has the gated rule, and fla's kernels of its backward pass are wrong on a device."""
+    # With tilelang fla has other kernels for it.
+    is_gated = "chunk_gated_delta_rule" in family.operators and importlib.util.find_spec("tilelang") is None
+    return is_gated and _is_affected(device)
 
 
 def warn_of_wrong_results(family: Family, config: Mapping, device: torch.device) -> None:

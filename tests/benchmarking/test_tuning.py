@@ -2,6 +2,7 @@ from fla.modules.norm.l2norm import l2norm_fwd_kernel
 from fla.modules.norm.layernorm import layer_norm_fwd_kernel
 
 from keyreduce.benchmarking.largest_batch import tuned_once_for_any_batch
+from keyreduce.models.tuning import tune_few_variants, tuned_kernels
 
 
 def keys_of(kernel) -> list[str]:
@@ -17,3 +18,15 @@ def test_rows_are_no_reason_to_tune_within_the_block():
     with tuned_once_for_any_batch():
         assert [keys_of(kernel) for kernel in kernels] == [[key for key in keys if key != "NB"] for keys in before]
     assert [keys_of(kernel) for kernel in kernels] == before
+
+
+def test_few_variants_of_each_kernel(monkeypatch):
+    kernels = list(tuned_kernels())
+    before = {kernel: kernel.configs for kernel in kernels}
+    assert any(len(configs) > 8 for configs in before.values())
+    for kernel in kernels:
+        monkeypatch.setattr(kernel, "configs", kernel.configs)  # which puts them back
+    tune_few_variants(2)
+    for kernel in kernels:
+        assert len(kernel.configs) == min(2, len(before[kernel]))
+        assert set(kernel.configs) <= set(before[kernel])

@@ -55,7 +55,7 @@ def test_shuffle_reads_no_further_than_its_buffer(monkeypatch):
     monkeypatch.setattr(text_module, "_SHUFFLE_BUFFER", 10)
     drawn = itertools.count()
     endless = (str(next(drawn)) for _ in itertools.repeat(None))
-    first = list(itertools.islice(text_module._shuffled(endless, seed=0), 100))
+    first = list(itertools.islice(text_module.shuffled(endless, seed=0), 100))
     assert next(drawn) <= 111
     assert len(set(first)) == 100
 

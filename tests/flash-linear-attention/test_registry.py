@@ -77,6 +77,19 @@ def test_tensors_on_cuda_are_taken_where_asked_for(on_cuda_too):
     assert registry.is_taken(torch.empty(2))[0]
 
 
+def test_single_operations_on_cuda():
+    try:
+        registry.enable(cuda=("gated_delta_rule",))
+        assert registry.is_taken(fake_tensor("cuda"), operation="gated_delta_rule")[0]
+        assert not registry.is_taken(fake_tensor("cuda"), operation="kda")[0]
+        assert not registry.is_taken(fake_tensor("cuda"))[0]
+        with pytest.raises(ValueError, match="no operation delta_rule; there are gated_delta_rule, kda"):
+            registry.enable(cuda=("delta_rule",))
+    finally:
+        registry.enable()
+    assert not registry.is_taken(fake_tensor("cuda"), operation="gated_delta_rule")[0]
+
+
 def test_fla_kernel_runs_where_ours_does_not(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda", 0))
     taken = []

@@ -7,7 +7,7 @@ import torch
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import FAMILIES
 from keyreduce.models import miscompiled
-from keyreduce.models.miscompiled import refuse_wrong_gradients, warn_of_wrong_results
+from keyreduce.models.miscompiled import has_wrong_gated_gradients, refuse_wrong_gradients, warn_of_wrong_results
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 # Of two heads; DeltaNet's config has widths, Gated DeltaNet's the size of a head and a ratio.
@@ -66,6 +66,9 @@ def test_the_gated_rule_is_not_trained_without_other_kernels(on_hopper, monkeypa
         refuse_wrong_gradients(*gated, ", or take `kernels` torch")
     warn_of_wrong_results(*gated)
     assert not caplog.records
+    assert has_wrong_gated_gradients(FAMILIES["gated_deltanet"], GPU)
+    assert not has_wrong_gated_gradients(FAMILIES["gated_deltanet"], CPU)
+    assert not has_wrong_gated_gradients(FAMILIES["delta_net"], GPU)
     monkeypatch.setattr(miscompiled.importlib.util, "find_spec", lambda name: name == "tilelang")
     refuse_wrong_gradients(*gated)
 

@@ -1,0 +1,366 @@
+"""What pruning and repairs cost as models grow: models are trained here, then cut, repaired, distilled and measured.
+
+    python benchmarks/scale_study.py --minutes 25 --output DIR [--work DIR] [--pause-after 9] [--models NAME ...]
+        [--ratios 0.5 0.75] [--repairs none least-squares reconstruct] [--tokens 250000 1000000 4000000]
+    python benchmarks/scale_study.py --table --output DIR
+
+It takes one to eight GPUs, and pip install -e '.[train]'. Each model of configs/scale that is asked for is trained by
+flame/pretrain.py, on all GPUs, on the text of the packages that are installed on this machine. Then each GPU takes
+steps of `recovery_study.py`: a dense model is measured and calibrated; shares of its state are removed, in sizes that
+`keyreduce prune --state-ratio` chooses; what is left is repaired, and after the last repair distilled from the dense
+model; each result is measured on held-out text, perplexity and recall.
+
+The output gets a JSON file for each model, written anew after every step. Weights and text lie in the work folder,
+which may be outside the repository. The same command goes on after an interruption, or after --pause-after minutes,
+where a machine ends commands that take longer. --minutes count over all of these. The trainings divide a share of
+them. A step that is not expected to end in time, by those of its kind that were made, is left out, and so is one that
+does not; the files say which.
+"""
+
+import argparse
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from gpu_workers import Ended, Workers
+from recovery_study import Start, calibration_file, files_of, make_dense, make_run, make_start, slug
+from scale_tables import print_tables
+
+from keyreduce.outputs import read_json, write_json
+from keyreduce.processes import Job, gpus, run_jobs
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs" / "scale"
+PAUSING = 45.0  # seconds that a training needs to save itself, and a new process to start
+SHORTEST = 60.0  # seconds of a training for which it is worth to start
+
+
+class Recipe(NamedTuple):
+    """How a model is trained: its part of the time, the highest rate, and the most rows that a GPU takes at a time."""
+
+    part: float = 2.0
+    learning_rate: float = 2e-3
+    micro_batch: int = 16
+
+
+# The gated rule may run in PyTorch (keyreduce/models/miscompiled.py), which keeps more for the backward pass.
+MODELS = {
+    "delta-net-220m": Recipe(6, 1.2e-3),
+    "gated-deltanet-220m": Recipe(6, 1.2e-3, 4),
+    "delta-net-60m": Recipe(3, 1.6e-3),
+    "gated-deltanet-60m": Recipe(3, 1.6e-3, 8),
+    "delta-net-20m": Recipe(2, 2.4e-3),
+    "gated-deltanet-20m": Recipe(2, 2.4e-3, 8),
+    "qwen3-next-100m": Recipe(4, 1.4e-3, 8),
+    "qwen3-5-100m": Recipe(4, 1.4e-3, 8),
+    "olmo-hybrid-100m": Recipe(4, 1.4e-3, 8),
+}
+"""A config of configs/scale -> how it is trained."""
+HYBRIDS = ("qwen3-next-100m", "qwen3-5-100m", "olmo-hybrid-100m")
+
+
+def parse_arguments(words: list[str] | None = None) -> Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="the folder of the JSON files")
+    add("--table", action="store_true", help="print what is there, and do nothing")
+    add("--minutes", type=float, default=25, help="of all calls together")
+    add("--pause-after", type=float, metavar="MINUTES", help="end then; the same command goes on")
+    add("--work", type=Path, default=Path(tempfile.gettempdir()) / "keyreduce-scale-study", help="weights and text")
+    default = [name for name in MODELS if name not in HYBRIDS]
+    add("--models", nargs="+", default=default, help=f"of {', '.join(MODELS)}, or paths of configs")
+    add("--train-share", type=float, default=0.5, help="of the minutes, for the trainings together")
+    add("--ratios", nargs="+", default=["0.5", "0.75"], help="of the state, to remove")
+    add("--repairs", nargs="+", default=["none", "least-squares", "reconstruct"], help="as in recovery_study.py")
+    add("--kind", default="full-distilled", help="the training after the last repair, as in recovery_study.py")
+    add("--tokens", type=int, nargs="*", default=[250_000, 1_000_000, 4_000_000], help="of that")
+    add("--num-batches", type=int, default=64, help="of calibration and repair, 8 rows of 512 tokens each")
+    add("--heldout-rows", type=int, default=128, help="of 1,024 tokens")
+    add("--installed", nargs="+", type=Path, default=[], metavar="FOLDER", help="take text from these folders")
+    add("--rows", type=int, default=64, help="of a training step")
+    add("--row-length", type=int, default=2048, help="tokens of a training row")
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> None:
+    """Go on with the study until it or this call is over, and print what is there."""
+    options = parse_arguments(words)
+    if not options.table:
+        study = Study(options)
+        if study.train():
+            study.measure()
+    print_tables(options.output)
+
+
+class Step(NamedTuple):
+    """One thing to do for a model, whose result is a file.
+
+    Attributes:
+        model: the model's name.
+        name: the step's, among those of the model.
+        kind: what steps it is like, whose time tells how long it takes.
+        stage: what comes before it, of all models, if there is not time for all.
+        path: the file that is there when it was done.
+        needs: files that must be there before.
+        call: what a process calls.
+    """
+
+    model: str
+    name: str
+    kind: str
+    stage: int
+    path: Path
+    needs: tuple[Path, ...]
+    call: partial
+
+
+class Study:
+    """The state of a study: files in the work folder, and the clock."""
+
+    def __init__(self, options: Namespace):
+        self.options, self.devices = options, gpus()
+        self.configs = {Path(name).stem: config_named(name) for name in options.models}
+        self.began, self.clock = time.monotonic(), options.work / "clock.json"
+        self.used_before = read_json(self.clock)["seconds"] if self.clock.exists() else 0.0
+        self.left_out: dict[str, dict[str, str]] = {}
+        # kind of a step -> parameters of a model, and the seconds that it took, or after which it was ended
+        self.took: dict[str, list[tuple[int, float]]] = {}
+
+    @property
+    def left(self) -> float:
+        """The seconds that are left of the study."""
+        return 60 * self.options.minutes - self.used_before - (time.monotonic() - self.began)
+
+    @property
+    def left_of_call(self) -> float:
+        """The seconds that are left of this call."""
+        pause = self.options.pause_after
+        return self.left if pause is None else min(self.left, 60 * pause - (time.monotonic() - self.began))
+
+    def keep_time(self) -> None:
+        """Write down the time that was used, for the next call."""
+        used = self.used_before + time.monotonic() - self.began
+        write_json(self.clock, {"seconds": round(used, 1)}, overwrite=True)
+
+    def folder(self, model: str) -> Path:
+        return self.options.work / model
+
+    def trained(self, model: str) -> Path:
+        """Return where the trained model is, or will be."""
+        return self.folder(model) / "training" / "model"
+
+    def leave_out(self, model: str, name: str, why: str) -> None:
+        self.left_out.setdefault(model, {})[name] = why
+        print(f"{model}, {name}: left out: {why}", flush=True)
+
+    def train(self) -> bool:
+        """Train the models that are not trained, as long as there is time; return whether this is over."""
+        for model in self.configs:
+            minutes = self.minutes_of(model)
+            if self.trained(model).exists():
+                continue
+            least = min(SHORTEST, 60 * minutes)
+            if self.left < PAUSING + least:
+                self.leave_out(model, "training", "no time is left")
+            elif self.left_of_call < PAUSING + least:
+                print(f"{model}: to be trained in the next call", flush=True)
+                return False
+            else:
+                self.train_one(model, minutes)
+            self.keep_time()
+            self.report(model)
+        return True
+
+    def minutes_of(self, model: str) -> float:
+        """Return how long a model is to be trained, which stays as it was said first."""
+        path = self.folder(model) / "minutes.json"
+        if not path.exists():
+            parts = {name: MODELS.get(name, Recipe()).part for name in self.configs}
+            minutes = self.options.minutes * self.options.train_share * parts[model] / sum(parts.values())
+            write_json(path, {"minutes": round(minutes, 3)})
+        return read_json(path)["minutes"]
+
+    def train_one(self, model: str, minutes: float) -> None:
+        log = self.folder(model) / f"training-{time.time():.0f}.log"
+        print(f"{model}: training for {minutes:.1f} minutes, {log}", flush=True)
+        (outcome,) = run_jobs([Job(model, self.training_command(model, minutes), log, {"PYTHONPATH": modules()})])
+        if outcome.code:
+            self.leave_out(model, "training", outcome.message)
+        else:
+            if self.trained(model).exists():
+                shutil.rmtree(self.trained(model).with_name("checkpoints"))  # several times the size of the model
+            print(f"{model}: {log.read_text().strip().splitlines()[-1]}", flush=True)
+
+    def training_command(self, model: str, minutes: float) -> list[str]:
+        options, recipe, number = self.options, MODELS.get(model, Recipe()), len(self.devices) or 1
+        rows = max(1, options.rows // number)
+        micro = max(size for size in range(1, min(rows, recipe.micro_batch) + 1) if rows % size == 0)
+        words = [sys.executable]
+        if number > 1:
+            words += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", number]
+        words += [ROOT / "flame" / "pretrain.py", "--config", self.configs[model], "--tokenizer", "bpe"]
+        words += ["--output", self.trained(model).parent, "--data", options.work / "text", "--minutes", minutes]
+        words += ["--pause-after", (self.left_of_call - PAUSING) / 60, "--batch-size", rows * number]
+        words += ["--micro-batch", micro, "--seq-len", options.row_length, "--kernels", "fla", "--residual", "bfloat16"]
+        words += ["--learning-rate", recipe.learning_rate, "--heldout-rows", 64, "--log-every", 20]
+        words += ["--save-every", 500, "--evaluate-every", 10**8, "--installed", *options.installed]
+        return list(map(str, words))
+
+    def measure(self) -> None:
+        """Make the steps after the trainings, each GPU one at a time, as long as there is time."""
+        waiting = [step for model in self.configs if self.trained(model).exists() for step in self.steps(model)]
+        known = {f"{step.model}/{step.name}": step for step in waiting}
+        for step in waiting:
+            seconds = step.path.with_suffix(".seconds.json")
+            if seconds.exists():
+                self.learn(step, read_json(seconds)["seconds"])
+        waiting = sorted((step for step in waiting if not step.path.exists()), key=lambda step: step.stage)
+        workers = Workers(self.devices)
+        try:
+            while waiting or workers.running:
+                while workers.has_free and (step := self.next_of(waiting)):
+                    waiting.remove(step)
+                    workers.start(f"{step.model}/{step.name}", step.call.func, *step.call.args)
+                if not workers.running or self.left_of_call <= 0:
+                    break
+                for ended in workers.ended(self.left_of_call):
+                    self.end(known[ended.name], ended)
+        finally:
+            interrupted = workers.running
+            workers.close()
+            self.keep_time()
+        self.tell_missing([*(known[name] for name in interrupted), *waiting])
+        for model in self.configs:
+            self.report(model)
+
+    def steps(self, model: str) -> list[Step]:
+        """Return all steps of a trained model."""
+        options, chosen = self.options, self.chosen(model)
+        dense = chosen.output / "dense.json"
+        found = [Step(model, "dense", "dense", 0, dense, (), partial(begin, chosen))]
+        for ratio in options.ratios:
+            before = dense
+            for stage, repair in enumerate(options.repairs, start=1):
+                start = Start("auto", f"state={ratio}", repair, 0)
+                path, _ = files_of(chosen, start)
+                name = f"{start.ratio} {repair}"
+                # One after another, since a repair takes the sizes that were found for the one before it.
+                found.append(Step(model, name, repair, stage, path, (before,), partial(make_start, chosen, start)))
+                before = path
+            for stage, tokens in enumerate(options.tokens, start=1 + len(options.repairs)):
+                path = before.with_name(f"{slug(f'{options.kind}-{tokens}')}.json")
+                call = partial(make_run, chosen, start, options.kind, tokens)
+                found.append(Step(model, f"{name} {tokens}", f"{options.kind} {tokens}", stage, path, (before,), call))
+        return found
+
+    def chosen(self, model: str) -> Namespace:
+        """Return the options of recovery_study.py, with which the steps of a model are made."""
+        options, text = self.options, self.options.work / "text"
+        return Namespace(
+            model=str(self.trained(model)),
+            calibration=(text / "calibration.jsonl",),
+            heldout=(text / "heldout.jsonl",),
+            heldout_rows=options.heldout_rows,
+            num_batches=options.num_batches,
+            calibration_batches=None,
+            batch_size=8,
+            seq_len=min(512, options.row_length),
+            recall=True,
+            device=None,
+            output=self.folder(model) / "runs",
+        )
+
+    def next_of(self, waiting: list[Step]) -> Step | None:
+        """Return the first step that can be made, and is expected to end within this call."""
+        for step in waiting:
+            if all(path.exists() for path in step.needs) and self.expected(step) <= self.left_of_call:
+                return step
+        return None
+
+    def expected(self, step: Step) -> float:
+        """Return how long a step may take, by those of its kind; 0 where none was made yet.
+
+        It is proportional to parameters at the most: a part of it is the same for all models.
+        """
+        own = self.parameters(step.model)
+        return min((max(1.0, own / one) * seconds for one, seconds in self.took.get(step.kind, [])), default=0.0)
+
+    def parameters(self, model: str) -> int:
+        return read_json(self.trained(model) / "training.json")["parameters"]
+
+    def learn(self, step: Step, seconds: float) -> None:
+        self.took.setdefault(step.kind, []).append((self.parameters(step.model), seconds))
+
+    def end(self, step: Step, ended: Ended) -> None:
+        """Take note of a step that ended."""
+        if step.path.exists():
+            write_json(step.path.with_suffix(".seconds.json"), {"seconds": ended.seconds}, overwrite=True)
+            self.learn(step, ended.seconds)
+            print(f"{step.model}, {step.name}: {ended.seconds:.0f} s; {self.left / 60:.1f} minutes left", flush=True)
+        else:
+            self.leave_out(step.model, step.name, ended.failure or "it failed; the log says why")
+        self.keep_time()
+        self.report(step.model)
+
+    def tell_missing(self, steps: list[Step]) -> None:
+        """Say what was not made, and whether it will be."""
+        for step in steps:
+            expected = self.expected(step)
+            if step.name in self.left_out.get(step.model, ()):
+                continue
+            if not all(path.exists() for path in step.needs):
+                self.leave_out(step.model, step.name, "what it begins with was not made")
+            elif self.left <= expected:
+                self.leave_out(
+                    step.model, step.name, f"it takes {expected:.0f} s, and {max(self.left, 0):.0f} s are left"
+                )
+            else:
+                self.leave_out(step.model, step.name, "the time of this call was over")
+
+    def report(self, model: str) -> None:
+        """Write the file of a model."""
+        found: dict[str, Any] = {"model": model, "config": read_json(self.configs[model])}
+        training = self.trained(model) / "training.json"
+        if training.exists():
+            found["training"] = {name: value for name, value in read_json(training).items() if name != "arguments"}
+            found |= {"calibration_tokens": self.options.num_batches * 8 * self.chosen(model).seq_len}
+            for step in self.steps(model):
+                if step.path.exists():
+                    content = read_json(step.path)
+                    if step.name == "dense":
+                        found["dense"] = {name: content[name] for name in ("perplexity", "recall")}
+                    else:
+                        found.setdefault("runs", []).append(content)
+        found["left_out"] = self.left_out.get(model, {})
+        found |= {"gpus": len(self.devices), "torch": torch.__version__, "python": platform.python_version()}
+        write_json(self.options.output / f"{model}.json", found, overwrite=True)
+
+
+def begin(chosen: Namespace) -> None:
+    """Calibrate a dense model, and measure it."""
+    calibration_file(chosen, 0)
+    make_dense(chosen)
+
+
+def config_named(name: str) -> Path:
+    """Return the config of a model by its name, or by the path of the file."""
+    path = CONFIGS / f"{name}.json" if name in MODELS else Path(name)
+    if not path.is_file():
+        sys.exit(f"there is no model {name}; --models takes {', '.join(MODELS)}, or paths of configs")
+    return path
+
+
+def modules() -> str:
+    """Return where a training finds keyreduce and its backend, without an install too."""
+    return f"{ROOT}:{ROOT / 'flash-linear-attention'}"
+
+
+if __name__ == "__main__":
+    main()

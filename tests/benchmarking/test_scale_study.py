@@ -1,0 +1,126 @@
+"""benchmarks/scale_study.py from text to table, with a tiny model on a CPU."""
+
+import importlib
+import json
+import runpy
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from tiny_models import COMMON
+
+from keyreduce.processes import Outcome
+
+ROOT = Path(__file__).parents[2]
+RECALL = {"recall": {"mqar": 0.25}}
+# Lines of some words, so that there is something to learn and to calibrate with in each split.
+TEXT = "".join(f"the value of line {number} is {number * number}\n" for number in range(200))
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A function: run the study, in this process, and return what is in the file of the model."""
+    for folder in ("benchmarks", "flame"):
+        monkeypatch.syspath_prepend(ROOT / folder)
+    module = importlib.import_module("scale_study")
+    for number in range(60):
+        (tmp_path / f"text/{number}").mkdir(parents=True)
+        (tmp_path / f"text/{number}/file.txt").write_text(f"file {number}\n{TEXT}")
+    config = {**COMMON, "model_type": "delta_net", "vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
+    (tmp_path / "tiny.json").write_text(json.dumps(config))
+    # A training of three seconds, and as much time for all else as it takes.
+    words = ["--output", tmp_path / "out", "--work", tmp_path / "work", "--models", tmp_path / "tiny.json"]
+    words += ["--installed", tmp_path / "text", "--minutes", 100, "--train-share", 3 / 6000, "--ratios", 0.5]
+    words += ["--num-batches", 1, "--heldout-rows", 2, "--row-length", 32, "--rows", 4, "--tokens", 64]
+    words += ["--kind", "full-distilled:batch_size=2,seq_len=32", "--repairs", "none", "reconstruct:steps=1"]
+    monkeypatch.setattr(module, "run_jobs", in_this_process(monkeypatch))
+    monkeypatch.setattr(module, "Workers", InThisProcess)
+    # Recall takes most of the time, and test_recovery_study.py measures it.
+    recovery = importlib.import_module("recovery_study")
+    measure = recovery.measure
+    monkeypatch.setattr(recovery, "measure", lambda chosen, model: measure(without_recall(chosen), model) | RECALL)
+
+    def run(*more: object) -> dict:
+        module.main([str(word) for word in (*words, *more)])
+        return json.loads((tmp_path / "out/tiny.json").read_text())
+
+    return run
+
+
+def without_recall(chosen: Namespace) -> Namespace:
+    assert chosen.recall
+    return Namespace(**{**vars(chosen), "recall": False})
+
+
+def in_this_process(monkeypatch):
+    """Return what stands in for `run_jobs`: another process would import for seconds. The first training pauses."""
+    pauses = [["--pause-after", "0.0001"]]
+
+    def run_jobs(jobs):
+        (job,) = jobs
+        monkeypatch.setattr(sys, "argv", [*job.argv[1:], *(pauses.pop() if pauses else ())])
+        runpy.run_path(job.argv[1], run_name="__main__")
+        job.log.write_text("done\n")
+        return [Outcome(job, 0, 1.0, "")]
+
+    return run_jobs
+
+
+class InThisProcess:
+    """What stands in for `Workers`."""
+
+    calls = 0
+
+    def __init__(self, devices):
+        assert devices == []
+        self.running = []
+
+    has_free = property(lambda self: not self.running)
+
+    def start(self, name, function, *arguments):
+        InThisProcess.calls += 1
+        function(*arguments)
+        self.running.append(name)
+
+    def ended(self, seconds):
+        from gpu_workers import Ended
+
+        return [Ended(self.running.pop(), 2.0, None)]
+
+    def close(self):
+        pass
+
+
+def test_study(study, tmp_path, capsys):
+    paused = study()
+    assert "training" not in paused and not paused["left_out"]
+    assert "paused at step" in capsys.readouterr().out
+
+    found = study()
+    training = found["training"]
+    assert training["steps"] * 4 * 32 == training["tokens_seen"]
+    assert 2.5 < training["seconds"] < 60
+    kinds = [(run["repair"], run["kind"], run["tokens"]) for run in found["runs"]]
+    repaired = "reconstruct:steps=1"
+    trained = (repaired, "full-distilled:batch_size=2,seq_len=32", 64)
+    assert kinds == [("none", None, 0), (repaired, None, 0), trained]
+    assert all(run["ratio"] == "state=0.5" and run["perplexity"] > 1 for run in found["runs"])
+    heads, keys, values = found["runs"][0]["sizes"]
+    assert 0.4 < heads * keys * values / (2 * 16 * 16) <= 0.5
+    assert all(one["recall"] == RECALL["recall"] for one in (found["dense"], *found["runs"]))
+    assert not found["left_out"]
+    rise = 100 * (found["runs"][0]["perplexity"] / found["dense"]["perplexity"] - 1)
+    printed = capsys.readouterr().out
+    assert f"| -50% | none |  | {rise:+.2f}% |" in printed
+
+    # Again, nothing is left to do; what was lost is made again, unless there is no time for it.
+    calls = InThisProcess.calls
+    (lost,) = tmp_path.glob("work/tiny/runs/*none*/start.json")
+    lost.unlink()
+    assert study() == found
+    assert InThisProcess.calls == calls + 1
+    lost.unlink()
+    later = study("--minutes", 0.001)
+    assert list(later["left_out"]) == ["state=0.5 none"]
+    assert InThisProcess.calls == calls + 1
