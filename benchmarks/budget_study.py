@@ -12,8 +12,8 @@ with `exact` as the repair, it has none either. After the last repair the state 
 formats of --state-dtypes, rounded after each token. A seed is another draw of calibration text. Recall is the share of
 right answers among eight, and is not measured in other formats.
 
-The file is written after each measurement, and one that was cut off
-continues from there. Models lie in the work folder.
+The file is written after each measurement, and a run that was cut off continues from there. Models lie in the work
+folder.
 """
 
 import argparse
@@ -21,9 +21,10 @@ import contextlib
 import platform
 import time
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
+from result_tables import study_table
 
 from keyreduce.api import calibrate, evaluate, prune, recover
 from keyreduce.checkpoint.find import find_model, open_model
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--device")
     options = parser.parse_args()
     for path in options.table or ():
-        print_table(read_json(path))
+        print("\n".join(study_table(read_json(path))))
     if options.output:
         study(options)
 
@@ -182,35 +183,6 @@ def measure(options: argparse.Namespace, folder: Path, dtype: str) -> dict:
         cells = recall_metrics([RecallProbes(loaded, text, RECALL).ask(batch_size=16)])
         found["recall"] = {kind: mean(cell["choice_accuracy"] for cell in of_kind) for kind, of_kind in cells.items()}
     return found
-
-
-def print_table(found: dict) -> None:
-    """Print what a file holds as Markdown: means over the seeds, and their standard deviation."""
-    base = found["dense"]
-    first = f", of the first {found['first_rows']} in brackets" if found["first_rows"] else ""
-    print(f"\n{found['model']}: perplexity {base['perplexity']:.3f} of {found['heldout_rows']} rows{first};")
-    print(f"{found['calibration_tokens']:,} calibration tokens, {found['device']}\n")
-    kinds = list(base["recall"])
-    print(f"| cut | heads, K x V | repair | state in | perplexity | {' | '.join(kinds)} | s |")
-    print("|" + "---|" * (6 + len(kinds)))
-    groups = {("nothing", "", "", "float32"): [base]}
-    for run in found["runs"]:
-        heads, key, value = run["sizes"]
-        groups.setdefault((run["cut"], f"{heads}, {key} x {value}", run["repair"], run["state_dtype"]), []).append(run)
-    for (cut, sizes, repair, dtype), runs in groups.items():
-        loss = spread([100 * (run["perplexity"] / base["perplexity"] - 1) for run in runs])
-        if found["first_rows"]:
-            whole = [100 * (run["perplexity_first"] / base["perplexity_first"] - 1) for run in runs]
-            loss += f" ({spread(whole)})"
-        recall = [spread([100 * run["recall"][kind] for run in runs if "recall" in run], "") for kind in kinds]
-        seconds = f"{mean(run.get('seconds', 0) for run in runs):,.0f}"
-        print(f"| {cut} | {sizes} | {repair} | {dtype} | {loss} | {' | '.join(recall)} | {seconds} |")
-
-
-def spread(percents: list[float], sign: str = "+") -> str:
-    """Return a mean in percent, with the standard deviation where there are several."""
-    more = f" ± {stdev(percents):.1f}" if len(percents) > 1 else ""
-    return f"{mean(percents):{sign}.1f}{more}%" if percents else ""
 
 
 if __name__ == "__main__":
