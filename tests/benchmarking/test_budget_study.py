@@ -1,0 +1,44 @@
+"""benchmarks/budget_study.py, with a tiny model on a CPU."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import build, save
+
+from keyreduce.evaluation.recall import RecallSettings
+
+
+def test_a_study_is_measured_once_and_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    module = importlib.import_module("budget_study")
+    monkeypatch.setattr(module, "ROW", 40)
+    monkeypatch.setattr(module, "RECALL", RecallSettings(("mqar",), (32,), (2,), 2, 0))
+    folder, output = save(build("delta_net", initializer_range=0.05), tmp_path / "model"), tmp_path / "study.json"
+    texts = {name: tmp_path / f"{name}.jsonl" for name in ("calibration", "heldout")}
+    for name, path in texts.items():
+        path.write_text("".join(f'{{"text": "{name} {n} is {n * n}, yes"}}\n' for n in range(400)))
+    given = ["--model", folder, *(word for name, path in texts.items() for word in (f"--{name}", path))]
+    given += ["--num-batches", 1, "--heldout-rows", 2, "--first-rows", 1, "--device", "cpu", "--state-dtypes", "int8"]
+    given += ["--cuts", "key=0.5", "--repairs", "none", "least-squares", "--seeds", 0, 1]
+
+    def run(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", [str(word) for word in (module.__file__, *arguments)])
+        module.main()
+
+    run("--output", output, "--work", tmp_path / "work", *given)
+    found = json.loads(output.read_text())
+    runs = {(one["seed"], one["repair"]): one for one in found["runs"]}
+    assert runs.keys() == {(seed, repair) for seed in (0, 1) for repair in ("none", "least-squares")}
+    assert {tuple(one["sizes"]) for one in runs.values()} == {(2, 8, 16)}
+    assert len({one["perplexity"] for one in runs.values()}) == 4
+    assert all(one["perplexity"] != one["perplexity_first"] and 0 <= one["recall"]["mqar"] <= 1 for one in runs.values())
+    monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("it was measured already"))
+    capsys.readouterr()
+    run("--output", output, "--work", tmp_path / "work", *given)
+    run("--table", output)
+    base = found["dense"]["perplexity"]
+    rises = [100 * (runs[seed, "least-squares"]["perplexity"] / base - 1) for seed in (0, 1)]
+    assert f"| key=0.5 | 2, 8 x 16 | least-squares | float32 | {sum(rises) / 2:+.1f} ±" in capsys.readouterr().out
