@@ -45,7 +45,7 @@ def command_options() -> str:
         usage = " ".join(["keyreduce", name, *command.collect_usage_pieces(context)])
         examples = "".join(f"    {line}\n" for line in (command.epilog or "").splitlines())
         parts += [f"## {name}\n", *(f"{' '.join(text.split())}\n" for text in (command.help or "").split("\n\n"))]
-        parts += [f"    {usage}\n", "For example:\n", examples]
+        parts += [f"`{usage}`\n", "For example:\n", examples]
         parameters = command.get_params(context)
         shown = [one for one in parameters if not getattr(one, "hidden", False)]
         hidden = [one for one in parameters if getattr(one, "hidden", False)]
