@@ -21,6 +21,7 @@ PAGES = {
 """Files outside docs/ -> the pages that they are in the site."""
 _SOURCES = {page: file for file, page in PAGES.items()}
 _LINK = re.compile(r"(?<!!)\[([^][]*)\]\(([^()\s]+)\)")
+_TITLE, _HEADING = (re.compile(rf"^{signs} ", flags=re.MULTILINE) for signs in ("#", "#+"))
 _ROLE = re.compile(r":(?:class|data|func|meth|mod):<code>~?(?:[\w.]*\.)?(\w+)</code>")
 
 
@@ -32,7 +33,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Turn links of the repository into those of the site, but in code."""
+    """Turn links of the repository into those of the site, but in code; a page of several titles gets none."""
     here = page.file.src_uri
     folder = posixpath.dirname(_SOURCES.get(here, f"docs/{here}"))
 
@@ -49,7 +50,11 @@ def on_page_markdown(markdown, page, config, files):
         return f"[{text}]({leads_to}{f'#{anchor}' if anchor else ''})"  # all pages of the site lie in one folder
 
     blocks = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)
-    return "".join(block if block.startswith("```") else _LINK.sub(changed, block) for block in blocks)
+    texts = [_LINK.sub(changed, text) for text in blocks[::2]]
+    if sum(len(_TITLE.findall(text)) for text in texts) > 1:  # the contents at the side have one title alone
+        texts = [_HEADING.sub(r"#\g<0>", text) for text in texts]
+    blocks[::2] = texts
+    return "".join(blocks)
 
 
 def on_page_content(html, page, config, files):
