@@ -14,7 +14,7 @@ v or sys.exit("keyreduce needs Python $(NEEDS) or newer, and $(PYTHON) is " + sy
 + "; name another one: make PYTHON=python$(NEEDS)")'
 endef
 
-.PHONY: setup demo check test test-fast test-versions results dist clean
+.PHONY: setup demo check test test-fast test-versions docs results dist clean
 
 setup: $(VENV)/.ready
 
@@ -24,19 +24,18 @@ $(VENV)/.ready: pyproject.toml configs/constraints.txt
 	$(need_python)
 	@test "$$($(BIN)/python -c 'import pip; $(INTERPRETER)' 2>/dev/null)" = "$$($(PYTHON) -c '$(INTERPRETER)')" \
 	|| $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint configs/constraints.txt --editable ".[test,train,harness,ray]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint configs/constraints.txt --editable ".[docs,harness,ray,test,train]"
 	touch $@
 
-# The main line: each command finds what the one before it wrote.
+# The session of the README, and then the rest of the main line: each command finds what the one before it wrote.
 demo: export KEYREDUCE_WORK := $(DEMO)
 demo: setup
 	rm -rf $(DEMO)
-	$(BIN)/keyreduce calibrate
-	$(BIN)/keyreduce prune --method wanda --ratio 0.25
-	$(BIN)/keyreduce recover --num-batches 8
+	$(BIN)/keyreduce inspect
+	$(BIN)/keyreduce prune --state-ratio 0.5 --recover reconstruct
+	$(BIN)/keyreduce eval
 	$(BIN)/keyreduce convert-dcp
 	$(BIN)/keyreduce benchmark --mixer
-	$(BIN)/keyreduce eval
 
 # Style and types; under a minute.
 check: setup
@@ -59,6 +58,11 @@ test-versions:
 # docs/results.md and its pictures, from the JSON that is committed in benchmarks/; nothing is measured.
 results: setup
 	$(BIN)/python benchmarks/results.py
+
+# The site, in build/site; a link that leads nowhere is an error.
+docs: setup
+	$(BIN)/python docs/reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The wheel and the sdist; docs/release.md says what comes before and after.
 dist: setup

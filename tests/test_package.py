@@ -76,7 +76,8 @@ def test_the_sdist_holds_what_its_tests_and_docs_need(built):
     copy, sdist_file, _ = built
     with tarfile.open(sdist_file) as sdist:
         held = {name.partition("/")[2] for name in sdist.getnames()}
-    wanted = {"CHANGELOG.md", "CONTRIBUTING.md", "Dockerfile", "LICENSE", "Makefile", "README.md", "pyproject.toml"}
+    wanted = {"CHANGELOG.md", "CONTRIBUTING.md", "Dockerfile", "LICENSE", "Makefile", "README.md", "mkdocs.yml"}
+    wanted |= {"pyproject.toml"}
     for folder in ("benchmarks", "configs", "docs", "flame", "flash-linear-attention", "keyreduce", "tests"):
         files = [path for path in (copy / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
         wanted |= {path.relative_to(copy).as_posix() for path in files}

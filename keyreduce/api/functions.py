@@ -3,14 +3,14 @@
 A module is one of fla's or transformers' language models, on any device. The dense one is never changed, and what is
 made in memory is, bit by bit, what the commands make of folders. What all functions take:
 
-    model: a folder or a name, or a module, which runs where it is.
-    texts: documents as strings, paths of text files or folders, or a TextSource; by default the source of the Python
-        standard library, of which ``evaluate`` takes another part than the others.
-    tokenizer: of modules; by default the one that was given before, or that of the folder they were loaded from.
-    output: a file or folder to write, as the command does.
-    reporter: receives remarks and progress.
-    settings: other fields of the function's request (:class:`keyreduce.api.prune.PruneRequest` and the like), with the
-        same defaults.
+- ``model``: a folder or a name, or a module, which runs where it is.
+- ``texts``: documents as strings, paths of text files or folders, or a TextSource; by default the source of the Python
+  standard library, of which ``evaluate`` takes another part than the others.
+- ``tokenizer``: of modules; by default the one that was given before, or that of the folder they were loaded from.
+- ``output``: a file or folder to write, as the command does.
+- ``reporter``: receives remarks and progress.
+- ``settings``: other fields of the function's request (:class:`keyreduce.api.prune.PruneRequest` and the like), with
+  the same defaults.
 """
 
 import contextlib

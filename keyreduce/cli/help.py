@@ -47,12 +47,15 @@ def _print(command: Any, context: Any, panels: list[tuple[str, list]], title: st
     for example in (command.epilog or "").splitlines():
         console.print(Text(f"  $ {example}", style="green"), soft_wrap=True)
     shown = [one for one in command.get_params(context) if not getattr(one, "hidden", False)]
-    for heading, rows in panels + _panels(shown, title):
+    for heading, rows in panels + rows_by_panel(shown, title):
         console.print(_panel(heading, rows))
 
 
-def _panels(parameters: Sequence[Any], title_of_all: str | None) -> list[tuple[str, list]]:
-    """Return the titles of the panels and the rows of each: the common ones first and last, others between."""
+def rows_by_panel(parameters: Sequence[Any], title_of_all: str | None = None) -> list[tuple[str, list]]:
+    """Return the titles of the panels and the rows of each: the common ones first and last, others between.
+
+    A row is an option's names, what it means, and notes on its default and variable.
+    """
     found: dict[str, list] = {}
     for parameter in parameters:
         own = "Output" if "--help" in parameter.opts else getattr(parameter, "rich_help_panel", None) or "How"

@@ -1,4 +1,4 @@
-"""For each target, the method that lost the least quality in our measurements (see the tables of the README).
+"""For each target, the method that lost the least quality in our measurements: keyreduce sweep methods.
 
 Only methods that need no gradients are considered. For key channels, RRQR and energy differ little when a quarter or
 half of them is removed, and RRQR is better at three quarters after least squares. For value channels, energy is the
@@ -24,7 +24,7 @@ def _select(target: str, method: Method):
 AUTO = Method(
     name="auto",
     summary=f"what kept most quality in our measurements: {', '.join(f'{of.name} for {t}s' for t, of in BEST.items())}",
-    citation="keyreduce's README",
+    citation="measured, by keyreduce sweep methods",
     select={target: _select(target, method) for target, method in BEST.items()},
     needs_statistics=True,
     parts=BEST,
