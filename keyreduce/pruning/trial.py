@@ -34,7 +34,8 @@ The longer a row, the more a state has to hold, and the more a cut of keys costs
 tokens too few keys would be kept.
 """
 RECOVERED = Settings(num_batches=16)
-"""The text that candidates are recovered on: a quarter of what a recovery takes by default, since there are several."""
+"""The most text that candidates are recovered on: a quarter of what a recovery takes by default, as there are several.
+It is never more than the statistics are of."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Trial:
         Raises KeyreduceError if there is no such text.
         """
         dense = load_model(source.path, device, torch.float32, gradients=True)
-        seen = max(statistics.tokens, RECOVERED.tokens)
+        seen = max(statistics.tokens, _recovered_on(statistics).tokens)
         rows = token_rows(text.in_pieces(_seed(statistics)), dense.tokenizer, ROW_LENGTH)
         first = -(-seen // ROW_LENGTH)
         taken = list(itertools.islice(rows, first, first + ROWS))
@@ -107,7 +108,7 @@ class Trial:
         pruned = loaded_module(module, self.dense.tokenizer, gradients=True)
         if self.recovery is not None:
             device, cpu = dense.device, torch.device("cpu")
-            settings = RECOVERED._replace(seed=_seed(self.statistics))
+            settings = _recovered_on(self.statistics)
             dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
             dense.to(cpu)
             module.to(cpu)
@@ -122,6 +123,12 @@ class Trial:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         with reporter.progress("timing candidates", None, "rounds") as progress:
             return time_per_token(self.source.config, sizes, device, dtype, progress=progress)
+
+
+def _recovered_on(statistics: Statistics) -> Settings:
+    """The text that candidates are recovered on."""
+    batches = statistics.tokens // RECOVERED._replace(num_batches=1).tokens
+    return RECOVERED._replace(num_batches=max(1, min(RECOVERED.num_batches, batches)), seed=_seed(statistics))
 
 
 def _seed(statistics: Statistics) -> int:
