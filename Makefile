@@ -32,7 +32,7 @@ demo: export KEYREDUCE_WORK := $(DEMO)
 demo: setup
 	rm -rf $(DEMO)
 	$(BIN)/keyreduce inspect
-	$(BIN)/keyreduce prune --state-ratio 0.5 --recover reconstruct
+	$(BIN)/keyreduce prune --state-ratio 0.5 --recover least-squares
 	$(BIN)/keyreduce eval
 	$(BIN)/keyreduce convert-dcp
 	$(BIN)/keyreduce benchmark --mixer

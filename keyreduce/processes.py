@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _LONGEST = datetime.timedelta(days=7)  # for which the first to finish waits for the last
+_groups = count()  # numbers the groups of processes that this one joins
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 5.0
 _TAIL_BYTES = 8192
@@ -133,7 +134,11 @@ def _gloo() -> Iterator[Any]:
     """Join the processes of torchrun in a group while the block runs, and give ``torch.distributed``."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", timeout=_LONGEST)
+    store, rank, number = next(dist.rendezvous("env://", timeout=_LONGEST))
+    # Each group under a name of its own: in a second one of the same name, a process may still find the addresses that
+    # the others had in the first, and wait there for ever.
+    store = dist.PrefixStore(f"keyreduce-{next(_groups)}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=number, timeout=_LONGEST)
     try:
         yield dist
     finally:
