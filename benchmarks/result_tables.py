@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import mean, stdev
 
 GRID_KINDS = ("exact", "corrected", "least-squares")
-_ENGINES = {"fla": "fla", "vllm": "vLLM", "sglang": "SGLang"}
+ENGINES = {"fla": "fla", "vllm": "vLLM", "vllm-plugin": "vLLM with the plugin", "sglang": "SGLang"}
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
@@ -152,8 +152,8 @@ def kernels_table(files: Iterable[Mapping]) -> Iterator[str]:
     """Yield which sizes of a head the kernels of engines compile for."""
     rows = []
     for found in files:
-        engine = next(name for name in _ENGINES if name in found)
-        version = f"{_ENGINES[engine]} {found[engine]}, Triton {found['triton']}"
+        engine = next(name for name in ENGINES if name in found)
+        version = f"{ENGINES[engine]} {found[engine]}, Triton {found['triton']}"
         for (kernels, architecture), entries in _grouped(found["rows"], "kernels", "architecture").items():
             sizes = {True: [], False: []}
             for entry in entries:

@@ -249,7 +249,7 @@ def _kernels(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> It
     yield "Compiled for the GPU without running; no model."
     commands = []
     for source in sources["kernels"]:
-        engine = next(name for name in ("fla", "vllm", "sglang") if name in source.content)
+        engine = next(name for name in tables.ENGINES if name in source.content)
         commands.append(f"python benchmarks/engine_kernels.py {engine} --output {source.name}")
     yield _command("\n".join(commands), program="")
     yield from _text(tables.kernels_table(one.content for one in sources["kernels"]))

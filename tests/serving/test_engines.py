@@ -91,7 +91,9 @@ NEWER = {
 @pytest.mark.parametrize("model_type", NEWER)
 def test_newer_architectures_are_known_since_a_version_and_their_rows_were_read(model_type):
     since, by_size = NEWER[model_type]
-    found = {name: engine.knows.get(model_type) for name, engine in NAMED.items() if engine.knows}
+    # The plugin changes nothing in what vLLM knows.
+    engines = {name: engine for name, engine in NAMED.items() if engine.knows and name != "vllm-plugin"}
+    found = {name: engine.knows.get(model_type) for name, engine in engines.items()}
     assert {name: version for name, version in found.items() if version} == since
     for size, names in by_size.items():
         sizes = MixerSizes(16, 16, size, size)
