@@ -98,7 +98,8 @@ def errorbars(
     :meth:`Axes.errorbar` takes it, and the data of the lines are what they are.
     """
     drawn = axes.errorbar(x, y, yerr=error, elinewidth=1.2, capsize=3, capthick=1.2, **look)
-    moved = offset_copy(axes.transData, fig=axes.figure, x=_APART * (place - (of - 1) / 2), units="points")
+    figure: Any = axes.figure
+    moved = offset_copy(axes.transData, fig=figure, x=_APART * (place - (of - 1) / 2), units="points")
     # Only now: with another transform the axes would not take account of the data.
     line, caps, bars = drawn.lines
     for artist in (*([line] if line else []), *caps, *bars):

@@ -133,11 +133,13 @@ class Processes(NamedTuple):
 def _gloo() -> Iterator[Any]:
     """Join the processes of torchrun in a group while the block runs, and give ``torch.distributed``."""
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
-    store, rank, number = next(dist.rendezvous("env://", timeout=_LONGEST))
+    store, rank, number = next(rendezvous("env://", timeout=_LONGEST))
     # Each group under a name of its own: in a second one of the same name, a process may still find the addresses that
     # the others had in the first, and wait there for ever.
-    store = dist.PrefixStore(f"keyreduce-{next(_groups)}", store)
+    store = PrefixStore(f"keyreduce-{next(_groups)}", store)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=number, timeout=_LONGEST)
     try:
         yield dist

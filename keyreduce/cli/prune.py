@@ -38,14 +38,15 @@ def _print_candidates(found: dict, console: Console) -> None:
     for row in found["candidates"][:_SHOWN]:
         increase = ""
         if "perplexity_increase" in row:
-            increase = f"{row['perplexity_increase']:+.2%} ± {row['perplexity_error']:.2%}"
+            increase = f"{100 * row['perplexity_increase']:+.2f} ± {100 * row['perplexity_error']:.2f}%"
         sizes = f"{row['key_heads']} x {row['head_k_dim']} x {row['head_v_dim']}"
         step = f"{1e6 * row['decode_seconds']:,.0f}" if "decode_seconds" in row else ""
         state = f"{row['state_bytes'] / found['dense_state_bytes']:.1%}"
         rows.append((sizes, row["state_dtype"], state, f"{row['predicted']:.3f}", increase, step))
     after = f", after {_MEASURED_AFTER.get(found['recover'], found['recover'])}" if found.get("recover") else ""
-    title = f"{len(found['candidates'])} candidates, the choice first"
-    header = ("key heads x K x V", "state", "bytes left", "predicted", f"perplexity{after}", "decode step, µs")
+    measured = f"; perplexity{after}, over dense" if found["search"] == "measured" else ""
+    title = f"{len(found['candidates'])} candidates, the choice first{measured}"
+    header = ("heads x K x V", "state", "left", "predicted", "perplexity", "decode, µs")
     console.table(title, header, rows)
 
 

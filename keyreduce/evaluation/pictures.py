@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -144,7 +145,7 @@ def draw_curves(report: Mapping) -> Figure:
     top = max(_ranks(entry).max() for model in models for entry in model["layers"])
     panels[0].set(xlim=(0, None), ylim=(0, top * 1.1))
     handles = [
-        Line2D([], [], **look, label=f"{model['label']} ({_sizes(model)}): mean of the heads")
+        Line2D([], [], **dict[str, Any](look), label=f"{model['label']} ({_sizes(model)}): mean of the heads")
         for model, look in zip(models, looks, strict=True)
     ] + [Patch(facecolor="0.5", alpha=0.3, label="range of the heads")]
     drawing.legend(figure, handles)

@@ -35,7 +35,8 @@ def draw_search(found: Mapping, model: str, *, about: str = "") -> Figure:
     follows = f", {found['recover']} to follow" if found["recover"] else ""
     title = f"{model}: cuts that fit into the budget{follows}"
     figure = drawing.new_figure(8, 9.6 if is_measured else 6.6, title, about=about)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[2, 5 if is_measured else 3])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[2, 5 if is_measured else 3])
+    top, bottom = parts
     looks = {dtype: drawing.marked(number) for number, dtype in enumerate(found["frontier"])}
     _draw_frontier(top.subplots(), found, looks)
     panels = bottom.subplots(2 if is_measured else 1, 1, squeeze=False, sharex=True)[:, 0]

@@ -84,10 +84,10 @@ def predicted_losses(
 ) -> list[float]:
     """Return the score of each of many cuts, see :func:`predicted_loss`. Layers are summed up once for all of them."""
     curves = layers.values()
-    energy_H = sum(one.energy_H for one in curves) / len(curves)
+    energy_H = torch.stack([one.energy_H for one in curves]).mean(0)
     # The sum over the first heads of the mean over layers, for all numbers of heads and channels.
-    key_HK = sum(one.energy_H[:, None] * one.key_HK for one in curves).cumsum(0) / len(curves)
-    value_HV = sum(one.energy_H[:, None] * one.value_HV for one in curves).cumsum(0) / len(curves)
+    key_HK = torch.stack([one.energy_H[:, None] * one.key_HK for one in curves]).mean(0).cumsum(0)
+    value_HV = torch.stack([one.energy_H[:, None] * one.value_HV for one in curves]).mean(0).cumsum(0)
     keys, values = (KEY_WEIGHT[recovery] * key_HK).tolist(), value_HV.tolist()
     gone = (1 - energy_H.cumsum(0)).clamp(min=0).tolist()
     places = [(sizes.key_heads - 1, sizes.head_k_dim - 1, sizes.head_v_dim - 1) for sizes in grid]
