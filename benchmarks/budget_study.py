@@ -7,7 +7,7 @@
 
 A cut is `state=SHARE`, whose sizes `keyreduce prune --state-ratio SHARE` chooses, or `key=SHARE`, of key channels
 alone. Each is made of statistics of so many batches of 8 rows of 512 tokens, repaired on the same text, and measured on
-rows of 1,024 held-out tokens, of which --first-rows are also told apart. Without a repair the cut has its corrections;
+rows of 1,024 held-out tokens, and on the --first-rows of them alone. Without a repair the cut has its corrections;
 with `exact` as the repair, it has none either. After the last repair the state of these sizes is also kept in the
 formats of --state-dtypes, rounded after each token. A seed is another draw of calibration text. Recall is the share of
 right answers among eight, and is not measured in other formats.
@@ -171,7 +171,8 @@ def measure(options: argparse.Namespace, folder: Path, dtype: str) -> dict:
     loaded = load_model(folder, device, torch.float32)
     text = text_source(options.heldout, default="heldout")
     batch = 4
-    request = evaluate.EvaluateRequest(num_batches=-(-options.heldout_rows // batch), batch_size=batch)
+    amount = {"num_batches": -(-options.heldout_rows // batch), "batch_size": batch, "seq_len": HELDOUT_ROW}
+    request = evaluate.EvaluateRequest(**amount)
     with contextlib.ExitStack() as stack:
         if dtype != "float32":
             stack.enter_context(stored_states(loaded.model, loaded.family, dtype))

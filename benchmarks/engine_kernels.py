@@ -10,7 +10,7 @@ with 16 key and 32 value heads where nothing else is said, and Triton compiles e
 (80), H100 (90) and B200 (100) without running it. Of the settings that a kernel tries in tuning, one is compiled for
 each shape of its tiles; where none fits into the GPU's shared memory, the kernel counts as not compiled.
 
-Each row is written as it is known, and a run that was cut off goes on from there with the same versions.
+Each row is written as it is known, and an interrupted run resumes from there with the same versions.
 
 A row has: the kernels, the architecture, K key and V value channels of a head, whether all compiled, and the first
 error. What compiles need not be right, nor fast. keyreduce/serving/engines.py takes its "compiled" rows from here.

@@ -4,7 +4,7 @@
     python benchmarks/h100.py --table
 
 Each measurement is a `keyreduce benchmark` with a file of its own below the output folder. What is there is not made
-again, so a run that was cut off goes on where it was. At the end, and with ``--table``, the tables are printed, and
+again, so an interrupted run resumes there. At the end, and with ``--table``, the tables are printed, and
 each architecture's files are put together into one JSON file and one picture. Triton gives each variant of a kernel
 20 ms when it looks for the fastest (its own 100 would add up to minutes in a step of training).
 """
@@ -73,7 +73,7 @@ def measure(chosen: argparse.Namespace) -> list[str]:
     runs = product(chosen.config, [name for name in MEASUREMENTS if name in chosen.only])
     # The kernels of training take minutes more to compile and to tune: all else is measured before.
     for config, name in sorted(runs, key=lambda run: MEASUREMENTS[run[1]].train_step):
-        told, output = f"{config} {name}", file_of(chosen.output, config, name)
+        line, output = f"{config} {name}", file_of(chosen.output, config, name)
         if output.exists():
             continue
         gc.collect()  # the models of the last measurement
@@ -81,9 +81,9 @@ def measure(chosen: argparse.Namespace) -> list[str]:
         try:
             benchmark.run(replace(MEASUREMENTS[name], **models, output=output))
         except (KeyreduceError, RuntimeError) as error:
-            told += f": {reason(error)}"
-            failed.append(told)
-        print(f"== {told}", flush=True)
+            line += f": {reason(error)}"
+            failed.append(line)
+        print(f"== {line}", flush=True)
     return failed
 
 

@@ -12,7 +12,7 @@ it, distilled or not from the dense model. After a colon come the options that a
 calibration text, and each seed another order of it. Each number of tokens is a run of its own, with its own schedule.
 
 Each run is a file of its own below the output folder, and one that is there is not made again, so a run that was cut
-off goes on where it was. With --jobs so many processes share the runs. At the end, and with --table, which makes no
+off resumes where it was. With --jobs so many processes share the runs. At the end, and with --table, which makes no
 run, all runs that are there are printed as Markdown: the increase of perplexity over the dense model in percent, and
 with --recall how often the right answer is preferred to seven others; the mean over the seeds and half the distance
 between the extremes.

@@ -11,7 +11,7 @@ steps of `recovery_study.py`: a dense model is measured and calibrated; shares o
 model; each result is measured on held-out text, perplexity and recall.
 
 The output gets a JSON file for each model, written anew after every step. Weights and text lie in the work folder,
-which may be outside the repository. The same command goes on after an interruption, or after --pause-after minutes,
+which may be outside the repository. The same command resumes after an interruption, or after --pause-after minutes,
 where a machine ends commands that take longer. --minutes count over all of these. The trainings divide a share of
 them. A step that is not expected to end in time, by those of its kind that were made, is left out, and so is one that
 does not; the files say which.
@@ -72,7 +72,7 @@ def parse_arguments(words: list[str] | None = None) -> Namespace:
     add("--output", type=Path, required=True, help="the folder of the JSON files")
     add("--table", action="store_true", help="print what is there, and do nothing")
     add("--minutes", type=float, default=25, help="of all calls together")
-    add("--pause-after", type=float, metavar="MINUTES", help="end then; the same command goes on")
+    add("--pause-after", type=float, metavar="MINUTES", help="end then; the same command resumes")
     add("--work", type=Path, default=Path(tempfile.gettempdir()) / "keyreduce-scale-study", help="weights and text")
     default = [name for name in MODELS if name not in HYBRIDS]
     add("--models", nargs="+", default=default, help=f"of {', '.join(MODELS)}, or paths of configs")

@@ -6,7 +6,7 @@
 
 For each pair of key and value channels of a grid, and for fewer heads, a cut is made in memory and measured on held-out
 text: exact, with the corrections, and with --recover after that recovery. The file is written after each cut, and a run
-that was cut off goes on from there. The table is Markdown: the rank correlation (Spearman) of predicted and measured
+that was cut off resumes from there. The table is Markdown: the rank correlation (Spearman) of predicted and measured
 loss over all cuts, and the cuts themselves.
 """
 

@@ -4,7 +4,7 @@
         --config configs/pretrain/delta-net-5m.json --output runs/delta-net-5m
 
 ``OUTPUT/model`` appears when training ends: a plain Hugging Face folder in bfloat16, with ``training.json``. The same
-command again, after an interruption, goes on from the last of ``OUTPUT/checkpoints``. Under ``torchrun`` the same
+command again, after an interruption, resumes from the last of ``OUTPUT/checkpoints``. Under ``torchrun`` the same
 global batch is divided among the processes.
 
 Shapes: V token ids.
@@ -48,7 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, help="the folder of tokenizer and tokens, made unless it is there (default: in --output)")
     add("--steps", type=int, help="3000 by default")
     add("--minutes", type=float, help="train for so long instead; the learning rate follows the time")
-    add("--pause-after", type=float, metavar="MINUTES", help="save and end then; the same command goes on")
+    add("--pause-after", type=float, metavar="MINUTES", help="save and end then; the same command resumes")
     add("--batch-size", type=int, default=64, help="rows a step, of all processes together")
     add("--micro-batch", type=int, help="rows that a device takes at a time (default: its share of --batch-size)")
     add("--seq-len", type=int, default=1024, help="tokens a row")
@@ -181,7 +181,7 @@ def main(args: argparse.Namespace) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     if timing.is_paused:
         if settings.process_index == 0:
-            print(f"{args.output}: paused at step {trainer.state.global_step}; the same command goes on")
+            print(f"{args.output}: paused at step {trainer.state.global_step}; the same command resumes")
         leave_processes()
         return
     # What ships is bfloat16, so that is what is measured last.

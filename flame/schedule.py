@@ -13,7 +13,7 @@ class TimeSchedule:
 
     The first step of a process compiles and tunes kernels, which may take minutes. It counts as time but moves nothing:
     the cosine spans what is left after it, so that it always ends at zero, and when the time is over. An interrupted
-    training goes on at the share that it had reached.
+    training resumes at the share that it had reached.
 
     What `LambdaLR` saves with a checkpoint are the attributes that are plain numbers; the others are slots.
 

@@ -14,7 +14,7 @@ from keyreduce.reporting import Reporter
 class CalibrateRequest(options.OfRun, options.OfText):
     """Run text through the model and keep statistics: one small file, for every method and every ratio.
 
-    A run that was stopped goes on where it was: sums are kept beside the output every minute. Under torchrun the
+    A run that was stopped resumes where it was: sums are kept beside the output every minute. Under torchrun the
     processes divide the batches.
     """
 

@@ -85,7 +85,7 @@ class PartialSums:
             tensor.copy_(found[name])
         self._tell()
         if self._is_first:
-            self._note(f"going on after the {record['tokens']:,} tokens of a run that was stopped")
+            self._note(f"resuming after the {record['tokens']:,} tokens of a run that was stopped")
         return record["batches"], record["tokens"]
 
     def keep_if_due(self, sums: Mapping[str, torch.Tensor], batches: int, tokens: int) -> None:
@@ -110,7 +110,7 @@ class PartialSums:
         """Say what stays from now on if the run is stopped; once, and in one process."""
         if self._is_first and not self._is_told:
             self._is_told = True
-            self._keep(f"{self.path}, from which the same command goes on")
+            self._keep(f"{self.path}, from which the same command resumes")
 
     def clear(self) -> None:
         """Remove what is kept; the first process also removes what runs of other numbers of processes have left."""

@@ -15,8 +15,8 @@ def show(request: compare.CompareRequest, console: Console) -> None:
     header = ("layer", *(f"{target}s: {measure}" for target, measure in columns))
     console.table(f"what both keep, {result.kind}", header, rows)
     if result.differing:
-        told = [[name, *map(_text, values)] for name, values in result.differing.items()]
-        console.table("", ("made from", "first", "second"), told)
+        rows = [[name, *map(_text, values)] for name, values in result.differing.items()]
+        console.table("", ("made from", "first", "second"), rows)
     if result.is_same:
         console.say("they make the same choice: every head and channel that one keeps, the other keeps too")
     else:

@@ -44,7 +44,7 @@ def run(kind: type[partial.PartialSums]):
         dtype=torch.float32, gradients=True, processes=processes, partial_sums=kept,
     )  # fmt: skip
     kept.clear()
-    assert processes.rank or "going on after the 48 tokens of a run that was stopped" in notes
+    assert processes.rank or "resuming after the 48 tokens of a run that was stopped" in notes
     return found
 
 

@@ -78,9 +78,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(request_for, tmp_path, model, gra
     assert (tmp_path / ".sums.sums").exists() and not request.output.exists()
     reporter = Notes()
     run(request, reporter)
-    assert "going on after the 240 tokens of a run that was stopped" in reporter.notes
+    assert "resuming after the 240 tokens of a run that was stopped" in reporter.notes
     assert reporter.seen == [240, 80, 80, 80]
-    assert reporter.kept == [f"{tmp_path / '.sums.sums'}, from which the same command goes on"]
+    assert reporter.kept == [f"{tmp_path / '.sums.sums'}, from which the same command resumes"]
     run(whole := request_for("whole", model, gradients=gradients), Reporter())
     assert request.output.read_bytes() == whole.output.read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "request.json", "sums", "whole"}
