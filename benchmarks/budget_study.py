@@ -3,10 +3,11 @@
     python benchmarks/budget_study.py --output FILE.json --work FOLDER [--model PATH] [--calibration FILE]
         [--heldout FILE] [--heldout-rows 64] [--first-rows N] [--cuts state=0.5 state=0.75 key=0.5]
         [--repairs none least-squares reconstruct] [--state-dtypes bfloat16 int8] [--num-batches 64] [--seeds 0 1 2]
+        [--batch-size 4] [--device cuda]
     python benchmarks/budget_study.py --table FILE.json ...
 
-A cut is `state=SHARE`, whose sizes `keyreduce prune --state-ratio SHARE` chooses, or `key=SHARE`, of key channels
-alone. Each is made of statistics of so many batches of 8 rows of 512 tokens, repaired on the same text, and measured on
+A cut is `state=SHARE`, whose sizes `keyreduce prune --state-ratio SHARE` chooses, `key=SHARE`, of key channels alone,
+or the key and value channels of a head that stay, as `80x104`. Each is made of statistics of so many batches of 8 rows of 512 tokens, repaired on the same text, and measured on
 rows of 1,024 held-out tokens, and on the --first-rows of them alone. Without a repair the cut has its corrections;
 with `exact` as the repair, it has none either. After the last repair the state of these sizes is also kept in the
 formats of --state-dtypes, rounded after each token. A seed is another draw of calibration text. Recall is the share of
@@ -36,6 +37,7 @@ from keyreduce.families import family_of
 from keyreduce.models.loading import load_model
 from keyreduce.models.state_storage import stored_states
 from keyreduce.outputs import read_json, write_json
+from keyreduce.pruning.budget import SIZE_OF
 from keyreduce.reporting import Reporter
 
 BATCH, ROW = 8, 512
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument("--state-dtypes", nargs="*", default=["bfloat16", "int8"])
     parser.add_argument("--num-batches", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--batch-size", type=int, default=4, help="held-out rows at a time")
     parser.add_argument("--device")
     options = parser.parse_args()
     for path in options.table or ():
@@ -141,10 +144,12 @@ def chosen_sizes(work: Path, cut: str, repair: str, how: dict) -> dict:
 
     What is found is kept in the work folder, and ``how`` are the fields that say what is searched.
     """
-    target, share = cut.split("=")
+    target, is_share, share = cut.partition("=")
+    if not is_share:
+        return keeping(how["model"], dict(zip(("key", "value"), map(int, cut.split("x")), strict=True)))
     if target != "state":
         return {"target": (target,), "ratio": (share,)}
-    recovery = None if repair in UNREPAIRED else "least-squares"  # by which reconstruct is searched as well
+    recovery = None if repair in UNREPAIRED else repair.partition(":")[0]
     path = work / f"search-{how['seed']}-{share}-{recovery or 'none'}.json"
     if not path.exists():
         request = prune.PruneRequest(state_ratio=share, dry_run=True, recover=recovery, **how)
@@ -152,17 +157,15 @@ def chosen_sizes(work: Path, cut: str, repair: str, how: dict) -> dict:
         assert isinstance(found, prune.DryRunResult)
         write_json(path, found.state_budget)
     best = read_json(path)["chosen"]
-    keep = {"head": best["key_heads"], "key": best["head_k_dim"], "value": best["head_v_dim"]}
-    before = dense_sizes(how["model"])
-    kept = {name: number for name, number in keep.items() if number != before[name]}
-    return {"target": tuple(kept), "keep": tuple(map(str, kept.values()))}
+    return keeping(how["model"], {target: best[size] for target, size in SIZE_OF.items()})
 
 
-def dense_sizes(model: str | None) -> dict[str, int]:
-    """Return the sizes of the dense model's mixers."""
+def keeping(model: str | None, keep: dict[str, int]) -> dict:
+    """Return the fields of a request that keep so many of each target of a model."""
     source = open_model(model)
     sizes = next(iter(family_of(source.config).layer_sizes(source.config).values()))
-    return {"head": sizes.key_heads, "key": sizes.head_k_dim, "value": sizes.head_v_dim}
+    kept = {target: number for target, number in keep.items() if number != getattr(sizes, SIZE_OF[target])}
+    return {"target": tuple(kept), "keep": tuple(map(str, kept.values()))}
 
 
 def measure(options: argparse.Namespace, folder: Path, dtype: str) -> dict:
@@ -170,7 +173,7 @@ def measure(options: argparse.Namespace, folder: Path, dtype: str) -> dict:
     device = pick_device(options.device)
     loaded = load_model(folder, device, torch.float32)
     text = text_source(options.heldout, default="heldout")
-    batch = 4
+    batch = options.batch_size
     amount = {"num_batches": -(-options.heldout_rows // batch), "batch_size": batch, "seq_len": HELDOUT_ROW}
     request = evaluate.EvaluateRequest(**amount)
     with contextlib.ExitStack() as stack:

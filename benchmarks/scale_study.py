@@ -2,13 +2,15 @@
 
     python benchmarks/scale_study.py --minutes 25 --output DIR [--work DIR] [--pause-after 9] [--models NAME ...]
         [--ratios 0.5 0.75] [--repairs none least-squares reconstruct] [--tokens 250000 1000000 4000000]
+        [--state-dtypes bfloat16 int8]
     python benchmarks/scale_study.py --table --output DIR
 
 It takes one to eight GPUs, and pip install -e '.[train]'. Each model of configs/scale that is asked for is trained by
 flame/pretrain.py, on all GPUs, on the text of the packages that are installed on this machine. Then each GPU takes
 steps of `recovery_study.py`: a dense model is measured and calibrated; shares of its state are removed, in sizes that
 `keyreduce prune --state-ratio` chooses; what is left is repaired, and after the last repair distilled from the dense
-model; each result is measured on held-out text, perplexity and recall.
+model; each result is measured on held-out text, perplexity and recall. Perplexity is also measured of the dense model
+and after the last repair with the state in other formats, rounded after each token.
 
 The output gets a JSON file for each model, written anew after every step. Weights and text lie in the work folder,
 which may be outside the repository. The same command resumes after an interruption, or after --pause-after minutes,
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from budget_study import measure
 from gpu_workers import Ended, Workers
 from recovery_study import Start, calibration_file, files_of, make_dense, make_run, make_start, slug
 from scale_tables import print_tables
@@ -81,6 +84,7 @@ def parse_arguments(words: list[str] | None = None) -> Namespace:
     add("--repairs", nargs="+", default=["none", "least-squares", "reconstruct"], help="as in recovery_study.py")
     add("--kind", default="full-distilled", help="the training after the last repair, as in recovery_study.py")
     add("--tokens", type=int, nargs="*", default=[250_000, 1_000_000, 4_000_000], help="of that")
+    add("--state-dtypes", nargs="*", default=["bfloat16", "int8"], help="formats of the state")
     add("--num-batches", type=int, default=64, help="of calibration and repair, 8 rows of 512 tokens each")
     add("--heldout-rows", type=int, default=128, help="of 1,024 tokens")
     add("--installed", nargs="+", type=Path, default=[], metavar="FOLDER", help="take text from these folders")
@@ -245,6 +249,7 @@ class Study:
         options, chosen = self.options, self.chosen(model)
         dense = chosen.output / "dense.json"
         found = [Step(model, "dense", "dense", 0, dense, (), partial(begin, chosen))]
+        found += self.in_formats(model, self.trained(model), dense, {"ratio": "state=0", "repair": "none"})
         for ratio in options.ratios:
             before = dense
             for stage, repair in enumerate(options.repairs, start=1):
@@ -254,10 +259,21 @@ class Study:
                 # One after another, since a repair takes the sizes that were found for the one before it.
                 found.append(Step(model, name, repair, stage, path, (before,), partial(make_start, chosen, start)))
                 before = path
+            found += self.in_formats(model, files_of(chosen, start)[1], before, start._asdict())
             for stage, tokens in enumerate(options.tokens, start=1 + len(options.repairs)):
                 path = before.with_name(f"{slug(f'{options.kind}-{tokens}')}.json")
                 call = partial(make_run, chosen, start, options.kind, tokens)
                 found.append(Step(model, f"{name} {tokens}", f"{options.kind} {tokens}", stage, path, (before,), call))
+        return found
+
+    def in_formats(self, model: str, folder: Path, before: Path, about: dict) -> list[Step]:
+        """Return the steps that measure what is in a folder with its state in other formats."""
+        found, chosen = [], self.chosen(model)
+        for dtype in self.options.state_dtypes:
+            path, run = before.with_name(f"{before.stem}-{dtype}.json"), about | {"state_dtype": dtype}
+            name = f"{about['ratio']} {about['repair']} {dtype}"
+            call = partial(measure_format, chosen, folder, before, path, run)
+            found.append(Step(model, name, "format", 1 + len(self.options.repairs), path, (before,), call))
         return found
 
     def chosen(self, model: str) -> Namespace:
@@ -274,6 +290,7 @@ class Study:
             seq_len=min(512, options.row_length),
             recall=True,
             device=None,
+            first_rows=None,
             output=self.folder(model) / "runs",
         )
 
@@ -347,6 +364,17 @@ def begin(chosen: Namespace) -> None:
     """Calibrate a dense model, and measure it."""
     calibration_file(chosen, 0)
     make_dense(chosen)
+
+
+def measure_format(chosen: Namespace, folder: Path, before: Path, path: Path, run: dict) -> None:
+    """Measure a model whose state is stored in a format; ``run`` says which, and is written too.
+
+    ``before`` is the file of the same model with its state in float32.
+    """
+    rows = Namespace(**vars(chosen) | {"batch_size": min(32, chosen.heldout_rows)})
+    sizes = {name: value for name, value in read_json(before).items() if name == "sizes"}
+    run |= {"kind": None, "tokens": 0, **sizes}
+    write_json(path, run | measure(rows, folder, run["state_dtype"]))
 
 
 def config_named(name: str) -> Path:

@@ -1,53 +1,102 @@
 """The tables of `scale_study.py`, from its JSON files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from result_tables import table
+
+from keyreduce.families import family_of
 from keyreduce.outputs import read_json
+from keyreduce.serving.state_formats import bytes_of
 
 
 def print_tables(folder: Path) -> None:
     """Print as Markdown what the models are, what each repair leaves, and what was left out."""
-    found = [one for path in sorted(folder.glob("*.json")) if "training" in (one := read_json(path))]
-    found.sort(key=lambda one: (one["config"]["model_type"], one["training"]["parameters"]))
-    print("\n| model | parameters | trained on, tokens | tokens/s | minutes | perplexity |\n|" + "---|" * 6)
+    found = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    print("", *scale_tables(found), sep="\n")
+
+
+def scale_tables(found: Sequence[Mapping]) -> Iterator[str]:
+    """Yield the lines of all tables, of the files of one study or of several."""
+    found = sorted(found, key=lambda one: (one["config"]["model_type"], one.get("training", {}).get("parameters", 0)))
+    header = ["model", "parameters", "trained on, tokens", "tokens/s", "minutes", "perplexity"]
+    yield from table(header, [_model_row(one) for one in found if "training" in one])
+    measured = [one for one in found if one.get("runs")]
+    if measured:
+        yield from ("", "Increase of perplexity over the dense model:", "")
+        yield from _runs_table(measured, lambda run, dense: f"{rise(run, dense):+.2f}%")
+        for kind in measured[0]["dense"]["recall"]:
+            yield from ("", f"{kind}: right answers of eight, and the difference from the dense model in points:", "")
+            yield from _runs_table(measured, lambda run, dense, kind=kind: _told_recall(run, dense, kind))
+        yield from ("", "Seconds of the repair:", "")
+        yield from _runs_table(measured, lambda run, dense: f"{run['seconds']:.0f}" if run.get("seconds") else "")
     for one in found:
-        training = one["training"]
-        perplexity = f"{one['dense']['perplexity']:.3f}" if "dense" in one else ""
-        print(
-            f"| {one['model']} | {training['parameters'] / 1e6:.1f}M | {training['tokens_seen'] / 1e6:.1f}M | "
-            f"{training['tokens_per_second'] or 0:,} | {training['seconds'] / 60:.1f} | {perplexity} |"
-        )
-    found = [one for one in found if one.get("runs")]
-    if found:
-        print("\nIncrease of perplexity over the dense model\n")
-        print_runs(found, lambda run, dense: f"{100 * (run['perplexity'] / dense['perplexity'] - 1):+.2f}%")
-        for kind in found[0]["dense"]["recall"]:
-            print(f"\n{kind}: right answers of eight, and the difference from the dense model in points\n")
-            print_runs(found, lambda run, dense, kind=kind: told_recall(run["recall"][kind], dense["recall"][kind]))
-    for path in sorted(folder.glob("*.json")):
-        for name, why in read_json(path).get("left_out", {}).items():
-            print(f"\nleft out: {path.stem}, {name}: {why}")
+        reasons: dict[str, list[str]] = {}
+        for name, why in one.get("left_out", {}).items():
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            yield from ("", f"Left out of {one['model']}: {', '.join(names)}: {why}.")
 
 
-def print_runs(found: list[dict], tell: Callable[[dict, dict], str]) -> None:
-    """Print a row for each cut and repair, with a column for each model."""
-    print(f"| state | repair | tokens distilled | {' | '.join(one['model'] for one in found)} |")
-    print("|" + "---|" * (3 + len(found)))
-    rows = dict.fromkeys(key_of(run) for one in found for run in one["runs"])
-    for row in sorted(rows, key=lambda row: (row[0], row[2])):
+def rise(run: Mapping, dense: Mapping) -> float:
+    """Return the increase of perplexity over the dense model in percent."""
+    return 100 * (run["perplexity"] / dense["perplexity"] - 1)
+
+
+def state_bytes(config: Mapping, run: Mapping) -> int:
+    """Return what the state of a sequence takes in the sizes and the format of a run; without sizes the dense ones."""
+    layers = family_of(config).layer_sizes(config)
+    if "sizes" in run:
+        heads, keys, values = run["sizes"]
+        layers = {
+            layer: sizes._replace(
+                key_heads=heads,
+                value_heads=heads * sizes.value_heads // sizes.key_heads,
+                head_k_dim=keys,
+                head_v_dim=values,
+            )
+            for layer, sizes in layers.items()
+        }
+    return bytes_of(run.get("state_dtype", "float32"), layers)
+
+
+def removed(run: Mapping) -> float:
+    """Return the share of the state's numbers that a run was to remove."""
+    return float(run["ratio"].removeprefix("state="))
+
+
+def _model_row(one: Mapping) -> list[str]:
+    training = one["training"]
+    sizes = [f"{training['parameters'] / 1e6:.1f}M", f"{training['tokens_seen'] / 1e6:.1f}M"]
+    speed = [f"{training['tokens_per_second'] or 0:,}", f"{training['seconds'] / 60:.1f}"]
+    return [one["model"], *sizes, *speed, f"{one['dense']['perplexity']:.3f}" if "dense" in one else ""]
+
+
+def _runs_table(found: Sequence[Mapping], tell: Callable[[Mapping, Mapping], str]) -> Iterator[str]:
+    """Yield a row for each cut, repair and format, with a column for each model, where it has something to tell."""
+    rows = []
+    for key in sorted(dict.fromkeys(_key_of(run) for one in found for run in one["runs"]), key=lambda key: key[:3]):
         cells = []
         for one in found:
-            runs = [run for run in one["runs"] if key_of(run) == row]
+            runs = [run for run in one["runs"] if _key_of(run) == key]
             cells.append(tell(runs[0], one["dense"]) if runs else "")
-        ratio, repair, tokens = row
-        print(f"| -{100 * ratio:g}% | {repair} | {f'{tokens:,}' if tokens else ''} | {' | '.join(cells)} |")
+        share, _, tokens, repair, dtype = key
+        if any(cells):
+            told = [f"-{100 * share:g}%" if share else "whole", dtype, repair, f"{tokens:,}" if tokens else ""]
+            rows.append([*told, *cells])
+    yield from table(["state", "kept in", "repair", "tokens distilled", *(one["model"] for one in found)], rows)
 
 
-def key_of(run: dict) -> tuple[float, str, int]:
-    """Return the share of the state that was removed, the repair, and the tokens distilled after it."""
-    return float(run["ratio"].removeprefix("state=")), run["repair"], run["tokens"]
+def _key_of(run: Mapping) -> tuple[float, int, int, str, str]:
+    """Return what a run is of, the order of rows first; a repair comes when the shorter ones have come."""
+    dtype = run.get("state_dtype", "float32")
+    order = [name for name in ("none", "least-squares", "reconstruct") if run["repair"].startswith(name)]
+    place = ("none", "least-squares", "reconstruct").index(order[0]) if order else 3
+    return removed(run), 10 * place + (dtype != "float32"), run["tokens"], run["repair"], dtype
 
 
-def told_recall(right: float, dense: float) -> str:
-    return f"{100 * right:.1f}% ({100 * (right - dense):+.1f})"
+def _told_recall(run: Mapping, dense: Mapping, kind: str) -> str:
+    if kind not in run.get("recall", {}):
+        return ""
+    right, base = run["recall"][kind], dense["recall"][kind]
+    return f"{100 * right:.1f}% ({100 * (right - base):+.1f})"

@@ -34,6 +34,7 @@ def study(tmp_path, monkeypatch):
     words += ["--installed", tmp_path / "text", "--minutes", 100, "--train-share", 3 / 6000, "--ratios", 0.5]
     words += ["--num-batches", 1, "--heldout-rows", 2, "--row-length", 32, "--rows", 4, "--tokens", 64]
     words += ["--kind", "full-distilled:batch_size=2,seq_len=32", "--repairs", "none", "reconstruct:steps=1"]
+    words += ["--state-dtypes", "int4"]
     monkeypatch.setattr(module, "run_jobs", in_this_process(monkeypatch))
     monkeypatch.setattr(module, "Workers", InThisProcess)
     # Recall takes most of the time, and test_recovery_study.py measures it.
@@ -101,18 +102,24 @@ def test_study(study, tmp_path, capsys):
     training = found["training"]
     assert training["steps"] * 4 * 32 == training["tokens_seen"]
     assert 2.5 < training["seconds"] < 60
-    kinds = [(run["repair"], run["kind"], run["tokens"]) for run in found["runs"]]
+    in_int4 = [run for run in found["runs"] if run.get("state_dtype") == "int4"]
+    found_in_float32 = [run for run in found["runs"] if run not in in_int4]
+    kinds = [(run["repair"], run["kind"], run["tokens"]) for run in found_in_float32]
     repaired = "reconstruct:steps=1"
     trained = (repaired, "full-distilled:batch_size=2,seq_len=32", 64)
     assert kinds == [("none", None, 0), (repaired, None, 0), trained]
-    assert all(run["ratio"] == "state=0.5" and run["perplexity"] > 1 for run in found["runs"])
-    heads, keys, values = found["runs"][0]["sizes"]
+    assert all(run["ratio"] == "state=0.5" and run["perplexity"] > 1 for run in found_in_float32)
+    heads, keys, values = found_in_float32[0]["sizes"]
     assert 0.4 < heads * keys * values / (2 * 16 * 16) <= 0.5
-    assert all(one["recall"] == RECALL["recall"] for one in (found["dense"], *found["runs"]))
+    assert all(one["recall"] == RECALL["recall"] for one in (found["dense"], *found_in_float32))
+    assert [(run["ratio"], run["repair"]) for run in in_int4] == [("state=0", "none"), ("state=0.5", repaired)]
+    dense_in_int4, cut_in_int4 = (run["perplexity"] for run in in_int4)
+    assert dense_in_int4 != found["dense"]["perplexity"]
+    assert cut_in_int4 != found_in_float32[1]["perplexity"]
     assert not found["left_out"]
-    rise = 100 * (found["runs"][0]["perplexity"] / found["dense"]["perplexity"] - 1)
+    rise = 100 * (found_in_float32[0]["perplexity"] / found["dense"]["perplexity"] - 1)
     printed = capsys.readouterr().out
-    assert f"| -50% | none |  | {rise:+.2f}% |" in printed
+    assert f"| -50% | float32 | none |  | {rise:+.2f}% |" in printed
 
     # Again, nothing is left to do; what was lost is made again, unless there is no time for it.
     calls = InThisProcess.calls
