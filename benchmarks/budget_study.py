@@ -7,11 +7,12 @@
     python benchmarks/budget_study.py --table FILE.json ...
 
 A cut is `state=SHARE`, whose sizes `keyreduce prune --state-ratio SHARE` chooses, `key=SHARE`, of key channels alone,
-or the key and value channels of a head that stay, as `80x104`. Each is made of statistics of so many batches of 8 rows of 512 tokens, repaired on the same text, and measured on
-rows of 1,024 held-out tokens, and on the --first-rows of them alone. Without a repair the cut has its corrections;
-with `exact` as the repair, it has none either. After the last repair the state of these sizes is also kept in the
-formats of --state-dtypes, rounded after each token. A seed is another draw of calibration text. Recall is the share of
-right answers among eight, and is not measured in other formats.
+or the key and value channels of a head that stay, as `80x104`. Each is made of statistics of so many batches of 8 rows
+of 512 tokens, repaired on the same text, and measured on rows of 1,024 held-out tokens, and on the --first-rows of them
+alone. Without a repair the cut has its corrections; with `exact` as the repair, it has none either. After the last
+repair the state of these sizes is also kept in the formats of --state-dtypes, rounded after each token. A seed is
+another draw of calibration text. Recall is the share of right answers among eight, and is not measured in other
+formats.
 
 The file is written after each measurement, and a run that was cut off continues from there. Models lie in the work
 folder.

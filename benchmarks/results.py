@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import result_tables as tables
+from scale_picture import draw_by_bytes, draw_by_size
+from scale_tables import scale_tables
 from state_picture import Known, draw_state
 from sweep_results import keep
 
@@ -65,7 +67,8 @@ class Picture(NamedTuple):
 # Kind -> the keys that only its files have; those of a kind are sorted by their paths.
 KINDS = {
     "grid": {"model", "cuts", "dense_perplexity"},
-    "study": {"model", "runs", "dense"},
+    "study": {"model", "runs", "first_rows"},
+    "scale": {"model", "config", "training", "left_out"},
     "precision": {"states", "seq_len", "parameters"},
     "benchmark": {"settings", "ceilings", "models"},
     "decode": {"search", "copy_bytes_per_second"},
@@ -99,9 +102,30 @@ def make_page(sources: Mapping[str, list[Source]]) -> tuple[str, list[Picture]]:
         "Made by `make results` from the JSON in `benchmarks/`: change a script or measure anew, not this page. What "
         "each table needs is in the command above it; `PATH` and `FILE` stand for a model and text of your own.",
     ]
-    for write in (_state, _grids, _studies, _precision, _sweeps, _benchmarks, _decode, _kernels, _capacity):
+    for write in (_scale, _state, _grids, _studies, _precision, _sweeps, _benchmarks, _decode, _kernels, _capacity):
         parts += write(sources, pictures)
     return "\n\n".join(part.strip("\n") for part in parts) + "\n", pictures
+
+
+def _scale(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iterator[str]:
+    measured = [one for one in sources["scale"] if one.content.get("runs")]
+    if not measured:
+        return
+    found = [one.content for one in sources["scale"]]
+    first = found[0]
+    yield "## Quality by the size of the model"
+    folder = measured[0].path.parent.relative_to(HERE.parent).as_posix()
+    yield _command(f"benchmarks/scale_study.py --minutes {first['minutes']:g} --output {folder}")
+    yield (
+        f"{first['gpus']} x {first['training']['device']}, torch {first['torch']}. Models that the study trains, on "
+        "text of the packages that are installed on the machine; sizes that `keyreduce prune --state-ratio` chooses."
+    )
+    yield from _text(scale_tables(found))
+    pictures.append(Picture("scale-size.png", partial(draw_by_size, [one.content for one in measured]), measured))
+    yield "![Perplexity over dense against the number of parameters](pictures/scale-size.png)"
+    largest = max(measured, key=lambda one: one.content["training"]["parameters"])
+    pictures.append(Picture("scale-bytes.png", partial(draw_by_bytes, largest.content), [largest]))
+    yield "![Perplexity over dense against the bytes of the state of the largest model](pictures/scale-bytes.png)"
 
 
 def _state(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iterator[str]:

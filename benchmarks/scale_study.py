@@ -356,7 +356,12 @@ class Study:
                     else:
                         found.setdefault("runs", []).append(content)
         found["left_out"] = self.left_out.get(model, {})
-        found |= {"gpus": len(self.devices), "torch": torch.__version__, "python": platform.python_version()}
+        found |= {
+            "minutes": self.options.minutes,
+            "gpus": len(self.devices),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
         write_json(self.options.output / f"{model}.json", found, overwrite=True)
 
 

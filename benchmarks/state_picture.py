@@ -83,7 +83,8 @@ def draw_state(known: Known) -> Figure:
         container.set_label(name)
         handles.append(container)
         _label(axes, points)
-    _scale(axes, known, [point for points in series.values() for point in points])
+    drawn = [(one.bytes / 1024, one.cost, one.spread) for points in series.values() for one in points]
+    scale_axes(axes, known.dense_bytes / 1024, drawn)
     drawing.finish(axes, x="state of a sequence in all layers, KiB (share of the dense state in float32)", y=_COST)
     drawing.legend(figure, handles, columns=3)
     return figure
@@ -156,23 +157,26 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
         axes.annotate(words, place, xytext=(7, shift), textcoords="offset points", fontsize="small")
 
 
-def _scale(axes: Axes, known: Known, points: Sequence[Point]) -> None:
-    """Make both axes logarithmic, the vertical one down to 1%, with plain numbers; the dense model is a line at 0."""
-    dense = known.dense_bytes / 1024
+def scale_axes(axes: Axes, dense: float, points: Sequence[tuple[float, float, float]]) -> None:
+    """Make both axes logarithmic, the vertical one down to 1%, with plain numbers; the dense model is a line at 0.
+
+    ``points`` are sizes of the state in the unit of ``dense``, costs in percent, and their spreads.
+    """
     axes.axhline(0, color=drawing.GREY, linewidth=0.8)
     axes.plot([dense], [0], "*", color=drawing.BLACK, markersize=12)
     axes.annotate("dense, float32", (dense, 0), xytext=(8, 5), textcoords="offset points", fontsize="small")
     axes.set_yscale("symlog", linthresh=1, linscale=0.7)
-    top = max(point.cost + point.spread for point in points)
-    axes.set_ylim(min(-0.3, min(point.cost for point in points) - 0.2), top * 1.25)
+    top, least = max(cost + spread for _, cost, spread in points), min(size for size, _, _ in points)
+    axes.set_ylim(min(-0.3, min(cost for _, cost, _ in points) - 0.2), top * 1.25)
     ticks = [tick for tick in (0, 0.5, 1, 2, 5, 10, 20, 50) if tick <= top * 1.25]
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
     axes.set_xscale("log")
-    shares = [share for share in (1, 2, 4, 8, 16) if dense / share >= min(point.bytes for point in points) / 1024 * 0.7]
-    axes.set_xlim(dense * 1.15, min(point.bytes for point in points) / 1024 * 0.8)
-    axes.xaxis.set_minor_locator(NullLocator())
     words = {1: "all", 2: "a half", 4: "a quarter", 8: "an eighth", 16: "a sixteenth"}
+    shares = [share for share in words if dense / share >= least * 0.7]
+    axes.set_xlim(dense * 1.15, least * 0.8)
+    axes.xaxis.set_minor_locator(NullLocator())
     sizes = [dense / share for share in shares]
-    axes.set_xticks(sizes, [f"{size:,.0f}\n({words[share]})" for size, share in zip(sizes, shares, strict=True)])
+    digits = ",.0f" if dense >= 100 else ".3g"
+    axes.set_xticks(sizes, [f"{size:{digits}}\n({words[share]})" for size, share in zip(sizes, shares, strict=True)])

@@ -47,9 +47,11 @@ def test_times_are_of_one_token_of_the_mixer_of_these_sizes(monkeypatch):
         """The shapes of q and v projections that run, and of their input."""
         found = []
         handle = torch.nn.modules.module.register_module_forward_hook(
-            lambda module, inputs, output: found.append((tuple(inputs[0].shape), tuple(output.shape)))
-            if isinstance(module, torch.nn.Linear)
-            else None
+            lambda module, inputs, output: (
+                found.append((tuple(inputs[0].shape), tuple(output.shape)))
+                if isinstance(module, torch.nn.Linear)
+                else None
+            )
         )
         function()
         handle.remove()
@@ -119,9 +121,7 @@ def test_a_report_of_what_was_measured(loaded):
             "head_k_dim": 12,
             "head_v_dim": 24,
             "state_bytes_per_sequence": 2 * 4 * 4 * 12 * 24,
-            "prefill": [
-                {"batch_size": 2, "seq_len": 4, "seconds_per_token": {"median": 1.0, "low": 0.5, "high": 2.0}}
-            ],
+            "prefill": [{"batch_size": 2, "seq_len": 4, "seconds_per_token": {"median": 1.0, "low": 0.5, "high": 2.0}}],
             "decode": [
                 {"batch_size": 1, "seconds_per_step": {"median": 3.0}},
                 {"batch_size": 5, "seconds_per_step": {"median": 1.0}},

@@ -1,0 +1,111 @@
+"""The pictures of `scale_study.py`: what a smaller state costs, against the size of the model and against its bytes."""
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+from scale_tables import removed, rise, state_bytes
+from state_picture import scale_axes
+
+from keyreduce import drawing
+
+_COST = "perplexity over dense, %"
+_RULES = {"delta_net": "DeltaNet", "gated_deltanet": "Gated DeltaNet"}
+_MIB = 2**20
+
+
+def draw_by_size(found: Sequence[Mapping]) -> Figure:
+    """Draw the cost of each repair against the parameters of the models: a panel for each rule and share removed."""
+    rules = [rule for rule in _RULES if any(one["config"]["model_type"] == rule for one in found)]
+    shares = sorted({removed(run) for one in found for run in one["runs"] if removed(run)})
+    figure = drawing.new_figure(4.3 * len(rules), 3.3 * len(shares), _title(found), about=_about(found))
+    panels = figure.subplots(len(shares), len(rules), squeeze=False, sharex="col")
+    looks: dict[str, dict[str, Any]] = {}
+    handles: dict[str, Any] = {}
+    for share, row in zip(shares, panels, strict=True):
+        for rule, axes in zip(rules, row, strict=True):
+            of_rule = [one for one in found if one["config"]["model_type"] == rule]
+            for name, points in _lines(of_rule, share).items():
+                look = looks.setdefault(name, drawing.lined(len(looks)))
+                container = drawing.errorbars(axes, *zip(*sorted(points), strict=True), None, look)
+                container.set_label(name)
+                handles.setdefault(name, container)
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_locator(NullLocator())
+            sizes = sorted(one["training"]["parameters"] / 1e6 for one in of_rule)
+            axes.set_xticks(sizes, [f"{size:.0f}M" for size in sizes])
+            axes.axhline(0, color=drawing.GREY, linewidth=0.8)
+            drawing.finish(axes, title=f"{_RULES[rule]}, {share:.0%} of the state removed", x="parameters", y=_COST)
+    drawing.legend(figure, list(handles.values()), columns=3)
+    return figure
+
+
+def draw_by_bytes(one: Mapping) -> Figure:
+    """Draw the cost against the bytes of one model's state: fewer bits as points, fewer channels as lines by repair."""
+    title = f"What a smaller state costs: {_named(one)}"
+    figure = drawing.new_figure(8.5, 4.6, title, about=_about([one]))
+    axes, handles = figure.subplots(), []
+    for number, (name, points) in enumerate(_by_bytes(one).items()):
+        style = {"linestyle": ""} if len(points) == 1 or name == _BITS else {}
+        look = drawing.lined(number) | {"markersize": 6.5} | style
+        container = drawing.errorbars(axes, *zip(*sorted(points, reverse=True), strict=True), None, look)
+        container.set_label(name)
+        handles.append(container)
+    points = [(size, cost, 0.0) for way in _by_bytes(one).values() for size, cost in way]
+    scale_axes(axes, state_bytes(one["config"], {}) / _MIB, points)
+    drawing.finish(axes, x="state of a sequence in all layers, MiB (share of the dense state in float32)", y=_COST)
+    drawing.legend(figure, handles, columns=2)
+    return figure
+
+
+_BITS = "all channels, in fewer bits"
+
+
+def _lines(found: Sequence[Mapping], share: float) -> dict[str, list[tuple[float, float]]]:
+    """Return repair -> (millions of parameters, cost) of each model, for one share removed, states in float32."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for one in found:
+        for run in one["runs"]:
+            if removed(run) == share and "state_dtype" not in run:
+                point = one["training"]["parameters"] / 1e6, rise(run, one["dense"])
+                lines.setdefault(_repair(run), []).append(point)
+    return lines
+
+
+def _by_bytes(one: Mapping) -> dict[str, list[tuple[float, float]]]:
+    """Return way -> (MiB, cost) of one model's runs."""
+    ways: dict[str, list[tuple[float, float]]] = {}
+    for run in one["runs"]:
+        dtype = run.get("state_dtype", "float32")
+        name = f"fewer channels, {_repair(run)}" + ("" if dtype == "float32" else f", in {dtype}")
+        point = state_bytes(one["config"], run) / _MIB, rise(run, one["dense"])
+        ways.setdefault(name if removed(run) else _BITS, []).append(point)
+    return ways
+
+
+def _repair(run: Mapping) -> str:
+    names = {"none": "no repair", "least-squares": "least squares"}
+    repair = names.get(run["repair"], run["repair"])
+    return f"{repair}, then {run['tokens'] / 1e6:g}M tokens distilled" if run["tokens"] else repair
+
+
+def _title(found: Sequence[Mapping]) -> str:
+    sizes = sorted(one["training"]["parameters"] for one in found)
+    return f"What a smaller state costs: models of {sizes[0] / 1e6:.0f}M to {sizes[-1] / 1e6:.0f}M parameters"
+
+
+def _named(one: Mapping) -> str:
+    rule = _RULES.get(one["config"]["model_type"], one["model"])
+    return f"{rule} of {one['training']['parameters'] / 1e6:.0f}M parameters"
+
+
+def _about(found: Sequence[Mapping]) -> str:
+    seen = [one["training"]["tokens_seen"] / 1e6 for one in found]
+    of = f"{median(seen):.0f}M" if len(seen) == 1 else f"{min(seen):.0f}M to {max(seen):.0f}M"
+    return drawing.joined(
+        f"trained on {of} tokens of installed packages' text",
+        "held-out text: other files",
+        found[0]["training"]["device"],
+    )
