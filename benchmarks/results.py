@@ -151,7 +151,7 @@ def _grids(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iter
     for source in sources["grid"]:
         found = source.content
         yield f"### {_titled(found['model'], sources)}: sizes of a head"
-        more = f"--num-batches {found['calibration_tokens'] // (8 * 512)} --rows {found['predictions'] // 511}"
+        more = f"--num-batches {found['calibration_tokens'] // (8 * 512)} --rows {found['predictions'] // 1023}"
         more += " --recover least-squares" if "least-squares" in found["cuts"][0] else ""
         yield _command(f"benchmarks/state_budget.py --output {source.name} {_model(found['model'])} {more}")
         yield f"{found['device']}, {found['processor']}, torch {found['torch']}, float32."

@@ -33,9 +33,8 @@ from keyreduce.outputs import read_json, write_json
 from keyreduce.pruning.budget import SIZE_OF
 from keyreduce.pruning.methods import METHODS
 from keyreduce.pruning.prediction import predicted_loss, read_curves
-from keyreduce.pruning.trial import Trial
+from keyreduce.pruning.trial import ROW_LENGTH, Trial
 
-ROW_LENGTH = 512
 KINDS = ("exact", "corrected")
 
 
@@ -48,7 +47,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, nargs="+", default=())
     parser.add_argument("--heldout", type=Path, nargs="+", default=())
     parser.add_argument("--num-batches", type=int, default=16, help="of 8 rows of 512 tokens, for calibration")
-    parser.add_argument("--rows", type=int, default=32, help="of 512 tokens of held-out text")
+    parser.add_argument("--rows", type=int, default=32, help="of 1,024 tokens of held-out text")
     parser.add_argument("--recover", choices=["least-squares"])
     parser.add_argument("--device")
     options = parser.parse_args()
