@@ -15,7 +15,7 @@ import torch
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import Family
 
-_SMALL = 32
+_SMALL, _LARGEST = 32, 256
 _log = logging.getLogger(__name__)
 
 
@@ -36,6 +36,19 @@ def has_wrong_gated_gradients(family: Family, device: torch.device) -> bool:
     # With tilelang fla has other kernels for it.
     is_gated = "chunk_gated_delta_rule" in family.operators and importlib.util.find_spec("tilelang") is None
     return is_gated and _is_affected(device)
+
+
+def torch_operations(family: Family, config: Mapping, device: torch.device) -> bool | tuple[str, ...]:
+    """Return what is to run in PyTorch where fla's kernels train in 16 bits: all, single operations, or nothing.
+
+    It is what ``fla_torch.enable`` takes for ``cuda``. The kernels take at most 256 channels, and an even number.
+    """
+    if has_wrong_gated_gradients(family, device):
+        return ("gated_delta_rule",)
+    sizes = family.layer_sizes(config).values()
+    channels = [number for one in sizes for number in (one.head_k_dim, one.head_v_dim)]
+    is_refused = any(number % 2 or number > _LARGEST for number in channels)
+    return is_refused or bool(_is_affected(device) and _suspected(family, config))
 
 
 def warn_of_wrong_results(family: Family, config: Mapping, device: torch.device) -> None:

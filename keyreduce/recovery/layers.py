@@ -16,6 +16,7 @@ from keyreduce.checkpoint.shards import torch_dtypes
 from keyreduce.checkpoint.source import Checkpoint
 from keyreduce.data.batches import batches, text_token_ids, token_rows
 from keyreduce.data.text import TextSource
+from keyreduce.devices import available_memory
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
 from keyreduce.families.mixer_tensors import expected_tensors
@@ -24,6 +25,7 @@ from keyreduce.models.file_tensors import changed_tensors, file_tensors, rehears
 from keyreduce.models.loading import LoadedModel, load_model, prepare_backend
 from keyreduce.recovery.least_squares import refit_output
 from keyreduce.recovery.modes import REPEATS, Steps
+from keyreduce.recovery.pace import Pace
 from keyreduce.recovery.reconstruct import reconstruct
 from keyreduce.recovery.repeats import check_repeats, with_repeats
 from keyreduce.recovery.streams import Stream, open_stream
@@ -112,13 +114,15 @@ def recover_layers(
     steps: Steps | None,
     device: torch.device,
     repeats: float = REPEATS,
+    pace: Pace | None = None,
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda message: None,
 ) -> tuple[int, dict[int, dict[str, float]]]:
     """Recover a pruned model, in place.
 
-    Both models stay in the CPU's memory, together with the hidden states of all tokens three times over, and with
-    gradient steps four times; one block of one model at a time is on ``device``.
+    Both models are in the memory of ``device`` meanwhile, together with the hidden states of all tokens three times
+    over, and with gradient steps four times, where all that takes no more than half of what is free. Else it is in the
+    CPU's memory, and one block of one model at a time is on ``device``.
 
     Args:
         dense, pruned: the models, in float32 on the CPU and in evaluation mode. The tokenizer is the dense one's.
@@ -127,6 +131,7 @@ def recover_layers(
         settings: how much text to take.
         steps: the gradient steps that follow the least squares in each layer; None takes none.
         repeats: the share of the rows that are not text (:mod:`keyreduce.recovery.repeats`).
+        pace: how the gradient steps run; by default as is best on the device.
         progress: called with 1 after each layer.
         note: called with a message where the text is shorter than was asked for.
 
@@ -149,8 +154,25 @@ def recover_layers(
     tokens = sum(batch.numel() for batch in taken)
     if tokens < settings.tokens:
         note(f"the text ended after {tokens:,} of {settings.tokens:,} tokens")
-    before, after = (open_stream(one.model, family, taken, device) for one in (dense, pruned))
-    return tokens, _recover_streams(before, after, dtypes, steps=steps, seed=settings.seed, progress=progress)
+    home = _home(dense, pruned, tokens, device)
+    models = (dense.model, pruned.model)
+    try:
+        before, after = (open_stream(one.to(home), family, taken, device, home) for one in models)
+        figures = _recover_streams(before, after, dtypes, steps=steps, seed=settings.seed, pace=pace, progress=progress)
+    finally:
+        for one in models:
+            one.to(_CPU)
+    return tokens, figures
+
+
+def _home(dense: LoadedModel, pruned: LoadedModel, tokens: int, device: torch.device) -> torch.device:
+    """Return where both models, and the hidden states of so many tokens, are: on the device or on the CPU."""
+    if device.type == "cpu":
+        return device
+    parameters = sum(one.numel() for loaded in (dense, pruned) for one in loaded.model.parameters())
+    width = dense.model.config.get_text_config().hidden_size
+    needed = 4 * (parameters + 4 * tokens * width)  # bytes of float32
+    return device if needed <= available_memory(device) / 2 else _CPU
 
 
 def _recover_streams(
@@ -160,10 +182,12 @@ def _recover_streams(
     *,
     steps: Steps | None,
     seed: int,
+    pace: Pace | None,
     progress: Callable[[int], None] | None,
 ) -> dict[int, dict[str, float]]:
     config = pruned.model.config.to_dict()
     mixers, figures = set(pruned.family.mixer_layers(config)), {}
+    pace = pace or Pace.of(pruned.device)  # one for all layers: what turns out not to work is not tried again
     for layer in range(pruned.family.depth(config)):
         with dense.on_device(layer):
             targets = dense.advance(layer, keep_mixer=layer in mixers)
@@ -173,7 +197,7 @@ def _recover_streams(
                 figures[layer] = refit_output(pruned, layer, targets)
             if fitted is not None:
                 of_scope = targets if fitted.scope == "mixer" else dense.hidden
-                figures[layer] |= reconstruct(pruned, layer, of_scope, fitted, seed=seed)
+                figures[layer] |= reconstruct(pruned, layer, of_scope, fitted, seed=seed, pace=pace)
             if layer in mixers:
                 _round(pruned.model, pruned.block(layer), dtypes)
             given = pruned.advance(layer, keep_mixer=fitted is not None)
@@ -186,10 +210,11 @@ def _recover_streams(
 
 def _missing(given: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> float:
     """Return the share of the targets' squares that is missing."""
-    pairs = zip(given, targets, strict=True)
-    missing = sum(float((target.double() - one.double()).square().sum()) for one, target in pairs)
-    energy = sum(float(target.double().square().sum()) for target in targets)
-    return missing / max(energy, torch.finfo(torch.float64).tiny)
+    missing = energy = torch.zeros((), dtype=torch.float64, device=targets[0].device)
+    for one, target in zip(given, targets, strict=True):
+        missing = missing + (target.double() - one.double()).square().sum()
+        energy = energy + target.double().square().sum()
+    return float(missing) / max(float(energy), torch.finfo(torch.float64).tiny)
 
 
 def _written_dtypes(loaded: LoadedModel, source: Checkpoint, *, whole: bool) -> dict[str, torch.dtype]:

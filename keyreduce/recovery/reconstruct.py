@@ -14,11 +14,12 @@ import torch
 
 from keyreduce.errors import KeyreduceError
 from keyreduce.recovery.modes import Steps
+from keyreduce.recovery.pace import Pace
 from keyreduce.recovery.streams import Stream
 
 
 def reconstruct(
-    pruned: Stream, layer: int, targets: Sequence[torch.Tensor], settings: Steps, *, seed: int
+    pruned: Stream, layer: int, targets: Sequence[torch.Tensor], settings: Steps, *, seed: int, pace: Pace | None = None
 ) -> dict[str, float]:
     """Fit a layer, in place, and return its error, averaged over the first and over the last sixteenth of the steps.
 
@@ -29,10 +30,12 @@ def reconstruct(
         pruned: the pruned model's stream before the layer, whose block is on the device, in float32.
         targets: what the mixer or the block (see ``settings.scope``) is to give, ``[B, T, D]`` for each batch.
         seed: the seed of the order of batches.
+        pace: how the steps run; by default as is best on the device.
 
     Raises:
         KeyreduceError: the error is NaN or inf.
     """
+    device, pace = pruned.device, pace or Pace.of(pruned.device)
     block = pruned.block(layer)
     module = block if settings.scope == "block" else pruned.mixer(layer)
     parameters = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
@@ -40,33 +43,55 @@ def reconstruct(
     block.requires_grad_(False)  # the gradients of weights that stay as they are would cost time
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(parameters, lr=settings.lr, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, settings.steps))
+    optimizer = _adam(parameters, settings.lr, device)
+
+    def step(hidden_BTD: torch.Tensor, tokens_BT: torch.Tensor, target_BTD: torch.Tensor) -> torch.Tensor:
+        with pace.autocast(device):
+            if settings.scope == "mixer":
+                output_BTD = pruned.call_mixer(layer, hidden_BTD, tokens_BT)[1]
+            else:
+                output_BTD = pruned.call(layer, hidden_BTD, tokens_BT)
+        error = relative_error(output_BTD, target_BTD)
+        optimizer.zero_grad(set_to_none=True)
+        error.backward()
+        optimizer.step()
+        return error.detach()
+
     generator = torch.Generator().manual_seed(seed)
-    errors, order = [], []
+    errors_S, order = torch.zeros(settings.steps, device=device), []
     try:
-        with torch.enable_grad():
-            for _ in range(settings.steps):
+        with torch.enable_grad(), pace.running(pruned.family, pruned.model.config.to_dict(), device):
+            take = pace.paced(step, device)
+            for number in range(settings.steps):
                 order = order or torch.randperm(len(targets), generator=generator).tolist()
                 place = order.pop()
-                target_BTD = targets[place].to(pruned.device)
-                of_mixer = settings.scope == "mixer"
-                output_BTD = pruned.see_mixer(layer, place)[1] if of_mixer else pruned.run(layer, place)
-                error = relative_error(output_BTD, target_BTD)
-                optimizer.zero_grad(set_to_none=True)
-                error.backward()
-                optimizer.step()
-                schedule.step()
-                errors.append(error.detach())
+                _set_rate(optimizer, settings.lr * warm_cosine(number, settings.steps))
+                errors_S[number] = take(*pruned.inputs(place), targets[place].to(device))
     finally:
         for parameter, wanted in wanted_gradients:
             parameter.grad = None
             parameter.requires_grad_(wanted)
     few = max(1, settings.steps // 16)
-    first, last = (float(torch.stack(some).mean()) for some in (errors[:few], errors[-few:]))
+    first, last = (float(some.mean()) for some in (errors_S[:few], errors_S[-few:]))
     if not math.isfinite(last):
         raise KeyreduceError(f"layer {layer} does not converge at learning rate {settings.lr:g}; give a lower `lr`")
     return {"error_first": first, "error_last": last}
+
+
+def _adam(parameters: list[torch.nn.Parameter], lr: float, device: torch.device) -> torch.optim.Adam:
+    """Return the optimizer; on a GPU one kernel takes a step of all parameters, and reads the rate from memory."""
+    if device.type != "cuda":
+        return torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99))
+    rate = torch.tensor(lr, device=device)
+    return torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99), fused=True, capturable=True)
+
+
+def _set_rate(optimizer: torch.optim.Adam, rate: float) -> None:
+    (group,) = optimizer.param_groups
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def relative_error(output_BTD: torch.Tensor, target_BTD: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """A model run one block at a time, so that the dense and the pruned model can be taken side by side.
 
-Only one block is on the device at a time. The hidden states of all calibration rows between two blocks are kept on the
-CPU. A block is called with the arguments that its own model gave it, recorded on a first pass over one batch of each
-shape, so that no architecture needs code of its own here.
+Blocks, and the hidden states of all calibration rows between two blocks, wait on the device where it has room for them,
+else on the CPU, and then only one block is on the device at a time. A block is called with the arguments that its own
+model gave it, recorded on a first pass over one batch of each shape: no architecture needs code of its own here.
 
 Shapes: B rows, T tokens, D hidden, C channels that the output projection receives.
 """
@@ -29,17 +29,19 @@ class _Enough(Exception):
 
 @dataclass
 class Stream:
-    """A model on the CPU, and its hidden states between two blocks, which run on ``device``.
+    """A model, and its hidden states between two blocks, which run on ``device``.
 
     Attributes:
+        home: where the model is, and all that waits between two blocks.
         batches: the token ids, ``[B, T]`` for each batch, which some models give to their blocks too.
-        hidden: the input of the next block, ``[B, T, D]`` on the CPU for each batch.
+        hidden: the input of the next block, ``[B, T, D]`` at ``home`` for each batch.
         arguments: (block, shape of the batch) -> the other arguments that the model gives to the block.
     """
 
     model: PreTrainedModel
     family: Family
     device: torch.device
+    home: torch.device
     batches: Sequence[torch.Tensor]
     hidden: list[torch.Tensor]
     arguments: dict[tuple[int, tuple[int, ...]], dict]
@@ -59,18 +61,31 @@ class Stream:
 
     def run(self, layer: int, place: int) -> torch.Tensor:
         """Return the output ``[B, T, D]`` of a layer's block for the batch at a place of the list, on the device."""
-        tokens_BT = self.batches[place]
-        arguments = {
-            name: tokens_BT.to(self.device) if value is _TOKENS else value
-            for name, value in self.arguments[layer, tuple(tokens_BT.shape)].items()
-        }
-        return _first(self.block(layer)(self.hidden[place].to(self.device), **arguments))
+        return self.call(layer, *self.inputs(place))
 
     def see_mixer(self, layer: int, place: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the input ``[B, T, C]`` of the mixer's output projection, and the mixer's output ``[B, T, D]``.
 
         They are those of the batch at a place of the list, on the device.
         """
+        return self.call_mixer(layer, *self.inputs(place))
+
+    def inputs(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the hidden states ``[B, T, D]`` and token ids ``[B, T]`` at a place of the list, on the device."""
+        return self.hidden[place].to(self.device), self.batches[place].to(self.device)
+
+    def call(self, layer: int, hidden_BTD: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Return the output ``[B, T, D]`` of a layer's block; all tensors are on the device."""
+        arguments = {
+            name: tokens_BT if value is _TOKENS else value
+            for name, value in self.arguments[layer, tuple(tokens_BT.shape)].items()
+        }
+        return _first(self.block(layer)(hidden_BTD, **arguments))
+
+    def call_mixer(
+        self, layer: int, hidden_BTD: torch.Tensor, tokens_BT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the input ``[B, T, C]`` of the mixer's output projection, and the mixer's output ``[B, T, D]``."""
         seen = {}
 
         def at_projection(module, args):
@@ -82,24 +97,24 @@ class Stream:
 
         projection_hook = self.projection(layer).register_forward_pre_hook(at_projection)
         with projection_hook, self.mixer(layer).register_forward_hook(at_mixer), contextlib.suppress(_Enough):
-            self.run(layer, place)
-        return seen["input"].reshape(*self.batches[place].shape, -1), seen["output"]
+            self.call(layer, hidden_BTD, tokens_BT)
+        return seen["input"].reshape(*tokens_BT.shape, -1), seen["output"]
 
     @torch.no_grad()
     def advance(self, layer: int, *, keep_mixer: bool = False) -> list[torch.Tensor]:
         """Replace the hidden states by the output of a layer's block, which is on the device.
 
         Returns:
-            With ``keep_mixer``, the outputs of its mixer, ``[B, T, D]`` on the CPU for each batch; else an empty list.
+            With ``keep_mixer``, the outputs of its mixer, ``[B, T, D]`` at ``home`` for each batch; else an empty list.
         """
         kept: list[torch.Tensor] = []
 
         def at_mixer(module, args, output):
-            kept.append(_first(output).cpu())
+            kept.append(_first(output).to(self.home))
 
         with self.mixer(layer).register_forward_hook(at_mixer) if keep_mixer else contextlib.nullcontext():
             for place in range(len(self.hidden)):
-                self.hidden[place] = self.run(layer, place).cpu()
+                self.hidden[place] = self.run(layer, place).to(self.home)
         return kept
 
     @contextlib.contextmanager
@@ -109,20 +124,27 @@ class Stream:
         try:
             yield
         finally:
-            block.to("cpu")
+            block.to(self.home)
 
 
 @torch.no_grad()
 def open_stream(
-    model: PreTrainedModel, family: Family, batches: Sequence[torch.Tensor], device: torch.device
+    model: PreTrainedModel,
+    family: Family,
+    batches: Sequence[torch.Tensor],
+    device: torch.device,
+    home: torch.device = torch.device("cpu"),
 ) -> Stream:
     """Return a causal language model's stream before its first block, of batches ``[B, T]`` of token ids.
+
+    The model is at ``home``, which is ``device`` or the CPU, and its blocks run on ``device``.
 
     Raises:
         KeyreduceError: more than hidden states passes from block to block, or blocks take arguments without names.
     """
     _refuse_more_than_hidden_states(model)
-    stream = Stream(model, family, device, batches, [], {})
+    batches = [tokens_BT.to(home) for tokens_BT in batches]
+    stream = Stream(model, family, device, home, batches, [], {})
     blocks = [stream.block(layer) for layer in range(family.depth(model.config.to_dict()))]
     shapes: set[tuple[int, ...]] = set()
 
@@ -134,7 +156,7 @@ def open_stream(
             if others:
                 raise KeyreduceError(f"a block of {type(model).__name__} takes arguments that have no names")
             if layer == 0:
-                stream.hidden.append(hidden_BTD.cpu())
+                stream.hidden.append(hidden_BTD.to(home))
                 if tuple(batches[len(stream.hidden) - 1].shape) in shapes:
                     raise _Enough
             tokens_BT = batches[len(stream.hidden) - 1]
@@ -160,7 +182,7 @@ def open_stream(
         for block in blocks:
             vars(block).pop("forward", None)
         for module in outside:
-            module.to("cpu")
+            module.to(home)
     return stream
 
 
