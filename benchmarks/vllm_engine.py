@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,13 @@ def answer(connection: Any, function: Any, arguments: tuple) -> None:
 
 
 def serve(connection: Any, settings: dict) -> None:
-    """Start an engine, send its facts, and then do what is asked: ``(name of a method, arguments)`` until None."""
+    """Start an engine, send its facts, and then do what is asked: ``(name of a method, arguments)`` until None.
+
+    What vLLM prints goes into the file ``log`` of the settings.
+    """
+    with open(settings["log"], "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     try:
         engine = Engine(settings)
         connection.send(("done", engine.facts))
@@ -43,6 +50,7 @@ def serve(connection: Any, settings: dict) -> None:
             name, arguments = asked
             connection.send(("done", getattr(engine, name)(*arguments)))
     except BaseException as error:
+        traceback.print_exc()
         connection.send(("failed", _reason(error)))
 
 
@@ -101,7 +109,7 @@ class Engine:
         import torch
         import vllm
 
-        capture = capture_sizes(settings["max_num_seqs"])
+        capture = capture_sizes(settings["max_num_seqs"], settings.get("capture"))
         self.llm = vllm.LLM(
             model=settings["folder"], load_format=settings["load_format"], skip_tokenizer_init=True, dtype="bfloat16",
             seed=0, max_model_len=settings["max_model_len"], max_num_seqs=settings["max_num_seqs"],
@@ -196,9 +204,9 @@ class Engine:
         return answers
 
 
-def capture_sizes(most: int) -> list[int]:
-    """Return the batches for which CUDA graphs are captured."""
-    sizes = [*(1, 2, 4, 8, 16, 32, 64), *range(128, 1024, 128), *range(1024, 8193, 256)]
+def capture_sizes(most: int, only: list[int] | None = None) -> list[int]:
+    """Return the batches for which CUDA graphs are captured: those asked for, and the largest."""
+    sizes = only or [*(1, 2, 4, 8, 16, 32, 64), *range(128, 1024, 128), *range(1024, 8193, 256)]
     return [size for size in sizes if size < most] + [most]
 
 

@@ -70,6 +70,18 @@ def test_large_models_have_the_sizes_and_what_fits(script):
     assert script.engine_settings(asked, "72x128", Path("f"), 9, state="auto", pool_gib=1, sequences=8)["mend"] == "no"
 
 
+def test_engines_share_a_gpu_as_far_as_its_memory_goes(script):
+    asked = script.parser().parse_args(["--output", "unused"])
+    names = ["64x64", "80x104", "128x128"]
+    needed = {name: script.decode_pool(asked, name, "auto") + script.BESIDE_POOL_GIB for name in names}
+    assert needed["64x64"] < needed["80x104"] < needed["128x128"]
+    asked.memory_gib = sum(needed.values())
+    # The dense model and the first sizes come first.
+    assert script.shared(asked, names, "auto") == [["80x104", "128x128", "64x64"]]
+    asked.memory_gib = 1
+    assert len(script.shared(asked, names, "auto")) == 3
+
+
 def test_a_log_of_steps_is_read(script):
     engine = script.vllm_engine
     # When, running, waiting, tokens, new tokens: filling, full while others wait, emptying.
@@ -86,6 +98,7 @@ def test_a_log_of_steps_is_read(script):
     assert engine.decode_times(log, 4) == [1000.0, 500.0, 6000.0]
     assert engine.capture_sizes(4) == [1, 2, 4]
     assert engine.capture_sizes(1300)[-3:] == [1024, 1280, 1300]
+    assert engine.capture_sizes(600, [64, 256, 1024]) == [64, 256, 600]
 
 
 def test_the_mend_fits_a_source_or_is_refused(script):
@@ -105,6 +118,7 @@ class MadeUpEngine:
 
     started: ClassVar[list] = []
     fails: str | None = None
+    broken: str | None = None  # the engine that does not start
 
     def __init__(self, until, target, *arguments):
         self.arguments = arguments
@@ -112,6 +126,8 @@ class MadeUpEngine:
 
     def result(self):
         if isinstance(self.arguments[0], dict):
+            if self.broken and self.broken in self.arguments[0]["folder"]:
+                raise sys.modules["vllm_serving"].FailedStep("it broke")
             return {"vllm": "0", "max_num_seqs": self.arguments[0]["max_num_seqs"]}
         if self.fails:
             raise sys.modules["vllm_serving"].FailedStep(self.fails)
@@ -144,12 +160,22 @@ def test_steps_are_written_one_by_one_and_put_together(script, tmp_path, monkeyp
         script.main()
         return capsys.readouterr().out
 
-    assert "not measured yet, for want of time: right-128x128-auto" in run("--minutes", 2)
+    assert "not measured yet, for want of time: right-128x128-auto" in run("--minutes", 1.4)
     assert {path.stem for path in tmp_path.glob("*.json")} == {"preparation", "vllm_serving"}
     monkeypatch.setattr(MadeUpEngine, "fails", "CompilationError: mask_2d")
     failed = run("--minutes", 600, "--only", "right")
     assert failed.count("failed: CompilationError: mask_2d") == 6
     monkeypatch.setattr(MadeUpEngine, "fails", None)
+    # An engine that does not start costs the others nothing, and is tried again when the rest is there.
+    monkeypatch.setattr(MadeUpEngine, "broken", "large-80x104")
+    run("--minutes", 600, "--only", "load", "decode")
+    broken = json.loads((tmp_path / "load-80x104-auto.json").read_text())
+    assert broken["error"] == "80x104: it broke" and len(broken["engines"]["128x128"]["rounds"]) == 3
+    assert "batches" not in json.loads((tmp_path / "decode-80x104-auto.json").read_text())
+    asked = script.parser().parse_args(["--output", str(tmp_path)])
+    planned = [names for _, names in script.missing(tmp_path, script.steps(asked))]
+    assert planned[0][0] == "right-96x128-auto" and planned[-1] == ["decode-80x104-float32"]
+    monkeypatch.setattr(MadeUpEngine, "broken", None)
     printed = run("--minutes", 600)
     assert "for want of time" not in printed
     found = json.loads((tmp_path / "vllm_serving.json").read_text())
