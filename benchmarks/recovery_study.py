@@ -249,6 +249,7 @@ def measure(chosen: argparse.Namespace, model: Path | str | None) -> dict:
             batch_size=batch_size,
             seq_len=1024,
             recall=("mqar", "needle") if chosen.recall else (),
+            dtype="float32",
             output=Path(temporary) / "metrics.json",
             **common(chosen),
         )

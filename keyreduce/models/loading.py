@@ -73,7 +73,7 @@ def load_model(
     Args:
         folder: a Hugging Face folder, as :func:`keyreduce.checkpoint.find.find_model` returns it.
         device, gradients: see :func:`prepare_backend`.
-        dtype: what to compute in; the weights are cast.
+        dtype: what to compute in; the weights are cast. Where fla's kernels refuse it, PyTorch's take their place.
         placement: what :func:`keyreduce.models.offloading.offloading` gives, where layers are to wait elsewhere.
         with_tokenizer: whether its tokenizer is needed; without, it need not have one.
         with_head: whether its predictions of tokens are needed.
@@ -93,8 +93,11 @@ def load_model(
         with silenced():
             tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, embedding_rows(source), folder)
-    prepare_backend(device, gradients=gradients)
-    if not gradients:
+    # fla's kernels of the ungated rule refuse float32.
+    refused = device.type == "cuda" and dtype == torch.float32 and "chunk_delta_rule" in family.operators
+    in_torch = gradients or refused
+    prepare_backend(device, gradients=in_torch)
+    if not in_torch:
         warn_of_wrong_results(family, config, device)
     plain = plain_numbers(folder, config)
     try:

@@ -113,8 +113,7 @@ class Search:
         text: the text that these were made from; candidates are measured on what follows.
         budget: the bytes and formats.
         method, options, seed, correct: what chooses the channels; see :func:`keyreduce.pruning.planning.make_plan`.
-        recovery: the mode of the recovery that follows; for ``reconstruct`` candidates are measured after
-            ``least-squares``, which takes a hundredth of the time.
+        recovery: the mode of the recovery that follows; see :class:`keyreduce.pruning.trial.Trial`.
         mode: None measures on a GPU, and on a CPU if the model is small.
         device: where candidates run.
     """

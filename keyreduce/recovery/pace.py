@@ -42,7 +42,7 @@ class Pace:
     @classmethod
     def of(cls, device: torch.device) -> "Pace":
         """Return the pace of a device, unless another one is asked for."""
-        return cls(is_mixed=True, is_recorded=True) if device.type == "cuda" else cls()
+        return cls(is_mixed=True, is_recorded=True, kernels="fla") if device.type == "cuda" else cls()
 
     @contextlib.contextmanager
     def running(self, family: Family, config: Mapping, device: torch.device) -> Iterator[None]:
