@@ -99,7 +99,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict:
     homes = {"device": device, "cpu": CPU} if device.type == "cuda" else {"device": device}
     for name, home in homes.items():
         pair = [waiting(stream, home) for stream in (before, after)]
-        report["gather"][name], targets[name] = gather(*pair, options.layer)
+        report["gather"][name], targets[name] = gather(pair[0], pair[1], options.layer)
     mixer_targets = before.advance(options.layer, keep_mixer=True)
     report["least_squares"] = least_squares(after, options.layer, mixer_targets)
     del mixer_targets

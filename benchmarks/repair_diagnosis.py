@@ -54,7 +54,7 @@ from keyreduce.recovery.streams import Stream, open_stream
 from keyreduce.recovery.writing_strength import corrected_heads, restore_writing_strength
 
 HELDOUT_LENGTH = 1024
-SUMMED_ROWS = 8  # held-out rows on which errors of layers are added up
+RECALL_ROWS = 4  # of half that length
 MOST_WEIGHT = 10.0  # of a token, in multiples of the mean
 LARGEST_DECOMPOSED = 1024  # channels; eigenvalues of more take longer than a Cholesky decomposition for each strength
 WIDER = (*STRENGTHS, 1.0, 10.0, 100.0)
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--heldout-rows", type=int, default=32, help=f"of {HELDOUT_LENGTH} tokens")
+    parser.add_argument("--layer-rows", type=int, default=16, help="of these, on which single layers are measured")
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device")
@@ -201,11 +202,12 @@ class Diagnosis:
         heldout = text_source(options.heldout, default="heldout")
         taken = token_rows(heldout.in_pieces(options.seed + 1), tokenizer, HELDOUT_LENGTH)
         text = list(batches(taken, 4, max(1, options.heldout_rows // 4)))
-        like = torch.zeros(text[0].shape[1], dtype=torch.long)
-        recall = list(batches(with_repeats([like] * 8, 0.999, drawn_from, options.seed + 2), 8))
+        like = torch.zeros(HELDOUT_LENGTH // 2, dtype=torch.long)
+        recall = list(batches(with_repeats([like] * RECALL_ROWS, 1.0, drawn_from, options.seed + 2), RECALL_ROWS))
         self.batches = [*fitted, *text, *recall]
         self.fitted = range(len(fitted))
         self.heldout = range(len(fitted), len(fitted) + len(text))
+        self.few = self.heldout[: max(1, options.layer_rows // 4)]
         self.recall = range(len(fitted) + len(text), len(self.batches))
 
     def measure(self) -> dict:
@@ -224,6 +226,7 @@ class Diagnosis:
         }
         report["layers"], given = self.of_layers()
         report["pruned"] = self.losses(given)
+        report["few_rows"] = {"dense": self.loss(self.hidden[-1]), "pruned": self.loss(given)}
         self.keep(report)
         report["sums"] = self.sums()
         self.keep(report)
@@ -231,6 +234,8 @@ class Diagnosis:
             began = time.perf_counter()
             figures, given = self.repair(VARIANTS[name])
             found = self.losses(given) | {"seconds": round(time.perf_counter() - began, 1)}
+            if name == TODAY:
+                report["few_rows"]["repaired"] = self.loss(given)
             found |= {key: _mean(one[key] for one in figures.values()) for key in ("in_sample", "out_of_sample")}
             report["variants"][name] = found
             if name == TODAY:
@@ -246,25 +251,27 @@ class Diagnosis:
         if self.options.output is not None:
             write_json(self.options.output, report, overwrite=True)
 
-    @torch.no_grad()
-    def losses(self, hidden: Sequence[torch.Tensor], places: Sequence[int] | None = None) -> dict[str, float]:
+    def losses(self, hidden: Sequence[torch.Tensor]) -> dict[str, float]:
         """Return the losses of the dense head on what the last block gives for all batches."""
+        return {"heldout": self.mean_loss(hidden, self.heldout), "recall": self.mean_loss(hidden, self.recall, 0.5)}
+
+    def loss(self, hidden: Sequence[torch.Tensor]) -> float:
+        """Return the loss on the few held-out rows on which single layers are measured."""
+        return self.mean_loss(hidden, self.few)
+
+    @torch.no_grad()
+    def mean_loss(self, hidden: Sequence[torch.Tensor], places: Sequence[int], skip: float = 0.0) -> float:
         inside: Any = self.dense.get_submodule(self.after.family.mixer.split(".layers.")[0])
         head: Any = self.dense.get_output_embeddings()
-
-        def mean(some: Sequence[int], skip: float) -> float:
-            nats = torch.zeros((), dtype=torch.float64, device=self.device)
-            count = 0
-            for place in some:
-                tokens_BT = self.batches[place].to(self.device)
-                first = int(skip * tokens_BT.shape[1])
-                for row_TD, tokens_T in zip(hidden[place], tokens_BT, strict=True):
-                    logits_TV = head(inside.norm(row_TD[None]))[0, first:-1].float()
-                    nats += F.cross_entropy(logits_TV, tokens_T[first + 1 :], reduction="sum").double()
-                    count += len(tokens_T) - first - 1
-            return float(nats) / count
-
-        return {"heldout": mean(self.heldout, 0), "recall": mean(self.recall, 0.5)}
+        nats, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        for place in places:
+            tokens_BT = self.batches[place].to(self.device)
+            first = int(skip * tokens_BT.shape[1])
+            for row_TD, tokens_T in zip(hidden[place], tokens_BT, strict=True):
+                logits_TV = head(inside.norm(row_TD[None]))[0, first:-1].float()
+                nats += F.cross_entropy(logits_TV, tokens_T[first + 1 :], reduction="sum").double()
+                count += len(tokens_T) - first - 1
+        return float(nats) / count
 
     def block_pass(self, stream: Stream, layer: int, hidden: list[torch.Tensor], places: Sequence[int]) -> None:
         """Replace hidden states by what a block of a model gives, for some batches."""
@@ -274,11 +281,11 @@ class Diagnosis:
     @torch.no_grad()
     def of_layers(self) -> tuple[dict[str, dict], list[torch.Tensor]]:
         """Return of each layer what cutting it alone costs, and sparing it alone; and what the pruned model gives."""
-        places = [*self.heldout, *self.recall]
+        everywhere, places = [*self.heldout, *self.recall], list(self.few)
         pruned = [list(self.start)]
         for layer in self.layers:
             pruned.append(list(pruned[-1]))
-            self.block_pass(self.after, layer, pruned[-1], places)
+            self.block_pass(self.after, layer, pruned[-1], everywhere)
         found: dict[str, dict] = {}
         for layer in self.mixers:
             alone, spared = list(self.hidden[layer]), list(pruned[layer])
@@ -287,7 +294,7 @@ class Diagnosis:
             for above in self.layers[layer + 1 :]:
                 self.block_pass(self.before, above, alone, places)
                 self.block_pass(self.after, above, spared, places)
-            found[str(layer)] = {"alone": self.losses(alone)["heldout"], "spared": self.losses(spared)["heldout"]}
+            found[str(layer)] = {"alone": self.loss(alone), "spared": self.loss(spared)}
             found[str(layer)] |= self.directions(self.hidden[layer], pruned[layer])
         return found, pruned[-1]
 
@@ -319,7 +326,7 @@ class Diagnosis:
         ``all``: with all layers pruned. ``squares``: summed over models of which one layer is pruned. ``vectors``: of
         the sum of their errors.
         """
-        places = list(self.heldout[: max(1, SUMMED_ROWS // 4)])
+        places = list(self.few)
         everything, single, found = list(self.start), {}, {}
         for layer in self.layers:
             self.block_pass(self.after, layer, everything, places)
@@ -342,7 +349,7 @@ class Diagnosis:
 
     def undo_one_by_one(self, report: dict) -> None:
         """Add to each layer the loss of the repaired model in which its projection is as it was cut."""
-        places = [*self.heldout, *self.recall]
+        places = list(self.few)
         with torch.no_grad():
             repaired = [list(self.start)]
             for layer in self.layers:
@@ -356,7 +363,7 @@ class Diagnosis:
                 for above in self.layers[layer:]:
                     self.block_pass(self.after, above, hidden, places)
                 weight_DC.copy_(mine)
-                report["layers"][str(layer)]["undone"] = self.losses(hidden)["heldout"]
+                report["layers"][str(layer)]["undone"] = self.loss(hidden)
 
     def _name_of(self, parameter: torch.Tensor) -> str:
         return next(name for name, one in self.pruned.named_parameters() if one is parameter)
@@ -385,7 +392,7 @@ class Diagnosis:
     def refit(self, variant: Variant, layer: int) -> dict[str, float]:
         weight_DC = self.after.projection(layer).weight
         sums = {name: self.equations(weight_DC) for name in ("fitted", "choice", "in", "out")}
-        energy = dict.fromkeys(("in", "out"), 0.0)
+        energy: dict[str, float] = dict.fromkeys(("in", "out"), 0.0)
         for place in [*self.taken(variant), *self.heldout]:
             inputs_BTC, output_BTD = self.after.see_mixer(layer, place)
             plain_BTD = self.mixed[layer][place] - output_BTD
@@ -567,11 +574,12 @@ def print_report(report: Mapping) -> None:
         cells = [rise(one["heldout"], dense["heldout"]), f"{one['recall'] - dense['recall']:+.3f}"]
         cells += [f"{one[key]:.1%}" if key in one else "" for key in ("in_sample", "out_of_sample")]
         _row(name, *cells, f"{one.get('seconds', 0):.0f}")
-    cut, repaired = report["pruned"]["heldout"], report["variants"][TODAY]["heldout"]
+    few = report["few_rows"]
     removed = ("removed in sample", "out of sample")
     _head("layer", "alone", "spared", "undone", "missing", *removed, "condition", "ridge", "directions used")
     for layer, one in report["layers"].items():
-        losses = [rise(one["alone"], dense["heldout"]), rise(one["spared"], cut), rise(one["undone"], repaired)]
+        pairs = (("alone", "dense"), ("spared", "pruned"), ("undone", "repaired"))
+        losses = [rise(one[name], few[whole]) for name, whole in pairs]
         shares = [f"{one[name]:.1%}" for name in ("missing", "in_sample", "out_of_sample")]
         _row(layer, *losses, *shares, f"{one['condition']:.1e}", f"{one['ridge']:g}", f"{one['directions_used']:.0f}")
     names = ("relative_error", "channel_1", "direction_1", "directions_4", "error_direction_1", "error_in_directions_4")

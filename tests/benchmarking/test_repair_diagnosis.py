@@ -59,6 +59,7 @@ def test_the_diagnosis_is_of_the_repair_that_keyreduce_makes(module, tmp_path, m
     first, last = report["layers"].values()
     assert first["relative_error"] < 1e-12 < last["relative_error"]
     assert report["sums"]["0"]["all"] == report["sums"]["0"]["squares"] == report["sums"]["0"]["vectors"] > 0
+    assert report["few_rows"]["dense"] == report["dense"]["heldout"] != report["few_rows"]["repaired"]
     # Cutting the last layer alone is sparing the first one, of two.
     assert (first["alone"], last["alone"]) == pytest.approx((last["spared"], first["spared"]), rel=1e-6)
     assert "| least squares | " in capsys.readouterr().out
