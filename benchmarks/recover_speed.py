@@ -99,7 +99,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict:
     homes = {"device": device, "cpu": CPU} if device.type == "cuda" else {"device": device}
     for name, home in homes.items():
         pair = [waiting(stream, home) for stream in (before, after)]
-        report["gather"][name], targets[name] = gather(*pair, options.layer)
+        report["gather"][name], targets[name] = gather(pair[0], pair[1], options.layer)
     mixer_targets = before.advance(options.layer, keep_mixer=True)
     report["least_squares"] = least_squares(after, options.layer, mixer_targets)
     del mixer_targets
@@ -125,11 +125,11 @@ def streams(options: argparse.Namespace, device: torch.device) -> tuple[Stream, 
     shape = (options.num_batches, options.batch_size, options.seq_len)
     batches = list(torch.randint(vocabulary_of(dense), shape))
     prepare_backend(device, gradients=True)
-    found = tuple(open_stream(model, family_in(model), batches, device, device) for model in (dense, pruned))
+    before, after = (open_stream(model, family_in(model), batches, device, device) for model in (dense, pruned))
     for layer in range(options.layer):
-        for stream in found:
-            stream.advance(layer)
-    return found
+        before.advance(layer)
+        after.advance(layer)
+    return before, after
 
 
 def waiting(stream: Stream, home: torch.device) -> Stream:
@@ -221,7 +221,6 @@ def measure_way(run: Callable, pace: Pace, steps: int, is_profiled: bool) -> dic
 
 def profiled(run: Callable) -> dict:
     """Return the seconds that the device computes in a step, and the kernels that take most of them."""
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = torch.cuda.is_available()
@@ -229,7 +228,7 @@ def profiled(run: Callable) -> dict:
         run(2 * FEW)
     totals: dict[str, list[float]] = {}
     for event in seen.key_averages():
-        if on_gpu and event.device_type != DeviceType.CUDA:
+        if on_gpu and event.device_type.name != "CUDA":
             continue
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         total = totals.setdefault(event.key[:80], [0.0, 0])

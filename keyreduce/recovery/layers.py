@@ -5,7 +5,7 @@ its sizes and its config; only its weights change.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -155,7 +155,7 @@ def recover_layers(
     if tokens < settings.tokens:
         note(f"the text ended after {tokens:,} of {settings.tokens:,} tokens")
     home = _home(dense, pruned, tokens, device)
-    models = (dense.model, pruned.model)
+    models: tuple[Any, Any] = (dense.model, pruned.model)
     try:
         before, after = (open_stream(one.to(home), family, taken, device, home) for one in models)
         figures = _recover_streams(before, after, dtypes, steps=steps, seed=settings.seed, pace=pace, progress=progress)

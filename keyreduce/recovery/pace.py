@@ -115,7 +115,10 @@ class Recorded:
         pool, graph = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
         try:
             # A recording that fails leaves its own stream the current one: the outer statement gives this one back.
-            with torch.cuda.stream(torch.cuda.current_stream(self.device)), torch.cuda.graph(graph, pool=pool):
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self.device)),
+                torch.cuda.graph(graph, pool=pool, stream=self._aside),
+            ):
                 self._output = self.function(*self._inputs)
         except RuntimeError as error:
             self.pace.is_recorded = False

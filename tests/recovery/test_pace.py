@@ -49,7 +49,7 @@ def test_a_cpu_computes_in_float32():
 class Refusing:
     """A recording that fails at its end, as one does in which something waited for the device."""
 
-    def __init__(self, graph, pool):
+    def __init__(self, graph, pool, stream):
         pass
 
     def __enter__(self):
