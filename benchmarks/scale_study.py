@@ -20,6 +20,7 @@ does not; the files say which.
 """
 
 import argparse
+import os
 import platform
 import shutil
 import sys
@@ -392,7 +393,7 @@ def config_named(name: str) -> Path:
 
 def modules() -> str:
     """Return where a training finds keyreduce and its backend, without an install too."""
-    return f"{ROOT}:{ROOT / 'flash-linear-attention'}"
+    return os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "flash-linear-attention"), os.environ.get("PYTHONPATH")]))
 
 
 if __name__ == "__main__":
