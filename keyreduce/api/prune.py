@@ -69,11 +69,7 @@ class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
         **_CUT,
     )
     state_dtypes: tuple[StateDtype, ...] = option(
-        ("float32",),
-        "Formats that the engine can keep the state in.",
-        commas=True,
-        metavar="NAME,...",
-        **_CUT,
+        ("float32",), "Formats that the engine can keep the state in.", commas=True, metavar="NAME,...", **_CUT
     )
     search: SearchMode | None = option(
         None,
@@ -109,8 +105,7 @@ class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
     )
     multiple_of: int = option(1, "Round kept channels to the nearest multiple.", **_CUT)
     allocate: Literal["uniform", "energy"] = option(
-        "uniform",
-        "energy: more key channels where q and k have more energy (delta_net_2).",
+        "uniform", "energy: more key channels where q and k have more energy (delta_net_2)."
     )
     calibration: Path | None = options.output("The calibration file.", metavar="FILE", flags=())
     output: Path | None = options.output("The pruned checkpoint.", env="OUTPUT_DIR")
@@ -143,13 +138,9 @@ class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
         **_CUT,
     )
     recover: Literal["least-squares", "reconstruct"] | None = option(
-        None,
-        "Win quality back, as keyreduce recover does.",
+        None, "Win quality back, as keyreduce recover does."
     )
-    uncorrected: bool = option(
-        False,
-        "Leave what stays as it was; else statistics correct what a cut enlarges.",
-    )
+    uncorrected: bool = option(False, "Leave what stays as it was; else statistics correct what a cut enlarges.")
     config: Path | None = options.config()
 
     @property
@@ -410,10 +401,9 @@ class Cut:
         if self.engine is None:
             return
         family, after = family_of(source.config), {}
-        before = family.layer_sizes(source.config)
-        for layer, sizes in before.items():
+        for layer, sizes in family.layer_sizes(source.config).items():
             after[layer] = sizes_after(sizes, {target: number_of[layer] for target, number_of in keep.items()})
-        check_engine(self.engine, family, before, after)
+        check_engine(self.engine, source.config, after)
 
 
 def _write_search(request: PruneRequest, source: "Checkpoint", found: "Found") -> Path:
@@ -429,9 +419,7 @@ def _write_search(request: PruneRequest, source: "Checkpoint", found: "Found") -
     return path
 
 
-def _check_tokens(
-    source: "Checkpoint", tokens: int, keep: Mapping[str, Mapping[int, int]], reporter: Reporter
-) -> None:
+def _check_tokens(source: "Checkpoint", tokens: int, keep: Mapping[str, Mapping[int, int]], reporter: Reporter) -> None:
     """Refuse statistics of fewer tokens than channels that stay, and say where they are few."""
     from keyreduce.families import family_of
     from keyreduce.pruning.budget import SIZE_OF
@@ -546,7 +534,8 @@ def _result(
     for name in MixerSizes._fields:
         values = [[getattr(layer, name) for layer in sizes] for sizes in layers]
         figures[name] = [one[0] if len(set(one)) == 1 else one for one in values]
-    figures["suited_engines"], figures["unsuited_engines"] = suited_engines(family, set(layers[1]))
+    suited = suited_engines(family, set(layers[1]), pruned.config)
+    figures["suited_engines"], figures["unsuited_engines"] = suited
     if record.repairs:
         last = record.repairs[-1]
         figures["repair"] = {name: last.get(name) for name in ("tokens", "seconds", "layers")}
