@@ -1,7 +1,7 @@
 """Statistics and a checkpoint to a smaller checkpoint."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -350,6 +350,9 @@ class Cut:
         from keyreduce.pruning.search import Search
 
         assert self.state_budget is not None
+        # The choice may leave nearly all of them.
+        whole = max(_channels(source, self.state_budget.targets).values(), default=0)
+        _check_tokens(statistics.tokens, whole, whole, reporter)
         return Search(
             source=source,
             statistics=statistics,
@@ -385,8 +388,11 @@ class Cut:
             assert self.budget is not None  # for a budget of the state there is something found
             keep = self.budget.numbers(source.config, statistics, self.method, self.options)
             self._check_engine(source, keep)
-        if statistics is not None and self.needs_statistics:
-            _check_tokens(source, statistics.tokens, keep, reporter)
+            if statistics is not None and self.needs_statistics:
+                channels = _channels(source, keep)
+                pairs = [(keep[target][layer], size) for (target, layer), size in channels.items()]
+                kept, size = max(((kept, size) for kept, size in pairs if kept < size), default=(0, 0))
+                _check_tokens(statistics.tokens, kept, size, reporter)
         layers = family_of(source.config).mixer_layers(source.config)
         with reporter.progress("selecting", len(layers), "layers") as progress:
             given: dict[str, Any] = {"seed": self.seed, "statistics": statistics, "inputs": inputs}
@@ -419,27 +425,28 @@ def _write_search(request: PruneRequest, source: "Checkpoint", found: "Found") -
     return path
 
 
-def _check_tokens(source: "Checkpoint", tokens: int, keep: Mapping[str, Mapping[int, int]], reporter: Reporter) -> None:
-    """Refuse statistics of fewer tokens than channels that stay, and say where they are few."""
+def _channels(source: "Checkpoint", targets: Iterable[str]) -> dict[tuple[str, int], int]:
+    """Return (target, layer) -> how many channels a head has, of the targets that are channels."""
     from keyreduce.families import family_of
     from keyreduce.pruning.budget import SIZE_OF
 
-    pairs = [
-        (number_of[layer], getattr(sizes, SIZE_OF[target]))
-        for layer, sizes in family_of(source.config).layer_sizes(source.config).items()
-        for target, number_of in keep.items()
-        if target != "head" and number_of[layer] < getattr(sizes, SIZE_OF[target])
-    ]
-    kept, channels = max(pairs, default=(0, 0))
+    layers = family_of(source.config).layer_sizes(source.config).items()
+    channels = [target for target in targets if target != "head"]
+    return {(target, layer): getattr(sizes, SIZE_OF[target]) for layer, sizes in layers for target in channels}
+
+
+def _check_tokens(tokens: int, kept: int, channels: int, reporter: Reporter) -> None:
+    """Refuse statistics of fewer tokens than channels that stay, and say where they are few."""
+    what = f"to choose {kept} of {channels} channels by" if kept < channels else f"to choose among {channels} channels"
     # So many tokens span no more directions than they are.
     if tokens < kept:
         raise KeyreduceError(
-            f"the calibration statistics are of {tokens:,} tokens, too few to choose {kept} of {channels} channels by; "
+            f"the calibration statistics are of {tokens:,} tokens, too few {what}; "
             "calibrate on more text (keyreduce calibrate `overwrite`)"
         )
     if tokens < _TOKENS_A_CHANNEL * channels:
         reporter.note(
-            f"the calibration statistics are of {tokens:,} tokens alone, to choose {kept} of {channels} channels by: "
+            f"the calibration statistics are of {tokens:,} tokens alone, {what}: "
             f"calibrate on more text, {_TOKENS_A_CHANNEL * channels:,} tokens at least"
         )
 
