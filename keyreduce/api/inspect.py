@@ -1,5 +1,6 @@
 """A model's config and headers to what its state costs, what each cut would save, and how engines would serve it."""
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from keyreduce.api import options
 from keyreduce.api.request import Request, Result, option
+from keyreduce.errors import UnknownArchitecture
 from keyreduce.reporting import Reporter
 from keyreduce.serving.capacity import CacheDtype, CacheLayout, PoolEngine
 from keyreduce.versions import generation_note
@@ -107,18 +109,21 @@ def run(request: InspectRequest, reporter: Reporter = Reporter()) -> InspectResu
     """Return what a model's config and headers say.
 
     Raises:
-        KeyreduceError: there is no such model, it is damaged or of no known architecture, the memory is no amount of
-            memory, or the engines cannot divide its heads among so many GPUs or keep states in the dtype.
+        KeyreduceError: there is no such model, it is damaged or of no known architecture, its mixers have not the
+            tensors that its config asks for, the memory is no amount of memory, or the engines cannot divide its heads among so many GPUs or keep states in the dtype.
     """
     from keyreduce.checkpoint.find import DEFAULT_MODEL
     from keyreduce.checkpoint.headers import read_headers
     from keyreduce.checkpoint.record import Record
     from keyreduce.families import MixerSizes, family_of
+    from keyreduce.families.mixer_tensors import check_mixers
     from keyreduce.serving.candidates import candidates
 
     headers = read_headers(request.model, config=request.config)
     config, name = headers.config, request.model or DEFAULT_MODEL
     family = family_of(config, headers.tensors)
+    with contextlib.suppress(UnknownArchitecture):  # of mixers that are quantised nothing can be said
+        check_mixers(config, headers.shapes, headers.folder or Path(name))
     sizes, layout = family.layer_sizes(config), CacheLayout.of(config)
     counted = _Capacity.of(request, headers, family)
     dtype = request.state_dtype or "float32"
