@@ -110,7 +110,8 @@ def run(request: InspectRequest, reporter: Reporter = Reporter()) -> InspectResu
 
     Raises:
         KeyreduceError: there is no such model, it is damaged or of no known architecture, its mixers have not the
-            tensors that its config asks for, the memory is no amount of memory, or the engines cannot divide its heads among so many GPUs or keep states in the dtype.
+            tensors that its config asks for, the memory is no amount of memory, or the engines cannot divide its heads
+            among so many GPUs or keep states in the dtype.
     """
     from keyreduce.checkpoint.find import DEFAULT_MODEL
     from keyreduce.checkpoint.headers import read_headers

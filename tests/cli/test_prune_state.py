@@ -52,7 +52,7 @@ def test_a_budget_for_which_statistics_of_few_tokens_are_refused_before_the_sear
     given = (*model[:2], "--text", "short.md")
     for search in ("predicted", "measured"):
         result = keyreduce("prune", *given, "--work", search, "--state-ratio", 0.5, "--search", search)
-        told = "the calibration statistics are of 11 tokens, too few to choose among 24 channels; calibrate on more text"
+        told = "the calibration statistics are of 11 tokens, too few to choose among 24 channels; calibrate on more"
         assert result.code == 2 and told in result.err.splitlines()[-1]
         assert {path.name for path in Path(search).iterdir()} == {"calibration.safetensors"}
 
