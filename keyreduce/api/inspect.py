@@ -1,5 +1,6 @@
 """A model's config and headers to what its state costs, what each cut would save, and how engines would serve it."""
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from keyreduce.api import options
 from keyreduce.api.request import Request, Result, option
+from keyreduce.errors import UnknownArchitecture
 from keyreduce.reporting import Reporter
 from keyreduce.serving.capacity import CacheDtype, CacheLayout, PoolEngine
 from keyreduce.versions import generation_note
@@ -107,18 +109,22 @@ def run(request: InspectRequest, reporter: Reporter = Reporter()) -> InspectResu
     """Return what a model's config and headers say.
 
     Raises:
-        KeyreduceError: there is no such model, it is damaged or of no known architecture, the memory is no amount of
-            memory, or the engines cannot divide its heads among so many GPUs or keep states in the dtype.
+        KeyreduceError: there is no such model, it is damaged or of no known architecture, its mixers have not the
+            tensors that its config asks for, the memory is no amount of memory, or the engines cannot divide its heads
+            among so many GPUs or keep states in the dtype.
     """
     from keyreduce.checkpoint.find import DEFAULT_MODEL
     from keyreduce.checkpoint.headers import read_headers
     from keyreduce.checkpoint.record import Record
     from keyreduce.families import MixerSizes, family_of
+    from keyreduce.families.mixer_tensors import check_mixers
     from keyreduce.serving.candidates import candidates
 
     headers = read_headers(request.model, config=request.config)
     config, name = headers.config, request.model or DEFAULT_MODEL
     family = family_of(config, headers.tensors)
+    with contextlib.suppress(UnknownArchitecture):  # of mixers that are quantised nothing can be said
+        check_mixers(config, headers.shapes, headers.folder or Path(name))
     sizes, layout = family.layer_sizes(config), CacheLayout.of(config)
     counted = _Capacity.of(request, headers, family)
     dtype = request.state_dtype or "float32"
@@ -150,7 +156,7 @@ def run(request: InspectRequest, reporter: Reporter = Reporter()) -> InspectResu
         softmax_bytes=layout.softmax_bytes(request.tokens),
         equal_from_tokens=equal,
         little_gain_from_tokens=None if equal is None else round(_LITTLE_GAIN * equal),
-        engines=_engines(family, sizes),
+        engines=_engines(family, sizes, config),
         capacity=capacity,
         cuts=cuts,
         notes=too_small + _notes(request, family, layout, equal, bool(cuts)) + _plugin_notes(family, layout, cuts),
@@ -201,12 +207,13 @@ class _Capacity:
             memory = cache_memory(self.gpu_bytes, weights, engine, gpus=gpus, reserve_bytes=self.reserve_bytes)
             given = {"dtype": self.request.state_dtype, "gpus": gpus, "prefix_caching": self.request.prefix_caching}
             found = launch(engine, model, layout, memory, self.request.tokens, **given)
-            is_run = all(runs(engine, layout.family, one) for one in layout.mixers)
-            with_plugin = engine == "vllm" and all(runs("vllm-plugin", layout.family, one) for one in layout.mixers)
+            is_run, with_plugin = (
+                all(runs(name, layout.family, one, config) for one in layout.mixers) for name in (engine, "vllm-plugin")
+            )
             row = {
                 "engine": engine,
                 "runs": is_run,
-                "needs_plugin": with_plugin and not is_run,
+                "needs_plugin": engine == "vllm" and with_plugin and not is_run,
                 "state_dtype": state_dtype(layout, engine, self.request.state_dtype),
                 "cache_bytes": memory,
             }
@@ -242,7 +249,7 @@ def _cut(
         "state_bytes": layouts[1].state_bytes(dtype),
         "saved_bytes": dense - cut,
         "saved_parameters": numbers[0] - numbers[1],
-        "engines": [name for name in NAMED if _can_be_asked(name, family) and runs(name, family, one)],
+        "engines": [name for name in NAMED if _can_be_asked(name, family) and runs(name, family, one, config)],
         "prune": f"--target {','.join(changed)} --keep {','.join(map(str, changed.values()))}",
         "capacity": counted.of_sizes(config, after, "PRUNED", numbers[0] - numbers[1]),
     }
@@ -258,7 +265,7 @@ def _can_be_asked(engine: str, family: "Family") -> bool:
     return engine != "transformers" or family.shipped_by == "transformers"
 
 
-def _engines(family: "Family", sizes: "Mapping[int, MixerSizes]") -> list[dict]:
+def _engines(family: "Family", sizes: "Mapping[int, MixerSizes]", config: Mapping) -> list[dict]:
     from keyreduce.serving.engines import NAMED, runs
 
     rows = []
@@ -269,7 +276,7 @@ def _engines(family: "Family", sizes: "Mapping[int, MixerSizes]") -> list[dict]:
         rows.append(
             {
                 "name": name,
-                "runs": all(runs(name, family, one) for one in sizes.values()),
+                "runs": all(runs(name, family, one, config) for one in sizes.values()),
                 "demand": row.demand,
                 "knows": None if engine.knows is None else engine.knows.get(family.model_type, ""),
                 "evidence": [one._asdict() for one in row.evidence],

@@ -1,7 +1,7 @@
 """Statistics and a checkpoint to a smaller checkpoint."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -69,11 +69,7 @@ class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
         **_CUT,
     )
     state_dtypes: tuple[StateDtype, ...] = option(
-        ("float32",),
-        "Formats that the engine can keep the state in.",
-        commas=True,
-        metavar="NAME,...",
-        **_CUT,
+        ("float32",), "Formats that the engine can keep the state in.", commas=True, metavar="NAME,...", **_CUT
     )
     search: SearchMode | None = option(
         None,
@@ -109,8 +105,7 @@ class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
     )
     multiple_of: int = option(1, "Round kept channels to the nearest multiple.", **_CUT)
     allocate: Literal["uniform", "energy"] = option(
-        "uniform",
-        "energy: more key channels where q and k have more energy (delta_net_2).",
+        "uniform", "energy: more key channels where q and k have more energy (delta_net_2)."
     )
     calibration: Path | None = options.output("The calibration file.", metavar="FILE", flags=())
     output: Path | None = options.output("The pruned checkpoint.", env="OUTPUT_DIR")
@@ -143,13 +138,9 @@ class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
         **_CUT,
     )
     recover: Literal["least-squares", "reconstruct"] | None = option(
-        None,
-        "Win quality back, as keyreduce recover does.",
+        None, "Win quality back, as keyreduce recover does."
     )
-    uncorrected: bool = option(
-        False,
-        "Leave what stays as it was; else statistics correct what a cut enlarges.",
-    )
+    uncorrected: bool = option(False, "Leave what stays as it was; else statistics correct what a cut enlarges.")
     config: Path | None = options.config()
 
     @property
@@ -359,6 +350,9 @@ class Cut:
         from keyreduce.pruning.search import Search
 
         assert self.state_budget is not None
+        # The choice may leave nearly all of them.
+        whole = max(_channels(source, self.state_budget.targets).values(), default=0)
+        _check_tokens(statistics.tokens, whole, whole, reporter)
         return Search(
             source=source,
             statistics=statistics,
@@ -394,8 +388,11 @@ class Cut:
             assert self.budget is not None  # for a budget of the state there is something found
             keep = self.budget.numbers(source.config, statistics, self.method, self.options)
             self._check_engine(source, keep)
-        if statistics is not None and self.needs_statistics:
-            _check_tokens(source, statistics.tokens, keep, reporter)
+            if statistics is not None and self.needs_statistics:
+                channels = _channels(source, keep)
+                pairs = [(keep[target][layer], size) for (target, layer), size in channels.items()]
+                kept, size = max(((kept, size) for kept, size in pairs if kept < size), default=(0, 0))
+                _check_tokens(statistics.tokens, kept, size, reporter)
         layers = family_of(source.config).mixer_layers(source.config)
         with reporter.progress("selecting", len(layers), "layers") as progress:
             given: dict[str, Any] = {"seed": self.seed, "statistics": statistics, "inputs": inputs}
@@ -410,10 +407,9 @@ class Cut:
         if self.engine is None:
             return
         family, after = family_of(source.config), {}
-        before = family.layer_sizes(source.config)
-        for layer, sizes in before.items():
+        for layer, sizes in family.layer_sizes(source.config).items():
             after[layer] = sizes_after(sizes, {target: number_of[layer] for target, number_of in keep.items()})
-        check_engine(self.engine, family, before, after)
+        check_engine(self.engine, source.config, after)
 
 
 def _write_search(request: PruneRequest, source: "Checkpoint", found: "Found") -> Path:
@@ -429,29 +425,28 @@ def _write_search(request: PruneRequest, source: "Checkpoint", found: "Found") -
     return path
 
 
-def _check_tokens(
-    source: "Checkpoint", tokens: int, keep: Mapping[str, Mapping[int, int]], reporter: Reporter
-) -> None:
-    """Refuse statistics of fewer tokens than channels that stay, and say where they are few."""
+def _channels(source: "Checkpoint", targets: Iterable[str]) -> dict[tuple[str, int], int]:
+    """Return (target, layer) -> how many channels a head has, of the targets that are channels."""
     from keyreduce.families import family_of
     from keyreduce.pruning.budget import SIZE_OF
 
-    pairs = [
-        (number_of[layer], getattr(sizes, SIZE_OF[target]))
-        for layer, sizes in family_of(source.config).layer_sizes(source.config).items()
-        for target, number_of in keep.items()
-        if target != "head" and number_of[layer] < getattr(sizes, SIZE_OF[target])
-    ]
-    kept, channels = max(pairs, default=(0, 0))
+    layers = family_of(source.config).layer_sizes(source.config).items()
+    channels = [target for target in targets if target != "head"]
+    return {(target, layer): getattr(sizes, SIZE_OF[target]) for layer, sizes in layers for target in channels}
+
+
+def _check_tokens(tokens: int, kept: int, channels: int, reporter: Reporter) -> None:
+    """Refuse statistics of fewer tokens than channels that stay, and say where they are few."""
+    what = f"to choose {kept} of {channels} channels by" if kept < channels else f"to choose among {channels} channels"
     # So many tokens span no more directions than they are.
     if tokens < kept:
         raise KeyreduceError(
-            f"the calibration statistics are of {tokens:,} tokens, too few to choose {kept} of {channels} channels by; "
+            f"the calibration statistics are of {tokens:,} tokens, too few {what}; "
             "calibrate on more text (keyreduce calibrate `overwrite`)"
         )
     if tokens < _TOKENS_A_CHANNEL * channels:
         reporter.note(
-            f"the calibration statistics are of {tokens:,} tokens alone, to choose {kept} of {channels} channels by: "
+            f"the calibration statistics are of {tokens:,} tokens alone, {what}: "
             f"calibrate on more text, {_TOKENS_A_CHANNEL * channels:,} tokens at least"
         )
 
@@ -546,7 +541,8 @@ def _result(
     for name in MixerSizes._fields:
         values = [[getattr(layer, name) for layer in sizes] for sizes in layers]
         figures[name] = [one[0] if len(set(one)) == 1 else one for one in values]
-    figures["suited_engines"], figures["unsuited_engines"] = suited_engines(family, set(layers[1]))
+    suited = suited_engines(family, set(layers[1]), pruned.config)
+    figures["suited_engines"], figures["unsuited_engines"] = suited
     if record.repairs:
         last = record.repairs[-1]
         figures["repair"] = {name: last.get(name) for name in ("tokens", "seconds", "layers")}

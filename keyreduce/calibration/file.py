@@ -10,7 +10,7 @@ from keyreduce.calibration.statistics import TAYLOR, LayerStatistics, Statistics
 from keyreduce.checkpoint.shards import ShardPlan, make_spec, read_header
 from keyreduce.checkpoint.writing import write_shard
 from keyreduce.errors import KeyreduceError
-from keyreduce.outputs import appearing
+from keyreduce.outputs import appearing, dangling_link
 
 _KEY = "keyreduce"
 _UNUSED = {"query_sum_HK", "key_sum_HK", "unit_query_sum_HK", "unit_key_sum_HK", "value_gram_WVV"}
@@ -34,7 +34,8 @@ def read_record(path: Path) -> dict:
         KeyreduceError: the file is missing, damaged, or not a calibration file.
     """
     if not Path(path).exists():
-        raise KeyreduceError(f"there is no calibration file {path}; make it with keyreduce calibrate")
+        what = dangling_link(path) or f"there is no calibration file {path}"
+        raise KeyreduceError(f"{what}; make it with keyreduce calibrate")
     try:
         record = json.loads(read_header(path)[0].metadata.get(_KEY, "null"))
     except json.JSONDecodeError:

@@ -113,6 +113,7 @@ def open_folder(path: Path) -> HfCheckpoint:
         file, name = min(differing)
         raise KeyreduceError(f"{path / INDEX_NAME} and {file} disagree about tensor {name!r}; get both again")
     refuse_wrapped(path, names)
+    find_sidecars(path)  # so that what is missing of them is told before the work
     shards = {file: plan for file, (plan, _) in headers.items()}
     return HfCheckpoint(
         path, config, shards, {name: one for _, ranges in headers.values() for name, one in ranges.items()}
@@ -145,10 +146,16 @@ def _refuse_adapter(path: Path) -> None:
 
 
 def find_sidecars(folder: Path) -> tuple[Path, ...]:
-    """Return the files of ``folder`` that belong to its model beside config.json and the weights, by name."""
+    """Return the files of ``folder`` that belong to its model beside config.json and the weights, by name.
+
+    Raises KeyreduceError if one is a link that leads nowhere.
+    """
     # The model card of another model would say what is not so; one beside our record is ours.
     card = ["README.md"] if (folder / RECORD_NAME).is_file() else []
-    return tuple(sorted({path for pattern in [*_SIDECARS, *card] for path in folder.glob(pattern) if path.is_file()}))
+    found = sorted({path for pattern in [*_SIDECARS, *card] for path in folder.glob(pattern)})
+    if message := next(filter(None, map(dangling_link, found)), None):
+        raise KeyreduceError(f"{message}; get the rest of the checkpoint")
+    return tuple(path for path in found if path.is_file())
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The command line: one file a subcommand (``table`` is with ``sweep``). Heavy imports wait until a command runs."""
 
 import errno
+import functools
 import signal
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, NoReturn
@@ -82,11 +83,7 @@ _COMMANDS = {
     "rank": _Entry(
         rank.show, _MEASURE, ("keyreduce rank --text held-out.jsonl", "keyreduce rank -m my-model --every 256")
     ),
-    "sweep": _Entry(
-        sweep.show,
-        _MEASURE,
-        ("keyreduce sweep", "keyreduce sweep my-recipe.toml -m my-model --jobs 4"),
-    ),
+    "sweep": _Entry(sweep.show, _MEASURE, ("keyreduce sweep", "keyreduce sweep my-recipe.toml -m my-model --jobs 4")),
     "table": _Entry(
         sweep.show_table, _MEASURE, ("keyreduce table", "keyreduce table keyreduce-out/sweep -o tables --json")
     ),
@@ -97,9 +94,7 @@ _COMMANDS = {
     ),
     "methods": _Entry(registries.show_methods, _KNOWN, ("keyreduce methods", "keyreduce methods --json")),
     "families": _Entry(registries.show_families, _KNOWN, ("keyreduce families", "keyreduce families --json")),
-    "verify": _Entry(
-        verify.show, _FILES, ("keyreduce verify cut --load", "keyreduce verify cut --write-sums")
-    ),
+    "verify": _Entry(verify.show, _FILES, ("keyreduce verify cut --load", "keyreduce verify cut --write-sums")),
 }
 app = typer.Typer(
     name="keyreduce",
@@ -131,6 +126,12 @@ for _name, _entry in _COMMANDS.items():
     add_command(app, _entry.show, _name, _entry.panel, _entry.examples)
 
 
+@functools.cache
+def _command() -> Any:
+    """Return all commands as one that can be called. Typer itself makes them anew whenever it is called."""
+    return typer.main.get_command(app)
+
+
 def main() -> NoReturn:
     """Run the command line; a user's mistake is reported in one line, with exit code 2.
 
@@ -146,7 +147,7 @@ def _run() -> int:
     usage_error: Any = typer.BadParameter.__base__
     try:
         # The name that help and completion use, also where Python runs the package as `python -m keyreduce`.
-        code = app(prog_name="keyreduce", standalone_mode=False) or 0
+        code = _command()(prog_name="keyreduce", standalone_mode=False) or 0
         # Newer versions of Typer return the code of Ctrl-C, older ones raise.
         return errors.tell_stopped(signal.SIGINT) if code == 128 + signal.SIGINT else code
     except SystemExit as exit_:

@@ -334,7 +334,7 @@ def _read_jsonl(path: Path, repairs: Repairs) -> Iterator[Iterable[str]]:
         for number, line in enumerate(lines, start=1):
             where = f"{path}, line {number},"
             if b"\0" in line:  # which no JSON holds: a file system leaves them where a write was cut off
-                repairs.add(_NULS, where)
+                repairs.add(_NULS, where.rstrip(","))
                 line = line.replace(b"\0", b"")
             if not line.strip():
                 continue

@@ -51,8 +51,7 @@ def _latent(*sizes: Field) -> _Fields:
 
 _ATTENTION_HEADS = Field("num_attention_heads", 30)
 _OLMO = _Fields(
-    Field("num_key_value_heads", _ATTENTION_HEADS),
-    Ratio("", 1, of=Field("hidden_size", 3840), over=_ATTENTION_HEADS),
+    Field("num_key_value_heads", _ATTENTION_HEADS), Ratio("", 1, of=Field("hidden_size", 3840), over=_ATTENTION_HEADS)
 )
 _RANK, _ROPE = Field("kv_lora_rank", 512), Field("qk_rope_head_dim", 64)
 _OF_TRANSFORMERS = {
@@ -92,6 +91,14 @@ def softmax_layers(family: Family, config: Mapping) -> dict[int, SoftmaxLayer]:
     kinds, window = language.get("layer_types") or (), language.get("sliding_window")
     sliding = {layer for layer, kind in enumerate(kinds) if kind == "sliding_attention" and isinstance(window, int)}
     return {layer: found._replace(window=window) if layer in sliding else found for layer in others}
+
+
+def attention_heads(family: Family, config: Mapping) -> int:
+    """Return what a config gives as ``num_attention_heads``: by name the query heads of its softmax layers.
+
+    Where it does not say that, these are as many as the key heads of its mixers.
+    """
+    return round(Field("num_attention_heads", family.key_heads).read(family.language(config)))
 
 
 def _of_fla(family: Family, config: Mapping, layer: int) -> SoftmaxLayer:

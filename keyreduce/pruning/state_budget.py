@@ -152,7 +152,7 @@ def find_candidates(source: Checkpoint, budget: StateBudget) -> list[Candidate]:
             f"the state takes {now:,} bytes a sequence, and {most:,} are allowed: there is nothing to remove"
         )
     # The whole model is among them, for a format alone may be enough.
-    grid = [*([before] if _is_allowed(family, budget.engine, before) else []), *allowed_sizes(source, budget)]
+    grid = [*([before] if _is_allowed(source.config, budget.engine, before) else []), *allowed_sizes(source, budget)]
     found: list[Candidate] = []
     for dtype in budget.dtypes:
         most = budget.most_bytes(source, dtype)
@@ -179,7 +179,7 @@ def allowed_sizes(source: Checkpoint, budget: StateBudget) -> list[MixerSizes]:
     """
     family = family_of(source.config)
     before = next(iter(family.layer_sizes(source.config).values()))
-    return [after for after in _grid(before, budget) if _is_allowed(family, budget.engine, after)]
+    return [after for after in _grid(before, budget) if _is_allowed(source.config, budget.engine, after)]
 
 
 def _grid(before: MixerSizes, budget: StateBudget) -> list[MixerSizes]:
@@ -219,13 +219,14 @@ def _largest(found: Sequence[MixerSizes]) -> list[MixerSizes]:
     return [one for one in best.values() if not any(exceeds(other, one) for other in best.values())]
 
 
-def _is_allowed(family: Family, engine: EngineName | None, after: MixerSizes) -> bool:
+def _is_allowed(config: Mapping, engine: EngineName | None, after: MixerSizes) -> bool:
     """Whether the family can have such sizes, and the engine, if there is one, runs them."""
+    family = family_of(config)
     try:
         family.check_cut(after)
     except KeyreduceError:
         return False
-    return engine is None or runs(engine, family, after)
+    return engine is None or runs(engine, family, after, config)
 
 
 def _can_be_said(family: Family, config: Mapping, after: Mapping[int, MixerSizes]) -> bool:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 EngineName = Literal["fla", "transformers", "vllm", "vllm-plugin", "sglang", "mlx", "llama.cpp"]
 """The engines that a user can ask for. ``vllm-plugin`` is vLLM with keyreduce installed in its environment."""
 Known = Literal["run", "compiled", "read"]
+_HEADS_OF_ATTENTION = "as many heads as num_attention_heads says"
 _STEP = 8  # sizes that are named to users are multiples of it where the engine runs any
 _OR_WITH_PLUGIN = "; where keyreduce is installed beside vLLM, its plugin runs this cut too: `engine` vllm-plugin"
 
@@ -41,12 +42,15 @@ class Row(NamedTuple):
         demand: what it demands, in words.
         is_met: whether sizes meet it.
         evidence: how that is known, the strongest first.
+        heads_of_attention: whether the engine takes the number of the mixers' heads from the config's
+            ``num_attention_heads``, which a cut of heads leaves as it is.
     """
 
     model_types: tuple[str, ...]
     demand: str
     is_met: Callable[[MixerSizes], bool]
     evidence: tuple[Evidence, ...]
+    heads_of_attention: bool = False
 
 
 class Engine(NamedTuple):
@@ -147,10 +151,17 @@ _VLLM = Engine(
             (_VLLM_COMPILED,),
         ),
         Row(
-            KDA[1:],
+            KDA[2:],
             "as many key as value channels, at most 128",
             lambda sizes: sizes.head_k_dim == sizes.head_v_dim <= 128,
             (Evidence("read", "0.33.0", _NOVEMBER, "their layers and kernels, which are nearly Kimi Linear's"),),
+        ),
+        Row(
+            ("bailing_hybrid",),
+            f"as many key as value channels, at most 128, and {_HEADS_OF_ATTENTION}",
+            lambda sizes: sizes.head_k_dim == sizes.head_v_dim <= 128,
+            (Evidence("read", "0.33.0", _NOVEMBER, "its layer and kernels, which are nearly Kimi Linear's"),),
+            heads_of_attention=True,
         ),
         Row(
             (*_QWEN4, *_MINICPM),
@@ -211,16 +222,12 @@ _SGLANG = Engine(
         ),
         Row(
             ("bailing_hybrid",),
-            "128 key and 128 value channels: it takes these from softmax attention, which no cut changes",
+            f"128 key and 128 value channels, which it takes from softmax attention, and {_HEADS_OF_ATTENTION}",
             lambda sizes: sizes[2:] == (128, 128),
             (Evidence("read", "0.5.23", _NOVEMBER, "its layer"),),
+            heads_of_attention=True,
         ),
-        Row(
-            _QWEN[1:],
-            "head_k_dim, at most 256, and head_v_dim powers of two",
-            _split_in_order,
-            (_SGLANG_COMPILED,),
-        ),
+        Row(_QWEN[1:], "head_k_dim, at most 256, and head_v_dim powers of two", _split_in_order, (_SGLANG_COMPILED,)),
         Row(
             (*_QWEN4, *_MINICPM),
             "head_k_dim, at most 256, and head_v_dim powers of two",
@@ -239,6 +246,13 @@ _SGLANG = Engine(
 _MLX = Engine(
     "MLX (Metal)",
     (
+        Row(
+            ("bailing_hybrid",),
+            f"head_k_dim a multiple of 32, and {_HEADS_OF_ATTENTION}",
+            lambda sizes: sizes.head_k_dim % 32 == 0,
+            (Evidence("read", "mlx-lm 0.32.2", _NOVEMBER, "its layer, and its kernel for Metal"),),
+            heads_of_attention=True,
+        ),
         Row(
             (),
             "head_k_dim a multiple of 32",
@@ -292,13 +306,23 @@ NAMED: Mapping[EngineName, Engine] = {
 """The engines that a user can ask for, by name."""
 
 
-def runs(engine: EngineName, family: Family, sizes: MixerSizes) -> bool:
+def runs(engine: EngineName, family: Family, sizes: MixerSizes, config: Mapping | None = None) -> bool:
     """Return whether an engine's kernels run a mixer of these sizes, of this architecture.
 
-    That the engine also has a class for the architecture is another question: see :class:`Engine`. Pure and quick, so
-    that a grid of sizes can be filtered with it.
+    Where the model's ``config`` is given, before a cut or after it, the engine must also read the mixers' heads from it
+    as they are. That the engine has a class for the architecture is another question: see :class:`Engine`. Pure and
+    quick, so that a grid of sizes can be filtered with it.
     """
-    return family.shipped_by != "keyreduce" and NAMED[engine].row(family.model_type).is_met(sizes)
+    row = NAMED[engine].row(family.model_type)
+    return family.shipped_by != "keyreduce" and row.is_met(sizes) and not _misreads_heads(row, family, sizes, config)
+
+
+def _misreads_heads(row: Row, family: Family, sizes: MixerSizes, config: Mapping | None) -> bool:
+    from keyreduce.families.attention import attention_heads
+
+    if config is None or not row.heads_of_attention:
+        return False
+    return attention_heads(family, config) != sizes.value_heads
 
 
 def needs_plugin(family: Family, sizes: MixerSizes) -> bool:
@@ -306,18 +330,24 @@ def needs_plugin(family: Family, sizes: MixerSizes) -> bool:
     return runs("vllm-plugin", family, sizes) and not runs("vllm", family, sizes)
 
 
-def suited_engines(family: Family, layers: Iterable[MixerSizes]) -> tuple[list[str], list[str]]:
+def suited_engines(
+    family: Family, layers: Iterable[MixerSizes], config: Mapping | None = None
+) -> tuple[list[str], list[str]]:
     """Return the names of the engines that run layers of these sizes, and of those that do not, with their demand.
 
-    An engine must also know the architecture; no engine knows those that keyreduce ships.
+    For ``config`` see :func:`runs`. An engine must also know the architecture; no engine knows those that keyreduce
+    ships.
     """
     if family.shipped_by == "keyreduce":
         return [], [f"serving engines (none knows {family.model_type})"]
     sizes = list(layers)
     engines = (_TRANSFORMERS, *ENGINES) if family.shipped_by == "transformers" else ENGINES
     rows = {engine.label: engine.row(family.model_type) for engine in engines}
-    suited = {label: all(row.is_met(layer) for layer in sizes) for label, row in rows.items()}
-    if not suited[_VLLM.label] and all(runs("vllm-plugin", family, layer) for layer in sizes):
+    suited = {
+        label: all(row.is_met(layer) and not _misreads_heads(row, family, layer, config) for layer in sizes)
+        for label, row in rows.items()
+    }
+    if not suited[_VLLM.label] and all(runs("vllm-plugin", family, layer, config) for layer in sizes):
         suited[_VLLM_PLUGIN.label] = True
     return (
         [label for label, is_met in suited.items() if is_met],
@@ -325,19 +355,27 @@ def suited_engines(family: Family, layers: Iterable[MixerSizes]) -> tuple[list[s
     )
 
 
-def check_engine(
-    name: EngineName, family: Family, before: Mapping[int, MixerSizes], after: Mapping[int, MixerSizes]
-) -> None:
+def check_engine(name: EngineName, config: Mapping, after: Mapping[int, MixerSizes]) -> None:
     """Refuse sizes that an engine does not run, and name those near them that it does.
 
-    ``before`` and ``after`` are layer -> its sizes before and after the cut.
+    ``config`` is the model's before the cut, and ``after`` is layer -> its sizes after it.
 
     Raises KeyreduceError if the engine does not know the architecture, or does not run the sizes.
     """
+    from keyreduce.families import family_of
+    from keyreduce.families.attention import attention_heads
+
+    family = family_of(config)
     if family.shipped_by == "keyreduce":
         raise KeyreduceError(f"`engine` {name}: it does not know {family.model_type}, which keyreduce alone ships")
-    row = NAMED[name].row(family.model_type)
+    row, before = NAMED[name].row(family.model_type), family.layer_sizes(config)
     for layer, sizes in after.items():
+        if _misreads_heads(row, family, sizes, config):
+            raise KeyreduceError(
+                f"`engine` {name} takes the number of heads of {family.model_type}'s mixers from num_attention_heads, "
+                f"which is that of its softmax attention and stays {attention_heads(family, config)}; it cannot run "
+                f"mixers of {sizes.value_heads}: cut channels, and leave the heads"
+            )
         if not row.is_met(sizes):
             found = near_sizes(name, family, before[layer], sizes)
             told = [f"{key} x {value} (`target` {_targets(before[layer], key, value)})" for key, value in found]

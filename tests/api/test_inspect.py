@@ -1,12 +1,15 @@
 """What ``inspect`` says of a model, against plain counting and what is known of published models."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from sparse_checkpoints import QWEN3_5_27B, write_sparse
+from tiny_models import edit_tensors
 
 from keyreduce.api.inspect import InspectRequest, run
 from keyreduce.errors import KeyreduceError
@@ -151,6 +154,14 @@ def test_a_model_of_mixers_alone_has_nothing_that_grows():
 def test_bad_settings(large, settings, told):
     with pytest.raises(KeyreduceError, match=told):
         inspect(large, **settings)
+
+
+def test_tensors_that_do_not_fit_the_config_are_refused(tiny_copy):
+    """As those of an older fla."""
+    folder = tiny_copy()
+    edit_tensors(folder, lambda tensors: tensors.update({"model.layers.0.attn.D": torch.ones(2)}))
+    with pytest.raises(KeyreduceError, match=rf"{re.escape(str(folder))} are not those .* left over: .*0\.attn\.D$"):
+        inspect(folder)
 
 
 def test_a_pruned_model_names_its_dense_one(tmp_path):

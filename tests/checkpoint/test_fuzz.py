@@ -1,4 +1,4 @@
-"""Valid checkpoints, damaged in 2,000 ways: each run makes a whole output, or says in one line why there is none."""
+"""Valid checkpoints, damaged in 1,000 ways: each run makes a whole output, or says in one line why there is none."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from tiny_models import build, save
 from keyreduce.checkpoint.find import open_model
 from keyreduce.cli import errors, main
 
-MUTATIONS = 2000
-BATCHES = 20
+MUTATIONS = 1000
+BATCHES = 10
 PRUNE = ("prune", "--method", "random", "--ratio", "0.5", "--model")
 OUTSIDE = "outside-of-the-source"
 

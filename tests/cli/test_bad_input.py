@@ -246,9 +246,11 @@ def test_calibration_files(refused, keyreduce, tiny_folder, tmp_path):
     good, cut = tmp_path / "good", tmp_path / "cut"
     assert keyreduce(*CALIBRATE, *model, "--output", good).code == 0
     cut.write_bytes(good.read_bytes()[:-8])
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
     for path, told in [
         (cut, "is not a valid safetensors file: it may be truncated"),
         (tmp_path / "missing", "there is no calibration file"),
+        (tmp_path / "link", f"link is a link to {tmp_path / 'gone'}, which is not there; make it with keyreduce calib"),
         (tmp_path, "cannot be read"),
         (tiny_folder("delta_net") / "model.safetensors", "is not a calibration file"),
     ]:

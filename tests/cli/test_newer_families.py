@@ -34,3 +34,22 @@ def test_the_commands_one_after_another(keyreduce, tmp_path, model_type):
         assert taylor.code == 2 and "predicts no tokens" in taylor.err
     else:
         assert len(evaluated.json()["models"]) == 3
+
+
+@pytest.mark.parametrize("model_type", marked(["bailing_hybrid"]))
+def test_heads_that_engines_take_from_softmax_attention(keyreduce, tmp_path, model_type):
+    """vLLM would read two heads where one is left: refused before anything is written, and told by inspect."""
+    dense = hybrid_models.store(hybrid_models.build(model_type), tmp_path / "dense")
+    cut = ("prune", "--model", dense, "--method", "l1", "--target", "head", "--keep", 1)
+    for engine in ("vllm", "sglang"):
+        refused = keyreduce(*cut, "--engine", engine)
+        assert refused.code == 2 and len(refused.err.splitlines()) == 1
+        assert f"--engine {engine} takes the number of heads of bailing_hybrid's mixers from num_att" in refused.err
+        assert "stays 2; it cannot run mixers of 1: cut channels, and leave the heads" in refused.err
+        assert not Path("keyreduce-out").exists()
+    pruned = keyreduce(*cut, "--json").json()
+    assert "transformers" in pruned["suited_engines"]
+    assert any(one.startswith("vLLM") and "as many heads as" in one for one in pruned["unsuited_engines"])
+    for model, is_run in ((dense, True), ("keyreduce-out/pruned", False)):
+        engines = keyreduce("inspect", model, "--json").json()["engines"]
+        assert {one["name"]: one["runs"] for one in engines}["vllm"] == is_run

@@ -47,6 +47,16 @@ def test_a_dry_run_writes_its_report_alone(keyreduce, model):
     assert said["state_budget"]["candidates"] == rows and said["report"] == str(REPORT)
 
 
+def test_a_budget_for_which_statistics_of_few_tokens_are_refused_before_the_search(keyreduce, model):
+    Path("short.md").write_text("elevenchar")  # with the separator before it
+    given = (*model[:2], "--text", "short.md")
+    for search in ("predicted", "measured"):
+        result = keyreduce("prune", *given, "--work", search, "--state-ratio", 0.5, "--search", search)
+        told = "the calibration statistics are of 11 tokens, too few to choose among 24 channels; calibrate on more"
+        assert result.code == 2 and told in result.err.splitlines()[-1]
+        assert {path.name for path in Path(search).iterdir()} == {"calibration.safetensors"}
+
+
 @torch.no_grad()
 def test_a_budget_is_met_and_recovered_in_one_command(keyreduce, model):
     arguments = ("prune", *model, "--state-ratio", 0.5, "--recover", "least-squares", "--verify", "logits")

@@ -108,6 +108,36 @@ def test_sglang_takes_the_values_of_bailing_hybrid_from_softmax_attention():
     assert not runs("sglang", FAMILIES["bailing_hybrid"], MixerSizes(16, 16, 64, 64))
 
 
+BAILING = {
+    "model_type": "bailing_hybrid", "num_hidden_layers": 6, "num_attention_heads": 4, "head_dim": 128,
+    "layer_group_size": 6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm-plugin", "sglang", "mlx"])
+@pytest.mark.parametrize("config", [BAILING, BAILING | {"linear_num_heads": 3}], ids=["whole", "cut before"])
+def test_heads_that_an_engine_takes_from_softmax_attention_are_refused(engine, config):
+    """They read ``num_attention_heads``, which is as it was, in the mixers that have fewer."""
+    family = FAMILIES["bailing_hybrid"]
+    check_engine(engine, BAILING, family.layer_sizes(BAILING))
+    fewer = {layer: MixerSizes(3, 3, 128, 128) for layer in range(5)}
+    cause = "takes the number of heads of bailing_hybrid's mixers from num_attention_heads"
+    with pytest.raises(KeyreduceError, match=f"`engine` {engine} {cause}.* stays 4; it cannot run mixers of 3: cut ch"):
+        check_engine(engine, config, fewer)
+    assert runs(engine, family, fewer[0]) and not runs(engine, family, fewer[0], config)
+    assert runs(engine, family, MixerSizes(4, 4, 128, 128), config)
+
+
+def test_heads_of_attention_are_among_the_demands():
+    family, sizes = FAMILIES["bailing_hybrid"], [MixerSizes(3, 3, 128, 128)]
+    suited, unsuited = suited_engines(family, sizes, BAILING)
+    theirs = {"vLLM (Triton)", "SGLang", "MLX (Metal)"}
+    assert theirs.isdisjoint(suited) and "transformers" in suited
+    told = [one for one in unsuited if one.startswith(tuple(theirs))]
+    assert len(told) == 3 and all("as many heads as num_attention_heads says" in one for one in told)
+    assert theirs <= set(suited_engines(family, [MixerSizes(4, 4, 128, 128)], BAILING)[0])
+
+
 def test_no_engine_knows_what_fla_does_not_ship():
     suited, unsuited = suited_engines(FAMILIES["delta_net_2"], [MixerSizes(2, 2, 64, 64)])
     assert not suited
@@ -140,13 +170,12 @@ def test_vllm_pads_both_sizes_alike(model_type, head_k_dim, head_v_dim, starts):
 
 def check(engine, config, keep):
     """Ask for the sizes that so many kept channels leave."""
-    family = FAMILIES[config["model_type"]]
-    before = family.layer_sizes(config) if len(config) > 1 else {}
     after = {
         layer: sizes_after(sizes, {target: number_of[layer] for target, number_of in keep.items()})
-        for layer, sizes in before.items()
+        for layer, sizes in FAMILIES[config["model_type"]].layer_sizes(config).items()
+        if keep
     }
-    check_engine(engine, family, before, after)
+    check_engine(engine, config, after)
 
 
 def keep(key=None, value=None, layers=range(3)):
@@ -218,8 +247,7 @@ def test_a_family_of_one_size_is_named_one_size():
 
 def test_a_model_that_no_cut_fits():
     with pytest.raises(KeyreduceError, match="no cut of this model fits"):
-        sizes = {0: MixerSizes(2, 2, 8, 8)}
-        check_engine("mlx", FAMILIES["qwen3_next"], sizes, sizes)
+        check("mlx", QWEN | {"linear_key_head_dim": 8, "linear_value_head_dim": 8}, keep(8))
 
 
 def test_every_row_says_how_it_is_known():
