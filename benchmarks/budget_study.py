@@ -21,6 +21,7 @@ folder.
 import argparse
 import contextlib
 import platform
+import re
 import time
 from pathlib import Path
 from statistics import mean
@@ -29,6 +30,7 @@ import torch
 from result_tables import study_table
 
 from keyreduce.api import calibrate, evaluate, prune, recover
+from keyreduce.api.request import specs
 from keyreduce.checkpoint.find import find_model, open_model
 from keyreduce.data.text import text_source
 from keyreduce.devices import pick_device
@@ -44,6 +46,7 @@ from keyreduce.reporting import Reporter
 BATCH, ROW = 8, 512
 HELDOUT_ROW = 1024
 UNREPAIRED = ("exact", "none")
+DISTILLED = "-distilled"
 RECALL = RecallSettings(("mqar", "needle"), (256, 1024), (4, 16), 16, 0)
 
 
@@ -107,7 +110,7 @@ def study(options: argparse.Namespace) -> None:
 
 def name_of(seed: int, cut: str, repair: str) -> str:
     """Return the name of a model's folder."""
-    return f"{seed}-{cut.replace('=', '-')}-{repair}"
+    return re.sub(r"[^\w.-]", "-", f"{seed}-{cut}-{repair}")
 
 
 def make(options: argparse.Namespace, seed: int, cut: str, repair: str) -> dict:
@@ -121,7 +124,9 @@ def make(options: argparse.Namespace, seed: int, cut: str, repair: str) -> dict:
     amount = {"num_batches": options.num_batches, "batch_size": BATCH, "seq_len": ROW}
     calibration = options.work / f"calibration-{seed}.safetensors"
     calibrate.run(
-        calibrate.CalibrateRequest(model=options.model, output=calibration, gradients=False, **text, **amount, **common)
+        calibrate.CalibrateRequest(
+            model=options.model, output=calibration, gradients=False, dtype="float32", **text, **amount, **common
+        )
     )
     how = {"model": options.model, "calibration": calibration, **text, **common}
     sizes = chosen_sizes(options.work, cut, repair, how)
@@ -131,13 +136,25 @@ def make(options: argparse.Namespace, seed: int, cut: str, repair: str) -> dict:
     result = prune.run(request)
     if bare != folder:
         recover.run(
-            recover.RecoverRequest(mode=repair, compressed=str(bare), output=folder, **text, **amount, **common)
+            recover.RecoverRequest(
+                compressed=str(bare), output=folder, **text, **common, **amount | recovery_of(repair)
+            )
         )
     seconds = time.perf_counter() - started
     assert isinstance(result, prune.PruneResult)
     found = {"sizes": [result.key_heads[1], result.head_k_dim[1], result.head_v_dim[1]], "seconds": seconds}
     write_json(about, found)
     return found
+
+
+def recovery_of(text: str) -> dict:
+    """Return the fields of a recovery from ``mode[-distilled]`` or ``mode[-distilled]:field=value,...``."""
+    name, _, rest = text.partition(":")
+    given = dict(part.split("=") for part in rest.split(",") if part)
+    fields = specs(recover.RecoverRequest)
+    taught = {"distill_weight": 1.0} if name.endswith(DISTILLED) else {}
+    values = {field: fields[field].kind(value) for field, value in given.items()}
+    return {"mode": name.removesuffix(DISTILLED), **taught, **values}
 
 
 def chosen_sizes(work: Path, cut: str, repair: str, how: dict) -> dict:

@@ -31,18 +31,15 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
-from budget_study import chosen_sizes
+from budget_study import chosen_sizes, recovery_of
 
 from keyreduce.api import calibrate, evaluate, prune, recover
-from keyreduce.api.request import specs
 from keyreduce.checkpoint.find import open_model
 from keyreduce.data.text import FileText, text_source
 from keyreduce.devices import pick_device
 from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import read_json, write_json
 from keyreduce.recovery.overlap import refuse_overlap
-
-_DISTILLED = "-distilled"
 
 
 class Start(NamedTuple):
@@ -213,16 +210,6 @@ def calibration_file(chosen: argparse.Namespace, seed: int) -> Path:
         **common(chosen),
     )
     return calibrate.run(request).calibration
-
-
-def recovery_of(text: str) -> dict:
-    """Return the fields of a recovery from ``mode[-distilled]`` or ``mode[-distilled]:field=value,...``."""
-    name, _, rest = text.partition(":")
-    given = dict(part.split("=") for part in rest.split(",") if part)
-    fields = specs(recover.RecoverRequest)
-    taught = {"distill_weight": 1.0} if name.endswith(_DISTILLED) else {}
-    values = {field: fields[field].kind(value) for field, value in given.items()}
-    return {"mode": name.removesuffix(_DISTILLED), **taught, **values}
 
 
 def recover_into(

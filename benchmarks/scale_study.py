@@ -393,7 +393,9 @@ def config_named(name: str) -> Path:
 
 def modules() -> str:
     """Return where a training finds keyreduce and its backend, without an install too."""
-    return os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "flash-linear-attention"), os.environ.get("PYTHONPATH")]))
+    return os.pathsep.join(
+        filter(None, [str(ROOT), str(ROOT / "flash-linear-attention"), os.environ.get("PYTHONPATH")])
+    )
 
 
 if __name__ == "__main__":

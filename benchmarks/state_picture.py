@@ -129,7 +129,7 @@ def _of_study(known: Known, study: Mapping) -> dict[str, list[Point]]:
     for (repair, dtype, _), runs in groups.items():
         costs = [cost for _, cost in runs]
         error = stdev(costs) if len(costs) > 1 else 0.0
-        name = f"fewer channels, {_REPAIRS[repair]}" + ("" if dtype == "float32" else f", in {dtype}")
+        name = f"fewer channels, {_REPAIRS.get(repair, repair)}" + ("" if dtype == "float32" else f", in {dtype}")
         found.setdefault(name, []).append(Point(mean(size for size, _ in runs), mean(costs), error, ""))
     return {name: sorted(points, reverse=True) for name, points in found.items()}
 
