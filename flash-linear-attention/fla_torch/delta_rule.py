@@ -6,12 +6,10 @@ Per value head, with state ``S`` of shape ``[K, V]``, decay ``a_t = exp(log_deca
     S_t = a_t S_{t-1} + k_t u_t^T
     o_t = scale S_t^T q_t
 
-Sources: the delta rule, Yang et al., arXiv:2406.06484; the gated one, arXiv:2412.06464. Chunking: within a
-chunk the ``u`` solve a unit lower triangular system, ``(I + L) u = beta (v - decayed S_0^T k)`` with
-``L_ij = beta_i exp(c_i - c_j) k_i . k_j`` for j < i and ``c`` the running sum of the log decay in the chunk.
+Sources: the delta rule, Yang et al., arXiv:2406.06484; the gated one, arXiv:2412.06464. How a chunk
+is computed stands in ``segment.py``.
 
-Shapes: B batch, T tokens, C tokens of a chunk, H key heads, W value heads (a multiple of H), M = B H, N = B W,
-K key channels, V value channels.
+Shapes: B batch, T tokens, H key heads, W value heads (a multiple of H), N = B W, K key channels, V value channels.
 """
 
 import torch
@@ -20,8 +18,8 @@ import torch.nn.functional as F
 from fla_torch.segment import Segment, run_segment
 
 CHUNK_SIZE = 64
-_STATES_BYTES = 2**30
-_CPU_MATRICES = 64
+_STATES_BYTES = 2**30  # of the states that a segment keeps on CUDA
+_CPU_MATRICES = 32  # chunks times heads of a segment on a CPU: what it makes is still in the cache where it is used
 
 
 def chunked_delta_rule(
@@ -35,7 +33,10 @@ def chunked_delta_rule(
     initial_state_BWKV: torch.Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the delta rule in chunks: matrix products, and one triangular solve a chunk.
+    """Run the delta rule in chunks: matrix products, and one triangular inverse a chunk, in float32 or float64.
+
+    Inputs of 16 bits are widened. On CUDA the operands of their products are then rounded to TF32, which has as many
+    bits as float16 and more than bfloat16; sums and states are float32.
 
     Args:
         query_BTHK: queries, as the operator uses them (normalised already, where they are).
@@ -45,11 +46,11 @@ def chunked_delta_rule(
         log_decay_BTW: natural logarithm of the decay, at most 0; None for the ungated rule.
         scale: factor of the output.
         initial_state_BWKV: state before the first token; None for zeros.
-        chunk_size: tokens solved at once. T need not be a multiple.
+        chunk_size: tokens solved at once, rounded down to a power of two. T need not be a multiple.
 
     Returns:
-        Output ``[B, T, W, V]`` and the state after the last token ``[B, W, K, V]``, in the inputs' dtype
-        (one floating dtype for all). Gradients flow to every input.
+        Output ``[B, T, W, V]`` in the dtype of the values, and the state after the last token ``[B, W, K, V]`` in
+        float32, or float64 where the values are. Gradients flow to every input, once: not through a gradient again.
     """
     (B, T, _, K), (W, V) = key_BTHK.shape, value_BTWV.shape[-2:]
     dtype = value_BTWV.dtype if value_BTWV.dtype == torch.float64 else torch.float32

@@ -14,9 +14,11 @@ def widen(tensor: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def reduced_products(reduced: bool) -> Iterator[None]:
     """Let float32 matrix products on CUDA round their operands to TF32 inside, where ``reduced``; sums stay float32."""
+    if not reduced:
+        yield
+        return
     settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "tf32" if reduced else before
+    before, settings.fp32_precision = settings.fp32_precision, "tf32"
     try:
         yield
     finally:

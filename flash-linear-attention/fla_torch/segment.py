@@ -21,7 +21,7 @@ import torch
 
 from fla_torch.numerics import reduced_products
 
-_SOLVED_AT_ONCE = 16
+_SOLVED_AT_ONCE = 32  # tokens; what is longer is put together from products, which many threads share
 
 
 class Operands(NamedTuple):
@@ -64,9 +64,9 @@ class Segment(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_output, d_final_NKV):
         *inputs, states_ZNKV, update_ZNCV, inverse_ZNCC = ctx.saved_tensors
-        gradients = segment_gradients(
-            inputs, (states_ZNKV, update_ZNCV, inverse_ZNCC), *ctx.settings, d_output, d_final_NKV
-        )
+        kept = states_ZNKV, update_ZNCV, inverse_ZNCC
+        with torch.autocast(d_output.device.type, enabled=False):
+            gradients = segment_gradients(inputs, kept, *ctx.settings, d_output, d_final_NKV)
         return *gradients, None, None, None
 
 
@@ -91,11 +91,13 @@ def run_segment(
         inputs = (query_BTHK, key_BTHK, value_BTWV, beta_BTW, log_decay_BTW)
         operands = prepare(*inputs, chunk_size, state_NKV.dtype)
         inverse_ZNCC = invert_unit_lower(operands.key_gram_ZNCC.mul_(operands.beta_ZNC1))
-        start_ZNCV = inverse_ZNCC @ (operands.value_ZNCV.mul_(operands.beta_ZNC1))
-        reading_ZNCK = inverse_ZNCC @ (operands.key_ZNCK * -operands.strength_ZNC1)
-        writing_ZNCK = _times(operands.key_ZNCK, operands.to_end_ZNC1)
         update_ZNCV, states_ZNKV, final_NKV = scan(
-            reading_ZNCK, writing_ZNCK, start_ZNCV, operands.kept_ZN11, state_NKV
+            _times(operands.key_ZNCK, operands.since_start_ZNC1),
+            inverse_ZNCC * operands.beta_ZNC1.mT,
+            _times(operands.key_ZNCK, operands.to_end_ZNC1),
+            operands.value_ZNCV,
+            operands.kept_ZN11,
+            state_NKV,
         )
         output_ZNCV = _times(operands.query_ZNCK, operands.since_start_ZNC1) @ states_ZNKV
         add_product(output_ZNCV, operands.query_gram_ZNCC, update_ZNCV)
@@ -122,16 +124,16 @@ def segment_gradients(
         d_output_ZNCV = _to_chunks(d_output_BTWV, chunk_size, states_ZNKV.dtype).mul_(scale)
 
         # The same scan from the last chunk to the first, in which reading and writing have changed places.
-        d_update_ZNCV, d_states_ZNKV, d_state_NKV = scan(
-            _times(key_ZNCK, operands.to_end_ZNC1),
-            inverse_ZNCC @ (key_ZNCK * -strength_ZNC1),
+        d_solved_ZNCV, d_states_ZNKV, d_state_NKV = scan(
+            _times(-key_ZNCK, operands.to_end_ZNC1),
+            inverse_ZNCC.mT,
+            key_ZNCK * -strength_ZNC1,
             query_gram_ZNCC.mT @ d_output_ZNCV,
             operands.kept_ZN11,
             d_final_NKV,
             added_ZNKV=_times(query_ZNCK, since_start_ZNC1).mT @ d_output_ZNCV,
             reverse=True,
         )
-        d_solved_ZNCV = inverse_ZNCC.mT @ d_update_ZNCV
         d_query_gram_ZNCC = (d_output_ZNCV @ update_ZNCV.mT).tril_()
         d_key_gram_ZNCC = (d_solved_ZNCV @ update_ZNCV.mT).neg_().tril_(-1)
         # What the query and the key read from the state before the chunk, and what the key wrote into the one after.
@@ -198,6 +200,7 @@ def prepare(
 
 def scan(
     reading_ZNCK: torch.Tensor,
+    solving_ZNCC: torch.Tensor,
     writing_ZNCK: torch.Tensor,
     start_ZNCV: torch.Tensor,
     kept_ZN11: torch.Tensor | None,
@@ -206,17 +209,17 @@ def scan(
     added_ZNKV: torch.Tensor | None = None,
     reverse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Go through the chunks: ``x = start + reading S``, then ``S <- kept S + writing^T x + added``.
+    """Go through the chunks: ``x = solving (start - reading S)``, then ``S <- kept S + writing^T x + added``.
 
     Returns:
-        x ``[Z, N, C, V]``, which overwrites ``start_ZNCV``; the state before each chunk; the state after the last.
+        x ``[Z, N, C, V]``; the state before each chunk; the state after the last. ``start_ZNCV`` is overwritten.
     """
     Z, before, after = len(start_ZNCV), int(reverse), int(not reverse)
     states_ZNKV = state_NKV.new_empty(Z + 1, *state_NKV.shape)
     states_ZNKV[Z if reverse else 0] = state_NKV
     order = range(Z)[:: -1 if reverse else 1]
-    if start_ZNCV.is_cuda:
-        # Each launch costs more than its work: one product a chunk, for more operations in all.
+    if _launches_are_dear(start_ZNCV):  # one product a chunk, for more operations in all
+        reading_ZNCK, start_ZNCV = -solving_ZNCC @ reading_ZNCK, solving_ZNCC @ start_ZNCV
         moving_ZNKK = writing_ZNCK.mT @ reading_ZNCK
         diagonal_ZNK = moving_ZNKK.diagonal(dim1=-2, dim2=-1)
         diagonal_ZNK += 1 if kept_ZN11 is None else kept_ZN11[..., 0]
@@ -226,18 +229,21 @@ def scan(
         for z in order:
             torch.baddbmm(moved_ZNKV[z], moving_ZNKK[z], states_ZNKV[z + before], out=states_ZNKV[z + after])
         add_product(start_ZNCV, reading_ZNCK, states_ZNKV[before : before + Z])
+        solved_ZNCV = start_ZNCV
     else:
+        solved_ZNCV = torch.empty_like(start_ZNCV)
         for z in order:
             state_NKV, next_NKV = states_ZNKV[z + before], states_ZNKV[z + after]
-            update_NCV = start_ZNCV[z].baddbmm_(reading_ZNCK[z], state_NKV)
+            unsolved_NCV = start_ZNCV[z].baddbmm_(reading_ZNCK[z], state_NKV, alpha=-1)
+            torch.bmm(solving_ZNCC[z], unsolved_NCV, out=solved_ZNCV[z])
             if kept_ZN11 is None:
                 next_NKV.copy_(state_NKV)
             else:
                 torch.mul(state_NKV, kept_ZN11[z], out=next_NKV)
             if added_ZNKV is not None:
                 next_NKV += added_ZNKV[z]
-            next_NKV.baddbmm_(writing_ZNCK[z].mT, update_NCV)
-    return start_ZNCV, states_ZNKV[before : before + Z], states_ZNKV[0 if reverse else Z].clone()
+            next_NKV.baddbmm_(writing_ZNCK[z].mT, solved_ZNCV[z])
+    return solved_ZNCV, states_ZNKV[before : before + Z], states_ZNKV[0 if reverse else Z].clone()
 
 
 def invert_unit_lower(matrix_ZNCC: torch.Tensor) -> torch.Tensor:
@@ -248,7 +254,7 @@ def invert_unit_lower(matrix_ZNCC: torch.Tensor) -> torch.Tensor:
     C = matrix_ZNCC.shape[-1]
     lower_XCC = matrix_ZNCC.flatten(0, 1)
     identity_CC = torch.eye(C, dtype=matrix_ZNCC.dtype, device=matrix_ZNCC.device)
-    if matrix_ZNCC.is_cuda:
+    if _launches_are_dear(matrix_ZNCC):
         return torch.linalg.solve_triangular(matrix_ZNCC, identity_CC, upper=False, unitriangular=True)
     size = min(C, _SOLVED_AT_ONCE)
     inverse_XCC = torch.zeros_like(lower_XCC)
@@ -260,8 +266,8 @@ def invert_unit_lower(matrix_ZNCC: torch.Tensor) -> torch.Tensor:
     while size < C:
         for start in range(0, C, 2 * size):
             first, second = slice(start, start + size), slice(start + size, start + 2 * size)
-            product = lower_XCC[:, second, first] @ inverse_XCC[:, first, first]
-            inverse_XCC[:, second, first].baddbmm_(inverse_XCC[:, second, second], product, alpha=-1)
+            product_XCC = lower_XCC[:, second, first] @ inverse_XCC[:, first, first]
+            inverse_XCC[:, second, first] = (inverse_XCC[:, second, second] @ product_XCC).neg_()
         size *= 2
     return inverse_XCC.view(matrix_ZNCC.shape)
 
@@ -269,6 +275,11 @@ def invert_unit_lower(matrix_ZNCC: torch.Tensor) -> torch.Tensor:
 def add_product(sum_ZNXX: torch.Tensor, left_ZNXX: torch.Tensor, right_ZNXX: torch.Tensor) -> None:
     """Add the product of two stacks of matrices to a third, in place."""
     sum_ZNXX.flatten(0, 1).baddbmm_(left_ZNXX.flatten(0, 1), right_ZNXX.flatten(0, 1))
+
+
+def _launches_are_dear(tensor: torch.Tensor) -> bool:
+    """Whether a small operation there costs its launch rather than its work."""
+    return tensor.is_cuda
 
 
 def _times(tensor: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
