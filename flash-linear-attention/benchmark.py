@@ -1,10 +1,11 @@
 """Time the chunked delta rule on this machine's CPU, against fla's naive functions and against the floor.
 
-    python flash-linear-attention/benchmark.py
+    python flash-linear-attention/benchmark.py --output benchmarks/backend/cpu.json
+    python flash-linear-attention/benchmark.py --table benchmarks/backend/cpu.json   # the README's table
 
 Ours, fla's and the floor run in turn, round after round, so that a disturbance hits all of them alike. A ratio is
 taken within each round, and its median is printed. The floor is one large square matrix product with as many
-floating-point operations as our algorithm: no arrangement of the same work can be faster.
+floating-point operations as the chunked algorithm needs: no arrangement of the same work can be faster.
 
 Shapes: B batch (1), T tokens, H heads, K key channels, V value channels, C tokens of a chunk.
 """
@@ -13,6 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -32,7 +34,9 @@ Functions = dict[str, Callable[[], torch.Tensor]]
 
 
 def count_operations(T: int, H: int, K: int, V: int, C: int) -> int:
-    """Return the multiplications and additions in the products and solves of the chunked algorithm.
+    """Return the multiplications and additions in the products and solves that the chunked algorithm needs.
+
+    Ours takes some more: it makes the inverse of each triangle and multiplies by it, since many threads can share that.
 
     For each token and head::
 
@@ -127,12 +131,26 @@ def time_training_step(T: int, H: int, K: int, V: int, gated: bool, rounds: int)
     return median(time_in_turns({OURS: step}, rounds)[OURS])
 
 
+def print_table(result: dict) -> None:
+    """Print what :func:`main` wrote, as Markdown."""
+    print(", ".join(f"{name} {value}" for name, value in result["setting"].items()))
+    print("\n| rule | function | ms | ratio |\n|---|---|---|---|")
+    for row in result["rows"]:
+        print(f"| {row['rule']} | {row['function']} | {row['milliseconds']:.1f} | {row['ratio']:.2f} |")
+    for rule, milliseconds in result["forward_backward_milliseconds"].items():
+        print(f"| {rule} | ours, forward and backward | {milliseconds:.1f} | |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, default in (("tokens", 2048), ("heads", 8), ("key", 128), ("value", 128), ("rounds", 15)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--output", type=Path, help="also write what was measured there, as JSON")
+    parser.add_argument("--table", type=Path, help="print the table of such a file; nothing is measured")
     options = parser.parse_args()
+    if options.table:
+        print_table(json.loads(options.table.read_text()))
+        return
     if options.tokens < 1 or options.tokens % max(NAIVE_CHUNK_SIZES):
         parser.error(f"--tokens must be a multiple of {max(NAIVE_CHUNK_SIZES)}: fla's naive functions need it")
 
@@ -142,17 +160,13 @@ def main() -> None:
         with torch.no_grad():
             rows += [{"rule": rule, **row} for row in compare(contenders(*sizes, gated), options.rounds)]
         training[rule] = time_training_step(*sizes, gated, options.rounds)
-    setting = {name: value for name, value in vars(options).items() if name != "json"}
+    setting = {name: value for name, value in vars(options).items() if name not in ("output", "table")}
     setting |= {"dtype": "float32", "threads": torch.get_num_threads(), "torch": torch.__version__}
-    if options.json:
-        print(json.dumps({"setting": setting, "rows": rows, "forward_backward_milliseconds": training}, indent=2))
-        return
-    print(", ".join(f"{name} {value}" for name, value in setting.items()))
-    print("\n| rule | function | ms | ratio |\n|---|---|---|---|")
-    for row in rows:
-        print(f"| {row['rule']} | {row['function']} | {row['milliseconds']:.1f} | {row['ratio']:.2f} |")
-    for rule, milliseconds in training.items():
-        print(f"| {rule} | ours, forward and backward | {milliseconds:.1f} | |")
+    result = {"setting": setting, "rows": rows, "forward_backward_milliseconds": training}
+    print_table(result)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

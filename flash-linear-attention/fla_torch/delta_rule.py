@@ -6,17 +6,20 @@ Per value head, with state ``S`` of shape ``[K, V]``, decay ``a_t = exp(log_deca
     S_t = a_t S_{t-1} + k_t u_t^T
     o_t = scale S_t^T q_t
 
-Sources: the delta rule, Yang et al., arXiv:2406.06484; the gated one, arXiv:2412.06464. Chunking: within a
-chunk the ``u`` solve a unit lower triangular system, ``(I + L) u = beta (v - decayed S_0^T k)`` with
-``L_ij = beta_i exp(c_i - c_j) k_i . k_j`` for j < i and ``c`` the running sum of the log decay in the chunk.
+Sources: the delta rule, Yang et al., arXiv:2406.06484; the gated one, arXiv:2412.06464. How a chunk
+is computed stands in ``segment.py``.
 
-Shapes: B batch, T tokens, C tokens of a chunk, H key heads, W value heads (a multiple of H), M = B H, N = B W,
-K key channels, V value channels.
+Shapes: B batch, T tokens, H key heads, W value heads (a multiple of H), N = B W, K key channels, V value channels.
 """
 
 import torch
+import torch.nn.functional as F
+
+from fla_torch.segment import Segment, run_segment
 
 CHUNK_SIZE = 64
+_STATES_BYTES = 2**30  # of the states that a segment keeps on CUDA
+_CPU_MATRICES = 32  # chunks times heads of a segment on a CPU: what it makes is still in the cache where it is used
 
 
 def chunked_delta_rule(
@@ -30,7 +33,10 @@ def chunked_delta_rule(
     initial_state_BWKV: torch.Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the delta rule in chunks: matrix products, and one triangular solve a chunk.
+    """Run the delta rule in chunks: matrix products, and one triangular inverse a chunk, in float32 or float64.
+
+    Inputs of 16 bits are widened. On CUDA the operands of their products are then rounded to TF32, which has as many
+    bits as float16 and more than bfloat16; sums and states are float32.
 
     Args:
         query_BTHK: queries, as the operator uses them (normalised already, where they are).
@@ -40,69 +46,53 @@ def chunked_delta_rule(
         log_decay_BTW: natural logarithm of the decay, at most 0; None for the ungated rule.
         scale: factor of the output.
         initial_state_BWKV: state before the first token; None for zeros.
-        chunk_size: tokens solved at once. T need not be a multiple.
+        chunk_size: tokens solved at once, rounded down to a power of two. T need not be a multiple.
 
     Returns:
-        Output ``[B, T, W, V]`` and the state after the last token ``[B, W, K, V]``, in the inputs' dtype
-        (one floating dtype for all). Gradients flow to every input.
+        Output ``[B, T, W, V]`` in the dtype of the values, and the state after the last token ``[B, W, K, V]`` in
+        float32, or float64 where the values are. Gradients flow to every input, once: not through a gradient again.
     """
-    (B, _, H, K), (W, V) = key_BTHK.shape, value_BTWV.shape[-2:]
-
-    def chunks_of(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tensor.split(chunk_size, dim=1)
-
-    def for_each_value_head(tensor_MXX: torch.Tensor) -> torch.Tensor:
-        return tensor_MXX if W == H else tensor_MXX.repeat_interleave(W // H, dim=0)
-
-    state_NKV = value_BTWV.new_zeros(B * W, K, V) if initial_state_BWKV is None else initial_state_BWKV.flatten(0, 1)
-    # Above the diagonal the exponent of a decay would be positive and could overflow: there exp is to give 0.
-    future_CC = value_BTWV.new_full((chunk_size, chunk_size), -torch.inf).triu(1)
-    log_decays = [None] * len(chunks_of(beta_BTW)) if log_decay_BTW is None else chunks_of(log_decay_BTW)
-    inputs = (query_BTHK, key_BTHK, value_BTWV, beta_BTW)
-    optional_inputs = (log_decay_BTW, initial_state_BWKV)
-    is_recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs + optional_inputs)
-    # Where autograd does not keep them, chunks are written into place: the memory of one serves the next.
+    (B, T, _, K), (W, V) = key_BTHK.shape, value_BTWV.shape[-2:]
+    dtype = value_BTWV.dtype if value_BTWV.dtype == torch.float64 else torch.float32
+    reduced = value_BTWV.is_cuda and value_BTWV.dtype.itemsize == 2
+    if initial_state_BWKV is None:
+        state_NKV = value_BTWV.new_zeros(B * W, K, V, dtype=dtype)
+    else:
+        state_NKV = initial_state_BWKV.to(dtype).flatten(0, 1)
+    # A power of two, for the inverse by halves, and no longer than the sequence needs.
+    chunk_size = 1 << (min(chunk_size, 2 * T - 1).bit_length() - 1)
+    inputs = (query_BTHK, key_BTHK, value_BTWV, beta_BTW, log_decay_BTW)
+    is_recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, state_NKV))
+    settings = (scale, chunk_size, reduced)
     output_BTWV = torch.empty(value_BTWV.shape, dtype=value_BTWV.dtype, device=value_BTWV.device)
     outputs = []
-    for query_BCHK, key_BCHK, value_BCWV, beta_BCW, log_decay_BCW, place_BCWV in zip(
-        *map(chunks_of, inputs), log_decays, chunks_of(output_BTWV), strict=True
-    ):
-        C = key_BCHK.shape[1]
-        query_MCK, key_MCK = _by_head(query_BCHK).contiguous(), _by_head(key_BCHK).contiguous()
-        value_NCV, beta_NC1 = _by_head(value_BCWV), _by_head(beta_BCW[..., None])
-        key_gram_NCC = for_each_value_head(key_MCK @ key_MCK.mT)
-        query_gram_NCC = for_each_value_head(query_MCK @ key_MCK.mT)
-        query_NCK = for_each_value_head(query_MCK)
-        reading_NCK = writing_NCK = for_each_value_head(key_MCK)
-        kept_NKV = state_NKV
-        if log_decay_BCW is None:
-            query_gram_NCC = query_gram_NCC.tril()
-        else:
-            sum_NC1 = _by_head(log_decay_BCW[..., None]).cumsum(dim=1)
-            since_start_NC1, to_end_NC1 = sum_NC1.exp(), (sum_NC1[:, -1:] - sum_NC1).exp()
-            between_NCC = (sum_NC1 - sum_NC1.mT + future_CC[:C, :C]).exp()
-            key_gram_NCC, query_gram_NCC = key_gram_NCC * between_NCC, query_gram_NCC * between_NCC
-            query_NCK = query_NCK * since_start_NC1
-            reading_NCK, writing_NCK = reading_NCK * since_start_NC1, writing_NCK * to_end_NC1
-            kept_NKV = state_NKV * since_start_NC1[:, -1:]
-        error_NCV = torch.baddbmm(value_NCV, reading_NCK, state_NKV, alpha=-1)
-        # Solved from the right, on transposes: row-major tensors then go to BLAS without a copy.
-        update_NCV = torch.linalg.solve_triangular(
-            (key_gram_NCC * beta_NC1).mT, (error_NCV * beta_NC1).mT, upper=True, left=False, unitriangular=True
-        ).mT
-        output_NCV = torch.baddbmm(query_NCK @ state_NKV, query_gram_NCC, update_NCV, beta=scale, alpha=scale)
-        output_BCWV = output_NCV.unflatten(0, (B, W)).transpose(1, 2)
+    length = chunk_size * _chunks_at_once(state_NKV)
+    for start in range(0, T, length):
+        part = slice(start, min(start + length, T))
+        missing = -(part.stop - start) % chunk_size
+        # Behind the end keys, beta and log decay are 0: the state stays as it is.
+        segment = [None if x is None else _pad(x[:, part], missing) for x in inputs]
         if is_recorded:
-            outputs.append(output_BCWV)
-        else:
-            place_BCWV.copy_(output_BCWV)
-        state_NKV = torch.baddbmm(kept_NKV, writing_NCK.mT, update_NCV)
-    output_BTWV = torch.cat(outputs, dim=1) if is_recorded else output_BTWV
+            segment_BTWV, state_NKV = Segment.apply(*segment, state_NKV, *settings)
+            outputs.append(segment_BTWV)
+            continue
+        place_BTWV = output_BTWV[:, part] if not missing else torch.empty_like(segment[2])
+        state_NKV, _ = run_segment(*segment, state_NKV, *settings, place_BTWV)
+        if missing:
+            output_BTWV[:, part] = place_BTWV[:, : part.stop - start]
+    output_BTWV = torch.cat(outputs, dim=1)[:, :T] if is_recorded else output_BTWV
     return output_BTWV, state_NKV.unflatten(0, (B, W))
 
 
-def _by_head(tensor_BCHX: torch.Tensor) -> torch.Tensor:
-    return tensor_BCHX.transpose(1, 2).flatten(0, 1)
+def _chunks_at_once(state_NKV: torch.Tensor) -> int:
+    """Return how many chunks a segment has: as many as are fast, within a bound on memory."""
+    if state_NKV.is_cuda:
+        return max(1, _STATES_BYTES // (state_NKV.numel() * state_NKV.itemsize))
+    return max(1, _CPU_MATRICES // len(state_NKV))
+
+
+def _pad(tensor_BTX: torch.Tensor, missing: int) -> torch.Tensor:
+    return F.pad(tensor_BTX, (0, 0) * (tensor_BTX.ndim - 2) + (0, missing)) if missing else tensor_BTX
 
 
 def recurrent_delta_rule(

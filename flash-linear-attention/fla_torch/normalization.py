@@ -12,7 +12,11 @@ L2_EPS = 1e-6
 
 
 def l2_normalize(x: torch.Tensor, eps: float = L2_EPS) -> torch.Tensor:
-    """Divide by the square root of the sum of squares plus eps, as fla and transformers do (eps is in the sum)."""
+    """Divide by the square root of the sum of squares plus eps, as fla and transformers do (eps is in the sum).
+
+    The result is float32, or float64 where ``x`` is.
+    """
+    x = widen(x)
     return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + eps)
 
 

@@ -1,6 +1,7 @@
 """What every operator of the backend does with precision and with gradients."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -8,6 +9,20 @@ import torch
 def widen(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor in float32, as fla's kernels compute; float64 stays as it is, for ``gradcheck``."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+@contextmanager
+def reduced_products(reduced: bool) -> Iterator[None]:
+    """Let float32 matrix products on CUDA round their operands to TF32 inside, where ``reduced``; sums stay float32."""
+    if not reduced:
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def pull_back(

@@ -108,7 +108,11 @@ def _delta_rule(
     scale = key.shape[-1] ** -0.5 if scale is None else scale
     # autocast would lower the matrix products to 16 bits; fla's kernels keep the state in float32, and so do we.
     with torch.autocast(query.device.type, enabled=False):
-        arguments = [widen(query), widen(key), widen(value), widen(beta), log_decay, key_log_decay, value_log_decay]
+        is_per_channel = key_log_decay is not None or value_log_decay is not None or beta.ndim == value.ndim
+        is_recurrent = recurrence is not None or key.shape[1] <= 1 or is_per_channel
+        arguments = [query, key, value, widen(beta), log_decay, key_log_decay, value_log_decay]
+        if is_recurrent:  # chunks are widened as they are laid out
+            arguments[:3] = widen(query), widen(key), widen(value)
         if normalize:
             arguments[:2] = l2_normalize(arguments[0]), l2_normalize(arguments[1])
         if cu_seqlens is not None:
@@ -119,10 +123,9 @@ def _delta_rule(
         if initial_state is not None:
             if len(initial_state) != len(query):
                 raise ValueError(f"{len(query)} sequences need as many initial states, not {len(initial_state)}")
-            state = widen(initial_state).to(value.dtype)
+            state = widen(initial_state).to(widen(value[:0]).dtype)
             state = state.mT if state_v_first else state
-        is_per_channel = key_log_decay is not None or value_log_decay is not None or beta.ndim == value.ndim
-        if recurrence is not None or key.shape[1] <= 1 or is_per_channel:
+        if is_recurrent:
             decays = [
                 None if log_decay is None else log_decay[..., None, None],
                 None if key_log_decay is None else widen(key_log_decay)[..., None],

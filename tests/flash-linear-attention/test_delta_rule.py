@@ -3,6 +3,7 @@
 import pytest
 import torch
 from delta_rule_reference import draw_inputs, reference_delta_rule, relative_error
+from fla_torch import segment
 from fla_torch.delta_rule import chunked_delta_rule, recurrent_delta_rule
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,9 +85,15 @@ def test_gradients_of_every_input_are_those_of_finite_differences(run, gated):
     assert torch.autograd.gradcheck(run, leaves)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_chunks_and_recurrence_have_the_same_gradients(gated):
-    inputs = draw_inputs(6, B=2, T=130, H=2, W=4, K=5, V=7, gated=gated, dtype=torch.float64)
+@pytest.mark.parametrize("few_launches", [False, True])
+@pytest.mark.parametrize("decay", [None, "weak", "strong"])
+def test_chunks_and_recurrence_have_the_same_gradients(decay, few_launches, monkeypatch):
+    # What runs on CUDA is computed here too.
+    monkeypatch.setattr(segment, "_launches_are_dear", lambda _: few_launches)
+    inputs = draw_inputs(6, B=2, T=130, H=2, W=4, K=5, V=7, gated=decay is not None, dtype=torch.float64)
+    if decay == "strong":
+        inputs[4][:, ::3] = -20.0
+        inputs[4][:, 70:90] = -50.0
     leaves = [tensor.requires_grad_() for tensor in inputs if tensor is not None]
 
     def gradients_of(run):
@@ -96,6 +103,27 @@ def test_chunks_and_recurrence_have_the_same_gradients(gated):
 
     for chunked, recurrent in zip(gradients_of(run_chunked), gradients_of(run_recurrent), strict=True):
         torch.testing.assert_close(chunked, recurrent, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("few_launches", [False, True])
+@pytest.mark.parametrize("strength", [1.0, 2.0])
+def test_a_key_that_repeats_keeps_its_precision(strength, few_launches, monkeypatch):
+    # The powers of L grow beyond all bounds here, while (I + L)^-1 stays small.
+    monkeypatch.setattr(segment, "_launches_are_dear", lambda _: few_launches)
+    inputs = draw_inputs(9, T=130, H=1, W=2, K=7, V=6)
+    inputs[1].copy_(inputs[1][:, :1].expand_as(inputs[1]))
+    inputs[3].fill_(strength)
+    assert_follows_definition(run_chunked(*inputs), inputs)
+
+
+def test_inputs_of_16_bits_are_widened_and_the_state_stays_wide():
+    inputs = draw_inputs(10, T=70, K=8, V=8)
+    narrow = [tensor.bfloat16() for tensor in inputs[:3]]
+    output, state = run_chunked(*narrow, *inputs[3:])
+    expected_output, expected_state = run_chunked(*(tensor.float() for tensor in narrow), *inputs[3:])
+    assert (output.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(output, expected_output.bfloat16())
+    assert torch.equal(state, expected_state)
 
 
 @pytest.mark.parametrize("gated", [False, True])
