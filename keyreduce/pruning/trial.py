@@ -22,6 +22,7 @@ from keyreduce.families import MixerSizes
 from keyreduce.models.in_memory import ModuleCheckpoint, loaded_module
 from keyreduce.models.loading import LoadedModel, load_model
 from keyreduce.models.state_storage import stored_states
+from keyreduce.models.tuning import tune_few_variants
 from keyreduce.pruning.in_memory import pruned_module
 from keyreduce.pruning.planning import make_plan
 from keyreduce.recovery.layers import recover_layers
@@ -125,6 +126,8 @@ class Trial:
         """Return how long a mixer layer of each of these sizes takes."""
         device = self.dense.model.device
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        if device.type == "cuda":
+            tune_few_variants()  # all of them would take minutes for each size
         with reporter.progress("timing candidates", None, "rounds") as progress:
             return time_per_token(self.source.config, sizes, device, dtype, progress=progress)
 
