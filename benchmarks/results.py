@@ -23,6 +23,7 @@ from scale_picture import draw_by_bytes, draw_by_size
 from scale_tables import scale_tables
 from state_picture import Known, draw_state
 from sweep_results import keep
+from vllm_report import serving_tables
 
 from keyreduce.benchmarking.plot import draw_report
 from keyreduce.drawing import save_picture
@@ -74,6 +75,7 @@ KINDS = {
     "decode": {"search", "copy_bytes_per_second"},
     "kernels": {"rows", "triton"},
     "capacity": {"configs", "settings", "made_up_gpu"},
+    "serving": {"preparation", "right-128x128-auto"},
     "sweep": {"rows", "dense", "record"},
 }
 
@@ -102,7 +104,9 @@ def make_page(sources: Mapping[str, list[Source]]) -> tuple[str, list[Picture]]:
         "Made by `make results` from the JSON in `benchmarks/`: change a script or measure anew, not this page. What "
         "each table needs is in the command above it; `PATH` and `FILE` stand for a model and text of your own.",
     ]
-    for write in (_scale, _state, _grids, _studies, _precision, _sweeps, _benchmarks, _decode, _kernels, _capacity):
+    for write in (
+        _scale, _state, _grids, _studies, _precision, _sweeps, _benchmarks, _decode, _kernels, _capacity, _serving,
+    ):  # fmt: skip
         parts += write(sources, pictures)
     return "\n\n".join(part.strip("\n") for part in parts) + "\n", pictures
 
@@ -290,6 +294,16 @@ def _capacity(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> I
             "no prefix caching; the file has two GPUs and prefix caching too."
         )
         yield from _text(tables.capacity_table(found))
+
+
+def _serving(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iterator[str]:
+    for source in sources["serving"]:
+        yield "## Pruned models served by vLLM"
+        yield _command("benchmarks/vllm_serving.py --output FOLDER --memory-gib 136")
+        yield "Given again until nothing is left; it writes `FOLDER/vllm_serving.json`."
+        for title, lines in serving_tables(source.content):
+            yield f"### {title}"
+            yield from _text(lines)
 
 
 def _text(lines: Iterator[str]) -> Iterator[str]:

@@ -5,7 +5,7 @@
 It wants a GPU and vLLM, which may be unpacked on PYTHONPATH, and measures step by step, the most telling first. Each
 result is written into the folder at once as a JSON file; what is there is not measured again, what failed is tried
 again after all else, and no step begins that would end after ``--minutes``, so that the same command is given again
-until nothing is left. At the end vllm_serving.json holds all of them, and a table is printed. Engines share the GPU,
+until nothing is left. At the end vllm_serving.json holds all of them, and tables are printed. Engines share the GPU,
 each in a process of its own whose output is in the folder ``logs``; one that fails costs the others nothing.
 
 - ``right``: a small Qwen3-Next with the heads of the real one (16 key, 32 value heads of 128 x 128), cut by keyreduce;
@@ -38,14 +38,13 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))
 import vllm_engine
 from vllm_capacity import qwen3_next
-from vllm_report import judged, put_together, table
+from vllm_report import DENSE, judged, put_together, table
 
 from keyreduce.families import FAMILIES
 from keyreduce.outputs import read_json, write_json
 from keyreduce.serving.capacity import CacheLayout, vllm_pool
 
 GIB = 2**30
-DENSE = "128x128"
 
 
 class Variant(NamedTuple):
@@ -129,7 +128,7 @@ def main() -> None:
             for name in (name for name in names if not (asked.output / f"{name}.json").exists()):
                 keep(name, failure(error))
     everything = put_together(asked.output, KINDS)
-    print(table(everything, DENSE))
+    print(table(everything))
     if left:
         print(f"not measured yet, for want of time: {', '.join(left)}; give the command again")
 

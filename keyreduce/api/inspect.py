@@ -295,7 +295,7 @@ def _plugin_notes(family: "Family", layout: CacheLayout, cuts: list[dict]) -> li
     known = NAMED["vllm-plugin"].row(family.model_type).evidence[0]
     return [
         "vllm-plugin is vLLM with the plugin that it loads where keyreduce is installed beside it; that it runs these "
-        f"sizes is known by: {known.how}, with {known.version}"
+        f"sizes is known by: {known.how}, with {known.version}{f', {known.on}' if known.on else ''}"
     ]
 
 

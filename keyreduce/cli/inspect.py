@@ -51,7 +51,8 @@ def _list_engines(result: inspect.InspectResult, console: Console) -> None:
         if engine["name"] == "vllm-plugin" and alone:
             continue
         first = engine["evidence"][0]
-        known = f"{first['how']}: {first['version']}, {first['when']}"
+        facts = [first[name] for name in ("version", "on", "when")]
+        known = f"{first['how']}: {', '.join(fact for fact in facts if fact)}"
         knows = {None: "-", "": "no"}.get(engine["knows"], f"since {engine['knows']}")
         rows.append([engine["name"], "yes" if engine["runs"] else f"no: it wants {engine['demand']}", knows, known])
     console.table("", ("engine", "runs these sizes", "has the model", "known by"), rows)

@@ -2,7 +2,8 @@
 
 "run" means that a model of such sizes was started or compared with another library, "compiled" that the engine's own
 kernels were compiled for these sizes (``benchmarks/engine_kernels.py`` and its JSON in ``benchmarks/serving/``), and
-"read" that somebody read the engine's source. Engines change: a row says of which version it speaks, and when.
+"read" that somebody read the engine's source. What was run in vLLM by ``benchmarks/vllm_serving.py`` is in
+``benchmarks/serving/vllm_serving.json``. Engines change: a row says of which version it speaks, and when.
 """
 
 from __future__ import annotations
@@ -26,12 +27,17 @@ _OR_WITH_PLUGIN = "; where keyreduce is installed beside vLLM, its plugin runs t
 
 
 class Evidence(NamedTuple):
-    """How a row is known: ``how``, of which ``version`` of the engine, ``when`` (year and month), and from ``what``."""
+    """How a row is known: ``how``, of which ``version`` of the engine, ``when``, and from ``what``.
+
+    ``when`` is a year and month, or a day; ``what`` is a file of this repository or says it in words. ``on`` names the
+    model and the GPU of what was run, where the file does.
+    """
 
     how: Known
     version: str
     when: str
     what: str
+    on: str = ""
 
 
 class Row(NamedTuple):
@@ -114,6 +120,9 @@ _NOVEMBER = "2026-11"
 _FILE = "benchmarks/serving/kernels_{}.json"
 _FLA_COMPILED = Evidence("compiled", "0.6.0", _NOVEMBER, _FILE.format("fla"))
 _VLLM_COMPILED = Evidence("compiled", "0.26.0", _NOVEMBER, _FILE.format("vllm"))
+_VLLM_RUN = Evidence(
+    *("run", "0.26.0", "2026-11-27", "benchmarks/serving/vllm_serving.json"), on="Qwen3-Next on an NVIDIA H200"
+)
 _SGLANG_COMPILED = Evidence("compiled", "0.5.23", _NOVEMBER, _FILE.format("sglang"))
 
 _FLA = Engine(
@@ -174,6 +183,7 @@ _VLLM = Engine(
             "head_k_dim and head_v_dim at most 256, with the same next power of two",
             _alike_when_padded,
             (
+                _VLLM_RUN,
                 Evidence(
                     *("run", "0.26.0", _NOVEMBER),
                     "an H100: 128 x 128, 96 x 128, 72 x 128 and 64 x 64 start, 64 x 128 does not",
@@ -198,6 +208,7 @@ _VLLM_PLUGIN = Engine(
             "head_k_dim and head_v_dim at most 256",
             _up_to_256,
             (
+                _VLLM_RUN,
                 Evidence("compiled", "0.26.0", _NOVEMBER, _FILE.format("vllm_plugin")),
                 Evidence("compiled", "0.33.0", _NOVEMBER, _FILE.format("vllm_plugin_0_33")),
             ),

@@ -92,7 +92,10 @@ def test_cuts_save_what_a_resized_config_has_less(large):
     assert pairs[64, 128]["engines"] == ["fla", "transformers", "vllm-plugin", "sglang", "mlx"]
     assert pairs[80, 104]["engines"] == ["fla", "transformers", "vllm", "vllm-plugin"]
     assert not any(one["needs_plugin"] for one in pairs[80, 104]["capacity"])
-    assert any("vLLM with the plugin" in note and "compiled, with 0.26.0" in note for note in found.notes)
+    assert any(
+        "vLLM with the plugin" in note and "run, with 0.26.0, Qwen3-Next on an NVIDIA H200" in note
+        for note in found.notes
+    )
     assert pairs[80, 104]["prune"] == "--target key,value --keep 80,104"
     assert pairs[72, 128]["prune"] == "--target key --keep 72"
 

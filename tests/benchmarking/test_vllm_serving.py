@@ -128,10 +128,12 @@ class MadeUpEngine:
         if isinstance(self.arguments[0], dict):
             if self.broken and self.broken in self.arguments[0]["folder"]:
                 raise sys.modules["vllm_serving"].FailedStep("it broke")
-            return {"vllm": "0", "max_num_seqs": self.arguments[0]["max_num_seqs"]}
+            facts = {"vllm": "0", "torch": "0", "device": "made up", "page_bytes": 1024}
+            return facts | {name: self.arguments[0][name] for name in ("max_num_seqs", "mend")}
         if self.fails:
             raise sys.modules["vllm_serving"].FailedStep(self.fails)
-        row = {"head_k_dim": 64, "head_v_dim": 128, "tokens": 512, "us": {"ours": 2.0}}
+        row = {"head_k_dim": 64, "head_v_dim": 128, "tokens": 512, "us": {"ours": 2.0, "mended": 3.0}}
+        row["device"] = "made up"
         references = [{"exact_U": [-1.0] * 3, "rough_U": [-1.1] * 3, "best_U": [-1.0] * 3, "choice_U": [1] * 3}]
         return references if self.arguments[0].__name__ == "reference" else [row]
 
@@ -139,8 +141,8 @@ class MadeUpEngine:
         sequences = self.arguments[0]["max_num_seqs"]
         return {
             "full_load": {"peak_running": sequences, "busy_tokens_per_s": 10.0 * sequences, "tokens_per_s": 1.0},
-            "first_token": {"ms": 30.0},
-            "decode": {"ms": None if arguments[0] == 1024 else 4.0},
+            "first_token": {"ms": 30.0, "least_ms": 29.0},
+            "decode": {"ms": None if arguments[0] == 1024 else 4.0, "least_ms": 3.5},
             "logprobs": [{"prompt": [0, 1], "new": [1, 1], "logprobs_U": [-1.05] * 3}],
         }[name]
 
@@ -189,9 +191,12 @@ def test_steps_are_written_one_by_one_and_put_together(script, tmp_path, monkeyp
         engines = found[f"load-80x104-{state}"]["engines"]
         dense, cut = (engines[name]["max_num_seqs"] for name in names[:2])
         assert cut > least * dense
-        speed = f"{10 * cut:,.0f} | x{cut / dense:.2f} | 30.0 |"
-        assert f"| load-80x104-{state} | 80x104 | {cut} (x{cut / dense:.2f}) | {speed}" in printed
-    assert "| decode-64x128-auto | 64 sequences: 4.00 ms a step |" in printed
-    assert "| decode-64x128-auto | 1024 sequences: not measured |" in printed
+        over, dtype = f"(x{cut / dense:.2f})", "bfloat16" if state == "auto" else state
+        figures = f"{cut} {over} | {10 * cut:,} {over} | {10 * cut:,} to {10 * cut:,} | 30 (29) |"
+        assert f"| {dtype} | 80 x 104 | 1 | {figures}" in printed
+    assert "| 64 x 128, the plugin | bfloat16 | 0.0500 (0.1000), at most 0.05 (0.10) |" in printed
+    assert "| bfloat16 | 64 x 128, the plugin | 4.00 (x1.00), least 3.50 | 4.00 (x1.00), least 3.50 |  |" in printed
+    assert "| 64 x 128 | 512 | 2.0 |  | 3.0 (x1.50) |" in printed
+    assert "failed" not in printed
     run("--minutes", 600)
     assert not MadeUpEngine.started  # all of it is there

@@ -14,7 +14,7 @@ def test_tables_and_commands(keyreduce, tmp_path, monkeypatch):
     words = " ".join(result.out.split())
     assert "48 layers with a delta-rule state and 16 of softmax attention" in words
     assert "recurrent state, float32 144.00 MiB" in words
-    assert "vllm yes since 0.26 run: 0.26.0, 2026-11" in words
+    assert "vllm yes since 0.26 run: 0.26.0, Qwen3-Next on an NVIDIA H200, 2026-11" in words
     assert "vllm-plugin yes" not in words
     figures = r"[\d,]+ \(x[\d.]+\)"
     assert re.search(rf"64 x 128 -50% 72\.56 MiB -2\.1% {figures} {figures} vllm-plugin sglang", words)
@@ -34,7 +34,7 @@ def test_a_model_that_needs_the_plugin(keyreduce, tmp_path):
     result = keyreduce("inspect", write_sparse(tmp_path / "pruned", config), "--gpu-memory", "80GB", "--gpus", 2)
     assert result.code == 0, result.err
     words = " ".join(result.out.split())
-    assert "vllm-plugin yes since 0.26 compiled: 0.26.0" in words
+    assert "vllm-plugin yes since 0.26 run: 0.26.0, Qwen3-Next on an NVIDIA H200, 2026-11-27" in words
     assert "vLLM, as it is, with the plugin: vllm serve" in words
     assert "vllm-plugin is vLLM with the plugin" in result.err
 
