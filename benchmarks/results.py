@@ -303,7 +303,7 @@ def _serving(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> It
         yield "Given again until nothing is left; it writes `FOLDER/vllm_serving.json`."
         for title, lines in serving_tables(source.content):
             yield f"### {title}"
-            yield from _text(lines)
+            yield from _text(iter(lines))
 
 
 def _text(lines: Iterator[str]) -> Iterator[str]:

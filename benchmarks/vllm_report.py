@@ -75,7 +75,10 @@ def serving_tables(found: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
 def _steps(found: Mapping[str, Any], kind: str, measured: str) -> list[tuple[str, str, dict]]:
     """Return the engine, the dtype of the state and the result of each step of a kind, the largest state first."""
     names = [name for name, step in found.items() if name.startswith(f"{kind}-") and measured in step]
-    steps = [(*name.removeprefix(f"{kind}-").rpartition("-")[::2], found[name]) for name in names]
+    steps = []
+    for name in names:
+        engine, _, state = name.removeprefix(f"{kind}-").rpartition("-")
+        steps.append((engine, state, found[name]))
     return sorted(steps, key=lambda one: (one[1], *_size_order(one[0])))
 
 
@@ -162,8 +165,8 @@ def _decode_lines(found: Mapping[str, Any]) -> list[str]:
     return _told(
         f"{_LARGE}; {_where(step for *_, step in steps)}. The time of a step in which each sequence has one token, "
         "that of the host included: medians, in brackets how many times as fast as dense, and the fastest step. "
-        "Engines that fit into the GPU together work in turns; not all were in one run with the dense one. Where a cell "
-        "is empty, not as many sequences fit.",
+        "Engines that fit into the GPU together work in turns; not all were in one run with the dense one. Where a "
+        "cell is empty, not as many sequences fit.",
         header,
         rows,
     )
