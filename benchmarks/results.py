@@ -340,8 +340,8 @@ def _speed(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iter
             f"{setting['num_batches']} batches of {setting['batch_size']} x {setting['seq_len']} tokens. The last "
             "column is 512 steps a layer with all else that the recovery does, added up from its parts, without what "
             "the first layer takes besides (Triton compiles). `recorded` is as a CUDA graph, `mixed` PyTorch's kernels "
-            "in mixed precision, `fla` fla's kernels likewise. `recover` takes `fla-recorded` on a GPU for 8,192 steps or "
-            "more in all layers, else `mixed-recorded`."
+            "in mixed precision, `fla` fla's kernels likewise. `recover` takes `fla-recorded` on a GPU for 8,192 "
+            "steps or more in all layers, else `mixed-recorded`."
         )
         yield from _text(tables.speed_table(found))
 
