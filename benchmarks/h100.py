@@ -4,9 +4,9 @@
     python benchmarks/h100.py --table
 
 Each measurement is a `keyreduce benchmark` with a file of its own below the output folder. What is there is not made
-again, so an interrupted run resumes there. At the end, and with ``--table``, the tables are printed, and
-each architecture's files are put together into one JSON file, which `make results` draws. Triton gives each variant of a kernel
-20 ms when it looks for the fastest (its own 100 would add up to minutes in a step of training).
+again, so an interrupted run resumes there. At the end, and with ``--table``, the tables are printed, and each
+architecture's files are put together into one JSON file, which `make results` draws. Triton gives each variant of a
+kernel 20 ms when it looks for the fastest (its own 100 would add up to minutes in a step of training).
 """
 
 import argparse
