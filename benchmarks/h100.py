@@ -4,9 +4,9 @@
     python benchmarks/h100.py --table
 
 Each measurement is a `keyreduce benchmark` with a file of its own below the output folder. What is there is not made
-again, so an interrupted run resumes there. At the end, and with ``--table``, the tables are printed, and
-each architecture's files are put together into one JSON file and one picture. Triton gives each variant of a kernel
-20 ms when it looks for the fastest (its own 100 would add up to minutes in a step of training).
+again, so an interrupted run resumes there. At the end, and with ``--table``, the tables are printed, and each
+architecture's files are put together into one JSON file, which `make results` draws. Triton gives each variant of a
+kernel 20 ms when it looks for the fastest (its own 100 would add up to minutes in a step of training).
 """
 
 import argparse
@@ -18,11 +18,9 @@ from itertools import product
 from pathlib import Path
 
 import triton.testing
-from results import benchmark_title
 
 from keyreduce.api import benchmark
 from keyreduce.api.benchmark import BenchmarkRequest
-from keyreduce.benchmarking.plot import plot_report
 from keyreduce.cli.benchmark import print_tables
 from keyreduce.cli.console import Console
 from keyreduce.errors import KeyreduceError, reason
@@ -105,7 +103,6 @@ def put_together(folder: Path) -> None:
                 if kind in report:
                     whole[kind] = whole.get(kind, []) + report[kind]
         write_json(folder / f"{config}.json", whole, overwrite=True)
-        plot_report(whole | {"settings": first["settings"]}, folder / f"{config}.png", model=benchmark_title(config))
 
 
 def file_of(folder: Path, config: str, measurement: str) -> Path:

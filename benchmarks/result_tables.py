@@ -108,6 +108,53 @@ def search_table(rows: Sequence[Mapping]) -> Iterator[str]:
     yield from table(["size", "B", "µs", "of the bandwidth", "of its copy", "fla: µs", "faster"], lines)
 
 
+def formats_table(rows: Sequence[Mapping]) -> Iterator[str]:
+    """Yield the decode kernel's times by format of the state, beside a copy of its state and fla's float32 kernel."""
+    lines = []
+    for row in rows:
+        cells = [row["case"], row["state_dtype"], f"{row['K']} x {row['V']}", str(row["B"]), f"{row['us']:.1f}"]
+        lines.append([*cells, f"{row['of_copy']:.0%}", f"{row['fla_us']:.1f}", f"{row['speedup']:.2f}"])
+    yield from table(["rule", "state in", "K x V", "B", "µs", "of its copy", "fla: µs", "faster"], lines)
+
+
+def backend_table(found: Mapping) -> Iterator[str]:
+    """Yield the times of the PyTorch backend's rule on a CPU, fla's naive functions, and one matrix product."""
+    rows = [
+        [one["rule"], one["function"], f"{one['milliseconds']:.1f}", f"{one['ratio']:.2f}"] for one in found["rows"]
+    ]
+    for rule, time in found["forward_backward_milliseconds"].items():
+        rows.append([rule, "ours, forward and backward", f"{time:.1f}", ""])
+    yield from table(["rule", "function", "ms", "ratio"], rows)
+
+
+def backend_cuda_table(found: Mapping) -> Iterator[str]:
+    """Yield the times of the PyTorch backend's rule on a GPU beside fla's kernels, and of its parts."""
+    rows, parts = [], []
+    for one in found["results"]:
+        for name in ("forward", "forward and backward"):
+            for row in one[name]["rows"]:
+                times = f"{row['milliseconds']:.2f}" if row["milliseconds"] is not None else "refused by fla"
+                ratio = f"{row['times_fla']:.2f}" if row["times_fla"] is not None else ""
+                rows.append([one["rule"], one["size"], name, row["function"], times, ratio])
+        for chunk, times in one["parts"].items():
+            told = [f"{times[part]:.2f}" for part in times]
+            parts.append([one["rule"], one["size"], chunk, *told])
+    yield from table(["rule", "K x V", "pass", "function", "ms", "times fla"], rows)
+    yield from ("", "Parts of the forward pass, each alone, ms:", "")
+    yield from table(["rule", "K x V", "tokens of a chunk", *found["results"][0]["parts"]["64"]], parts)
+
+
+def speed_table(found: Mapping) -> Iterator[str]:
+    """Yield how long a gradient step of `recover --mode reconstruct` takes in each way of running it."""
+    rows = []
+    for name, way in found["ways"].items():
+        if "step" in way:
+            times = [f"{1e3 * way['step']:.2f}", f"{1e3 * way['computing']:.2f}", f"{way['kernels_of_a_step']:.0f}"]
+            rows.append([name, *times, f"{way['first']:.1f}", f"{way['recovery']['all']:.0f}"])
+    header = ["steps", "ms a step", "of these computing", "kernels", "first layer besides, s", "all layers, s"]
+    yield from table(header, rows)
+
+
 def sequences_table(report: Mapping) -> Iterator[str]:
     """Yield the times of whole sequences in a benchmark's report, with 95% intervals, and the peak of memory."""
     names = {"mixer": "one mixer layer", "forward": "whole model, reading a prompt", "train_step": "a step of training"}

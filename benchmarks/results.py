@@ -73,6 +73,10 @@ KINDS = {
     "precision": {"states", "seq_len", "parameters"},
     "benchmark": {"settings", "ceilings", "models"},
     "decode": {"search", "copy_bytes_per_second"},
+    "formats": {"comparison", "copy_bytes_per_second"},
+    "backend": {"setting", "forward_backward_milliseconds"},
+    "backend_cuda": {"setting", "results"},
+    "speed": {"ways", "gather", "least_squares"},
     "kernels": {"rows", "triton"},
     "capacity": {"configs", "settings", "made_up_gpu"},
     "serving": {"preparation", "right-128x128-auto"},
@@ -105,8 +109,21 @@ def make_page(sources: Mapping[str, list[Source]]) -> tuple[str, list[Picture]]:
         "each table needs is in the command above it; `PATH` and `FILE` stand for a model and text of your own.",
     ]
     for write in (
-        _scale, _state, _grids, _studies, _precision, _sweeps, _benchmarks, _decode, _kernels, _capacity, _serving,
-    ):  # fmt: skip
+        _scale,
+        _state,
+        _grids,
+        _studies,
+        _precision,
+        _sweeps,
+        _speed,
+        _benchmarks,
+        _decode,
+        _formats,
+        _backend,
+        _kernels,
+        _capacity,
+        _serving,
+    ):
         parts += write(sources, pictures)
     return "\n\n".join(part.strip("\n") for part in parts) + "\n", pictures
 
@@ -268,6 +285,68 @@ def _decode(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Ite
         copy = f"a large copy moves {found['copy_bytes_per_second'] / 1e12:.2f} TB/s"
         yield f"{found['device']}, torch {found['torch']}, triton {found['triton']}; {copy}."
         yield from _text(tables.search_table(found["search"]))
+
+
+def _formats(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iterator[str]:
+    for source in sources["formats"]:
+        found = source.content
+        rows = found["comparison"]
+        asked = {name: " ".join(dict.fromkeys(str(row[key]) for row in rows)) for name, key in _COMPARED.items()}
+        cases = " ".join(dict.fromkeys(_CASES[row["case"]] for row in rows))
+        yield "### Formats and sizes"
+        words = " ".join(f"{name} {values}" for name, values in asked.items())
+        yield _command(f"flash-linear-attention/decode_benchmark.py --cases {cases} {words} --output {source.name}")
+        copy = f"a large copy moves {found['copy_bytes_per_second'] / 1e12:.2f} TB/s"
+        yield f"{found['device']}, torch {found['torch']}, triton {found['triton']}; {copy}. No search for a tiling."
+        yield from _text(tables.formats_table(rows))
+
+
+_COMPARED = {"--state-dtype": "state_dtype", "--key-channels": "K", "--value-channels": "V", "--batches": "B"}
+
+
+def _backend(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iterator[str]:
+    if sources["backend"] or sources["backend_cuda"]:
+        yield "## The PyTorch backend"
+    for source in sources["backend"]:
+        setting = source.content["setting"]
+        yield _command(f"flash-linear-attention/benchmark.py --rounds {setting['rounds']} --output {source.name}")
+        yield (
+            f"CPU, {setting['threads']} threads, torch {setting['torch']}, {setting['dtype']}; {setting['tokens']:,} "
+            f"tokens, {setting['heads']} heads of {setting['key']} x {setting['value']}. A ratio is how many times as "
+            "long as ours another function takes; for the floor, a matrix product of as many operations, how many "
+            "times as long ours takes."
+        )
+        yield from _text(tables.backend_table(source.content))
+    for source in sources["backend_cuda"]:
+        setting = source.content["setting"]
+        yield _command(
+            f"flash-linear-attention/cuda_benchmark.py --rounds {setting['rounds']} --variants {setting['variants']} "
+            f"--output {source.name}"
+        )
+        yield (
+            f"{setting['device']}, torch {setting['torch']}, {setting['dtype']}; {setting['batch']} sequences of "
+            f"{setting['tokens']:,} tokens, {setting['heads']} heads. Launches are included, and fla's kernels tuned "
+            f"among {setting['variants']} variants of each."
+        )
+        yield from _text(tables.backend_cuda_table(source.content))
+
+
+def _speed(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iterator[str]:
+    for source in sources["speed"]:
+        found = source.content
+        setting, sizes = found["settings"], found["sizes"]
+        yield "## Time of `recover --mode reconstruct`"
+        yield _command(f"benchmarks/recover_speed.py --config configs/scale/{found['config']} --output {source.name}")
+        yield (
+            f"{found['device']}, torch {found['torch']}; {found['config'].removesuffix('.json')} with random weights, "
+            f"{found['layers']} layers, cut to {sizes['head_k_dim']} x {sizes['head_v_dim']}; "
+            f"{setting['num_batches']} batches of {setting['batch_size']} x {setting['seq_len']} tokens. The last "
+            "column is 512 steps a layer with all else that the recovery does, added up from its parts, without what "
+            "the first layer takes besides (Triton compiles). `recorded` is as a CUDA graph, `mixed` PyTorch's kernels "
+            "in mixed precision, `fla` fla's kernels likewise. `recover` takes `fla-recorded` on a GPU for 8,192 "
+            "steps or more in all layers, else `mixed-recorded`."
+        )
+        yield from _text(tables.speed_table(found))
 
 
 def _kernels(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iterator[str]:

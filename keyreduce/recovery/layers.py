@@ -187,7 +187,8 @@ def _recover_streams(
 ) -> dict[int, dict[str, float]]:
     config = pruned.model.config.to_dict()
     mixers, figures = set(pruned.family.mixer_layers(config)), {}
-    pace = pace or Pace.of(pruned.device)  # one for all layers: what turns out not to work is not tried again
+    in_all = 0 if steps is None else steps.steps * len(mixers)
+    pace = pace or Pace.of(pruned.device, in_all)  # one for all layers: what does not work is not tried again
     for layer in range(pruned.family.depth(config)):
         with dense.on_device(layer):
             targets = dense.advance(layer, keep_mixer=layer in mixers)

@@ -19,10 +19,7 @@ MODES = {
     RECONSTRUCT: "then fit each layer by gradient steps",
 }
 """The modes that go layer by layer, and what they do."""
-TRAINING_MODES = {
-    LORA: "train low-rank additions, and merge them",
-    FULL: "train all weights",
-}
+TRAINING_MODES = {LORA: "train low-rank additions, and merge them", FULL: "train all weights"}
 """The modes that train the whole model, and what they do."""
 ALGORITHMS = {LEAST_SQUARES: 1, RECONSTRUCT: 1, LORA: 1, FULL: 1}
 """A number for each mode, to be raised when its results change."""

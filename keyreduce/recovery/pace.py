@@ -20,6 +20,10 @@ from keyreduce.recovery.modes import Kernels
 
 _UNRECORDED = 3
 """Steps that run before one is recorded: libraries allocate what they keep, and Triton tunes its kernels."""
+_WORTH_COMPILING = 8192
+"""Steps in all from which fla's kernels are taken. On a machine without them Triton compiles for half a minute, for
+each size of the heads; a step of a layer of a 222M model then takes 1.3 ms instead of 5.3 (benchmarks/recover_speed.py,
+on an H200)."""
 _log = logging.getLogger(__name__)
 
 
@@ -40,9 +44,11 @@ class Pace:
     kernels: Kernels = "torch"
 
     @classmethod
-    def of(cls, device: torch.device) -> "Pace":
-        """Return the pace of a device, unless another one is asked for."""
-        return cls(is_mixed=True, is_recorded=True, kernels="fla") if device.type == "cuda" else cls()
+    def of(cls, device: torch.device, steps: int = 0) -> "Pace":
+        """Return the pace of a device for so many steps in all layers, unless another one is asked for."""
+        if device.type != "cuda":
+            return cls()
+        return cls(is_mixed=True, is_recorded=True, kernels="fla" if steps >= _WORTH_COMPILING else "torch")
 
     @contextlib.contextmanager
     def running(self, family: Family, config: Mapping, device: torch.device) -> Iterator[None]:

@@ -62,7 +62,7 @@ def test_measurements_are_made_once_and_put_together(script, tmp_path, capsys, m
     assert files == {
         f"{config}{end}"
         for config in ("delta-net", "gated-deltanet")
-        for end in (".json", ".png", "/mixer-2048.json", "/decode-32.json", "/largest-batch.json")
+        for end in (".json", "/mixer-2048.json", "/decode-32.json", "/largest-batch.json")
     }
     whole = json.loads((out / "delta-net.json").read_text())
     assert [entry["head_k_dim"] for entry in whole["mixer"]] == [16, 8]
