@@ -21,7 +21,8 @@ def keep(folders: Sequence[Path], output: Path) -> None:
         seeds = sorted({run["seed"] for run in record["runs"] if "seed" in run})
         # A recipe that ships is named, another one is a file of this repository.
         recipe = Path(record["recipe"])
-        named = recipe.stem if recipe.parent.name == "recipes" else f"benchmarks/quality/{recipe.name}"
+        ships = recipe.parent.name == "recipes" or not recipe.suffix
+        named = recipe.stem if ships else f"benchmarks/quality/{recipe.name}"
         commands.append(f"keyreduce sweep {named} --seed {','.join(map(str, seeds))} --output FOLDER")
         whole["dense"] |= found["dense"]
         way = ("model", "target", "label", "repair", "ratio")

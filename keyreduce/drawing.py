@@ -27,14 +27,15 @@ MARKERS = "osD^vPXp<>hd"
 LINES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 CHOSEN: dict[str, Any] = {"s": 180, "facecolors": "none", "edgecolors": BLACK, "linewidths": 1.5}
 """The ring around a point that was chosen, for :meth:`Axes.scatter`."""
-_APART = 3.0  # points, between series that would lie on each other
+_APART, _WIDEST = 3.0, 12.0  # points, between series that would lie on each other, and from the first to the last
 _DPI = 150
 _LETTERS = 12  # of a title, in an inch
 
 
 def marked(number: int) -> dict[str, Any]:
-    """Return the colour and the marker of a series; twelve differ in both."""
-    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5.5}
+    """Return the colour and the marker of a series; twelve differ in both, and the next twelve have hollow markers."""
+    look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5.5}
+    return look | ({"markerfacecolor": "white"} if number // len(COLOURS) % 2 else {})
 
 
 def lined(number: int) -> dict[str, Any]:
@@ -99,7 +100,8 @@ def errorbars(
     """
     drawn = axes.errorbar(x, y, yerr=error, elinewidth=1.2, capsize=3, capthick=1.2, **look)
     figure: Any = axes.figure
-    moved = offset_copy(axes.transData, fig=figure, x=_APART * (place - (of - 1) / 2), units="points")
+    apart = min(_APART, _WIDEST / max(of - 1, 1))
+    moved = offset_copy(axes.transData, fig=figure, x=apart * (place - (of - 1) / 2), units="points")
     # Only now: with another transform the axes would not take account of the data.
     line, caps, bars = drawn.lines
     for artist in (*([line] if line else []), *caps, *bars):

@@ -56,6 +56,7 @@ def draw_perplexity(results: Results) -> Canvas:
                     of=len(groups),
                 )
             axes.axhline(dense, color="0.5", linewidth=0.8, zorder=0)
+            axes.margins(x=0.08)  # what stands beside its share is seen whole
             axes.set_xticks([0, *(100 * ratio for ratio in sorted(rows["ratio"].unique()))])
             what = {"key": "key channels", "value": "value channels", "head": "heads"}.get(target, target)
             drawing.finish(axes, title=f"{model}, {target}", x=f"share of {what} removed, %", y="perplexity per token")
