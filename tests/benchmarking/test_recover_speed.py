@@ -20,7 +20,7 @@ def test_the_parts_of_a_recovery_are_timed_and_added_up(tmp_path, monkeypatch, c
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["layers"] == 2
     (way,) = report["ways"].values()
-    assert way["step"] > 0 and way["error_last"] > 0 and way["computing"] > 0
+    assert way["error_last"] > 0 and way["computing"] > 0  # the time of a step is a difference, which noise can invert
     assert way["kernels"] == sorted(way["kernels"], key=lambda one: -one["seconds"])
     gathered = sum(report["gather"]["device"].values())
     parts = way["recovery"]
