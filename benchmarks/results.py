@@ -335,7 +335,7 @@ def _speed(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iter
     for source in sources["speed"]:
         found = source.content
         setting, sizes = found["settings"], found["sizes"]
-        yield "## Time of `recover --mode reconstruct`"
+        yield "## Time of reconstruct"
         yield _command(f"benchmarks/recover_speed.py --config configs/scale/{found['config']} --output {source.name}")
         yield (
             f"{found['device']}, torch {found['torch']}; {found['config'].removesuffix('.json')} with random weights, "

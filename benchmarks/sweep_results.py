@@ -23,7 +23,8 @@ def keep(folders: Sequence[Path], output: Path) -> None:
         recipe = Path(record["recipe"])
         ships = recipe.parent.name == "recipes" or not recipe.suffix
         named = recipe.stem if ships else f"benchmarks/quality/{recipe.name}"
-        commands.append(f"keyreduce sweep {named} --seed {','.join(map(str, seeds))} --output FOLDER")
+        seed = f" --seed {seeds[0]}" if len(seeds) == 1 else ""  # several are those of the recipe
+        commands.append(f"keyreduce sweep {named}{seed} --output FOLDER")
         whole["dense"] |= found["dense"]
         way = ("model", "target", "label", "repair", "ratio")
         for row in found["rows"]:

@@ -1,6 +1,6 @@
 """Time the backend's chunked delta rule on CUDA against fla's own kernels, and say where its time goes.
 
-    python flash-linear-attention/cuda_benchmark.py --output benchmarks/backend/cuda.json
+    python flash-linear-attention/cuda_benchmark.py --output benchmarks/backend/cuda.json [--rounds 15] [--variants 2]
 
 Both run through the functions of fla, in bfloat16, with the L2 norm inside as fla's layers call them, forward and
 forward with backward, in turn, round after round; a ratio is taken within each round, and its median is kept. Launches

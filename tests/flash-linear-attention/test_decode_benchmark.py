@@ -101,10 +101,21 @@ def test_a_search_goes_on_with_the_fastest(made_up, monkeypatch):
     assert tiling.warps != 2 and (tiling.reads, tiling.writes) == ("", "")
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "benchmarks/decode").glob("*.json")), ids=lambda path: path.stem)
+SEARCHES = sorted((REPOSITORY / "benchmarks/decode").glob("search*.json"))
+
+
+@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
 def test_the_page_of_results_has_the_tables_of_the_committed_ones(path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--table", str(path)])
     bench.main()
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 2 + len({(row["size"], row["B"]) for row in json.loads(path.read_text())["search"]})
     assert "\n".join(lines) in (REPOSITORY / "docs/results.md").read_text()
+
+
+def test_the_page_of_results_has_every_row_of_the_formats():
+    page = (REPOSITORY / "docs/results.md").read_text()
+    rows = json.loads((REPOSITORY / "benchmarks/decode/formats.json").read_text())["comparison"]
+    for row in rows:
+        size = f"| {row['case']} | {row['state_dtype']} | {row['K']} x {row['V']} | {row['B']} | {row['us']:.1f} |"
+        assert f"{size} {row['of_copy']:.0%} | {row['fla_us']:.1f} | {row['speedup']:.2f} |" in page

@@ -210,7 +210,7 @@ def test_sliced_is_masked_in_float32(tmp_path, model_type):
     set_eps(dense, EPS)
     with masked(dense, plan):
         expected = dense(tokens).logits
-    assert_near(sliced(tokens).logits, expected, 1e-5)
+    assert_near(sliced(tokens).logits, expected, 3e-5)  # both round; norms of small outputs enlarge that
 
 
 @ALL
