@@ -7,7 +7,7 @@ A model of the config gets random weights, of which the time does not depend, an
 are cut. One layer of it is then recovered as `keyreduce recover --mode reconstruct` does it: the hidden states are
 gathered, which wait on the device or on the CPU; the output projection is refitted; gradient steps are taken. These
 start from the same weights and see the same batches in each way, so that the errors that they end with can be
-compared. For each way are told
+compared. The report has for each way
 
 - the milliseconds of a step, and of these how many the device computes;
 - the seconds that a layer takes besides, such as to record a CUDA graph;
@@ -276,9 +276,9 @@ def print_report(report: dict) -> None:
             print(f"| {name} | {way['failed']} |")
             continue
         computing = f"{1e3 * way['computing']:.2f} | {way['kernels_of_a_step']:.0f}" if "computing" in way else "|"
-        told = f"{1e3 * way['step']:.2f} | {computing} | {way['layer']:.2f} | {way['first']:.1f}"
+        times = f"{1e3 * way['step']:.2f} | {computing} | {way['layer']:.2f} | {way['first']:.1f}"
         failed = f" ({way['failed']})" if "failed" in way else ""
-        print(f"| {name}{failed} | {told} | {way['error_last']:.4g} | {way['recovery']['all']:.0f} |")
+        print(f"| {name}{failed} | {times} | {way['error_last']:.4g} | {way['recovery']['all']:.0f} |")
     for name, way in report["ways"].items():
         if "recovery" in way:
             parts = ", ".join(f"{part} {value:.0f}" for part, value in way["recovery"].items())

@@ -274,13 +274,13 @@ def print_table(runs: list[dict], read: Callable[[dict], float], form: str) -> N
         # What a start has untrained is the column of no tokens of each kind of training.
         for kind in sorted({run["kind"] for run in of_start if run["kind"]}) or [""]:
             row = [run for run in of_start if run["kind"] in (None, kind)]
-            cells = [told([read(run) for run in row if run["tokens"] == count], form) for count in columns]
+            cells = [mean_and_spread([read(run) for run in row if run["tokens"] == count], form) for count in columns]
             seconds = max(run["seconds"] for run in row)
             share = ratio if "=" in ratio else f"{float(ratio):.0%}"
             print(f"| {method} | {share} | {repair} | {kind} | {' | '.join(cells)} | {seconds:.0f} |")
 
 
-def told(values: list[float], form: str) -> str:
+def mean_and_spread(values: list[float], form: str) -> str:
     """Return the mean of percentages, and half the distance between the extremes where there are several."""
     spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
     return f"{mean(values):{form}}{spread}%" if values else ""

@@ -137,8 +137,8 @@ def backend_cuda_table(found: Mapping) -> Iterator[str]:
                 ratio = f"{row['times_fla']:.2f}" if row["times_fla"] is not None else ""
                 rows.append([one["rule"], one["size"], name, row["function"], times, ratio])
         for chunk, times in one["parts"].items():
-            told = [f"{times[part]:.2f}" for part in times]
-            parts.append([one["rule"], one["size"], chunk, *told])
+            cells = [f"{times[part]:.2f}" for part in times]
+            parts.append([one["rule"], one["size"], chunk, *cells])
     yield from table(["rule", "K x V", "pass", "function", "ms", "times fla"], rows)
     yield from ("", "Parts of the forward pass, each alone, ms:", "")
     yield from table(["rule", "K x V", "tokens of a chunk", *found["results"][0]["parts"]["64"]], parts)

@@ -105,7 +105,7 @@ def make_page(sources: Mapping[str, list[Source]]) -> tuple[str, list[Picture]]:
     pictures: list[Picture] = []
     parts = [
         "# Results",
-        "Made by `make results` from the JSON in `benchmarks/`: change a script or measure anew, not this page. What "
+        "Made by `make results` from the JSON in `benchmarks/`: change a script or measure again, not this page. What "
         "each table needs is in the command above it; `PATH` and `FILE` stand for a model and text of your own.",
     ]
     for write in (

@@ -12,7 +12,7 @@ steps of `recovery_study.py`: a dense model is measured and calibrated; shares o
 model; each result is measured on held-out text, perplexity and recall. Perplexity is also measured of the dense model
 and after the last repair with the state in other formats, rounded after each token.
 
-The output gets a JSON file for each model, written anew after every step. Weights and text lie in the work folder,
+The output gets a JSON file for each model, rewritten after every step. Weights and text lie in the work folder,
 which may be outside the repository. The same command resumes after an interruption, or after --pause-after minutes,
 where a machine ends commands that take longer. --minutes count over all of these. The trainings divide a share of
 them. A step that is not expected to end in time, by those of its kind that were made, is left out, and so is one that

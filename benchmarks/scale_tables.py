@@ -27,7 +27,7 @@ def scale_tables(found: Sequence[Mapping]) -> Iterator[str]:
         yield from _runs_table(measured, lambda run, dense: f"{rise(run, dense):+.2f}%")
         for kind in measured[0]["dense"]["recall"]:
             yield from ("", f"{kind}: right answers of eight, and the difference from the dense model in points:", "")
-            yield from _runs_table(measured, lambda run, dense, kind=kind: _told_recall(run, dense, kind))
+            yield from _runs_table(measured, lambda run, dense, kind=kind: _recall_cell(run, dense, kind))
         yield from ("", "Seconds of the repair:", "")
         yield from _runs_table(measured, lambda run, dense: f"{run['seconds']:.0f}" if run.get("seconds") else "")
     for one in found:
@@ -82,8 +82,8 @@ def _runs_table(found: Sequence[Mapping], tell: Callable[[Mapping, Mapping], str
             cells.append(tell(runs[0], one["dense"]) if runs else "")
         share, _, tokens, repair, dtype = key
         if any(cells):
-            told = [f"-{100 * share:g}%" if share else "whole", dtype, repair, f"{tokens:,}" if tokens else ""]
-            rows.append([*told, *cells])
+            about = [f"-{100 * share:g}%" if share else "whole", dtype, repair, f"{tokens:,}" if tokens else ""]
+            rows.append([*about, *cells])
     yield from table(["state", "kept in", "repair", "tokens distilled", *(one["model"] for one in found)], rows)
 
 
@@ -95,7 +95,7 @@ def _key_of(run: Mapping) -> tuple[float, int, int, str, str]:
     return removed(run), 10 * place + (dtype != "float32"), run["tokens"], run["repair"], dtype
 
 
-def _told_recall(run: Mapping, dense: Mapping, kind: str) -> str:
+def _recall_cell(run: Mapping, dense: Mapping, kind: str) -> str:
     if kind not in run.get("recall", {}):
         return ""
     right, base = run["recall"][kind], dense["recall"][kind]

@@ -198,8 +198,8 @@ class Engine:
         answers = []
         for prompt, result in zip(prompts, found, strict=True):
             new = list(result.outputs[0].token_ids)
-            told = [*(result.prompt_logprobs or [None])[1:], *result.outputs[0].logprobs]
-            pairs = zip(told, [*prompt, *new][1:], strict=True)
+            found_U = [*(result.prompt_logprobs or [None])[1:], *result.outputs[0].logprobs]
+            pairs = zip(found_U, [*prompt, *new][1:], strict=True)
             answers.append({"prompt": prompt, "new": new, "logprobs_U": [one[token].logprob for one, token in pairs]})
         return answers
 

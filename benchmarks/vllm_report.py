@@ -25,19 +25,19 @@ def judged(served: list[dict], references: list[dict]) -> dict:
     found: dict[str, Any] = {}
     for part in ("prompt", "new"):
         off, rounding = [], []
-        for one, told in zip(served, references, strict=True):
+        for one, reference in zip(served, references, strict=True):
             first = len(one["prompt"]) - 1
             where = slice(0, first) if part == "prompt" else slice(first, None)
-            exact = told["exact_U"][where]
+            exact = reference["exact_U"][where]
             off += [abs(x - y) for x, y in zip(one["logprobs_U"][where], exact, strict=True)]
-            rounding += [abs(x - y) for x, y in zip(told["rough_U"][where], exact, strict=True)]
+            rounding += [abs(x - y) for x, y in zip(reference["rough_U"][where], exact, strict=True)]
         each = {"mean": statistics.mean(off), "most": max(off)}
         found[part] = each | {"rounding_mean": statistics.mean(rounding), "rounding_most": max(rounding)}
     same, regrets = 0, []
-    for one, told in zip(served, references, strict=True):
+    for one, reference in zip(served, references, strict=True):
         first = len(one["prompt"]) - 1
-        same += sum(x == y for x, y in zip(one["new"], told["choice_U"][first:], strict=True))
-        regrets += [x - y for x, y in zip(told["best_U"][first:], told["exact_U"][first:], strict=True)]
+        same += sum(x == y for x, y in zip(one["new"], reference["choice_U"][first:], strict=True))
+        regrets += [x - y for x, y in zip(reference["best_U"][first:], reference["exact_U"][first:], strict=True)]
     found |= {"greedy_same": same, "greedy_of": len(regrets), "regret": max(regrets)}
     is_near = [found[part]["mean"] < 2 * found[part]["rounding_mean"] for part in ("prompt", "new")]
     return found | {"is_right": all(is_near)}
@@ -114,7 +114,7 @@ def _right_lines(found: Mapping[str, Any]) -> list[str]:
         same = f"{step['greedy_same']} of {step['greedy_of']}"
         rows.append([_engine(name, step), _state(state), *off, same, "right" if step["is_right"] else "WRONG"])
     header = ["K x V", "state in", "prompt: off by", "new tokens: off by", "greedy tokens the same", "is"]
-    return _told(
+    return _section(
         "A Qwen3-Next of 15M parameters, 4 layers with the 16 key and 32 value heads of the real one, random weights "
         f"in bfloat16, cut by keyreduce; {_where(step for *_, step in steps)}, with CUDA graphs. Log-probabilities of "
         "prompts of up to 400 tokens and of 24 new ones each, in nats, means; in brackets what transformers in "
@@ -140,7 +140,7 @@ def _load_lines(found: Mapping[str, Any]) -> list[str]:
                 f"{first['ms']:.0f} ({first['least_ms']:.0f})",
             ])  # fmt: skip
     header = ["state in", "K x V", "page, KiB", "sequences at once", "new tokens/s", "in rounds", "first token, ms"]
-    return _told(
+    return _section(
         f"{_LARGE}; {_where(facts)}. {' and '.join(sorted(pools))} GiB for states, keys and values; sequences of 256 "
         "and 256 new tokens, always more waiting than run, dense and cut in turns: medians of rounds, in brackets over "
         "the dense model of the same run. The first token is that of a prompt of 2,048 alone, the fastest in brackets.",
@@ -162,7 +162,7 @@ def _decode_lines(found: Mapping[str, Any]) -> list[str]:
             cells.append(f"{one['ms']:.2f}{faster}, least {one['least_ms']:.2f}" if one.get("ms") else "")
         rows.append([_state(state), _engine(name, step), *cells])
     header = ["state in", "K x V", *(f"{int(batch):,} sequences, ms" for batch in batches)]
-    return _told(
+    return _section(
         f"{_LARGE}; {_where(step for *_, step in steps)}. The time of a step in which each sequence has one token, "
         "that of the host included: medians, in brackets how many times as fast as dense, and the fastest step. "
         "Engines that fit into the GPU together work in turns; not all were in one run with the dense one. Where a "
@@ -180,7 +180,7 @@ def _preparation_lines(found: Mapping[str, Any]) -> list[str]:
         others = [f"{us[way]:.1f} (x{us[way] / us['ours']:.2f})" if way in us else "" for way in ("vllm", "mended")]
         rows.append([f"{row['head_k_dim']} x {row['head_v_dim']}", f"{row['tokens']:,}", f"{us['ours']:.1f}", *others])
     devices = ", ".join(sorted({row["device"] for row in measured}))
-    return _told(
+    return _section(
         f"The kernel alone, 16 key and 32 value heads, bfloat16, no model; {devices}. Medians in microseconds; in "
         "brackets how many times as long as the plugin's. vLLM's own does not compile for 64 x 128.",
         ["K x V", "tokens", "the plugin's", "vLLM's", "vLLM's, mended"],
@@ -188,7 +188,7 @@ def _preparation_lines(found: Mapping[str, Any]) -> list[str]:
     )
 
 
-def _told(words: str, header: list[str], rows: list[list[str]]) -> list[str]:
+def _section(words: str, header: list[str], rows: list[list[str]]) -> list[str]:
     return [words, "", *markdown(header, rows)] if rows else []
 
 

@@ -438,7 +438,7 @@ def load(asked: argparse.Namespace, cuts: list[str], state: str, names: list[str
                 found[name]["rounds"].append(one)
             took = time.monotonic() - began
     whole = {name: row for name, row in found.items() if row["rounds"]}
-    keep(names[0], {"pool_gib": asked.pool_gib, "engines": whole} | told(engines.errors))
+    keep(names[0], {"pool_gib": asked.pool_gib, "engines": whole} | error_of(engines.errors))
 
 
 def decode(asked: argparse.Namespace, names: list[str], until: float, keep: Keep) -> None:
@@ -456,10 +456,10 @@ def decode(asked: argparse.Namespace, names: list[str], until: float, keep: Keep
             for file, one in engines.ask("decode", dict.fromkeys(admitting, (batch, 128, 44))).items():
                 found[file]["batches"][str(batch)] = one
     for file in names:
-        keep(file, found.get(file, {}) | told({file: engines.errors[file]} if file in engines.errors else {}))
+        keep(file, found.get(file, {}) | error_of({file: engines.errors[file]} if file in engines.errors else {}))
 
 
-def told(errors: dict[str, str]) -> dict[str, str]:
+def error_of(errors: dict[str, str]) -> dict[str, str]:
     """Return what is written of engines that failed."""
     return {"error": "; ".join(f"{name}: {error}" for name, error in errors.items())} if errors else {}
 

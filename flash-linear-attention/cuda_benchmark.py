@@ -211,8 +211,8 @@ def main() -> None:
                 for row in result[name]["rows"]:
                     busy = result[name].get(row["function"].split(",")[0], {}).get("gpu_milliseconds")
                     cells = [row["milliseconds"], row["times_fla"], busy]
-                    told = " | ".join("" if cell is None else f"{cell:.2f}" for cell in cells)
-                    print(f"| {result['rule']} | {size} | {name} | {row['function']} | {told} |", flush=True)
+                    line = " | ".join("" if cell is None else f"{cell:.2f}" for cell in cells)
+                    print(f"| {result['rule']} | {size} | {name} | {row['function']} | {line} |", flush=True)
             print(f"parts: {json.dumps(result['parts'])}", file=sys.stderr)
             if options.output:  # after each: an interrupted run keeps what it has
                 options.output.parent.mkdir(parents=True, exist_ok=True)
