@@ -108,18 +108,13 @@ class Trial:
             return self.costs(self.dense, state_dtype)
         plan = make_plan(self.source, keep=keep, statistics=self.statistics, inputs={}, **self.choose)
         module: Any = pruned_module(self.dense.model, self.source, plan)
-        dense: Any = self.dense.model
         pruned = loaded_module(module, self.dense.tokenizer, gradients=True)
         if self.recovery is not None:
-            device, cpu = dense.device, torch.device("cpu")
+            device = self.dense.model.device
             steps = STEPS if self.recovery == RECONSTRUCT and device.type == "cuda" else None
             settings = _recovered_on(self.statistics)
             dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
-            dense.to(cpu)
-            module.to(cpu)
             recover_layers(self.dense, pruned, dtypes, self.text, settings, steps=steps, device=device)
-            dense.to(device)
-            module.to(device)
         return self.costs(pruned, state_dtype)
 
     def times(self, sizes: Sequence[MixerSizes], reporter: Reporter) -> list[TokenTimes]:

@@ -125,7 +125,8 @@ def recover_layers(
     CPU's memory, and one block of one model at a time is on ``device``.
 
     Args:
-        dense, pruned: the models, in float32 on the CPU and in evaluation mode. The tokenizer is the dense one's.
+        dense, pruned: the models, in float32 and in evaluation mode; they stay on the device that each is on. The
+            tokenizer is the dense one's.
         dtypes: parameter of the pruned model -> the dtype that it will be kept in. A layer is rounded to it as soon as
             it is recovered, so that the layers above make up for the rounding too.
         settings: how much text to take.
@@ -156,12 +157,13 @@ def recover_layers(
         note(f"the text ended after {tokens:,} of {settings.tokens:,} tokens")
     home = _home(dense, pruned, tokens, device)
     models: tuple[Any, Any] = (dense.model, pruned.model)
+    places = [one.device for one in models]
     try:
         before, after = (open_stream(one.to(home), family, taken, device, home) for one in models)
         figures = _recover_streams(before, after, dtypes, steps=steps, seed=settings.seed, pace=pace, progress=progress)
     finally:
-        for one in models:
-            one.to(_CPU)
+        for one, place in zip(models, places, strict=True):
+            one.to(place)
     return tokens, figures
 
 
