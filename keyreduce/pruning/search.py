@@ -31,6 +31,8 @@ from keyreduce.reporting import Reporter
 
 MEASURED = 4
 """How many of each format are measured: those of the lowest predicted loss."""
+CLEARLY_FASTER = 1.05
+"""How many times faster a decoding step must be, beyond doubt, to win a tie: below that a user would not notice it."""
 SMALL = 100_000_000
 """A model of up to so many parameters is small enough to be measured on a CPU."""
 
@@ -219,8 +221,8 @@ class Search:
         measured.sort(key=lambda entry: entry[1].perplexity_increase)
         best = first = measured[0]
         for entry in measured[1:]:
-            # What the rows of text cannot tell apart is a tie, and goes to what is faster beyond doubt.
-            if not _is_worse(costs[entry[0]], costs[best[0]]) and ratio(first[2], entry[2])[1][0] > 1:
+            # What the rows of text cannot tell apart is a tie, and goes to what is clearly faster.
+            if not _is_worse(costs[entry[0]], costs[best[0]]) and ratio(first[2], entry[2])[1][0] > CLEARLY_FASTER:
                 first = entry
         ordered = [first, *(entry for entry in measured if entry is not first)]
         return {entry[0]: entry[1] for entry in ordered}

@@ -35,9 +35,12 @@ ROWS, ROW_LENGTH, BATCH = 32, 1024, 4
 The longer a row, the more a state has to hold, and the more a cut of keys costs beside one of values: on rows of 512
 tokens too few keys would be kept.
 """
-RECOVERED = Settings(num_batches=16)
-"""The most text that candidates are recovered on: a quarter of what a recovery takes by default, as there are several.
-It is never more than the statistics are of."""
+RECOVERED = {"cpu": Settings(num_batches=16), "cuda": Settings(num_batches=32)}
+"""Type of device -> the most text that candidates are recovered on: a quarter and a half of what a recovery takes by
+default, as there are several. It is never more than the statistics are of.
+
+On less text than the recovery itself will take, cuts that leave more weights to fit look worse than they will be.
+"""
 STEPS = Steps(steps=128)
 """The gradient steps of candidates on a GPU, where ``reconstruct`` follows: a quarter of what it takes by default."""
 
@@ -80,7 +83,7 @@ class Trial:
         Raises KeyreduceError if there is no such text.
         """
         dense = load_model(source.path, device, torch.float32, gradients=True)
-        seen = max(statistics.tokens, _recovered_on(statistics).tokens)
+        seen = max(statistics.tokens, _recovered_on(statistics, device).tokens)
         rows = token_rows(text.in_pieces(_seed(statistics)), dense.tokenizer, ROW_LENGTH)
         first = -(-seen // ROW_LENGTH)
         taken = list(itertools.islice(rows, first, first + ROWS))
@@ -112,7 +115,7 @@ class Trial:
         if self.recovery is not None:
             device = self.dense.model.device
             steps = STEPS if self.recovery == RECONSTRUCT and device.type == "cuda" else None
-            settings = _recovered_on(self.statistics)
+            settings = _recovered_on(self.statistics, device)
             dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
             recover_layers(self.dense, pruned, dtypes, self.text, settings, steps=steps, device=device)
         return self.costs(pruned, state_dtype)
@@ -127,10 +130,11 @@ class Trial:
             return time_per_token(self.source.config, sizes, device, dtype, progress=progress)
 
 
-def _recovered_on(statistics: Statistics) -> Settings:
+def _recovered_on(statistics: Statistics, device: torch.device) -> Settings:
     """The text that candidates are recovered on."""
-    batches = statistics.tokens // RECOVERED._replace(num_batches=1).tokens
-    return RECOVERED._replace(num_batches=max(1, min(RECOVERED.num_batches, batches)), seed=_seed(statistics))
+    most = RECOVERED["cpu" if device.type == "cpu" else "cuda"]
+    batches = statistics.tokens // most._replace(num_batches=1).tokens
+    return most._replace(num_batches=max(1, min(most.num_batches, batches)), seed=_seed(statistics))
 
 
 def _seed(statistics: Statistics) -> int:

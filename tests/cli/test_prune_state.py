@@ -22,7 +22,8 @@ def model(tiny_folder, keyreduce, monkeypatch) -> tuple:
     """The arguments of a tiny model and its text, calibrated."""
     for name, value in (("ROWS", 4), ("ROW_LENGTH", 64), ("BATCH", 2)):
         monkeypatch.setattr(trial, name, value)
-    monkeypatch.setattr(trial, "RECOVERED", trial.RECOVERED._replace(num_batches=1, batch_size=2, seq_len=64))
+    few = trial.RECOVERED["cpu"]._replace(num_batches=1, batch_size=2, seq_len=64)
+    monkeypatch.setattr(trial, "RECOVERED", {"cpu": few})
     Path("text.md").write_text("".join(TEXT.format(line) for line in range(60)))
     given = ("--model", tiny_folder("gated_deltanet"), "--text", "text.md")
     assert keyreduce(*CALIBRATE, *given).code == 0

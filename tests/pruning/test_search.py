@@ -46,7 +46,7 @@ def small_trials():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trial_module, "ROWS", 6)
         patch.setattr(trial_module, "ROW_LENGTH", 64)
-        patch.setattr(trial_module, "RECOVERED", SETTINGS)
+        patch.setattr(trial_module, "RECOVERED", dict.fromkeys(("cpu", "cuda"), SETTINGS))
         yield
 
 
@@ -234,6 +234,12 @@ def test_a_tie_goes_to_the_faster(known, monkeypatch):
     assert found.chosen.head_k_dim == 4 and found.chosen.decode_seconds == 1e-3
     best = min(row.perplexity_increase for row in found.candidates if row.perplexity_increase is not None)
     assert found.candidates[1].perplexity_increase == best and found.candidates[1].head_k_dim == 6
+
+
+def test_a_tie_is_not_given_away_for_little(known, monkeypatch):
+    steps = dict.fromkeys(COSTS, TokenTimes(SLOW, SLOW))
+    made_up(monkeypatch, steps | {4: TokenTimes(SLOW, rounds(*[1.95e-3] * 7))}, [])
+    assert search_of(known, "measured").run(Reporter()).chosen.head_k_dim == 6
 
 
 def test_what_is_worse_beyond_doubt_gains_nothing_by_speed(known, monkeypatch):
