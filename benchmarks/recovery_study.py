@@ -154,8 +154,8 @@ def cut_of(chosen: argparse.Namespace, start: Start) -> dict:
 
 def make_run(chosen: argparse.Namespace, start: Start, kind: str, tokens: int) -> None:
     """Train the model of a start on about so many tokens and measure it, unless that was done."""
-    path, folder = files_of(chosen, start)
-    path = path.with_name(f"{slug(f'{kind}-{tokens}')}.json")
+    of_start, folder = files_of(chosen, start)
+    path = of_start.with_name(f"{slug(f'{kind}-{tokens}')}.json")
     if path.exists():
         return
     fields = {"batch_size": 8, "seq_len": 512, **recovery_of(kind)}
@@ -169,7 +169,8 @@ def make_run(chosen: argparse.Namespace, start: Start, kind: str, tokens: int) -
         except KeyreduceError as error:  # such as a loss that became NaN: the next run may do better
             print(f"{path.relative_to(chosen.output)}: {error}", flush=True)
             return
-    run = {**start._asdict(), "kind": kind, "tokens": tokens, "trained_tokens": result.tokens, **measured}
+    run = {**start._asdict(), "kind": kind, "tokens": tokens, "sizes": read_json(of_start)["sizes"], **measured}
+    run |= {"trained_tokens": result.tokens}
     run |= {name: getattr(result, name) for name in ("passes", "seconds", "loss_first", "loss_last")}
     write_run(chosen, path, run | {"options": fields})
 

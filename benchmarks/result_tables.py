@@ -54,21 +54,24 @@ def study_table(found: Mapping) -> Iterator[str]:
     for run in found["runs"]:
         heads, key, value = run["sizes"]
         groups.setdefault((run["cut"], f"{heads}, {key} x {value}", run["repair"], run["state_dtype"]), []).append(run)
+    # What one draw of text chose stands beside what another one did.
+    places = {part: list(dict.fromkeys(group[part] for group in groups)) for part in (0, 2, 3)}
     rows = []
-    for group, runs in groups.items():
-        loss = spread([100 * (run["perplexity"] / base["perplexity"] - 1) for run in runs])
+    for group in sorted(groups, key=lambda one: [order.index(one[part]) for part, order in places.items()]):
+        runs = groups[group]
+        loss = spread([100 * (run["perplexity"] / base["perplexity"] - 1) for run in runs], digits=2)
         if found["first_rows"]:
             whole = [100 * (run["perplexity_first"] / base["perplexity_first"] - 1) for run in runs]
-            loss += f" ({spread(whole)})"
+            loss += f" ({spread(whole, digits=2)})"
         recall = [spread([100 * run["recall"][kind] for run in runs if "recall" in run], "") for kind in base["recall"]]
         rows.append([*group, loss, *recall, f"{mean(run.get('seconds', 0) for run in runs):,.0f}"])
     yield from table(["cut", "heads, K x V", "repair", "state in", "perplexity", *base["recall"], "s"], rows)
 
 
-def spread(percents: Sequence[float], sign: str = "+") -> str:
+def spread(percents: Sequence[float], sign: str = "+", digits: int = 1) -> str:
     """Return a mean in percent, with the standard deviation where there are several."""
-    more = f" ± {stdev(percents):.1f}" if len(percents) > 1 else ""
-    return f"{mean(percents):{sign}.1f}{more}%" if percents else ""
+    more = f" ± {stdev(percents):.{digits}f}" if len(percents) > 1 else ""
+    return f"{mean(percents):{sign}.{digits}f}{more}%" if percents else ""
 
 
 def precision_table(report: Mapping) -> Iterator[str]:

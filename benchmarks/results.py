@@ -136,17 +136,26 @@ def _scale(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iter
     first = found[0]
     yield "## Quality by the size of the model"
     folder = measured[0].path.parent.relative_to(HERE.parent).as_posix()
-    yield _command(f"benchmarks/scale_study.py --minutes {first['minutes']:g} --output {folder}")
+    yield _command(
+        f"benchmarks/scale_study.py --minutes {first['minutes']:g}{_words(first['options'])} --output {folder}"
+    )
     yield (
         f"{first['gpus']} x {first['training']['device']}, torch {first['torch']}. Models that the study trains, on "
         "text of the packages that are installed on the machine; sizes that `keyreduce prune --state-ratio` chooses."
     )
     yield from _text(scale_tables(found))
-    pictures.append(Picture("scale-size.png", partial(draw_by_size, [one.content for one in measured]), measured))
-    yield "![Perplexity over dense against the number of parameters](pictures/scale-size.png)"
+    if len({one.content["training"]["parameters"] for one in measured}) > 1:
+        pictures.append(Picture("scale-size.png", partial(draw_by_size, [one.content for one in measured]), measured))
+        yield "![Perplexity over dense against the number of parameters](pictures/scale-size.png)"
     largest = max(measured, key=lambda one: one.content["training"]["parameters"])
     pictures.append(Picture("scale-bytes.png", partial(draw_by_bytes, largest.content), [largest]))
     yield "![Perplexity over dense against the bytes of the state of the largest model](pictures/scale-bytes.png)"
+
+
+def _words(options: Mapping) -> str:
+    """Return options as they are given on a command line."""
+    lists = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+    return "".join(f" --{name.replace('_', '-')} {' '.join(map(str, values))}" for name, values in lists.items())
 
 
 def _state(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iterator[str]:
@@ -161,8 +170,8 @@ def _state(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iter
     left_out = [one["dtype"] for one in known.precision["states"] if one["perplexity_increase"] > 0.6]
     beyond = f" Beyond the picture: {', '.join(f'`{name}`' for name in left_out)}." if left_out else ""
     yield (
-        f"One model of {known.precision['parameters'] / 1e6:.1f}M parameters, float32 on a CPU; the tables below have "
-        f"the figures and commands. Bars are standard deviations over draws of calibration text.{beyond}"
+        f"One model of {known.precision['parameters'] / 1e6:.1f}M parameters, in float32; the tables below have "
+        f"the figures, devices and commands. Bars are standard deviations over draws of calibration text.{beyond}"
     )
 
 

@@ -359,6 +359,7 @@ class Study:
         found["left_out"] = self.left_out.get(model, {})
         found |= {
             "minutes": self.options.minutes,
+            "options": chosen_options(self.options),
             "gpus": len(self.devices),
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -381,6 +382,13 @@ def measure_format(chosen: Namespace, folder: Path, before: Path, path: Path, ru
     sizes = {name: value for name, value in read_json(before).items() if name == "sizes"}
     run |= {"kind": None, "tokens": 0, **sizes}
     write_json(path, run | measure(rows, folder, run["state_dtype"]))
+
+
+def chosen_options(options: Namespace) -> dict[str, Any]:
+    """Return the options that are not their defaults, but for those that say where things are and when to pause."""
+    elsewhere = {"output", "work", "table", "minutes", "pause_after", "installed"}
+    default = vars(parse_arguments(["--output", ""]))
+    return {name: value for name, value in vars(options).items() if name not in elsewhere and value != default[name]}
 
 
 def config_named(name: str) -> Path:

@@ -86,7 +86,7 @@ def draw_state(known: Known) -> Figure:
     drawn = [(one.bytes / 1024, one.cost, one.spread) for points in series.values() for one in points]
     scale_axes(axes, known.dense_bytes / 1024, drawn)
     drawing.finish(axes, x="state of a sequence in all layers, KiB (share of the dense state in float32)", y=_COST)
-    drawing.legend(figure, handles, columns=3)
+    drawing.legend(figure, handles, columns=2)
     return figure
 
 
@@ -97,7 +97,7 @@ def _about(known: Known) -> str:
     amounts += [f"cuts: {study['heldout_rows']} rows of 1,024 tokens" for study in known.studies[:1]]
     words = report["command"].split()
     text = words[words.index("--text") + 1] if "--text" in words else "Python's standard library"
-    return drawing.joined(f"held-out text: {text}", ", ".join(amounts), "CPU, float32")
+    return drawing.joined(f"held-out text: {text}", ", ".join(amounts), "float32")
 
 
 def _series(known: Known) -> dict[str, list[Point]]:
