@@ -360,23 +360,24 @@ def _diagnoses(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> 
         found = source.content
         sizes, few = found["sizes"], found["few_rows"]
         yield f"### {found['model']} ({found['parameters'] / 1e6:.1f}M parameters): least squares, layer by layer"
+        _, *asked = found["variants"]  # the first is least squares, which is always made
         amount = f"--num-batches {found['calibration_tokens'] // (8 * 512)} --heldout-rows"
-        amount += f" {found['heldout_tokens'] // 1024} --only {shlex.join(list(found['variants'])[1:])}"
+        amount += f" {found['heldout_tokens'] // 1024} --only {shlex.join(asked)}"
         yield _command(f"benchmarks/repair_diagnosis.py --output {source.name} {_model(found['model'])} {amount}")
         yield (
-            f"{found['device']}; cut to {sizes['head_k_dim']} x {sizes['head_v_dim']}. Perplexity over dense; recall is "
-            "the loss over dense, in nats, on random tokens that repeat. Removed is the share of what a mixer's output "
-            "misses of the dense mixer's, in squares, the mean of the layers: on the calibration text, and on held-out "
-            "text. `VARIANTS` in the script says what each repair is."
+            f"{found['device']}; cut to {sizes['head_k_dim']} x {sizes['head_v_dim']}. Perplexity over dense; recall "
+            "is the loss over dense, in nats, on random tokens that repeat. Removed: of what the mixers' outputs miss "
+            "of the dense ones, in squares, the share that the refit gives back, as the mean of the layers; in sample "
+            "on the calibration text, out of sample on held-out text. `VARIANTS` in the script says what each is."
         )
         yield from _text(diagnosis_tables.variants_table(found))
         cut, repaired = (diagnosis_tables.rise(few[name], few["dense"]) for name in ("pruned", "repaired"))
         yield (
             f"Layers, on the first rows of the held-out text: there the whole cut costs {cut}, and {repaired} after "
-            "least squares. Alone: this layer is cut, and no other. Spared: all are, except for this one; against all. "
-            "Undone: all are refitted, except for this one; against all. Missing: the share of the dense mixer's "
-            "output that the cut one misses, in squares. Condition is the condition number of the Gram matrix of the "
-            "regression, strength that of the penalty, in multiples of the mean square of its inputs."
+            "least squares. Alone: only this layer is cut, against the dense model. Spared: all layers but this one "
+            "are cut, against all. Undone: all layers but this one are refitted, against all. Missing: the share of "
+            "the dense mixer's output that the cut one misses, in squares. Condition is the condition number of the "
+            "Gram matrix of the regression; strength that of the penalty, in multiples of the inputs' mean square."
         )
         yield from _text(diagnosis_tables.layers_table(found))
         yield (
