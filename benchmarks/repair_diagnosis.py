@@ -24,16 +24,16 @@ Shapes: B rows, T tokens, N = B * T, D hidden, C channels that a projection rece
 
 import argparse
 import contextlib
-import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diagnosis_tables import print_report
 from torch import nn
 
 from keyreduce.api.functions import prune
@@ -555,50 +555,6 @@ def _in_pieces(values: Sequence, length: int) -> list[Sequence]:
 def _mean(values: Any) -> float:
     found = list(values)
     return sum(found) / max(1, len(found))
-
-
-def rise(loss: float, dense: float) -> str:
-    """Return how much higher than the dense model's a perplexity is."""
-    return f"{100 * math.expm1(loss - dense):+.2f}%"
-
-
-def print_report(report: Mapping) -> None:
-    """Print tables in Markdown."""
-    sizes, dense = report["sizes"], report["dense"]
-    print(f"{report['model']}, {report['parameters'] / 1e6:.0f}M, {sizes['head_k_dim']} x {sizes['head_v_dim']} kept")
-    tokens = f"{report['calibration_tokens']:,} calibration tokens, {report['heldout_tokens']:,} held-out ones"
-    print(f"{report['device']}, {report['seconds']:.0f} s; {tokens}")
-    print(f"perplexity of the dense model {math.exp(dense['heldout']):.3f}; increase over it:")
-    _head("repair", "perplexity", "recall, nats", "error removed in sample", "out of sample", "seconds")
-    for name, one in {"none": report["pruned"], **report["variants"]}.items():
-        cells = [rise(one["heldout"], dense["heldout"]), f"{one['recall'] - dense['recall']:+.3f}"]
-        cells += [f"{one[key]:.1%}" if key in one else "" for key in ("in_sample", "out_of_sample")]
-        _row(name, *cells, f"{one.get('seconds', 0):.0f}")
-    few = report["few_rows"]
-    removed = ("removed in sample", "out of sample")
-    _head("layer", "alone", "spared", "undone", "missing", *removed, "condition", "ridge", "directions used")
-    for layer, one in report["layers"].items():
-        pairs = (("alone", "dense"), ("spared", "pruned"), ("undone", "repaired"))
-        losses = [rise(one[name], few[whole]) for name, whole in pairs]
-        shares = [f"{one[name]:.1%}" for name in ("missing", "in_sample", "out_of_sample")]
-        _row(layer, *losses, *shares, f"{one['condition']:.1e}", f"{one['ridge']:g}", f"{one['directions_used']:.0f}")
-    names = ("relative_error", "channel_1", "direction_1", "directions_4", "error_direction_1", "error_in_directions_4")
-    _head("before layer", *(name.replace("_", " ") for name in names))
-    for layer, one in report["layers"].items():
-        _row(layer, *(f"{one[name]:.1%}" for name in names))
-    _head("after block", "error, all pruned", "sum of the squares of single errors", "square of their sum")
-    for layer, one in report["sums"].items():
-        _row(layer, *(f"{one[name]:.2%}" for name in ("all", "squares", "vectors")))
-
-
-def _head(*names: str) -> None:
-    print()
-    _row(*names)
-    print(f"|{'---|' * len(names)}")
-
-
-def _row(*cells: str) -> None:
-    print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,14 @@ of them have, the one with more seeds counts.
 import argparse
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diagnosis_tables
 import result_tables as tables
 from scale_picture import draw_by_bytes, draw_by_size
 from scale_tables import scale_tables
@@ -77,6 +79,7 @@ KINDS = {
     "backend": {"setting", "forward_backward_milliseconds"},
     "backend_cuda": {"setting", "results"},
     "speed": {"ways", "gather", "least_squares"},
+    "diagnosis": {"variants", "few_rows", "sums"},
     "kernels": {"rows", "triton"},
     "capacity": {"configs", "settings", "made_up_gpu"},
     "serving": {"preparation", "right-128x128-auto"},
@@ -115,6 +118,7 @@ def make_page(sources: Mapping[str, list[Source]]) -> tuple[str, list[Picture]]:
         _studies,
         _precision,
         _sweeps,
+        _diagnoses,
         _speed,
         _benchmarks,
         _decode,
@@ -356,6 +360,41 @@ def _speed(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iter
             "steps or more in all layers, else `mixed-recorded`."
         )
         yield from _text(tables.speed_table(found))
+
+
+def _diagnoses(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iterator[str]:
+    if sources["diagnosis"]:
+        yield "## What least squares leaves of the damage"
+    for source in sources["diagnosis"]:
+        found = source.content
+        sizes, few = found["sizes"], found["few_rows"]
+        yield f"### {found['model']} ({found['parameters'] / 1e6:.1f}M parameters): least squares, layer by layer"
+        _, *asked = found["variants"]  # the first is least squares, which is always made
+        amount = f"--num-batches {found['calibration_tokens'] // (8 * 512)} --heldout-rows"
+        amount += f" {found['heldout_tokens'] // 1024} --only {shlex.join(asked)}"
+        yield _command(f"benchmarks/repair_diagnosis.py --output {source.name} {_model(found['model'])} {amount}")
+        yield (
+            f"{found['device']}; cut to {sizes['head_k_dim']} x {sizes['head_v_dim']}. Perplexity over dense; recall "
+            "is the loss over dense, in nats, on random tokens that repeat. Removed: of what the mixers' outputs miss "
+            "of the dense ones, in squares, the share that the refit gives back, as the mean of the layers; in sample "
+            "on the calibration text, out of sample on held-out text. `VARIANTS` in the script says what each is."
+        )
+        yield from _text(diagnosis_tables.variants_table(found))
+        cut, repaired = (diagnosis_tables.rise(few[name], few["dense"]) for name in ("pruned", "repaired"))
+        yield (
+            f"Layers, on the first rows of the held-out text: there the whole cut costs {cut}, and {repaired} after "
+            "least squares. Alone: only this layer is cut, against the dense model. Spared: all layers but this one "
+            "are cut, against all. Undone: all layers but this one are refitted, against all. Missing: the share of "
+            "the dense mixer's output that the cut one misses, in squares. Condition is the condition number of the "
+            "Gram matrix of the regression; strength that of the penalty, in multiples of the inputs' mean square."
+        )
+        yield from _text(diagnosis_tables.layers_table(found))
+        yield (
+            "The error of the hidden states behind each block, in squares, over the dense ones: of the model with all "
+            "layers cut; the sum over models with one layer cut; and of the sum of the errors of these. If errors "
+            "neither add up nor cancel, all three are alike."
+        )
+        yield from _text(diagnosis_tables.sums_table(found))
 
 
 def _kernels(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iterator[str]:

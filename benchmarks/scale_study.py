@@ -37,6 +37,8 @@ from gpu_workers import Ended, Workers
 from recovery_study import Start, calibration_file, files_of, make_dense, make_run, make_start, slug
 from scale_tables import print_tables
 
+from keyreduce.families import family_of
+from keyreduce.models.miscompiled import has_wrong_gated_gradients
 from keyreduce.outputs import read_json, write_json
 from keyreduce.processes import Job, gpus, run_jobs
 
@@ -44,17 +46,24 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "scale"
 PAUSING = 45.0  # seconds that a training needs to save itself, and a new process to start
 SHORTEST = 60.0  # seconds of a training for which it is worth to start
+MICRO_BATCH = 16  # rows that a GPU takes at a time, at the most
 
 
 class Recipe(NamedTuple):
-    """How a model is trained: its part of the time, the highest rate, and the most rows that a GPU takes at a time."""
+    """How a model is trained.
+
+    Attributes:
+        part: of the time of all trainings.
+        learning_rate: the highest.
+        micro_batch_in_torch: the most rows that a GPU takes at a time where the gated rule runs in PyTorch
+            (keyreduce/models/miscompiled.py), which keeps more for the backward pass.
+    """
 
     part: float = 2.0
     learning_rate: float = 2e-3
-    micro_batch: int = 16
+    micro_batch_in_torch: int = MICRO_BATCH
 
 
-# The gated rule may run in PyTorch (keyreduce/models/miscompiled.py), which keeps more for the backward pass.
 MODELS = {
     "delta-net-220m": Recipe(6, 1.2e-3),
     "gated-deltanet-220m": Recipe(6, 1.2e-3, 4),
@@ -201,12 +210,13 @@ class Study:
         else:
             if self.trained(model).exists():
                 shutil.rmtree(self.trained(model).with_name("checkpoints"))  # several times the size of the model
-            print(f"{model}: {log.read_text().strip().splitlines()[-1]}", flush=True)
+            print(f"{model}: {last_words(log, self.trained(model).parent)}", flush=True)
 
     def training_command(self, model: str, minutes: float) -> list[str]:
         options, recipe, number = self.options, MODELS.get(model, Recipe()), len(self.devices) or 1
         rows = max(1, options.rows // number)
-        micro = max(size for size in range(1, min(rows, recipe.micro_batch) + 1) if rows % size == 0)
+        most = min(rows, recipe.micro_batch_in_torch if self.needs_torch(model) else MICRO_BATCH)
+        micro = max(size for size in range(1, most + 1) if rows % size == 0)
         words = [sys.executable]
         if number > 1:
             words += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", number]
@@ -217,6 +227,11 @@ class Study:
         words += ["--learning-rate", recipe.learning_rate, "--heldout-rows", 64, "--log-every", 20]
         words += ["--save-every", 500, "--evaluate-every", 10**8, "--installed", *options.installed]
         return list(map(str, words))
+
+    def needs_torch(self, model: str) -> bool:
+        """Return whether the gated rule of a model is trained in PyTorch on the GPUs of this machine."""
+        device = torch.device("cuda:0" if self.devices else "cpu")
+        return has_wrong_gated_gradients(family_of(read_json(self.configs[model])), device)
 
     def measure(self) -> None:
         """Make the steps after the trainings, each GPU one at a time, as long as there is time."""
@@ -389,6 +404,12 @@ def chosen_options(options: Namespace) -> dict[str, Any]:
     elsewhere = {"output", "work", "table", "minutes", "pause_after", "installed"}
     default = vars(parse_arguments(["--output", ""]))
     return {name: value for name, value in vars(options).items() if name not in elsewhere and value != default[name]}
+
+
+def last_words(log: Path, folder: Path) -> str:
+    """Return the last line that a training says of its folder; libraries may warn of something after it."""
+    lines = log.read_text().splitlines()
+    return next((line for line in reversed(lines) if line.startswith(str(folder))), "trained")
 
 
 def config_named(name: str) -> Path:

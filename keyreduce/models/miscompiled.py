@@ -33,8 +33,10 @@ def refuse_wrong_gradients(family: Family, config: Mapping, device: torch.device
 
 def has_wrong_gated_gradients(family: Family, device: torch.device) -> bool:
     """Return whether a family has the gated rule, and fla's kernels of its backward pass are wrong on a device."""
-    # With tilelang fla has other kernels for it.
-    is_gated = "chunk_gated_delta_rule" in family.operators and importlib.util.find_spec("tilelang") is None
+    # Hybrids of transformers call fla's by the name of their own, with `torch_` before it. With tilelang fla has other
+    # kernels for it.
+    is_gated = any(name.removeprefix("torch_") == "chunk_gated_delta_rule" for name in family.operators)
+    is_gated = is_gated and importlib.util.find_spec("tilelang") is None
     return is_gated and _is_affected(device)
 
 

@@ -62,7 +62,13 @@ def test_the_diagnosis_is_of_the_repair_that_keyreduce_makes(module, tmp_path, m
     assert report["few_rows"]["dense"] == report["dense"]["heldout"] != report["few_rows"]["repaired"]
     # Cutting the last layer alone is sparing the first one, of two.
     assert (first["alone"], last["alone"]) == pytest.approx((last["spared"], first["spared"]), rel=1e-6)
-    assert "| least squares | " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    rises = [100 * math.expm1(one["heldout"] - loss) for one in (report["pruned"], report["variants"]["least squares"])]
+    for name, rise in zip(("none", "least squares"), rises, strict=True):
+        assert f"| {name} | {rise:+.2f}% |" in printed
+    undone = 100 * math.expm1(last["undone"] - report["few_rows"]["repaired"])
+    (line,) = (line for line in printed.splitlines() if line.startswith("| 1 |") and line.count("|") == 10)
+    assert line.split(" | ")[3] == f"{undone:+.2f}%"
 
     # The refit is the one of `keyreduce recover`.
     diagnosis.repair(module.Variant())

@@ -1,6 +1,8 @@
 """benchmarks/scale_study.py from text to table, with a tiny model on a CPU."""
 
+import contextlib
 import importlib
+import io
 import json
 import runpy
 import sys
@@ -21,9 +23,7 @@ TEXT = "".join(f"the value of line {number} is {number * number}\n" for number i
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     """A function: run the study, in this process, and return what is in the file of the model."""
-    for folder in ("benchmarks", "flame"):
-        monkeypatch.syspath_prepend(ROOT / folder)
-    module = importlib.import_module("scale_study")
+    module = imported(monkeypatch)
     for number in range(60):
         (tmp_path / f"text/{number}").mkdir(parents=True)
         (tmp_path / f"text/{number}/file.txt").write_text(f"file {number}\n{TEXT}")
@@ -49,6 +49,12 @@ def study(tmp_path, monkeypatch):
     return run
 
 
+def imported(monkeypatch):
+    for folder in ("benchmarks", "flame"):
+        monkeypatch.syspath_prepend(ROOT / folder)
+    return importlib.import_module("scale_study")
+
+
 def without_recall(chosen: Namespace) -> Namespace:
     assert chosen.recall
     return Namespace(**{**vars(chosen), "recall": False})
@@ -61,8 +67,9 @@ def in_this_process(monkeypatch):
     def run_jobs(jobs):
         (job,) = jobs
         monkeypatch.setattr(sys, "argv", [*job.argv[1:], *(pauses.pop() if pauses else ())])
-        runpy.run_path(job.argv[1], run_name="__main__")
-        job.log.write_text("done\n")
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            runpy.run_path(job.argv[1], run_name="__main__")
+        job.log.write_text(f"{said.getvalue()}UserWarning: barrier()\n  return func(*args, **kwargs)\n")
         return [Outcome(job, 0, 1.0, "")]
 
     return run_jobs
@@ -96,7 +103,8 @@ class InThisProcess:
 def test_study(study, tmp_path, capsys):
     paused = study()
     assert "training" not in paused and not paused["left_out"]
-    assert "paused at step" in capsys.readouterr().out
+    folder = tmp_path / "work/tiny/training"
+    assert f"tiny: {folder}: paused at step" in capsys.readouterr().out
 
     found = study()
     training = found["training"]
@@ -119,6 +127,7 @@ def test_study(study, tmp_path, capsys):
     assert not found["left_out"]
     rise = 100 * (found_in_float32[0]["perplexity"] / found["dense"]["perplexity"] - 1)
     printed = capsys.readouterr().out
+    assert f"tiny: {folder}/model: {training['heldout_bits_per_byte']:.3f} bits per byte" in printed
     assert f"| -50% | float32 | none |  | {rise:+.2f}% |" in printed
 
     # Again, nothing is left to do; what was lost is made again, unless there is no time for it.
@@ -131,3 +140,25 @@ def test_study(study, tmp_path, capsys):
     later = study("--minutes", 0.001)
     assert list(later["left_out"]) == ["state=0.5 none"]
     assert InThisProcess.calls == calls + 1
+
+
+@pytest.mark.parametrize(
+    ("is_wrong", "model", "rows"),
+    [
+        (False, "gated-deltanet-220m", 16),
+        (True, "gated-deltanet-220m", 4),
+        (False, "qwen3-next-100m", 16),
+        (True, "qwen3-next-100m", 8),
+        (True, "delta-net-220m", 16),
+    ],
+)
+def test_rows_at_a_time(is_wrong, model, rows, tmp_path, monkeypatch):
+    """Fewer for models with the gated rule, on a GPU on which fla's kernels of it are wrong."""
+    module = imported(monkeypatch)
+    monkeypatch.setattr(module, "gpus", lambda: ["0", "1"])
+    monkeypatch.setattr("keyreduce.models.miscompiled._is_affected", lambda device: is_wrong and device.type == "cuda")
+    words = ["--output", tmp_path / "out", "--work", tmp_path / "work", "--models", model]
+    study = module.Study(module.parse_arguments([str(word) for word in words]))
+    command = study.training_command(model, 1.0)
+    assert command[command.index("--micro-batch") + 1] == str(rows)
+    assert command[command.index("--batch-size") + 1] == "64"

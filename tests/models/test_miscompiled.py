@@ -66,7 +66,8 @@ def test_the_gated_rule_is_not_trained_without_other_kernels(on_hopper, monkeypa
         refuse_wrong_gradients(*gated, ", or take `kernels` torch")
     warn_of_wrong_results(*gated)
     assert not caplog.records
-    assert has_wrong_gated_gradients(FAMILIES["gated_deltanet"], GPU)
+    for model_type in ("gated_deltanet", "qwen3_next", "qwen3_5_text", "olmo_hybrid"):
+        assert has_wrong_gated_gradients(FAMILIES[model_type], GPU)
     assert not has_wrong_gated_gradients(FAMILIES["gated_deltanet"], CPU)
     assert not has_wrong_gated_gradients(FAMILIES["delta_net"], GPU)
     monkeypatch.setattr(miscompiled.importlib.util, "find_spec", lambda name: name == "tilelang")
