@@ -33,7 +33,7 @@ from keyreduce.drawing import save_picture
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 PICTURES = DOCS / "pictures"
-OPENING = "delta-net-21m"  # the model of the first picture
+PICTURED = "delta-net-21m"  # the model of state.png
 CONFIGS = HERE.parent / "configs" / "benchmark"
 _SHIPPED = HERE.parent / "keyreduce/models/shipped"
 _NAMES = {"delta-net": "DeltaNet", "gated-deltanet": "Gated DeltaNet"}
@@ -163,14 +163,14 @@ def _words(options: Mapping) -> str:
 
 
 def _state(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iterator[str]:
-    used = [one for kind in ("precision", "grid", "study") for one in sources[kind] if one.content["model"] == OPENING]
+    used = [one for kind in ("precision", "grid", "study") for one in sources[kind] if one.content["model"] == PICTURED]
     by_kind = {kind: [one.content for one in sources[kind] if one in used] for kind in ("precision", "grid", "study")}
     if not by_kind["precision"]:
         return
-    known = Known(OPENING, by_kind["precision"][0], by_kind["grid"], by_kind["study"])
+    known = Known(PICTURED, by_kind["precision"][0], by_kind["grid"], by_kind["study"])
     pictures.append(Picture("state.png", partial(draw_state, known), used))
     yield "## Bytes of state against perplexity"
-    yield f"![Perplexity over dense against the bytes of the state, {OPENING}](pictures/state.png)"
+    yield f"![Perplexity over dense against the bytes of the state, {PICTURED}](pictures/state.png)"
     left_out = [one["dtype"] for one in known.precision["states"] if one["perplexity_increase"] > 0.6]
     beyond = f" Beyond the picture: {', '.join(f'`{name}`' for name in left_out)}." if left_out else ""
     yield (
