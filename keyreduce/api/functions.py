@@ -46,7 +46,7 @@ from keyreduce.models.in_memory import ModuleCheckpoint, loaded_module
 from keyreduce.models.loading import LoadedModel, load_model
 from keyreduce.pruning.in_memory import pruned_module
 from keyreduce.recovery.layers import recover_layers
-from keyreduce.recovery.modes import REPEATS, TRAINING_MODES, Mode, make_steps
+from keyreduce.recovery.modes import AUTO, REPEATS, TRAINING_MODES, Mode, auto_note, make_steps
 from keyreduce.reporting import Reporter
 
 Model = str | Path | PreTrainedModel
@@ -135,7 +135,7 @@ def prune(
         return result.pruned if isinstance(result, PruneResult) else result.report
     if not isinstance(model, PreTrainedModel):
         model = _loaded(model, None).model
-    request = PruneRequest(**fields)
+    request = PruneRequest(**fields).resolved(model.device.type)
     if request.dry_run or request.search == "measured":
         raise KeyreduceError("`dry_run` and `search` measured are for a folder: give its path, and `output`")
     source, cut = ModuleCheckpoint(model), Cut.of(request)
@@ -160,7 +160,7 @@ def recover(
     teacher: Model | None = None,
     texts: Texts = None,
     *,
-    mode: Mode = "least-squares",
+    mode: Mode = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     output: str | Path | None = None,
     reporter: Reporter = Reporter(),
@@ -171,7 +171,8 @@ def recover(
     Args:
         model: the pruned model.
         teacher: the dense model, which stays as it is; of a folder by default the one that it was pruned from.
-        mode: ``least-squares``, ``reconstruct``, ``lora`` or ``full``.
+        mode: ``least-squares``, ``reconstruct``, ``lora`` or ``full``; ``auto`` is ``reconstruct`` on a GPU, and
+            ``least-squares`` on a CPU.
         settings: ``num_batches``, ``batch_size``, ``seq_len``, ``repeats``, ``steps``, ``lr``, ``scope``, ``seed``,
             ``device``, ...
 
@@ -205,12 +206,15 @@ def recover(
             _copy_parameters(load_model(trained, _CPU, torch.float32, with_tokenizer=False).model, model)
         return model
     request = RecoverRequest(mode=mode, **settings)
+    device = pick_device(request.device) if request.device else model.device
+    request = request.resolved(device.type)
     given = request.settings
-    where: dict[str, Any] = {"device": pick_device(request.device) if request.device else model.device}
-    where |= {"repeats": given.pop("repeats", REPEATS), "note": reporter.note}
-    steps = make_steps(mode, given)
+    where: dict[str, Any] = {"device": device, "repeats": given.pop("repeats", REPEATS), "note": reporter.note}
+    steps = make_steps(request.mode, given)
     amount = Settings(request.num_batches, request.batch_size, request.seq_len, request.seed)
     amount.check()
+    if mode == AUTO:
+        reporter.note(auto_note(request.mode))
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     dense, pruned = (_copied(one, tokenizer) for one in (teacher, model))
     with reporter.progress("recovering", pruned.family.depth(pruned.model.config.to_dict()), "layers") as progress:

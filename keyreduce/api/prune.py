@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from keyreduce.api import options
 from keyreduce.api.request import Result, option, specs
@@ -12,6 +12,8 @@ from keyreduce.errors import KeyreduceError
 from keyreduce.pruning.budget import DEFAULT_RATIO, SIZE_OF
 from keyreduce.pruning.methods import METHODS, method_named, registered_elsewhere
 from keyreduce.pruning.state_budget import DEFAULT_STATE_RATIO, SearchMode
+from keyreduce.recovery import modes
+from keyreduce.recovery.modes import LayerMode
 from keyreduce.reporting import Reporter
 from keyreduce.serving.engines import EngineName
 from keyreduce.serving.state_formats import StateDtype
@@ -137,8 +139,8 @@ class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
         "Refuse sizes that this serving engine does not run; vllm-plugin: vLLM beside which keyreduce is installed.",
         **_CUT,
     )
-    recover: Literal["least-squares", "reconstruct"] | None = option(
-        None, "Win quality back, as keyreduce recover does."
+    recover: LayerMode | None = option(
+        None, f"Win quality back, as keyreduce recover does; auto: {modes.AUTO_SUMMARY}."
     )
     uncorrected: bool = option(False, "Leave what stays as it was; else statistics correct what a cut enlarges.")
     config: Path | None = options.config()
@@ -175,6 +177,10 @@ class PruneRequest(options.OfRun, options.OfText, options.OfFiles):
             multiple_of=self.multiple_of if self.multiple_of > 1 else None,
             engine=self.engine,
         )
+
+    def resolved(self, device_type: str) -> Self:
+        """Return the request with the mode of recovery that ``auto`` is on a type of device."""
+        return replace(self, recover=self.recover and modes.resolve_mode(self.recover, device_type))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,12 +241,16 @@ def run(
 
     cut = Cut.of(request)
     run_on = pick_device(request.device)  # a wrong one is refused even where nothing is left to calibrate
+    is_auto, request = request.recover == modes.AUTO, request.resolved(run_on.type)
     files = request.file_settings
     source = open_model(request.model, config=request.config)
     if request.dtype is None and source.shards is None:
         source.refuse_other_dtype()  # pyright: ignore[reportAttributeAccessIssue]  (DCPs alone have no shards)
     cut.check(source)
     text = request.text_source("calibration")
+    if is_auto:
+        assert request.recover is not None
+        reporter.note(modes.auto_note(request.recover))
     if request.dry_run:
         found = cut.search(request, source, statistics or _statistics(request, source, cut, reporter), reporter)
         report = _write_search(request, source, found)

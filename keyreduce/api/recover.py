@@ -5,7 +5,7 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from keyreduce.api import options
 from keyreduce.api.request import Result, option
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from keyreduce.data.text import TextSource
     from keyreduce.recovery.layers import Recovered
 
-_MODE_HELP = "\n\n".join(f"{name}: {summary}" for name, summary in (MODES | TRAINING_MODES).items())
+_SUMMARIES = {modes.AUTO: modes.AUTO_SUMMARY} | MODES | TRAINING_MODES
+_MODE_HELP = "\n\n".join(f"{name}: {summary}" for name, summary in _SUMMARIES.items())
 _RECONSTRUCT = {"panel": "reconstruct"}
 _TRAINING = {"panel": "lora and full"}
 _RATES = ", ".join(f"{mode} {rate:g}" for mode, rate in RATES.items())
@@ -44,7 +45,7 @@ class RecoverRequest(options.OfRun, options.OfText, options.OfPair, options.Uplo
     --num-batches steps of --batch-size rows, in one process or under torchrun.
     """
 
-    mode: Mode = option(modes.LEAST_SQUARES, _MODE_HELP)
+    mode: Mode = option(modes.AUTO, _MODE_HELP)
     compressed: str | None = option(
         None, "The pruned model to recover.", **options.COMPRESSED | {"shown_default": "what prune wrote into --work"}
     )
@@ -59,11 +60,8 @@ class RecoverRequest(options.OfRun, options.OfText, options.OfPair, options.Uplo
     )
     output: Path | None = options.output("The recovered checkpoint.")
     heldout: tuple[Path, ...] = option(
-        (),
-        "Other text, to measure perplexity before and after; may be repeated.",
-        metavar="FILE|FOLDER",
-        panel="Text",
-            )
+        (), "Other text, to measure perplexity before and after; may be repeated.", metavar="FILE|FOLDER", panel="Text"
+    )
     num_batches: int = options.num_batches(32)
     batch_size: int = options.batch_size(8)
     seq_len: int = options.seq_len(512)
@@ -76,9 +74,7 @@ class RecoverRequest(options.OfRun, options.OfText, options.OfPair, options.Uplo
     steps: int | None = _setting("steps", "Gradient steps in each layer.", minimum=1, **_RECONSTRUCT)
     lr: float | None = option(None, "Highest learning rate.", shown_default=_RATES)
     scope: Scope | None = _setting(
-        "scope",
-        "What is fitted: the mixer to the dense block or mixer, or mixer and MLP to the block.",
-        **_RECONSTRUCT,
+        "scope", "What is fitted: the mixer to the dense block or mixer, or mixer and MLP to the block.", **_RECONSTRUCT
     )
     distill_weight: float | None = _setting(
         "distill_weight",
@@ -86,9 +82,7 @@ class RecoverRequest(options.OfRun, options.OfText, options.OfPair, options.Uplo
         shown_default=f"{Training(0).distill_weight:g} with --teacher",
         **_TRAINING | {"minimum": 0, "maximum": 1},
     )
-    temperature: float | None = _setting(
-        "temperature", "Divisor of the logits compared.", **_TRAINING
-    )
+    temperature: float | None = _setting("temperature", "Divisor of the logits compared.", **_TRAINING)
     warmup: float | None = _setting("warmup", "Share of steps with a rising rate.", **_TRAINING)
     micro_batch: int | None = _setting(
         "micro_batch",
@@ -97,20 +91,14 @@ class RecoverRequest(options.OfRun, options.OfText, options.OfPair, options.Uplo
         **_TRAINING | {"minimum": 1},
     )
     gradient_checkpointing: bool = option(False, "Compute activations twice, and keep fewer.", **_TRAINING)
-    shard: bool = option(
-        False, "FSDP: shard weights and optimizer over processes.", **_TRAINING
-    )
+    shard: bool = option(False, "FSDP: shard weights and optimizer over processes.", **_TRAINING)
     save_every: int | None = _setting(
         "save_every",
         "Steps between checkpoints, from which it resumes.",
         shown_default="a tenth of --num-batches",
         **_TRAINING | {"minimum": 1},
     )
-    kernels: Kernels | None = _setting(
-        "kernels",
-        "keyreduce's PyTorch, or fla's Triton kernels.",
-        **_TRAINING,
-    )
+    kernels: Kernels | None = _setting("kernels", "keyreduce's PyTorch, or fla's Triton kernels.", **_TRAINING)
     lora_rank: int | None = _setting("lora_rank", "lora: rank of the additions.", minimum=1, **_TRAINING)
     lora_alpha: float | None = _setting("lora_alpha", "lora: their scale, times rank.", **_TRAINING)
     lora_targets: tuple[str, ...] = option(
@@ -131,6 +119,13 @@ class RecoverRequest(options.OfRun, options.OfText, options.OfPair, options.Uplo
         """The settings of single modes that were given: name -> value."""
         values = {name: getattr(self, name) for name in modes.SETTINGS}
         return {name: value for name, value in values.items() if not (value is None or value is False or value == ())}
+
+    def resolved(self, device_type: str) -> Self:
+        """Return the request with the mode that ``auto`` is on a type of device.
+
+        Raises KeyreduceError if that mode has no such setting.
+        """
+        return replace(self, mode=modes.resolve_mode(self.mode, device_type, self.settings))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,18 +176,23 @@ def run(request: RecoverRequest, reporter: Reporter = Reporter()) -> RecoverResu
     """
     from keyreduce.checkpoint.record import Record
     from keyreduce.data.text import FileText
+    from keyreduce.devices import pick_device
     from keyreduce.outputs import claimed, is_already_made
     from keyreduce.recovery.overlap import refuse_overlap
 
     processes = Processes.of_torchrun()
     if processes.number > 1 and not request.trains:
         raise KeyreduceError(f"`mode` {request.mode} runs in one process: start keyreduce without torchrun")
-    found = _find(request, processes)
+    device, is_auto = pick_device(processes.device(request.device)), request.mode == modes.AUTO
+    request = request.resolved(device.type)
+    found = _find(request, device)
     heldout = FileText(request.heldout) if request.heldout else None
     if heldout is not None:
         refuse_overlap(found.text, heldout)
     target, inputs = found.target, found.inputs
     with claimed(target, folder=True, by_this_process=processes.rank == 0):
+        if is_auto:
+            reporter.note(modes.auto_note(request.mode))
         recorded = () if request.overwrite else Record.read(target).repairs
         made = not is_already_made(target, recorded[-1]["inputs"] if recorded else None, inputs, request.overwrite)
         if made and request.trains:
@@ -262,14 +262,13 @@ class _Found(NamedTuple):
         write_recovered(self.pruned, recovered, self.target, inputs=self.inputs, **more)
 
 
-def _find(request: RecoverRequest, processes: Processes) -> _Found:
-    """Check a request, and find what it names, or what the record of the pruned model does."""
+def _find(request: RecoverRequest, device: "torch.device") -> _Found:
+    """Check a request whose mode is resolved, and find what it names, or what the record of the pruned model does."""
     from keyreduce.api.pair import find_dense
     from keyreduce.calibration.run import Settings
     from keyreduce.checkpoint.find import find_model
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.checkpoint.record import Record
-    from keyreduce.devices import pick_device
     from keyreduce.outputs import refuse_source
     from keyreduce.recovery.repeats import check_repeats
 
@@ -277,7 +276,6 @@ def _find(request: RecoverRequest, processes: Processes) -> _Found:
     repeats = REPEATS if trains else given.pop("repeats", REPEATS)
     how = (modes.make_training if trains else modes.make_steps)(request.mode, given)
     check_repeats(repeats)
-    device = pick_device(processes.device(request.device))
     if request.compressed is None and not workspace.pruned.is_dir():
         raise KeyreduceError(
             f"there is no pruned model at {workspace.pruned}; run keyreduce prune, or name one with `compressed`"

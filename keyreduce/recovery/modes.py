@@ -1,15 +1,17 @@
 """The modes of recovery: what each one does, its settings and their defaults. Nothing heavy is imported here."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal, NamedTuple
 
 from keyreduce.errors import KeyreduceError
 
-Mode = Literal["least-squares", "reconstruct", "lora", "full"]
+LayerMode = Literal["auto", "least-squares", "reconstruct"]
+Mode = Literal["auto", "least-squares", "reconstruct", "lora", "full"]
 Scope = Literal["mixer-in-block", "mixer", "block"]
 Kernels = Literal["torch", "fla"]
 
+AUTO: Final = "auto"
 LEAST_SQUARES: Final = "least-squares"
 RECONSTRUCT: Final = "reconstruct"
 LORA: Final = "lora"
@@ -21,6 +23,12 @@ MODES = {
 """The modes that go layer by layer, and what they do."""
 TRAINING_MODES = {LORA: "train low-rank additions, and merge them", FULL: "train all weights"}
 """The modes that train the whole model, and what they do."""
+AUTO_SUMMARY = f"{RECONSTRUCT} on a GPU, {LEAST_SQUARES} on a CPU"
+"""What ``auto`` stands for; see :func:`resolve_mode`."""
+_WHY = {
+    LEAST_SQUARES: f"on a CPU the gradient steps of {RECONSTRUCT} take long",
+    RECONSTRUCT: f"it leaves less loss than {LEAST_SQUARES}, and a GPU takes its gradient steps fast",
+}
 ALGORITHMS = {LEAST_SQUARES: 1, RECONSTRUCT: 1, LORA: 1, FULL: 1}
 """A number for each mode, to be raised when its results change."""
 RATES = {RECONSTRUCT: 5e-4, LORA: 5e-4, FULL: 1e-4}
@@ -91,6 +99,23 @@ SETTINGS = tuple(dict.fromkeys(("repeats", *Steps._fields, *Training._fields)))
 """The names of the settings that not all modes have."""
 
 
+def resolve_mode(mode: str, device_type: str, given: Iterable[str] = ()) -> str:
+    """Return the mode that ``auto`` is on a type of device, such as ``cuda``; any other mode is itself.
+
+    Raises KeyreduceError if ``auto`` was asked for, and the mode that it is lacks one of the settings ``given``.
+    """
+    if mode != AUTO:
+        return mode
+    taken, place = (LEAST_SQUARES, "CPU") if device_type == "cpu" else (RECONSTRUCT, "GPU")
+    _check_names(taken, given, f"on a {place} `mode` auto is {taken}, which")
+    return taken
+
+
+def auto_note(taken: str) -> str:
+    """Return a sentence that says which mode ``auto`` was resolved to, and why."""
+    return f"auto takes {taken}: {_WHY[taken]}"
+
+
 def make_steps(mode: str, given: Mapping[str, Any]) -> Steps | None:
     """Return the gradient steps of a mode, from fields of :class:`Steps`; None where it takes none.
 
@@ -110,11 +135,16 @@ def make_training(mode: str, given: Mapping[str, Any]) -> Training:
 
 
 def _check(mode: str, given: Mapping[str, Any]) -> None:
+    _check_names(mode, given, f"`mode` {mode}")
     for name, value in given.items():
-        if name not in _TAKEN[mode]:
-            others = " or ".join(other for other, taken in _TAKEN.items() if name in taken)
-            raise KeyreduceError(f"`mode` {mode} takes no `{name}`; leave it out, or take `mode` {others}")
         if name in ("lr", "temperature", "lora_alpha") and not 0 < value < math.inf:
             raise KeyreduceError(f"`{name}` is {value:g}; it is above 0")
         if name == "warmup" and not 0 <= value < 1:
             raise KeyreduceError(f"`warmup` is {value:g}; it is a share of the steps, at least 0 and below 1")
+
+
+def _check_names(mode: str, names: Iterable[str], subject: str) -> None:
+    for name in names:
+        if name not in _TAKEN[mode]:
+            others = " or ".join(other for other, taken in _TAKEN.items() if name in taken)
+            raise KeyreduceError(f"{subject} takes no `{name}`; leave it out, or take `mode` {others}")

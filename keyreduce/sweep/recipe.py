@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from keyreduce.api.benchmark import BenchmarkRequest
 from keyreduce.api.calibrate import CalibrateRequest
@@ -77,6 +77,10 @@ class Combination(NamedTuple):
     def repair(self) -> str:
         """The mode of ``keyreduce recover``, or `NO_REPAIR`."""
         return self.request.recover or NO_REPAIR
+
+    def resolved(self, device_type: str) -> Self:
+        """Return it with the mode of recovery that ``auto`` is on a type of device."""
+        return self._replace(request=self.request.resolved(device_type))
 
     @property
     def label(self) -> str:

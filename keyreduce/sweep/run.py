@@ -98,6 +98,7 @@ def plan_sweep(
         calibration=replace(recipe.calibration, **where),
         heldout=replace(recipe.heldout, **where),
         recover=replace(recipe.recover, device=device),
+        combinations=[*dict.fromkeys(one.resolved(torch.device(device).type) for one in recipe.combinations)],
         benchmark=recipe.benchmark and replace(recipe.benchmark, **where),
     )
     planner, first, pruned = _Planner(recipe, calibration, heldout, root), [], []

@@ -73,9 +73,7 @@ def test_modules_give_what_folders_give(model_type, tmp_path, texts):
     statistics = keyreduce.calibrate(dense, TEXTS, **AMOUNT)
     small = keyreduce.prune(dense, method="rrqr", target=("key", "value"), ratio=(0.5, "0.25"), statistics=statistics)
 
-    run_calibrate(
-        CalibrateRequest(model=str(folder), output=tmp_path / "sums", text=[texts], device="cpu", **AMOUNT)
-    )
+    run_calibrate(CalibrateRequest(model=str(folder), output=tmp_path / "sums", text=[texts], device="cpu", **AMOUNT))
     theirs = read_statistics(tmp_path / "sums")
     for layer, sums in statistics.layers.items():
         for name, tensor in sums.tensors().items():
@@ -95,7 +93,7 @@ def test_modules_give_what_folders_give(model_type, tmp_path, texts):
         assert torch.equal(small(tokens).logits, load(tmp_path / "pruned")(tokens).logits)
 
 
-@pytest.mark.parametrize("mode", ["least-squares", "reconstruct"])
+@pytest.mark.parametrize("mode", ["auto", "least-squares", "reconstruct"])
 def test_recovery_in_memory_is_that_of_folders(mode, tmp_path, texts):
     folder = folder_of("delta_net", tmp_path / "dense")
     dense = load(folder)
@@ -105,12 +103,20 @@ def test_recovery_in_memory_is_that_of_folders(mode, tmp_path, texts):
     assert keyreduce.recover(small, teacher=dense, texts=TEXTS, mode=mode, **settings) is small
     run_prune(PruneRequest(model=str(folder), method="l2", ratio="0.5", output=tmp_path / "pruned"))
     folders = {"compressed": str(tmp_path / "pruned"), "output": tmp_path / "recovered"}
-    request = RecoverRequest(mode=mode, **folders, text=[texts], device="cpu", **settings)
+    taken = "least-squares" if mode == "auto" else mode
+    request = RecoverRequest(mode=taken, **folders, text=[texts], device="cpu", **settings)
     run_recover(request)
     assert_same(small, load(tmp_path / "recovered"))
     refitted, cut = (one.model.layers[0].attn.o_proj.weight for one in (small, load(tmp_path / "pruned")))
     assert not torch.equal(refitted, cut)
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.named_parameters())
+
+
+def test_auto_is_what_the_device_of_a_module_decides():
+    dense = tiny_models.build("delta_net")
+    small = keyreduce.prune(dense, method="l2", ratio=0.5)
+    with pytest.raises(KeyreduceError, match="^on a CPU `mode` auto is least-squares, which takes no `steps`; leave"):
+        keyreduce.recover(small, teacher=dense, texts=TEXTS, steps=3)
 
 
 def test_training_a_module_changes_it_in_place(tmp_path):
@@ -129,6 +135,7 @@ def test_folders_go_through_the_same_functions(tmp_path):
     pruned = keyreduce.prune(folder, method="energy", ratio=0.5, statistics=statistics, output=tmp_path / "pruned")
     assert pruned == tmp_path / "pruned"
     recovered = keyreduce.recover(pruned, texts=TEXTS, output=tmp_path / "recovered", device="cpu", **AMOUNT)
+    assert json.loads((recovered / "keyreduce.json").read_text())["repairs"][0]["inputs"]["mode"] == "least-squares"
     cost = keyreduce.evaluate(recovered, TEXTS, num_batches=0, seq_len=24, device="cpu")
     module = keyreduce.evaluate(load(recovered), TEXTS, num_batches=0, seq_len=24)
     assert cost == module
@@ -218,7 +225,7 @@ def test_a_module_on_a_gpu_is_pruned_there_as_on_a_cpu(tmp_path):
     assert small.device.type == "cuda"
     assert_same(small.cpu(), on_cpu)
     small = small.to("cuda")
-    keyreduce.recover(small, teacher=dense, texts=TEXTS, **AMOUNT)
+    keyreduce.recover(small, teacher=dense, texts=TEXTS, steps=4, **AMOUNT)  # auto is a mode that takes steps there
     assert small.device.type == "cuda" and small.dtype == torch.bfloat16
     costs = [keyreduce.evaluate(one, TEXTS, num_batches=1, seq_len=24).perplexity for one in (dense, small)]
     assert all(1 < cost < math.inf for cost in costs)

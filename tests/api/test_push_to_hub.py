@@ -28,7 +28,7 @@ def test_what_prune_and_recover_make_is_uploaded(tiny_folder, tmp_path, uploads)
     (tmp_path / "text.md").write_text("A state that is smaller forgets more.\n" * 100)
     shared = {"work": tmp_path, "push_to_hub": "owner/small"}
     cut = prune.PruneRequest(model=str(tiny_folder("delta_net")), method="l2", **shared)
-    text = {"text": (tmp_path / "text.md",), "num_batches": 1, "batch_size": 1, "seq_len": 64}
+    text = {"text": (tmp_path / "text.md",), "num_batches": 1, "batch_size": 1, "seq_len": 64, "mode": "least-squares"}
     results = [prune.run(cut), prune.run(cut), recover.run(recover.RecoverRequest(**text, **shared))]
     assert [(result.made, result.pushed) for result in results] == [
         (made, "https://huggingface.co/owner/small") for made in (True, False, True)

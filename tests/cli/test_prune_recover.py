@@ -27,7 +27,8 @@ def test_it_is_prune_and_then_recover(keyreduce, cut):
     assert [path.name for path in WORK.iterdir()] == ["pruned"]
 
     assert keyreduce("prune", *cut, "--output", "apart").code == 0
-    assert keyreduce("recover", "--compressed", "apart", "--text", "text.md", "--output", "after").code == 0
+    least = ("recover", "--mode", "least-squares", "--compressed", "apart", "--text", "text.md", "--output", "after")
+    assert keyreduce(*least).code == 0
     once, apart, after = (tensors_of(Path(folder)) for folder in (WORK / "pruned", "apart", "after"))
     assert all(once[name].equal(after[name]) for name in after)
     assert not all(once[name].equal(apart[name]) for name in apart)
@@ -38,6 +39,23 @@ def test_it_is_prune_and_then_recover(keyreduce, cut):
     assert again.json()["made"] is False
     without = keyreduce("prune", *cut)
     assert without.code == 2 and "differs in repairs" in without.err
+
+
+def test_auto_on_a_cpu_is_least_squares_and_recorded_as_that(keyreduce, cut):
+    folders = {mode: Path(mode) for mode in ("auto", "least-squares")}
+    runs = {
+        mode: keyreduce("prune", *cut, "--device", "cpu", "--recover", mode, "--output", folder, "--json")
+        for mode, folder in folders.items()
+    }
+    assert runs["auto"].json()["repair"]["mode"] == "least-squares"
+    assert runs["auto"].err.count("auto takes least-squares") == 1 and "auto" not in runs["least-squares"].err
+    auto, least = map(tensors_of, folders.values())
+    assert auto.keys() == least.keys() and all(auto[name].equal(least[name]) for name in auto)
+    records = [json.loads((folder / "keyreduce.json").read_text()) for folder in folders.values()]
+    assert records[0]["repairs"][0]["inputs"] == records[1]["repairs"][0]["inputs"]
+    # What one of the names made is what the other one would make.
+    again = keyreduce("prune", *cut, "--device", "cpu", "--recover", "auto", "--output", "least-squares", "--json")
+    assert again.json()["made"] is False
 
 
 def test_a_run_that_is_terminated_leaves_nothing(keyreduce, cut):
@@ -54,7 +72,7 @@ def test_a_run_that_is_terminated_leaves_nothing(keyreduce, cut):
 
 def test_another_mode_is_refused_before_the_work(keyreduce, cut):
     result = keyreduce("prune", *cut, "--recover", "prayer")
-    assert result.code == 2 and "--recover is 'prayer'; take one of least-squares, reconstruct" in result.err
+    assert result.code == 2 and "--recover is 'prayer'; take one of auto, least-squares, reconstruct" in result.err
     assert not WORK.exists()
 
 

@@ -14,7 +14,7 @@ from keyreduce.checkpoint.folder import open_folder
 from keyreduce.recovery import layers
 
 WORK = Path("keyreduce-out")
-FEW = ("--num-batches", 2, "--batch-size", 2, "--seq-len", 72)
+FEW = ("--num-batches", 2, "--batch-size", 2, "--seq-len", 72, "--device", "cpu")
 
 
 @pytest.fixture
@@ -34,6 +34,9 @@ def test_it_finds_what_prune_wrote(keyreduce, pruned, model_type):
     dense = pruned(model_type)
     result = keyreduce("recover", *FEW, "--json").json()
     assert result["made"] and result["mode"] == "least-squares" and result["tokens"] == 2 * 2 * 72
+    (entry,) = json.loads((WORK / "recovered/keyreduce.json").read_text())["repairs"]
+    assert entry["inputs"]["mode"] == "least-squares"
+    assert "auto" not in Path(WORK / "recovered/README.md").read_text()
     assert (Path(result["dense"]), Path(result["pruned"])) == (dense, WORK / "pruned")
     before, after = tensors_of(WORK / "pruned"), tensors_of(WORK / "recovered")
     assert {name for name in after if not after[name].equal(before[name])} == {
@@ -46,6 +49,9 @@ def test_it_finds_what_prune_wrote(keyreduce, pruned, model_type):
     again = keyreduce("recover", *FEW, "--json")
     assert again.json() == result | {"made": False}
     assert "is there already, from the same inputs" in again.err
+    assert again.err.count("auto takes least-squares: on a CPU") == 1
+    named = keyreduce("recover", "--mode", "least-squares", *FEW, "--json")
+    assert named.json() == again.json() and "auto" not in named.err
     other = keyreduce("recover", *FEW, "--seed", 1)
     assert other.code == 2 and "differs in seed" in other.err
 
@@ -216,8 +222,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(keyreduce, pruned, tiny_folder
     Path("same.jsonl").write_text(json.dumps({"text": "x" * 60}) + "\n")
     other = tiny_folder("gated_deltanet")
     for arguments, told in (
-        (("--mode", "magic"), "--mode is 'magic'; take one of least-squares, reconstruct, lora, full"),
-        (("--steps", 3), "takes no --steps; leave it out, or take --mode reconstruct"),
+        (("--mode", "magic"), "--mode is 'magic'; take one of auto, least-squares, reconstruct, lora, full"),
+        (
+            ("--steps", 3, "--device", "cpu"),
+            "on a CPU --mode auto is least-squares, which takes no --steps; leave it out, or take --mode reconstruct",
+        ),
         (("--repeats", 1), "--repeats is 1; it is a share of the rows"),
         (("--text", "same.jsonl", "--heldout", "same.jsonl"), "are the same"),
         (("--text", "absent.txt"), "absent.txt"),

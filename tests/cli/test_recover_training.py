@@ -197,7 +197,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(keyreduce, pruned, tiny_copy, 
     edit_config(other, vocab_size=300)
     before = sorted(WORK.rglob("*"))
     for arguments, told in (
-        (("--mode", "magic"), "take one of least-squares, reconstruct, lora, full"),
+        (("--mode", "magic"), "take one of auto, least-squares, reconstruct, lora, full"),
         (("--mode", "least-squares", "--lora-rank", 3), "takes no --lora-rank; leave it out, or take --mode lora"),
         (("--mode", "full", "--lora-rank", 3), "takes no --lora-rank"),
         (("--mode", "full", "--scope", "mixer"), "takes no --scope"),

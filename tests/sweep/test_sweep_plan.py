@@ -182,6 +182,17 @@ def test_the_requests_of_a_run(plan, tiny_folder, tmp_path):
     assert (run.steps["recover"].mode, run.steps["recover"].steps) == ("reconstruct", 11)
 
 
+def test_auto_is_planned_as_the_mode_that_it_is(plan, tiny_folder):
+    auto, recover = replace(TAYLOR, recover="auto"), RecoverRequest(**SMALL, steps=11)
+    runs = plan(recipe_of([tiny_folder("delta_net")], auto, TAYLOR, recover=recover))
+    (run,) = [run for run in runs if run.kind == PRUNED]  # on a CPU both are the same
+    assert (run.about["repair"], run.steps["recover"].mode) == ("least-squares", "least-squares")
+    runs = plan(recipe_of([tiny_folder("delta_net")], auto, TAYLOR, recover=recover), device="cuda")
+    reconstructed, least = [run for run in runs if run.kind == PRUNED]
+    assert (reconstructed.about["repair"], reconstructed.steps["recover"].steps) == ("reconstruct", 11)
+    assert least.about["repair"] == "least-squares"
+
+
 def test_folders_of_models_of_one_name_differ(plan, tiny_copy, tmp_path):
     one, other = tiny_copy("a/model"), tiny_copy("b/model")
     runs = plan(recipe_of([one, other], L1))

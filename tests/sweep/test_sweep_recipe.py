@@ -166,7 +166,7 @@ def test_all_fields_of_timing_and_recovery(read):
         ("models =", "seeds = [-1]\nmodels =", "seeds is -1; it is at least 0"),
         ("models =", "convert = 1\nmodels =", "convert is 1, where true or false belongs"),
         ('repairs = ["none", "least-squares"]', "repairs = []", "prune.repairs is [], where a list"),
-        ('"least-squares"', '"most-squares"', "prune.repairs is 'most-squares'; take one of least-squares"),
+        ('"least-squares"', '"most-squares"', "prune.repairs is 'most-squares'; take one of auto, least-squares"),
         ('"least-squares"', "[]", "prune.repairs is [], where a string belongs"),
         ("seq_len = 7", "seq_len = 0", "recover.seq_len is 0; it is at least 1"),
         ("seq_len = 7", "seq_len = 7\nsteps = 0", "recover.steps is 0; it is at least 1"),

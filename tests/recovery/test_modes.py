@@ -1,0 +1,31 @@
+"""Which mode ``auto`` is."""
+
+import pytest
+
+from keyreduce.api.prune import PruneRequest
+from keyreduce.api.recover import RecoverRequest
+from keyreduce.errors import KeyreduceError
+from keyreduce.recovery.modes import auto_note, resolve_mode
+
+
+@pytest.mark.parametrize(("device_type", "taken"), [("cpu", "least-squares"), ("cuda", "reconstruct")])
+def test_auto_is_what_the_device_can_do(device_type, taken):
+    assert resolve_mode("auto", device_type) == taken
+    assert RecoverRequest().resolved(device_type) == RecoverRequest(mode=taken)
+    assert PruneRequest(recover="auto").resolved(device_type) == PruneRequest(recover=taken)
+    assert auto_note(taken).startswith(f"auto takes {taken}: ")
+    assert PruneRequest().resolved(device_type).recover is None
+
+
+@pytest.mark.parametrize("mode", ["least-squares", "reconstruct", "lora", "full"])
+def test_a_mode_that_is_named_is_taken(mode):
+    assert {resolve_mode(mode, device_type, ("steps", "lora_rank")) for device_type in ("cpu", "cuda")} == {mode}
+
+
+def test_a_setting_that_the_mode_lacks_is_refused():
+    assert RecoverRequest(steps=3, lr=1e-3, scope="block", repeats=0.5).resolved("cuda").mode == "reconstruct"
+    assert RecoverRequest(repeats=0.5).resolved("cpu").mode == "least-squares"
+    with pytest.raises(KeyreduceError, match="auto is least-squares, .* no `scope`; .* reconstruct$"):
+        RecoverRequest(scope="block").resolved("cpu")
+    with pytest.raises(KeyreduceError, match="^on a GPU `mode` auto is reconstruct, .* no `lora_rank`; .* lora$"):
+        RecoverRequest(lora_rank=3).resolved("cuda")
