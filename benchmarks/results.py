@@ -145,7 +145,8 @@ def _scale(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iter
     )
     yield (
         f"{first['gpus']} x {first['training']['device']}, torch {first['torch']}. Models that the study trains, on "
-        "text of the packages that are installed on the machine; sizes that `keyreduce prune --state-ratio` chooses."
+        "text of the packages that are installed on the machine; sizes that the search for a budget chooses. Perplexity of "
+        "held-out files, in rows of 1,024 tokens; the GPUs and CPUs were shared with other work, so times are upper bounds."
     )
     yield from _text(scale_tables(found))
     if len({one.content["training"]["parameters"] for one in measured}) > 1:

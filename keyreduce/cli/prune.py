@@ -16,7 +16,6 @@ _SIZES = {
 }
 _SHOWN = 12
 """How many candidates are printed; the file has all."""
-_MEASURED_AFTER = {"reconstruct": "least-squares"}
 _ALWAYS = ("state_bytes_per_sequence", "mixer_parameters", "model_parameters")
 
 
@@ -43,7 +42,7 @@ def _print_candidates(found: dict, console: Console) -> None:
         step = f"{1e6 * row['decode_seconds']:,.0f}" if "decode_seconds" in row else ""
         state = f"{row['state_bytes'] / found['dense_state_bytes']:.1%}"
         rows.append((sizes, row["state_dtype"], state, f"{row['predicted']:.3f}", increase, step))
-    after = f", after {_MEASURED_AFTER.get(found['recover'], found['recover'])}" if found.get("recover") else ""
+    after = f", after {found['measured_after']}" if found.get("measured_after") else ""
     measured = f"; perplexity{after}, over dense" if found["search"] == "measured" else ""
     title = f"{len(found['candidates'])} candidates, the choice first{measured}"
     header = ("heads x K x V", "state", "left", "predicted", "perplexity", "decode, µs")

@@ -31,7 +31,7 @@ def draw_search(found: Mapping, model: str, *, about: str = "") -> Figure:
     choice has a ring.
     """
     is_measured = found["search"] == "measured"
-    recovery = f", after {found['recover']}" if found["recover"] and is_measured else ""
+    recovery = f"\nafter {found['measured_after']}" if found.get("measured_after") else ""
     follows = f", {found['recover']} to follow" if found["recover"] else ""
     title = f"{model}: cuts that fit into the budget{follows}"
     figure = drawing.new_figure(8, 9.6 if is_measured else 6.6, title, about=about)

@@ -26,7 +26,7 @@ from keyreduce.pruning.state_budget import (
     find_candidates,
     state_bytes,
 )
-from keyreduce.pruning.trial import Trial
+from keyreduce.pruning.trial import Trial, measured_after
 from keyreduce.reporting import Reporter
 
 MEASURED = 4
@@ -76,7 +76,8 @@ class Found:
         candidates: all that were considered, the best first, of which the first is the choice.
         keep: target -> layer -> how many stay, of the choice; targets of which all stay are missing.
         dense_bytes: what the dense model's state takes in the first format that was allowed.
-        recovery: the recovery that the measured ones had.
+        recovery: the mode of the recovery that is to follow.
+        measured_after: what the measured ones went through before, in words; None if nothing.
         frontier: format -> bytes of the state and predicted loss of all sizes than which no other has both fewer bytes
             and a smaller loss, whatever the budget.
     """
@@ -86,6 +87,7 @@ class Found:
     keep: Mapping[str, Mapping[int, int]]
     dense_bytes: int
     recovery: str | None
+    measured_after: str | None
     frontier: Mapping[str, Sequence[tuple[int, float]]]
 
     @property
@@ -99,6 +101,7 @@ class Found:
         return {
             "search": self.mode,
             "recover": self.recovery,
+            "measured_after": self.measured_after,
             "dense_state_bytes": self.dense_bytes,
             "chosen": rows[0],
             "candidates": rows,
@@ -157,6 +160,7 @@ class Search:
             keep=keep,
             dense_bytes=dense,
             recovery=self.recovery,
+            measured_after=measured_after(self.recovery, self.device) if mode == "measured" else None,
             frontier=self._frontier(curves),
         )
 

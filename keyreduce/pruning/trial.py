@@ -26,7 +26,7 @@ from keyreduce.models.tuning import tune_few_variants
 from keyreduce.pruning.in_memory import pruned_module
 from keyreduce.pruning.planning import make_plan
 from keyreduce.recovery.layers import recover_layers
-from keyreduce.recovery.modes import RECONSTRUCT, Steps
+from keyreduce.recovery.modes import LEAST_SQUARES, RECONSTRUCT, Steps
 from keyreduce.reporting import Reporter
 
 ROWS, ROW_LENGTH, BATCH = 32, 1024, 4
@@ -114,7 +114,7 @@ class Trial:
         pruned = loaded_module(module, self.dense.tokenizer, gradients=True)
         if self.recovery is not None:
             device = self.dense.model.device
-            steps = STEPS if self.recovery == RECONSTRUCT and device.type == "cuda" else None
+            steps = _steps(self.recovery, device)
             settings = _recovered_on(self.statistics, device)
             dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
             recover_layers(self.dense, pruned, dtypes, self.text, settings, steps=steps, device=device)
@@ -128,6 +128,16 @@ class Trial:
             tune_few_variants()  # all of them would take minutes for each size
         with reporter.progress("timing candidates", None, "rounds") as progress:
             return time_per_token(self.source.config, sizes, device, dtype, progress=progress)
+
+
+def measured_after(recovery: str | None, device: torch.device) -> str | None:
+    """Return in words what candidates went through before they are measured; None if no recovery is to follow."""
+    steps = _steps(recovery, device)
+    return f"{steps.steps} steps of {RECONSTRUCT}" if steps else recovery and LEAST_SQUARES
+
+
+def _steps(recovery: str | None, device: torch.device) -> Steps | None:
+    return STEPS if recovery == RECONSTRUCT and device.type == "cuda" else None
 
 
 def _recovered_on(statistics: Statistics, device: torch.device) -> Settings:

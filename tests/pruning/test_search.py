@@ -27,7 +27,7 @@ from keyreduce.pruning.prediction import predicted_loss, read_curves
 from keyreduce.pruning.prune import write_pruned
 from keyreduce.pruning.search import Considered, Found, Search, write_search
 from keyreduce.pruning.state_budget import StateBudget, find_candidates
-from keyreduce.pruning.trial import Trial
+from keyreduce.pruning.trial import Trial, measured_after
 from keyreduce.reporting import Reporter
 
 CPU = torch.device("cpu")
@@ -281,9 +281,8 @@ def found() -> Found:
     ]
     keep = {"key": {0: 6, 1: 6}, "value": {0: 5, 1: 5}}
     frontier = {"float32": [(16, 1.0), (480, 0.2)], "int8": [(384, 0.0)]}
-    return Found(
-        mode="measured", candidates=tuple(rows), keep=keep, dense_bytes=1024, recovery=None, frontier=frontier
-    )
+    about = {"dense_bytes": 1024, "recovery": "reconstruct", "measured_after": "128 steps of reconstruct"}
+    return Found(mode="measured", candidates=tuple(rows), keep=keep, frontier=frontier, **about)
 
 
 def test_json_has_what_is_known_and_no_more(found):
@@ -292,11 +291,25 @@ def test_json_has_what_is_known_and_no_more(found):
         "key_heads": 2, "head_k_dim": 6, "head_v_dim": 5, "state_dtype": "float32", "state_bytes": 480,
         "predicted": 0.2, "perplexity_increase": 0.01, "perplexity_error": 0.002,
     }  # fmt: skip
-    assert {name: content[name] for name in ("search", "recover", "dense_state_bytes")} == {
+    assert {name: content[name] for name in ("search", "recover", "measured_after", "dense_state_bytes")} == {
         "search": "measured",
-        "recover": None,
+        "recover": "reconstruct",
+        "measured_after": "128 steps of reconstruct",
         "dense_state_bytes": 1024,
     }
+
+
+def test_candidates_say_what_they_went_through():
+    said = [
+        measured_after(mode, torch.device(kind))
+        for mode in (None, "least-squares", "reconstruct")
+        for kind in ("cpu", "cuda")
+    ]
+    assert said == [None, None, *["least-squares"] * 3, "128 steps of reconstruct"]
+
+
+def test_json_has_no_figures_of_what_was_not_measured(found):
+    content = json.loads(json.dumps(found.to_json()))
     assert content["frontier"] == {"float32": [[16, 1.0], [480, 0.2]], "int8": [[384, 0.0]]}
     assert content["candidates"][1].keys() == {
         "key_heads", "head_k_dim", "head_v_dim", "state_dtype", "state_bytes", "predicted"
@@ -305,14 +318,15 @@ def test_json_has_what_is_known_and_no_more(found):
 
 def test_the_picture_says_what_was_measured(found):
     figure = draw_search(found.to_json(), "a model", about="text: notes.txt; a device")
-    assert figure.get_suptitle().splitlines() == ["a model: cuts that fit into the budget", "text: notes.txt; a device"]
+    title = "a model: cuts that fit into the budget, reconstruct to follow"
+    assert figure.get_suptitle().splitlines() == [title, "text: notes.txt; a device"]
     frontier, _, measured = figure.get_axes()
     assert len(frontier.lines) == 2 + 1  # of two formats, and the choice
     assert [label.get_text() for label in measured.get_xticklabels()] == ["2 x 6 x 5", "2 x 8 x 8"]
     (bars,) = measured.containers
     (segment,) = bars.lines[2][0].get_segments()
     assert segment[:, 1].tolist() == pytest.approx([100 * (0.01 - 2 * 0.002), 100 * (0.01 + 2 * 0.002)])
-    assert measured.get_ylabel() == "perplexity over dense\n(%), measured"
+    assert measured.get_ylabel() == "perplexity over dense\n(%), measured\nafter 128 steps of reconstruct"
     told = [text.get_text() for text in figure.legends[0].get_texts()]
     assert told == ["state in float32", "state in int8", "chosen", "twice the standard error"]
     assert not any(axes.get_legend() for axes in figure.get_axes())  # none lies on the data
