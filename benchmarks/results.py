@@ -145,9 +145,9 @@ def _scale(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iter
     )
     yield (
         f"{first['gpus']} x {first['training']['device']}, torch {first['torch']}. Models that the study trains, on "
-        "text of the packages that are installed on the machine; sizes that the search for a budget chooses. Perplexity of "
-        "held-out files, in rows of 1,024 tokens; the GPUs and CPUs were shared with other work, so times are upper bounds."
+        "text of the packages that are installed on the machine; sizes that the search for a budget chooses."
     )
+    yield from (one["remark"] for one in found if "remark" in one)
     yield from _text(scale_tables(found))
     if len({one.content["training"]["parameters"] for one in measured}) > 1:
         pictures.append(Picture("scale-size.png", partial(draw_by_size, [one.content for one in measured]), measured))
