@@ -35,6 +35,9 @@ ROWS, ROW_LENGTH, BATCH = 32, 1024, 4
 The longer a row, the more a state has to hold, and the more a cut of keys costs beside one of values: on rows of 512
 tokens too few keys would be kept.
 """
+SPREAD = 8
+"""The rows are every so many of the text that follows, as far as it goes: side by side they would be of few documents,
+and what such a text prefers may not hold for others."""
 RECOVERED = {"cpu": Settings(num_batches=16), "cuda": Settings(num_batches=32)}
 """Type of device -> the most text that candidates are recovered on: a quarter and a half of what a recovery takes by
 default, as there are several. It is never more than the statistics are of.
@@ -86,7 +89,9 @@ class Trial:
         seen = max(statistics.tokens, _recovered_on(statistics, device).tokens)
         rows = token_rows(text.in_pieces(_seed(statistics)), dense.tokenizer, ROW_LENGTH)
         first = -(-seen // ROW_LENGTH)
-        taken = list(itertools.islice(rows, first, first + ROWS))
+        following = list(itertools.islice(rows, first, first + ROWS * SPREAD))
+        number = min(ROWS, len(following))
+        taken = [following[place * len(following) // number] for place in range(number)]
         if len(taken) < 2:
             raise KeyreduceError(
                 f"after the {seen:,} tokens that the choice saw, the text has not {2 * ROW_LENGTH:,} more to measure "

@@ -46,6 +46,7 @@ def small_trials():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trial_module, "ROWS", 6)
         patch.setattr(trial_module, "ROW_LENGTH", 64)
+        patch.setattr(trial_module, "SPREAD", 2)
         patch.setattr(trial_module, "RECOVERED", dict.fromkeys(("cpu", "cuda"), SETTINGS))
         yield
 
@@ -133,7 +134,7 @@ def test_the_frontier_is_what_no_other_sizes_beat_in_both(known):
 
 
 def increase_by_hand(known, row: Considered, folder) -> float:
-    """Of the written checkpoint, against the dense model, on the rows that follow the calibration's 512 tokens."""
+    """Of the written checkpoint, against the dense model, on every other row after the calibration's 512 tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, text, statistics = known
@@ -141,7 +142,7 @@ def increase_by_hand(known, row: Considered, folder) -> float:
     options = dict(seed=0, statistics=statistics, inputs={"method": "auto", "target": "key,value"}, correct=True)
     write_pruned(source, make_plan(source, method_named("auto"), keep, **options), folder, dense=str(source.path))
     tokenizer = AutoTokenizer.from_pretrained(source.path)
-    rows_RT = torch.stack([*itertools.islice(token_rows(text.documents(0), tokenizer, 64), 8, 14)])
+    rows_RT = torch.stack([*itertools.islice(token_rows(text.documents(0), tokenizer, 64), 8, 20, 2)])
     nats = []
     for path in (source.path, folder):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -184,6 +185,16 @@ def test_formats_are_measured_as_they_round(known, equal_times):
     assert 0 < abs(rounded.perplexity_increase) < 0.01
     others = [row for row in found.candidates if row.state_dtype == "float32" and row.perplexity_increase is not None]
     assert all(abs(row.perplexity_increase) > abs(rounded.perplexity_increase) for row in others[:1])
+
+
+def test_rows_are_spread_over_the_text_that_follows_as_far_as_it_goes(known):
+    source, _, statistics = known
+    text = text_of(24)
+    trial = Trial.of(source, statistics, text, {}, None, CPU)
+    rows = list(token_rows(text.documents(0), trial.dense.tokenizer, 64))[8:]
+    assert 6 < len(rows) < 12
+    expected = [rows[place * len(rows) // 6] for place in range(6)]
+    assert torch.equal(torch.stack([window.tokens_T for window in trial.windows]), torch.stack(expected))
 
 
 def test_too_little_text_is_said(known):
