@@ -176,7 +176,7 @@ def _state(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iter
     beyond = f" Beyond the picture: {', '.join(f'`{name}`' for name in left_out)}." if left_out else ""
     yield (
         f"One model of {known.precision['parameters'] / 1e6:.1f}M parameters, in float32; the tables below have "
-        f"the figures, devices and commands. Bars are standard deviations over draws of calibration text.{beyond}"
+        f"the figures, devices and commands.{beyond}"
     )
 
 

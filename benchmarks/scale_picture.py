@@ -48,11 +48,17 @@ def draw_by_bytes(one: Mapping) -> Figure:
     figure = drawing.new_figure(8.5, 4.6, title, about=_about([one]))
     axes, handles = figure.subplots(), []
     for number, (name, points) in enumerate(_by_bytes(one).items()):
-        style = {"linestyle": ""} if len(points) == 1 or name == _BITS else {}
+        style: dict[str, Any] = {"linestyle": ""} if len(points) == 1 or name == _BITS else {}
+        style |= {} if name == _BITS else {"fillstyle": "none"}  # some lie upon others
         look = drawing.lined(number) | {"markersize": 6.5} | style
         container = drawing.errorbars(axes, *zip(*sorted(points, reverse=True), strict=True), None, look)
         container.set_label(name)
         handles.append(container)
+    for run in one["runs"]:
+        if not removed(run):
+            place = state_bytes(one["config"], run) / _MIB, rise(run, one["dense"])
+            shift = {"xytext": (7, 5), "textcoords": "offset points", "fontsize": "small"}
+            axes.annotate(run["state_dtype"], place, **shift)
     points = [(size, cost, 0.0) for way in _by_bytes(one).values() for size, cost in way]
     scale_axes(axes, state_bytes(one["config"], {}) / _MIB, points)
     drawing.finish(axes, x="state of a sequence in all layers, MiB (share of the dense state in float32)", y=_COST)

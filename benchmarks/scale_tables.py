@@ -26,7 +26,7 @@ def scale_tables(found: Sequence[Mapping]) -> Iterator[str]:
         yield from ("", "Increase of perplexity over the dense model:", "")
         yield from _runs_table(measured, lambda run, dense: f"{rise(run, dense):+.2f}%")
         for kind in measured[0]["dense"]["recall"]:
-            yield from ("", f"{kind}: right answers of eight, and the difference from the dense model in points:", "")
+            yield from ("", f"{kind}: share right, of eight answers, and its difference from the dense model:", "")
             yield from _runs_table(measured, lambda run, dense, kind=kind: _recall_cell(run, dense, kind))
         yield from ("", "Seconds of the repair:", "")
         yield from _runs_table(measured, lambda run, dense: f"{run['seconds']:.0f}" if run.get("seconds") else "")

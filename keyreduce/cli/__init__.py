@@ -172,7 +172,7 @@ def _usage(error: Any) -> str:
     """Return what Typer found wrong with the command line, with near options, and whose help says more."""
     # It has nothing to say where no command was given: the help has been printed.
     message = error.format_message() or "name a command"
-    if near := getattr(error, "possibilities", None):
+    if near := {*(getattr(error, "possibilities", None) or ())} - {"--help"}:
         message = f"{error.message}; did you mean {' or '.join(sorted(near))}?"
     command = error.ctx.command_path if error.ctx else "keyreduce"
     return f"{message} (see {command} --help)"
