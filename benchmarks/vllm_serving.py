@@ -398,7 +398,7 @@ def engine_settings(
     return {
         "folder": str(folder), "mend": mend, "state": state, "pool_bytes": int(pool_gib * GIB),
         "max_num_seqs": sequences, "vocabulary": vocabulary,
-        # The plugin chooses by itself; a cut model without it must be told.
+        # The plugin chooses by itself; a pruned model without it needs the option.
         "prefill": "auto" if mend == "plugin" else asked.prefill if name == DENSE else "triton",
         "load_format": "dummy", "max_model_len": FIRST_TOKEN + 64, "batched_tokens": 8192,
     }  # fmt: skip

@@ -98,8 +98,8 @@ def refused_table() -> str:
 def record_table() -> str:
     """Return the fields of ``keyreduce.json``."""
     _, _, listed = (Record.__doc__ or "").partition("Attributes:\n")
-    told = {name: " ".join(text.split()) for name, text in re.findall(r"^ {8}(\w+): ((?:.|\n {12})+)", listed, re.M)}
-    rows = [(f"`{field.name}`", told[field.name].replace("``", "`")) for field in dataclasses.fields(Record)]
+    texts = {name: " ".join(text.split()) for name, text in re.findall(r"^ {8}(\w+): ((?:.|\n {12})+)", listed, re.M)}
+    rows = [(f"`{field.name}`", texts[field.name].replace("``", "`")) for field in dataclasses.fields(Record)]
     return table(("field", "what it holds"), rows)
 
 
