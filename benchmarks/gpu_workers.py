@@ -28,7 +28,7 @@ class Workers:
     """Processes that each have one of the GPUs, or one process without a GPU; to be closed.
 
     Args:
-        devices: what CUDA_VISIBLE_DEVICES is to be in each.
+        devices: what CUDA_VISIBLE_DEVICES is to be in each; several may share one.
     """
 
     def __init__(self, devices: Sequence[str]):
@@ -49,7 +49,7 @@ class Workers:
 
     def start(self, name: str, function: Callable[..., None], *arguments: object) -> None:
         """Let a process that does nothing call a function of a module."""
-        worker = self._idle.pop() if self._idle else _Worker(self._free.pop())
+        worker = self._idle.pop() if self._idle else _Worker(self._free.pop(), self.number)
         worker.started = time.monotonic()
         worker.connection.send((function, arguments))
         self._busy[name] = worker
@@ -83,15 +83,16 @@ class Workers:
 
 
 class _Worker:
-    def __init__(self, device: str | None):
+    def __init__(self, device: str | None, number: int):
         self.device, self.started = device, 0.0
         self.connection, theirs = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(target=_serve, args=(theirs, device), daemon=True)
+        self.process = _CONTEXT.Process(target=_serve, args=(theirs, device, number), daemon=True)
         self.process.start()
         theirs.close()  # so that its end is noticed
 
 
-def _serve(connection: Connection, device: str | None) -> None:
+def _serve(connection: Connection, device: str | None, number: int) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // number)))
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half made is removed
@@ -101,11 +102,12 @@ def _serve(connection: Connection, device: str | None) -> None:
     from keyreduce.models.tuning import tune_few_variants
 
     prepare_backend(torch.device("cpu" if device is None else "cuda"))
-    tune_few_variants()
+    tune_few_variants(1)
     while True:
         try:
             function, arguments = connection.recv()
             function(*arguments)
+            torch.cuda.empty_cache()  # for others on the same GPU; without one it does nothing
             connection.send(None)
         except (EOFError, KeyboardInterrupt):
             return

@@ -36,9 +36,9 @@ from budget_study import chosen_sizes, recovery_of
 from keyreduce.api import calibrate, evaluate, prune, recover
 from keyreduce.checkpoint.find import open_model
 from keyreduce.data.text import FileText, text_source
-from keyreduce.devices import pick_device
 from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import read_json, write_json
+from keyreduce.pruning.methods import method_named
 from keyreduce.recovery.overlap import refuse_overlap
 
 
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["rrqr"])
     parser.add_argument("--ratios", nargs="+", default=["0.5", "0.75"])
     parser.add_argument("--repairs", nargs="+", default=["none", "least-squares"])
+    parser.add_argument("--sizes-for", metavar="REPAIR", help="one choice of sizes for all; by default each its own")
     parser.add_argument("--kinds", nargs="*", default=["lora", "full", "lora-distilled", "full-distilled"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[250_000, 1_000_000, 4_000_000])
     parser.add_argument("--num-batches", type=int, default=64, help="of a repair")
@@ -148,7 +149,8 @@ def cut_of(chosen: argparse.Namespace, start: Start) -> dict:
     if not start.ratio.startswith("state="):
         return {"ratio": start.ratio}
     how = {"model": chosen.model, "calibration": calibration_file(chosen, start.seed), "text": chosen.calibration}
-    sizes = chosen_sizes(chosen.output / "work", start.ratio, start.repair, how | common(chosen) | {"seed": start.seed})
+    how |= {**common(chosen), "seed": start.seed}
+    sizes = chosen_sizes(chosen.output / "work", start.ratio, chosen.sizes_for or start.repair, how)
     return {"uncorrected": start.repair != "none", **sizes}
 
 
@@ -202,8 +204,7 @@ def calibration_file(chosen: argparse.Namespace, seed: int) -> Path:
         model=chosen.model,
         text=chosen.calibration,
         num_batches=chosen.calibration_batches or chosen.num_batches,
-        # With gradients, fla's kernels leave the place to PyTorch's, which take float32 on any device.
-        gradients=pick_device(chosen.device).type != "cpu",
+        gradients=any(method_named(method).needs_gradients for method in chosen.methods),
         dtype="float32",
         seed=seed,
         output=chosen.output / f"calibration-{seed}.safetensors",

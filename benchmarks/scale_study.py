@@ -2,21 +2,24 @@
 
     python benchmarks/scale_study.py --minutes 25 --output DIR [--work DIR] [--pause-after 9] [--models NAME ...]
         [--ratios 0.5 0.75] [--repairs none least-squares reconstruct] [--tokens 250000 1000000 4000000]
-        [--state-dtypes bfloat16 int8]
+        [--state-dtypes bfloat16 int8] [--workers 2]
     python benchmarks/scale_study.py --table --output DIR
 
 It takes one to eight GPUs, and pip install -e '.[train]'. Each model of configs/scale that is asked for is trained by
-flame/pretrain.py, on all GPUs, on the text of the packages that are installed on this machine. Then each GPU takes
-steps of `recovery_study.py`: a dense model is measured and calibrated; shares of its state are removed, in sizes that
-`keyreduce prune --state-ratio` chooses; what is left is repaired, and after the last repair distilled from the dense
-model; each result is measured on held-out text, perplexity and recall. Perplexity is also measured of the dense model
-and after the last repair with the state in other formats, rounded after each token.
+flame/pretrain.py on the text of the packages that are installed on this machine: large models on all GPUs, one after
+another; then small ones on one GPU each. Beside these trainings, --workers processes on each GPU take steps of
+`recovery_study.py`: a dense model is measured and calibrated; shares of its state are removed, in the sizes that
+`keyreduce prune --state-ratio` chooses for the last repair; what is left is repaired, and after the last repair
+distilled from the dense model; each result is measured on held-out text, perplexity and recall. Perplexity is also
+measured of the dense model and after the last repair with the state in other formats, rounded after each token. Seconds
+are those of processes that share a GPU.
 
 The output gets a JSON file for each model, rewritten after every step. Weights and text lie in the work folder,
 which may be outside the repository. The same command resumes after an interruption, or after --pause-after minutes,
 where a machine ends commands that take longer. --minutes count over all of these. The trainings divide a share of
-them. A step that is not expected to end in time, by those of its kind that were made, is left out, and so is one that
-does not; the files say which.
+them, times the number of GPUs. Large models come first, and small ones with the first of the shares removed. A step
+that is not expected to end in time, by those of its kind that were made, is left out, and so is one that does not; the
+files say which.
 """
 
 import argparse
@@ -37,6 +40,7 @@ from gpu_workers import Ended, Workers
 from recovery_study import Start, calibration_file, files_of, make_dense, make_run, make_start, slug
 from scale_tables import print_tables
 
+from keyreduce.errors import KeyreduceError
 from keyreduce.families import family_of
 from keyreduce.models.miscompiled import has_wrong_gated_gradients
 from keyreduce.outputs import read_json, write_json
@@ -46,6 +50,9 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "scale"
 PAUSING = 45.0  # seconds that a training needs to save itself, and a new process to start
 SHORTEST = 60.0  # seconds of a training for which it is worth to start
+AFTER_LARGE = 3  # stages by which small models follow the large ones
+LATER = 20  # stages by which what matters least follows the rest
+TRAINING = "training"
 MICRO_BATCH = 16  # rows that a GPU takes at a time, at the most
 
 
@@ -53,30 +60,31 @@ class Recipe(NamedTuple):
     """How a model is trained.
 
     Attributes:
-        part: of the time of all trainings.
+        part: of the time of all trainings, on one GPU.
         learning_rate: the highest.
         micro_batch_in_torch: the most rows that a GPU takes at a time where the gated rule runs in PyTorch
             (keyreduce/models/miscompiled.py), which keeps more for the backward pass.
+        alone: whether one GPU trains it, beside what others do, instead of all together.
     """
 
-    part: float = 2.0
+    part: float = 18
     learning_rate: float = 2e-3
     micro_batch_in_torch: int = MICRO_BATCH
+    alone: bool = False
 
 
 MODELS = {
-    "delta-net-220m": Recipe(6, 1.2e-3),
-    "gated-deltanet-220m": Recipe(6, 1.2e-3, 4),
-    "delta-net-60m": Recipe(3, 1.6e-3),
-    "gated-deltanet-60m": Recipe(3, 1.6e-3, 8),
-    "delta-net-20m": Recipe(2, 2.4e-3),
-    "gated-deltanet-20m": Recipe(2, 2.4e-3, 8),
-    "qwen3-next-100m": Recipe(4, 1.4e-3, 8),
-    "qwen3-5-100m": Recipe(4, 1.4e-3, 8),
-    "olmo-hybrid-100m": Recipe(4, 1.4e-3, 8),
+    "delta-net-220m": Recipe(18, 1.2e-3),
+    "gated-deltanet-220m": Recipe(18, 1.2e-3, 4),
+    "qwen3-next-100m": Recipe(5, 1.4e-3, 8, alone=True),
+    "qwen3-5-100m": Recipe(5, 1.4e-3, 8, alone=True),
+    "olmo-hybrid-100m": Recipe(5, 1.4e-3, 8, alone=True),
+    "delta-net-60m": Recipe(4, 1.6e-3, alone=True),
+    "gated-deltanet-60m": Recipe(4, 1.6e-3, 8, alone=True),
+    "delta-net-20m": Recipe(3, 2.4e-3, alone=True),
+    "gated-deltanet-20m": Recipe(3, 2.4e-3, 8, alone=True),
 }
 """A config of configs/scale -> how it is trained."""
-HYBRIDS = ("qwen3-next-100m", "qwen3-5-100m", "olmo-hybrid-100m")
 
 
 def parse_arguments(words: list[str] | None = None) -> Namespace:
@@ -87,17 +95,18 @@ def parse_arguments(words: list[str] | None = None) -> Namespace:
     add("--minutes", type=float, default=25, help="of all calls together")
     add("--pause-after", type=float, metavar="MINUTES", help="end then; the same command resumes")
     add("--work", type=Path, default=Path(tempfile.gettempdir()) / "keyreduce-scale-study", help="weights and text")
-    default = [name for name in MODELS if name not in HYBRIDS]
-    add("--models", nargs="+", default=default, help=f"of {', '.join(MODELS)}, or paths of configs")
-    add("--train-share", type=float, default=0.5, help="of the minutes, for the trainings together")
+    add("--models", nargs="+", default=list(MODELS), help=f"of {', '.join(MODELS)}, or paths of configs")
+    add("--train-share", type=float, default=0.44, help="of the minutes, for the trainings together")
     add("--ratios", nargs="+", default=["0.5", "0.75"], help="of the state, to remove")
     add("--repairs", nargs="+", default=["none", "least-squares", "reconstruct"], help="as in recovery_study.py")
-    add("--kind", default="full-distilled", help="the training after the last repair, as in recovery_study.py")
+    kind = "full-distilled:lr=4e-5,batch_size=16,seq_len=1024"
+    add("--kind", default=kind, help="the training after the last repair, as in recovery_study.py")
     add("--tokens", type=int, nargs="*", default=[250_000, 1_000_000, 4_000_000], help="of that")
     add("--state-dtypes", nargs="*", default=["bfloat16", "int8"], help="formats of the state")
     add("--num-batches", type=int, default=64, help="of calibration and repair, 8 rows of 512 tokens each")
     add("--heldout-rows", type=int, default=128, help="of 1,024 tokens")
     add("--installed", nargs="+", type=Path, default=[], metavar="FOLDER", help="take text from these folders")
+    add("--workers", type=int, default=2, help="processes on a GPU; they wait for the CPU at different times")
     add("--rows", type=int, default=64, help="of a training step")
     add("--row-length", type=int, default=2048, help="tokens of a training row")
     return parser.parse_args(words)
@@ -175,14 +184,15 @@ class Study:
         print(f"{model}, {name}: left out: {why}", flush=True)
 
     def train(self) -> bool:
-        """Train the models that are not trained, as long as there is time; return whether this is over."""
+        """Train the large models that are not trained, as long as there is time; return whether this is over."""
+        self.prepare()
         for model in self.configs:
             minutes = self.minutes_of(model)
-            if self.trained(model).exists():
+            if self.trained(model).exists() or recipe_of(model).alone:
                 continue
             least = min(SHORTEST, 60 * minutes)
             if self.left < PAUSING + least:
-                self.leave_out(model, "training", "no time is left")
+                self.leave_out(model, TRAINING, "no time is left")
             elif self.left_of_call < PAUSING + least:
                 print(f"{model}: to be trained in the next call", flush=True)
                 return False
@@ -192,41 +202,73 @@ class Study:
             self.report(model)
         return True
 
+    def prepare(self) -> None:
+        """Make the text, and meanwhile let the GPUs compile the kernels of the large models, unless that was done."""
+        if (self.options.work / "text").exists():
+            return
+        kernels = self.options.work / "kernels"
+        make_text = [*self.pretraining(next(iter(self.configs))), "--data", self.options.work / "text", "--text-only"]
+        jobs = [self.job("text", [*make_text, "--output", kernels / "text", "--installed", *self.options.installed])]
+        for model in self.configs if self.devices else ():
+            if not recipe_of(model).alone:
+                words = [*self.pretraining(model), "--data", kernels / "data", "--output", kernels / model]
+                words += ["--text", ROOT / "keyreduce", "--heldout-text", ROOT / "benchmarks", "--steps", 1]
+                words += ["--heldout-rows", 8]
+                micro = self.micro_batch(model, len(self.devices))
+                jobs.append(self.job(f"kernels-{model}", [*words, "--batch-size", micro, "--micro-batch", micro]))
+        for outcome in run_jobs(jobs, workers=len(jobs), devices=self.devices):
+            if outcome.code:
+                print(f"{outcome.job.name}: {outcome.message}", flush=True)
+        shutil.rmtree(kernels, ignore_errors=True)
+        self.keep_time()
+
     def minutes_of(self, model: str) -> float:
         """Return how long a model is to be trained, which stays as it was said first."""
         path = self.folder(model) / "minutes.json"
         if not path.exists():
-            parts = {name: MODELS.get(name, Recipe()).part for name in self.configs}
-            minutes = self.options.minutes * self.options.train_share * parts[model] / sum(parts.values())
-            write_json(path, {"minutes": round(minutes, 3)})
+            options, together = self.options, len(self.devices) or 1
+            parts = {name: recipe_of(name).part for name in self.configs}
+            minutes = options.minutes * options.train_share * together * parts[model] / sum(parts.values())
+            write_json(path, {"minutes": round(minutes if recipe_of(model).alone else minutes / together, 3)})
         return read_json(path)["minutes"]
 
     def train_one(self, model: str, minutes: float) -> None:
-        log = self.folder(model) / f"training-{time.time():.0f}.log"
-        print(f"{model}: training for {minutes:.1f} minutes, {log}", flush=True)
-        (outcome,) = run_jobs([Job(model, self.training_command(model, minutes), log, {"PYTHONPATH": modules()})])
-        if outcome.code:
-            self.leave_out(model, "training", outcome.message)
-        else:
-            if self.trained(model).exists():
-                shutil.rmtree(self.trained(model).with_name("checkpoints"))  # several times the size of the model
-            print(f"{model}: {last_words(log, self.trained(model).parent)}", flush=True)
+        """Train a model on all GPUs."""
+        command = self.training_command(model, minutes)
+        print(f"{model}: training for {minutes:.1f} minutes, {self.folder(model)}", flush=True)
+        try:
+            train_until(command, self.folder(model), time.monotonic() + self.left_of_call)
+        except KeyreduceError as error:
+            self.leave_out(model, TRAINING, str(error))
 
     def training_command(self, model: str, minutes: float) -> list[str]:
-        options, recipe, number = self.options, MODELS.get(model, Recipe()), len(self.devices) or 1
-        rows = max(1, options.rows // number)
-        most = min(rows, recipe.micro_batch_in_torch if self.needs_torch(model) else MICRO_BATCH)
-        micro = max(size for size in range(1, most + 1) if rows % size == 0)
-        words = [sys.executable]
-        if number > 1:
-            words += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", number]
-        words += [ROOT / "flame" / "pretrain.py", "--config", self.configs[model], "--tokenizer", "bpe"]
+        """Return the command of a training, but for when it is to pause."""
+        options, number = self.options, 1 if recipe_of(model).alone else len(self.devices) or 1
+        rows, micro = max(1, options.rows // number), self.micro_batch(model, number)
+        words = self.pretraining(model, number)
         words += ["--output", self.trained(model).parent, "--data", options.work / "text", "--minutes", minutes]
-        words += ["--pause-after", (self.left_of_call - PAUSING) / 60, "--batch-size", rows * number]
-        words += ["--micro-batch", micro, "--seq-len", options.row_length, "--kernels", "fla", "--residual", "bfloat16"]
-        words += ["--learning-rate", recipe.learning_rate, "--heldout-rows", 64, "--log-every", 20]
-        words += ["--save-every", 500, "--evaluate-every", 10**8, "--installed", *options.installed]
-        return list(map(str, words))
+        words += ["--batch-size", rows * number, "--micro-batch", micro]
+        words += ["--heldout-rows", 64, "--log-every", 20, "--save-every", 500, "--evaluate-every", 10**8]
+        return list(map(str, [*words, "--installed", *options.installed]))
+
+    def pretraining(self, model: str, processes: int = 1) -> list:
+        """Return the words that say what is trained, and in which kernels."""
+        words = [sys.executable]
+        if processes > 1:
+            words += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        words += [ROOT / "flame" / "pretrain.py", "--config", self.configs[model], "--tokenizer", "bpe"]
+        words += ["--seq-len", self.options.row_length, "--kernels", "fla", "--residual", "bfloat16"]
+        return [*words, "--learning-rate", recipe_of(model).learning_rate]
+
+    def micro_batch(self, model: str, processes: int) -> int:
+        """Return how many rows a GPU takes at a time, of those of a step that are divided among so many."""
+        rows = max(1, self.options.rows // processes)
+        most = min(rows, recipe_of(model).micro_batch_in_torch if self.needs_torch(model) else MICRO_BATCH)
+        return max(size for size in range(1, most + 1) if rows % size == 0)
+
+    def job(self, name: str, words: list) -> Job:
+        log = self.options.work / f"{name}-{time.time():.0f}.log"
+        return Job(name, list(map(str, words)), log, {"PYTHONPATH": modules()})
 
     def needs_torch(self, model: str) -> bool:
         """Return whether the gated rule of a model is trained in PyTorch on the GPUs of this machine."""
@@ -234,18 +276,18 @@ class Study:
         return has_wrong_gated_gradients(family_of(read_json(self.configs[model])), device)
 
     def measure(self) -> None:
-        """Make the steps after the trainings, each GPU one at a time, as long as there is time."""
-        waiting = [step for model in self.configs if self.trained(model).exists() for step in self.steps(model)]
+        """Make all other steps, as long as there is time."""
+        models = [model for model in self.configs if self.trained(model).exists() or recipe_of(model).alone]
+        waiting = [step for model in models for step in self.steps(model)]
         known = {f"{step.model}/{step.name}": step for step in waiting}
         for step in waiting:
-            seconds = step.path.with_suffix(".seconds.json")
-            if seconds.exists():
-                self.learn(step, read_json(seconds)["seconds"])
+            if step.path.exists() and self.seconds_file(step).exists():
+                self.learn(step, read_json(self.seconds_file(step))["seconds"])
         waiting = sorted((step for step in waiting if not step.path.exists()), key=lambda step: step.stage)
-        workers = Workers(self.devices)
+        workers = Workers(self.devices * self.options.workers)
         try:
             while waiting or workers.running:
-                while workers.has_free and (step := self.next_of(waiting)):
+                while workers.has_free and (step := self.next_of(waiting, workers.running)):
                     waiting.remove(step)
                     workers.start(f"{step.model}/{step.name}", step.call.func, *step.call.args)
                 if not workers.running or self.left_of_call <= 0:
@@ -261,35 +303,52 @@ class Study:
             self.report(model)
 
     def steps(self, model: str) -> list[Step]:
-        """Return all steps of a trained model."""
-        options, chosen = self.options, self.chosen(model)
-        dense = chosen.output / "dense.json"
-        found = [Step(model, "dense", "dense", 0, dense, (), partial(begin, chosen))]
-        found += self.in_formats(model, self.trained(model), dense, {"ratio": "state=0", "repair": "none"})
-        for ratio in options.ratios:
-            before = dense
-            for stage, repair in enumerate(options.repairs, start=1):
-                start = Start("auto", f"state={ratio}", repair, 0)
+        """Return all steps of a model, but for a training on all GPUs."""
+        options, chosen, alone = self.options, self.chosen(model), recipe_of(model).alone
+        dense, trained = chosen.output / "dense.json", self.trained(model) / "training.json"
+        first = AFTER_LARGE if alone else 0  # the stage of a model before its repairs
+        found = []
+        if alone:
+            command, end = self.training_command(model, self.minutes_of(model)), time.monotonic() + self.left_of_call
+            call = partial(train_until, command, self.folder(model), end)
+            found.append(Step(model, TRAINING, TRAINING, 0, trained, (), call))
+        found.append(Step(model, "dense", "dense", 0, dense, (trained,), partial(begin, chosen)))
+        about = {"ratio": "state=0", "repair": "none"}
+        last = first + len(options.repairs) + len(options.tokens) + 1
+        found += self.in_formats(model, self.trained(model), dense, about, last)
+        for place, ratio in enumerate(options.ratios):
+            before, stage = dense, first + LATER * (alone and place > 0)
+            for repair in options.repairs:
+                start, stage = Start("auto", f"state={ratio}", repair, 0), stage + 1
                 path, _ = files_of(chosen, start)
                 name = f"{start.ratio} {repair}"
-                # One after another, since a repair takes the sizes that were found for the one before it.
+                # One after another, since the first one searches for the sizes of all.
                 found.append(Step(model, name, repair, stage, path, (before,), partial(make_start, chosen, start)))
                 before = path
-            found += self.in_formats(model, files_of(chosen, start)[1], before, start._asdict())
-            for stage, tokens in enumerate(options.tokens, start=1 + len(options.repairs)):
-                path = before.with_name(f"{slug(f'{options.kind}-{tokens}')}.json")
-                call = partial(make_run, chosen, start, options.kind, tokens)
-                found.append(Step(model, f"{name} {tokens}", f"{options.kind} {tokens}", stage, path, (before,), call))
+            kind = self.kind(model)
+            for number, tokens in enumerate(options.tokens, start=1):
+                path = before.with_name(f"{slug(f'{kind}-{tokens}')}.json")
+                call = partial(make_run, chosen, start, kind, tokens)
+                step = Step(model, f"{name} {tokens}", f"distilled {tokens}", stage + number, path, (before,), call)
+                found.append(step)
+            found += self.in_formats(model, files_of(chosen, start)[1], before, start._asdict(), last)
         return found
 
-    def in_formats(self, model: str, folder: Path, before: Path, about: dict) -> list[Step]:
+    def kind(self, model: str) -> str:
+        """Return the training after the last repair, in fla's kernels where these are right."""
+        kind = self.options.kind
+        if not self.devices or self.needs_torch(model) or "kernels=" in kind:
+            return kind
+        return f"{kind}{',' if ':' in kind else ':'}kernels=fla"
+
+    def in_formats(self, model: str, folder: Path, before: Path, about: dict, stage: int) -> list[Step]:
         """Return the steps that measure what is in a folder with its state in other formats."""
         found, chosen = [], self.chosen(model)
         for dtype in self.options.state_dtypes:
             path, run = before.with_name(f"{before.stem}-{dtype}.json"), about | {"state_dtype": dtype}
             name = f"{about['ratio']} {about['repair']} {dtype}"
             call = partial(measure_format, chosen, folder, before, path, run)
-            found.append(Step(model, name, "format", 1 + len(self.options.repairs), path, (before,), call))
+            found.append(Step(model, name, "format", stage, path, (before,), call))
         return found
 
     def chosen(self, model: str) -> Namespace:
@@ -307,12 +366,17 @@ class Study:
             recall=True,
             device=None,
             first_rows=None,
+            methods=["auto"],
+            sizes_for=options.repairs[-1],
             output=self.folder(model) / "runs",
         )
 
-    def next_of(self, waiting: list[Step]) -> Step | None:
+    def next_of(self, waiting: list[Step], running: list[str]) -> Step | None:
         """Return the first step that can be made, and is expected to end within this call."""
+        trainings = sum(name.endswith(f"/{TRAINING}") for name in running)
         for step in waiting:
+            if step.kind == TRAINING and trainings >= (len(self.devices) or 1):
+                continue
             if all(path.exists() for path in step.needs) and self.expected(step) <= self.left_of_call:
                 return step
         return None
@@ -320,13 +384,19 @@ class Study:
     def expected(self, step: Step) -> float:
         """Return how long a step may take, by those of its kind; 0 where none was made yet.
 
-        It is proportional to parameters at the most: a part of it is the same for all models.
+        It is proportional to parameters at the most: a part of it is the same for all models. A training can pause.
         """
+        if step.kind == TRAINING:
+            return PAUSING + min(SHORTEST, 60 * self.minutes_of(step.model))
         own = self.parameters(step.model)
         return min((max(1.0, own / one) * seconds for one, seconds in self.took.get(step.kind, [])), default=0.0)
 
     def parameters(self, model: str) -> int:
         return read_json(self.trained(model) / "training.json")["parameters"]
+
+    def seconds_file(self, step: Step) -> Path:
+        """Return where it is written how long a step took."""
+        return self.folder(step.model) / "seconds" / f"{slug(step.name)}.json"
 
     def learn(self, step: Step, seconds: float) -> None:
         self.took.setdefault(step.kind, []).append((self.parameters(step.model), seconds))
@@ -334,9 +404,11 @@ class Study:
     def end(self, step: Step, ended: Ended) -> None:
         """Take note of a step that ended."""
         if step.path.exists():
-            write_json(step.path.with_suffix(".seconds.json"), {"seconds": ended.seconds}, overwrite=True)
+            write_json(self.seconds_file(step), {"seconds": ended.seconds}, overwrite=True)
             self.learn(step, ended.seconds)
             print(f"{step.model}, {step.name}: {ended.seconds:.0f} s; {self.left / 60:.1f} minutes left", flush=True)
+        elif step.kind == TRAINING and ended.failure is None:
+            print(f"{step.model}: its training goes on in the next call", flush=True)
         else:
             self.leave_out(step.model, step.name, ended.failure or "it failed; the log says why")
         self.keep_time()
@@ -345,12 +417,11 @@ class Study:
     def tell_missing(self, steps: list[Step]) -> None:
         """Say what was not made, and whether it will be."""
         for step in steps:
-            expected = self.expected(step)
             if step.name in self.left_out.get(step.model, ()):
                 continue
             if not all(path.exists() for path in step.needs):
                 self.leave_out(step.model, step.name, "what it begins with was not made")
-            elif self.left <= expected:
+            elif self.left <= (expected := self.expected(step)):
                 self.leave_out(
                     step.model, step.name, f"it takes {expected:.0f} s, and {max(self.left, 0):.0f} s are left"
                 )
@@ -365,7 +436,7 @@ class Study:
             found["training"] = {name: value for name, value in read_json(training).items() if name != "arguments"}
             found |= {"calibration_tokens": self.options.num_batches * 8 * self.chosen(model).seq_len}
             for step in self.steps(model):
-                if step.path.exists():
+                if step.kind != TRAINING and step.path.exists():
                     content = read_json(step.path)
                     if step.name == "dense":
                         found["dense"] = {name: content[name] for name in ("perplexity", "recall")}
@@ -380,6 +451,19 @@ class Study:
             "python": platform.python_version(),
         }
         write_json(self.options.output / f"{model}.json", found, overwrite=True)
+
+
+def train_until(command: list[str], folder: Path, end: float) -> None:
+    """Train a model, or pause in time for a clock (`time.monotonic`) of ``end``; KeyreduceError says why it failed."""
+    log = folder / f"training-{time.time():.0f}.log"
+    pause = ["--pause-after", str((end - time.monotonic() - PAUSING) / 60)]
+    (outcome,) = run_jobs([Job(folder.name, [*command, *pause], log, {"PYTHONPATH": modules()})])
+    if outcome.code:
+        raise KeyreduceError(outcome.message)
+    model = folder / "training" / "model"
+    if model.exists():
+        shutil.rmtree(model.with_name("checkpoints"))  # several times the size of the model
+    print(f"{folder.name}: {last_words(log, model.parent)}", flush=True)
 
 
 def begin(chosen: Namespace) -> None:
@@ -410,6 +494,11 @@ def last_words(log: Path, folder: Path) -> str:
     """Return the last line that a training says of its folder; libraries may warn of something after it."""
     lines = log.read_text().splitlines()
     return next((line for line in reversed(lines) if line.startswith(str(folder))), "trained")
+
+
+def recipe_of(model: str) -> Recipe:
+    """Return how a model is trained; one that has no recipe as the large ones are."""
+    return MODELS.get(model, Recipe())
 
 
 def config_named(name: str) -> Path:

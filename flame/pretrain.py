@@ -46,6 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--installed", nargs="*", type=Path, metavar="FOLDER", help="text instead: that of all installed packages")
     add("--tokenizer", choices=["bytes", "bpe"], default="bytes", help="bpe: trained on the text, for the config")
     add("--data", type=Path, help="the folder of tokenizer and tokens, made unless it is there (default: in --output)")
+    add("--text-only", action="store_true", help="make tokenizer and tokens in --data, and end")
     add("--steps", type=int, help="3000 by default")
     add("--minutes", type=float, help="train for so long instead; the learning rate follows the time")
     add("--pause-after", type=float, metavar="MINUTES", help="save and end then; the same command resumes")
@@ -110,13 +111,18 @@ def make_texts(args: argparse.Namespace) -> dict[str, TextSource]:
     return {use: text_source(given.get(use, ()), default=use) for use in uses}
 
 
+def write_texts(args: argparse.Namespace, config: dict) -> None:
+    """Make the tokens and the tokenizer, unless they are there."""
+    folder = args.data or args.output / "data"
+    write_corpus(folder, make_texts(args), config["vocab_size"] if args.tokenizer == "bpe" else None)
+
+
 def make_corpus(args: argparse.Namespace, settings: TrainingArguments, config: dict) -> Corpus:
     """Return the tokens and the tokenizer, which the first process makes unless they are there."""
-    folder = args.data or args.output / "data"
     with settings.main_process_first(local=False, desc="the tokens"):
         if settings.process_index == 0:
-            write_corpus(folder, make_texts(args), config["vocab_size"] if args.tokenizer == "bpe" else None)
-    corpus = open_corpus(folder)
+            write_texts(args, config)
+    corpus = open_corpus(args.data or args.output / "data")
     separator, most = corpus.tokenizer.eos_token_id, max(corpus.tokenizer.get_vocab().values())
     if most >= config["vocab_size"] or config.get("eos_token_id") != separator:
         raise KeyreduceError(
@@ -139,13 +145,16 @@ def main(args: argparse.Namespace) -> None:
     if model_folder.exists():
         raise KeyreduceError(f"{model_folder} exists, so this training is done; give another --output")
     config = read_json(args.config)
+    if args.text_only:
+        write_texts(args, config)
+        return
     recipe = {
         **vars(args),
         "config": config,
         **{name: [str(path) for path in getattr(args, name) or ()] for name in ("text", "heldout_text")},
         "installed": None if args.installed is None else [str(path) for path in args.installed],
     }
-    for name in ("output", "data", "pause_after", "micro_batch"):
+    for name in ("output", "data", "pause_after", "micro_batch", "text_only"):
         del recipe[name]
     recipe_file = args.output / "arguments.json"
     checkpoint = last_checkpoint(args.output / "checkpoints")

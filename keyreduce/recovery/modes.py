@@ -31,7 +31,7 @@ _WHY = {
 }
 ALGORITHMS = {LEAST_SQUARES: 1, RECONSTRUCT: 1, LORA: 1, FULL: 1}
 """A number for each mode, to be raised when its results change."""
-RATES = {RECONSTRUCT: 5e-4, LORA: 5e-4, FULL: 1e-4}
+RATES = {RECONSTRUCT: 5e-4, LORA: 5e-4, FULL: 2e-5}
 """The learning rate of a mode, unless another one is asked for."""
 REPEATS = 0.125
 """The share of the rows of a layer-wise recovery that :mod:`keyreduce.recovery.repeats` replaces."""

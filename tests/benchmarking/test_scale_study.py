@@ -55,6 +55,11 @@ def imported(monkeypatch):
     return importlib.import_module("scale_study")
 
 
+def words_of(tmp_path: Path, *models: str) -> list[str]:
+    words = ["--output", tmp_path / "out", "--work", tmp_path / "work"]
+    return [*map(str, words), *(["--models", *(str(tmp_path / name) for name in models)] if models else [])]
+
+
 def without_recall(chosen: Namespace) -> Namespace:
     assert chosen.recall
     return Namespace(**{**vars(chosen), "recall": False})
@@ -64,11 +69,13 @@ def in_this_process(monkeypatch):
     """Return what stands in for `run_jobs`: another process would import for seconds. The first training pauses."""
     pauses = [["--pause-after", "0.0001"]]
 
-    def run_jobs(jobs):
+    def run_jobs(jobs, **where):
         (job,) = jobs
-        monkeypatch.setattr(sys, "argv", [*job.argv[1:], *(pauses.pop() if pauses else ())])
+        pause = pauses.pop() if pauses and job.name != "text" else ()
+        monkeypatch.setattr(sys, "argv", [*job.argv[1:], *pause])
         with contextlib.redirect_stdout(io.StringIO()) as said:
             runpy.run_path(job.argv[1], run_name="__main__")
+        job.log.parent.mkdir(parents=True, exist_ok=True)
         job.log.write_text(f"{said.getvalue()}UserWarning: barrier()\n  return func(*args, **kwargs)\n")
         return [Outcome(job, 0, 1.0, "")]
 
@@ -142,6 +149,41 @@ def test_study(study, tmp_path, capsys):
     assert InThisProcess.calls == calls + 1
 
 
+def test_a_small_model_is_trained_as_a_step(study, tmp_path, monkeypatch, capsys):
+    module = imported(monkeypatch)
+    monkeypatch.setitem(module.MODELS, "tiny", module.Recipe(alone=True))
+    few = ("--repairs", "none", "--ratios", 0.5, 0.75, "--state-dtypes", "--tokens")
+    paused = study(*few)
+    assert "training" not in paused
+    assert "tiny: its training goes on in the next call" in capsys.readouterr().out
+    found = study(*few)
+    assert not found["left_out"]
+    assert [(run["ratio"], run["repair"]) for run in found["runs"]] == [("state=0.5", "none"), ("state=0.75", "none")]
+    steps = module.Study(module.parse_arguments(words_of(tmp_path, "tiny.json"))).steps("tiny")
+    places = {(step.name): step.stage for step in steps}
+    # What it needs comes first, and all of the first share before the second.
+    assert places["training"] == places["dense"] < places["state=0.5 none"] < places["state=0.5 reconstruct 4000000"]
+    assert places["state=0.5 reconstruct 4000000"] < places["state=0.75 none"]
+
+
+def test_no_more_trainings_at_a_time_than_gpus(tmp_path, monkeypatch):
+    module = imported(monkeypatch)
+    monkeypatch.setattr(module, "gpus", lambda: ["0", "1"])
+    small = ["delta-net-20m", "delta-net-60m", "gated-deltanet-20m"]
+    study = module.Study(module.parse_arguments([*words_of(tmp_path), "--models", *small]))
+    waiting = [step for model in small for step in study.steps(model)]
+    running: list[str] = []
+    while step := study.next_of(waiting, running):
+        waiting.remove(step)
+        running.append(f"{step.model}/{step.name}")
+    assert running == ["delta-net-20m/training", "delta-net-60m/training"]
+    (command,) = [step.call.args[0] for step in waiting if step.name == "training"]
+    assert "torch.distributed.run" not in command
+    assert command[command.index("--batch-size") + 1] == "64" and command[command.index("--micro-batch") + 1] == "16"
+    # A GPU of two, for minutes that count for both.
+    assert study.minutes_of("delta-net-60m") == pytest.approx(25 * 0.44 * 2 * 4 / (3 + 4 + 3), abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("is_wrong", "model", "rows"),
     [
@@ -157,8 +199,7 @@ def test_rows_at_a_time(is_wrong, model, rows, tmp_path, monkeypatch):
     module = imported(monkeypatch)
     monkeypatch.setattr(module, "gpus", lambda: ["0", "1"])
     monkeypatch.setattr("keyreduce.models.miscompiled._is_affected", lambda device: is_wrong and device.type == "cuda")
-    words = ["--output", tmp_path / "out", "--work", tmp_path / "work", "--models", model]
-    study = module.Study(module.parse_arguments([str(word) for word in words]))
+    study = module.Study(module.parse_arguments([*words_of(tmp_path), "--models", model]))
     command = study.training_command(model, 1.0)
     assert command[command.index("--micro-batch") + 1] == str(rows)
     assert command[command.index("--batch-size") + 1] == "64"
