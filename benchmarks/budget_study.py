@@ -33,7 +33,7 @@ from keyreduce.api import calibrate, evaluate, prune, recover
 from keyreduce.api.request import specs
 from keyreduce.checkpoint.find import find_model, open_model
 from keyreduce.data.text import text_source
-from keyreduce.devices import pick_device
+from keyreduce.devices import device_name, pick_device
 from keyreduce.evaluation.perplexity import total
 from keyreduce.evaluation.recall import RecallProbes, RecallSettings, recall_metrics
 from keyreduce.families import family_of
@@ -87,7 +87,7 @@ def study(options: argparse.Namespace) -> None:
     folder = find_model(options.model)
     found = read_json(options.output) if options.output.exists() else {"model": folder.name, "runs": []}
     found |= {"calibration_tokens": options.num_batches * BATCH * ROW, "heldout_rows": options.heldout_rows}
-    found |= {"first_rows": options.first_rows, "device": str(pick_device(options.device))}
+    found |= {"first_rows": options.first_rows, "device": device_name(pick_device(options.device))}
     found |= {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()}
     if "dense" not in found:
         found["dense"] = measure(options, folder, "float32")

@@ -4,7 +4,7 @@
         [--methods rrqr] [--ratios 0.25 0.5 0.75] [--repairs none least-squares reconstruct:scope=mixer,lr=0.001]
         [--kinds lora full lora-distilled full-distilled:lr=0.001,temperature=1,batch_size=16]
         [--tokens 250000 1000000 4000000] [--num-batches 64] [--heldout-rows 64] [--recall] [--seeds 0 1] [--jobs 4]
-    python benchmarks/recovery_study.py ... --table
+    python benchmarks/recovery_study.py ... --table [--summary FILE.json]
 
 A ratio is a share of the key channels, or `state=SHARE` of the state, whose sizes `keyreduce prune --state-ratio`
 chooses. A repair is a mode of `keyreduce recover` that goes layer by layer. A kind is one that trains the model after
@@ -31,11 +31,14 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
+import torch
 from budget_study import chosen_sizes, recovery_of
+from recovery_tables import recovery_tables
 
 from keyreduce.api import calibrate, evaluate, prune, recover
-from keyreduce.checkpoint.find import open_model
+from keyreduce.checkpoint.find import find_model, open_model
 from keyreduce.data.text import FileText, text_source
+from keyreduce.devices import device_name, pick_device
 from keyreduce.errors import KeyreduceError
 from keyreduce.outputs import read_json, write_json
 from keyreduce.pruning.methods import method_named
@@ -74,12 +77,16 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--table", action="store_true", help="make no run")
+    parser.add_argument("--summary", type=Path, help="a file for what all runs that are there have measured")
     chosen = parser.parse_args()
     for kind in chosen.kinds:
         recovery_of(kind)
     if not chosen.table:
         make_all(chosen)
-    print_tables(chosen.output)
+    summary = summary_of(chosen)
+    print("", *recovery_tables(summary), sep="\n")
+    if chosen.summary:
+        write_json(chosen.summary, summary, overwrite=True)
 
 
 def make_all(chosen: argparse.Namespace) -> None:
@@ -252,40 +259,21 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.-]", "_", text)
 
 
-def print_tables(output: Path) -> None:
-    """Print how much higher perplexity is than that of the dense model, and recall, if that was measured."""
-    dense = read_json(output / "dense.json")
-    runs = [run for path in sorted(output.glob("*/*.json")) if "kind" in (run := read_json(path))]
-    title = f"perplexity of the dense model {dense['perplexity']:.4f}; increase over it by tokens trained"
-    print(f"\n{title}; seconds of the longest run\n")
-    print_table(runs, lambda run: 100 * (run["perplexity"] / dense["perplexity"] - 1), "+.1f")
-    for kind, right in dense["recall"].items():
-        print(f"\n{kind}, right answers of eight; the dense model {100 * right:.1f}%\n")
-        print_table(runs, lambda run, kind=kind: 100 * run["recall"][kind], ".1f")
-
-
-def print_table(runs: list[dict], read: Callable[[dict], float], form: str) -> None:
-    """Print each start x kind by tokens: the mean over seeds of what ``read`` finds in a run, in percent."""
-    columns = sorted({0, *(run["tokens"] for run in runs)})
-    head = "".join(f" {count / 1e6:g}M |" for count in columns[1:])
-    print(f"| method | pruned | first | training | 0 |{head} s |\n|{'---|' * (len(columns) + 5)}")
-    by_start: dict[tuple, list[dict]] = {}
-    for run in runs:
-        by_start.setdefault((run["method"], run["ratio"], run["repair"]), []).append(run)
-    for (method, ratio, repair), of_start in sorted(by_start.items()):
-        # What a start has untrained is the column of no tokens of each kind of training.
-        for kind in sorted({run["kind"] for run in of_start if run["kind"]}) or [""]:
-            row = [run for run in of_start if run["kind"] in (None, kind)]
-            cells = [mean_and_spread([read(run) for run in row if run["tokens"] == count], form) for count in columns]
-            seconds = max(run["seconds"] for run in row)
-            share = ratio if "=" in ratio else f"{float(ratio):.0%}"
-            print(f"| {method} | {share} | {repair} | {kind} | {' | '.join(cells)} | {seconds:.0f} |")
-
-
-def mean_and_spread(values: list[float], form: str) -> str:
-    """Return the mean of percentages, and half the distance between the extremes where there are several."""
-    spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
-    return f"{mean(values):{form}}{spread}%" if values else ""
+def summary_of(chosen: argparse.Namespace) -> dict:
+    """Return what was measured in the output folder."""
+    dense = read_json(chosen.output / "dense.json")
+    found = [read_json(path) for path in sorted(chosen.output.glob("*/*.json"))]
+    runs = [run for run in found if {"kind", "method"} <= run.keys() and "state_dtype" not in run]
+    return {
+        "model": find_model(chosen.model).name,
+        "calibration_tokens": chosen.num_batches * chosen.batch_size * chosen.seq_len,
+        "heldout_rows": chosen.heldout_rows,
+        "sizes_for": chosen.sizes_for,
+        "device": device_name(pick_device(chosen.device)),
+        "torch": torch.__version__,
+        "dense": {name: dense[name] for name in ("perplexity", "recall")},
+        "recoveries": [{name: value for name, value in run.items() if name != "layers"} for run in runs],
+    }
 
 
 if __name__ == "__main__":

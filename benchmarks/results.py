@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import diagnosis_tables
 import result_tables as tables
+from recovery_tables import recovery_tables
 from scale_picture import draw_by_bytes, draw_by_size
 from scale_tables import scale_tables
 from state_picture import Known, draw_state
@@ -79,6 +80,7 @@ KINDS = {
     "backend": {"setting", "forward_backward_milliseconds"},
     "backend_cuda": {"setting", "results"},
     "speed": {"ways", "gather", "least_squares"},
+    "recoveries": {"recoveries", "dense", "model"},
     "diagnosis": {"variants", "few_rows", "sums"},
     "kernels": {"rows", "triton"},
     "capacity": {"configs", "settings", "made_up_gpu"},
@@ -118,6 +120,7 @@ def make_page(sources: Mapping[str, list[Source]]) -> tuple[str, list[Picture]]:
         _studies,
         _precision,
         _sweeps,
+        _recoveries,
         _diagnoses,
         _speed,
         _benchmarks,
@@ -361,6 +364,26 @@ def _speed(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iter
             "steps or more in all layers, else `mixed-recorded`."
         )
         yield from _text(tables.speed_table(found))
+
+
+def _recoveries(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iterator[str]:
+    if sources["recoveries"]:
+        yield "## Training after a repair"
+    for source in sources["recoveries"]:
+        found, asked = source.content, {"--methods": "method", "--ratios": "ratio", "--repairs": "repair"}
+        asked |= {"--kinds": "kind", "--tokens": "tokens"}
+        runs = found["recoveries"]
+        given = {name: dict.fromkeys(run[key] for run in runs if run[key]) for name, key in asked.items()}
+        given |= {"--sizes-for": [found["sizes_for"]]} if found["sizes_for"] else {}
+        given |= {"--recall": ()} if found["dense"]["recall"] else {}
+        words = " ".join(" ".join([name, *map(str, values)]) for name, values in given.items())
+        yield f"### {_titled(found['model'], sources)}: training"
+        yield _command(
+            f"benchmarks/recovery_study.py --output FOLDER --summary {source.name} {_model(found['model'])} {words} "
+            f"--heldout-rows {found['heldout_rows']} --num-batches {found['calibration_tokens'] // (8 * 512)}"
+        )
+        yield f"{found['device']}, torch {found['torch']}; {found['heldout_rows']} held-out rows of 1,024 tokens."
+        yield from _text(recovery_tables(found))
 
 
 def _diagnoses(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iterator[str]:
