@@ -3,6 +3,7 @@
 ``--fast`` collects what needs no model. Nothing imports torch for it but what is tested.
 """
 
+import gc
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -43,11 +44,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What is imported stays: to look through it for garbage, again and again, takes a third of the time to import it.
+    gc.disable()
     if not config.getoption("--fast"):
         # Not in a fixture: the names that test modules import from fla must be the dispatched ones already.
         import fla_torch
 
         fla_torch.enable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
