@@ -5,7 +5,8 @@
 
 import gc
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -69,6 +70,19 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     from tiny_models import build, save
 
     return cache(lambda model_type: save(build(model_type), tmp_path_factory.mktemp("models") / model_type))
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """What stands in for ``sys.executable`` and has imported everything; with a GPU, that itself: CUDA cannot fork."""
+    import torch
+    from forks import python_of_forks
+
+    if torch.cuda.is_available():
+        yield sys.executable
+    else:
+        with python_of_forks(tmp_path_factory.mktemp("forks")) as path:
+            yield path
 
 
 @pytest.fixture

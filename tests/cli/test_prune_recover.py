@@ -58,8 +58,8 @@ def test_auto_on_a_cpu_is_least_squares_and_recorded_as_that(keyreduce, cut):
     assert again.json()["made"] is False
 
 
-def test_a_run_that_is_terminated_leaves_nothing(keyreduce, cut):
-    command = [sys.executable, "-W", "ignore", "-m", "keyreduce", "prune", *map(str, cut), "--recover", "reconstruct"]
+def test_a_run_that_is_terminated_leaves_nothing(keyreduce, python, cut):
+    command = [python, "-W", "ignore", "-m", "keyreduce", "prune", *map(str, cut), "--recover", "reconstruct"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as started:
         assert "recovering" in started.stderr.readline()
