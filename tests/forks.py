@@ -6,6 +6,7 @@ the fork, which is killed with it. torchrun finds it as ``sys.executable``, and 
 """
 
 import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -84,15 +85,13 @@ def _import() -> None:
 def _attend(connection: socket.socket) -> None:
     """Fork once more, for the program; pass signals on to it, and its exit code back."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    length, pipes, *_ = socket.recv_fds(connection, 8, 3)
+    length, pipes, *_ = socket.recv_fds(connection, 8, 100)
     with connection.makefile("rb") as file:
         asked = json.loads(file.read(int.from_bytes(length)))
     program = os.fork()
     if program == 0:
         connection.close()
-        for number, pipe in enumerate(pipes):
-            os.dup2(pipe, number)
-            os.close(pipe)
+        _place(pipes, asked.pop("numbers"))
         os._exit(_run(**asked))
     for pipe in pipes:
         os.close(pipe)
@@ -108,13 +107,23 @@ def _attend(connection: socket.socket) -> None:
             return
 
 
+def _place(pipes: list[int], numbers: list[int]) -> None:
+    """Give open files the numbers that they had where they come from."""
+    out_of_the_way = [fcntl.fcntl(pipe, fcntl.F_DUPFD, 500) for pipe in pipes]
+    for pipe in pipes:
+        os.close(pipe)
+    for pipe, number in zip(out_of_the_way, numbers, strict=True):
+        os.dup2(pipe, number)
+        os.close(pipe)
+
+
 def _run(words: list[str], environment: dict[str, str], folder: str) -> int:
     """Do in this process what Python does with its arguments, and return the exit code."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None
-    while words[0] in ("-u", "-W"):
+    while words[0].startswith("-") and words[0] not in ("-c", "-m"):
         if words[0] == "-W":
             warnings.simplefilter(words[1])
         words = words[2:] if words[0] == "-W" else words[1:]
