@@ -44,11 +44,11 @@ check: setup
 
 # Two processes of one thread each: the tests are many and small.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 # What needs no model: under 90 seconds.
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --fast
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal --fast
 
 # The oldest versions that pyproject.toml allows and the pinned ones, each without extras and then with them.
 test-versions:

@@ -3,8 +3,10 @@
 ``--fast`` collects what needs no model. Nothing imports torch for it but what is tested.
 """
 
+import gc
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -43,11 +45,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What is imported stays: to look through it for garbage, again and again, takes a third of the time to import it.
+    gc.disable()
     if not config.getoption("--fast"):
         # Not in a fixture: the names that test modules import from fla must be the dispatched ones already.
         import fla_torch
 
         fla_torch.enable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -61,6 +70,19 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     from tiny_models import build, save
 
     return cache(lambda model_type: save(build(model_type), tmp_path_factory.mktemp("models") / model_type))
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """What stands in for ``sys.executable`` and has imported everything; with a GPU, that itself: CUDA cannot fork."""
+    import torch
+    from forks import python_of_forks
+
+    if torch.cuda.is_available():
+        yield sys.executable
+    else:
+        with python_of_forks(tmp_path_factory.mktemp("forks")) as path:
+            yield path
 
 
 @pytest.fixture

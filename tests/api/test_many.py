@@ -250,12 +250,13 @@ def test_metrics_of_a_result():
     assert metrics_of({"models": [entry, {"bits_per_byte": 9.0}]}) == {"bits_per_byte": 2.0, "hellaswag acc_norm": 0.5}
 
 
-def test_a_process_measures_the_model(tmp_path, monkeypatch):
+def test_a_process_measures_the_model(python, tmp_path, monkeypatch):
     """The real thing on one model, against the definition of perplexity; variables of the shell do not reach it."""
     for name in ("COMPRESSED_BASE", "COMPRESSED_MODEL", "BASE_MODEL_DIR", "TASKS"):
         monkeypatch.setenv(name, "nonsense")
     monkeypatch.setenv("WORLD_SIZE", "2")  # some clusters set it; torchrun sets more than that
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("sys.executable", python)
     model, content = build("delta_net"), "the state is low-rank\n" * 20
     (tmp_path / "text.txt").write_text(content)
     save(model, tmp_path / "base" / "tiny")

@@ -111,7 +111,7 @@ def test_an_interruption_is_no_failure_of_the_task(fake, tmp_path):
     assert not is_done(tmp_path) and failure_of(tmp_path) is None
 
 
-def test_processes_do_what_run_does(tiny_folder, tmp_path, monkeypatch):
+def test_processes_do_what_run_does(python, tiny_folder, tmp_path, monkeypatch):
     """What the shell has set is not for the processes: all that decides is in the request."""
     model = str(tiny_folder("delta_net"))
     requests = {
@@ -122,6 +122,7 @@ def test_processes_do_what_run_does(tiny_folder, tmp_path, monkeypatch):
         write_task(tmp_path / name, {"calibrate": request})
     monkeypatch.setenv("NUM_BATCHES", "3")
     monkeypatch.setenv("KEYREDUCE_NUM_BATCHES", "3")
+    monkeypatch.setattr(sys, "executable", python)
     launch, workers = on_this_machine("cpu", None)
     assert workers == 1
     ended = []

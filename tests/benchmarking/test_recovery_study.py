@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 from itertools import product
 from pathlib import Path
@@ -84,7 +85,8 @@ def test_each_run_is_made_once_and_all_are_in_the_table(script, capsys, monkeypa
     assert len(made) == 1 and FULL in capsys.readouterr().out
 
 
-def test_processes_share_the_runs(script, capsys):
+def test_processes_share_the_runs(python, script, capsys, monkeypatch):
+    monkeypatch.setattr("multiprocessing.spawn._python_exe", os.fsencode(python))
     out = script(*FEW, FULL, LORA, "--jobs", "2")
     assert {read(path)["kind"] for path in out.glob("rrqr*/*.json")} == {None, FULL, LORA}
 

@@ -68,11 +68,11 @@ def request_for(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize(("model", "gradients"), [("gated_deltanet", True), ("delta_net", False)])
-def test_a_killed_run_goes_on_to_the_same_bits(request_for, tmp_path, model, gradients):
+def test_a_killed_run_goes_on_to_the_same_bits(python, request_for, tmp_path, model, gradients):
     request = request_for(model=model, gradients=gradients)
     write_json(tmp_path / "request.json", request.to_json())
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "request.json")]
+    command = [python, "-c", KILLED, str(tmp_path / "request.json")]
     killed = subprocess.run(command, env=environment, cwd=REPOSITORY, timeout=300, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / ".sums.sums").exists() and not request.output.exists()

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,14 +16,12 @@ REPOSITORY = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("shared_worker.py")
 
 
-@pytest.mark.parametrize(
-    ("number", "device"), [(2, "cpu"), (3, "cpu"), pytest.param(2, "cuda", marks=pytest.mark.gpu)]
-)
-def test_every_process_gets_the_sums_of_all(tmp_path, tiny_folder, number, device):
+@pytest.mark.parametrize(("number", "device"), [(2, "cpu"), (3, "cpu"), pytest.param(2, "cuda", marks=pytest.mark.gpu)])
+def test_every_process_gets_the_sums_of_all(python, tmp_path, tiny_folder, number, device):
     """Five batches: with three processes the last has one alone. Of several GPUs each process has one."""
     text, model = tmp_path / "text.txt", tiny_folder("gated_deltanet")
     text.write_text("the quick brown fox jumps over the lazy dog. " * 30)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+    torchrun = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
     paths = [str(REPOSITORY), str(REPOSITORY / "flash-linear-attention"), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [*torchrun, WORKER, model, text, tmp_path, device], capture_output=True, text=True, timeout=600, check=False,

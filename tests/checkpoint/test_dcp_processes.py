@@ -7,7 +7,6 @@ dcp_worker.py importing no fla that costs as much as torch.multiprocessing.spawn
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -102,7 +101,7 @@ def placed(made: Made) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def run_processes(made: Made, placed: dict[str, torch.Tensor]) -> Callable[[int], Path]:
+def run_processes(python: str, made: Made, placed: dict[str, torch.Tensor]) -> Callable[[int], Path]:
     """A function that lets N processes do all that they have to, once, and returns where they wrote."""
 
     @cache
@@ -140,7 +139,7 @@ def run_processes(made: Made, placed: dict[str, torch.Tensor]) -> Callable[[int]
                     }
                 )
         (home / "jobs.json").write_text(json.dumps(jobs, default=str))
-        torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+        torchrun = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
         done = subprocess.run(
             [*torchrun, WORKER, home / "jobs.json"], capture_output=True, text=True, timeout=300, check=False
         )

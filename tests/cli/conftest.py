@@ -44,6 +44,9 @@ def keyreduce(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tm
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr("keyreduce.drawing._DPI", 30)
+    # A cache so small that two copies of what is decoded are rotated.
+    monkeypatch.setattr("keyreduce.benchmarking.steps.copies_past_cache", lambda size, device, at_most=64: 2)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 

@@ -19,7 +19,7 @@ from tiny_models import build, save
 from keyreduce.checkpoint.find import open_model
 from keyreduce.checkpoint.verify import check_finite
 
-KILLS = 50
+KILLS = 30
 PRUNE = ("prune", "--method", "l2", "--model")
 REPOSITORY = Path(__file__).parents[2]
 
@@ -83,7 +83,7 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="module")
-def forked(tmp_path_factory):
+def forked(python, tmp_path_factory):
     """A function that runs a command in a fork, killed at the call of that number; it returns exit code and calls."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -91,7 +91,7 @@ def forked(tmp_path_factory):
         "HF_HUB_OFFLINE": "1",
     }
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", FORKS],
+        [python, "-W", "ignore", "-c", FORKS],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -224,7 +224,7 @@ def test_a_disk_that_fills_in_the_middle_of_a_tensor(keyreduce, tiny_folder, tmp
     assert not list(tmp_path.glob("*cut*"))
 
 
-def test_two_runs_at_one_target(keyreduce, tiny_folder, tmp_path, monkeypatch):
+def test_two_runs_at_one_target(keyreduce, python, tiny_folder, tmp_path, monkeypatch):
     """The second one starts while the first is writing; it stops, says why, and does not disturb the first."""
     from keyreduce.checkpoint import rewrite
 
@@ -237,7 +237,7 @@ def test_two_runs_at_one_target(keyreduce, tiny_folder, tmp_path, monkeypatch):
     def meanwhile() -> None:
         started.wait(60)
         second["done"] = subprocess.run(
-            [sys.executable, "-m", "keyreduce", *arguments],
+            [python, "-m", "keyreduce", *arguments],
             capture_output=True,
             text=True,
             env=ENVIRONMENT,
@@ -345,10 +345,10 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_calibrate_unwinds_and_keeps_another_one_out(keyreduce, tiny_folder, tmp_path):
+def test_calibrate_unwinds_and_keeps_another_one_out(keyreduce, python, tiny_folder, tmp_path):
     arguments = ["calibrate", "--model", tiny_folder("delta_net"), "--work", tmp_path / "out", "--num-batches", 10**6]
     (tmp_path / "text.txt").write_text("the state is low-rank\n" * 1000)
-    command = [sys.executable, "-m", "keyreduce", *map(str, arguments)]
+    command = [python, "-m", "keyreduce", *map(str, arguments)]
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     assert "calibrating" in next((line for line in process.stderr if "calibrating" in line), "")
     second = keyreduce(*arguments)
@@ -358,7 +358,7 @@ def test_calibrate_unwinds_and_keeps_another_one_out(keyreduce, tiny_folder, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_calibrate_meets_a_full_disk(tiny_folder, tmp_path):
+def test_calibrate_meets_a_full_disk(python, tiny_folder, tmp_path):
     """No file may be larger than the limit, which the system tells in the way it tells that a disk is full."""
     (tmp_path / "text.txt").write_text("the state is low-rank\n" * 100)
     arguments = ["calibrate", "--model", tiny_folder("delta_net"), "--output", tmp_path / "out" / "calibration"]
@@ -366,7 +366,7 @@ def test_calibrate_meets_a_full_disk(tiny_folder, tmp_path):
     limited = (
         "import resource, keyreduce.cli; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); keyreduce.cli.main()"
     )
-    command = [sys.executable, "-c", limited, *map(str, arguments)]
+    command = [python, "-c", limited, *map(str, arguments)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 2  # the first says what is calibrated

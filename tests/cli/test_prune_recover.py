@@ -16,8 +16,8 @@ TEXT = "A state that is smaller forgets more, unless what reads it makes up for 
 
 @pytest.fixture
 def cut(tiny_folder) -> tuple:
-    """The arguments of a cut of a tiny model, and a text of 2,000 lines to recover it on."""
-    Path("text.md").write_text(TEXT * 2000)
+    """The arguments of a cut of a tiny model, and a text of 200 lines to recover it on."""
+    Path("text.md").write_text(TEXT * 200)
     return ("--model", tiny_folder("delta_net"), "--method", "l2", "--ratio", 0.5, "--text", "text.md")
 
 
@@ -58,8 +58,9 @@ def test_auto_on_a_cpu_is_least_squares_and_recorded_as_that(keyreduce, cut):
     assert again.json()["made"] is False
 
 
-def test_a_run_that_is_terminated_leaves_nothing(keyreduce, cut):
-    command = [sys.executable, "-W", "ignore", "-m", "keyreduce", "prune", *map(str, cut), "--recover", "reconstruct"]
+def test_a_run_that_is_terminated_leaves_nothing(keyreduce, python, cut):
+    Path("text.md").write_text(TEXT * 2000)  # enough to be at work when it is terminated
+    command = [python, "-W", "ignore", "-m", "keyreduce", "prune", *map(str, cut), "--recover", "reconstruct"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as started:
         assert "recovering" in started.stderr.readline()

@@ -114,11 +114,10 @@ def test_reconstruct_says_what_it_reached(keyreduce, pruned):
     assert again["made"] is False and again["layers"] == entry["layers"] and again["seconds"] == entry["seconds"]
 
 
-@pytest.mark.parametrize("model", ["delta-net-5m", "gated-deltanet-5m"])
-def test_a_whole_block_is_fitted_in_a_process_of_its_own(keyreduce, model):
+def test_a_whole_block_is_fitted_in_a_process_of_its_own(keyreduce):
     """Where nothing has imported fla yet, transformers does not know its models."""
     few = ("--num-batches", "1", "--batch-size", "1", "--seq-len", "32", "--json")
-    keyreduce("prune", "--model", model, "--method", "l2", "--ratio", 0.5, "--json").json()
+    keyreduce("prune", "--model", "gated-deltanet-5m", "--method", "l2", "--ratio", 0.5, "--json").json()
     ask = ("recover", "--mode", "reconstruct", "--scope", "block", "--steps", "1", *few)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-W", "ignore", "-m", "keyreduce", *ask]
@@ -150,14 +149,14 @@ def test_it_looks_where_prune_was_told_to_write(keyreduce, tiny_folder, monkeypa
     assert keyreduce("recover", *FEW, "--json").json()["pruned"] == "elsewhere"
 
 
-def test_a_second_run_is_refused_before_any_work(keyreduce, pruned, monkeypatch):
+def test_a_second_run_is_refused_before_any_work(keyreduce, python, pruned, monkeypatch):
     pruned()
     plain, meanwhile = layers.load_model, []
 
     def load(*given, **more):
         if not meanwhile:
             meanwhile.append(subprocess.run(
-                [sys.executable, "-W", "ignore", "-m", "keyreduce", "recover", *map(str, FEW)],
+                [python, "-W", "ignore", "-m", "keyreduce", "recover", *map(str, FEW)],
                 capture_output=True, text=True, timeout=300, check=False,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             ))  # fmt: skip
@@ -170,9 +169,9 @@ def test_a_second_run_is_refused_before_any_work(keyreduce, pruned, monkeypatch)
     assert sorted(path.name for path in WORK.iterdir()) == ["pruned", "recovered"]
 
 
-def test_a_run_that_is_terminated_leaves_nothing(keyreduce, pruned):
+def test_a_run_that_is_terminated_leaves_nothing(python, pruned):
     pruned()
-    command = [sys.executable, "-W", "ignore", "-m", "keyreduce", "recover", "--mode", "reconstruct"]
+    command = [python, "-W", "ignore", "-m", "keyreduce", "recover", "--mode", "reconstruct"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as started:
         assert "recovering pruned" in started.stderr.readline()

@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,21 +28,21 @@ def pruned(keyreduce, tiny_folder):
     return tiny_folder("delta_net")
 
 
-def start_torchrun(nodes: list[str], arguments: tuple, folder: Path = Path()) -> subprocess.Popen:
+def start_torchrun(python: str, nodes: list[str], arguments: tuple, folder: Path = Path()) -> subprocess.Popen:
     """Start the processes of one node, with options that say which, in a folder."""
     paths = [REPOSITORY, REPOSITORY / "flash-linear-attention", *filter(None, [os.environ.get("PYTHONPATH")])]
     temporary = (folder / "temporary").resolve()
     temporary.mkdir()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
-    command = [sys.executable, "-m", "torch.distributed.run", *nodes, "-m", "keyreduce", *map(str, arguments)]
+    command = [python, "-m", "torch.distributed.run", *nodes, "-m", "keyreduce", *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def under_torchrun(*arguments: object) -> subprocess.CompletedProcess:
-    return ended(start_torchrun(["--standalone", "--nproc-per-node=2"], arguments))
+def under_torchrun(python: str, *arguments: object) -> subprocess.CompletedProcess:
+    return ended(start_torchrun(python, ["--standalone", "--nproc-per-node=2"], arguments))
 
 
 def ended(started: subprocess.Popen) -> subprocess.CompletedProcess:
@@ -98,12 +97,12 @@ def test_nought_is_a_value(keyreduce, pruned):
 @pytest.mark.parametrize(
     ("mode", "sharing"), [("full", ("--distill-weight", 0.5)), ("lora", ("--shard", "--gradient-checkpointing"))]
 )
-def test_two_processes_train_as_one_does(keyreduce, pruned, mode, sharing):
+def test_two_processes_train_as_one_does(keyreduce, python, pruned, mode, sharing):
     arguments = ("recover", "--mode", mode, *FEW)
     alone = keyreduce(*arguments, *(sharing if mode == "full" else ()), "--json").json()
     keyreduce("convert-dcp", WORK / "pruned", "dcp", "--json").json()
     of_dcp = ("--compressed", "dcp", "--output", "both")
-    done = under_torchrun(*arguments, *sharing, *of_dcp, "--json")
+    done = under_torchrun(python, *arguments, *sharing, *of_dcp, "--json")
     assert done.returncode == 0, done.stderr
     assert not list(Path("temporary").glob("keyreduce*"))  # the folders into which the DCP was converted
     assert json.loads(done.stdout)["loss_last"] == pytest.approx(alone["loss_last"], rel=1e-4)
@@ -119,7 +118,7 @@ def test_two_processes_train_as_one_does(keyreduce, pruned, mode, sharing):
     assert done.stderr.count("step 4 of 4") == 1
 
 
-def test_nodes_that_share_no_folder_are_refused(pruned):
+def test_nodes_that_share_no_folder_are_refused(python, pruned):
     """A checkpoint is of all processes: without its files some would begin anew where others go on."""
     other = Path("other")
     other.mkdir()
@@ -131,7 +130,9 @@ def test_nodes_that_share_no_folder_are_refused(pruned):
     nodes = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=localhost", f"--master-port={port}"]
     arguments = ("recover", "--mode", "full", *FEW)
     folders = (Path(), other)
-    started = [start_torchrun([*nodes, f"--node-rank={n}"], arguments, folder) for n, folder in enumerate(folders)]
+    started = [
+        start_torchrun(python, [*nodes, f"--node-rank={n}"], arguments, folder) for n, folder in enumerate(folders)
+    ]
     for done in map(ended, started):
         assert done.returncode != 0
         assert "not all processes see keyreduce-out/recovered.training: put --output" in done.stderr, done.stderr
@@ -141,12 +142,12 @@ def test_nodes_that_share_no_folder_are_refused(pruned):
 @pytest.mark.gpu
 @pytest.mark.parametrize("sharing", [(), ("--shard",), ("--micro-batch", 1, "--gradient-checkpointing")])
 @pytest.mark.parametrize("mode", ["lora", "full"])
-def test_two_gpus_train_as_one_does(keyreduce, pruned, mode, sharing):
+def test_two_gpus_train_as_one_does(keyreduce, python, pruned, mode, sharing):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     arguments = ("recover", "--mode", mode, "--teacher", pruned, "--lr", 0.01, *FEW[:-1], "cuda")
     alone = keyreduce(*arguments, "--json").json()
-    done = under_torchrun(*arguments, *sharing, "--output", "both", "--json")
+    done = under_torchrun(python, *arguments, *sharing, "--output", "both", "--json")
     assert done.returncode == 0, done.stderr
     # What is computed in bfloat16 has three digits, and Adam's steps are as long where a gradient is next to nothing.
     assert json.loads(done.stdout)["loss_last"] == pytest.approx(alone["loss_last"], rel=0.03)

@@ -152,7 +152,10 @@ def test_repairs_are_those_of_recover(keyreduce, tiny_folder, recipe, in_process
         assert row["perplexity"]["mean"] == figures(measured)[0]
 
 
-def test_a_model_that_is_damaged_fails_alone_in_processes(keyreduce, tiny_folder, tiny_copy, recipe, monkeypatch):
+def test_a_model_that_is_damaged_fails_alone_in_processes(
+    keyreduce, python, tiny_folder, tiny_copy, recipe, monkeypatch
+):
+    monkeypatch.setattr("sys.executable", python)
     other = tiny_copy("damaged")
     edit_tensors(other, lambda tensors: tensors[QUERY].fill_(float("nan")))
     monkeypatch.setenv("PRUNING_RATIO", "0.9")  # is for prune, and not for the runs of a sweep

@@ -1,4 +1,4 @@
-"""Each test runs the script as a user does, in a process of its own: tiny models, a few steps, no GPU."""
+"""The script as a user runs it, and then in forks of one process: tiny models, a few steps, no GPU."""
 
 import json
 import math
@@ -30,10 +30,12 @@ TINY = {
 }
 
 
-def pretrain(folder: Path, output: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+def pretrain(
+    python: str, folder: Path, output: Path, *options: str, launcher: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
     """Run flame/pretrain.py on the files that `corpus` wrote into ``folder``."""
     sizes = ["--steps", STEPS, "--save-every", SAVE_EVERY, "--batch-size", BATCH_SIZE, "--seq-len", SEQ_LEN]
-    command = [sys.executable, *launcher, ROOT / "flame/pretrain.py", "--config", folder / "tiny.json", *sizes]
+    command = [python, *launcher, ROOT / "flame/pretrain.py", "--config", folder / "tiny.json", *sizes]
     command += ["--output", output, "--text", folder / "train.txt", "--heldout-text", folder / "heldout.txt", *options]
     path = f"{ROOT}{os.pathsep}{ROOT / 'flash-linear-attention'}"
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -52,7 +54,7 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(corpus) -> Path:
     """The output folder of one unbroken run."""
-    run = pretrain(corpus, corpus / "unbroken")
+    run = pretrain(sys.executable, corpus, corpus / "unbroken")
     assert run.returncode == 0, run.stderr
     return corpus / "unbroken"
 
@@ -86,13 +88,13 @@ def test_record_tells_what_was_given_and_reached(trained, corpus):
     assert record["heldout_bits_per_byte"] == pytest.approx(nats.item() / math.log(2), rel=1e-3)
 
 
-def test_training_again_is_refused(trained, corpus):
-    run = pretrain(corpus, trained)
+def test_training_again_is_refused(python, trained, corpus):
+    run = pretrain(python, corpus, trained)
     assert run.returncode != 0
     assert "so this training is done" in run.stderr.splitlines()[-1]
 
 
-def test_interrupted_run_goes_on_to_the_same_weights(trained, corpus):
+def test_interrupted_run_goes_on_to_the_same_weights(python, trained, corpus):
     broken = corpus / "broken"
     shutil.copytree(trained, broken, ignore=shutil.ignore_patterns("model", f"checkpoint-{STEPS}"))
     # A run that is killed while it saves leaves a checkpoint without the file that is written last.
@@ -101,10 +103,10 @@ def test_interrupted_run_goes_on_to_the_same_weights(trained, corpus):
         broken / "checkpoints/checkpoint-3",
         ignore=shutil.ignore_patterns("trainer_state.json"),
     )
-    other = pretrain(corpus, broken, "--seed", "5")
+    other = pretrain(python, corpus, broken, "--seed", "5")
     assert other.returncode != 0
     assert "other arguments" in other.stderr.splitlines()[-1]
-    run = pretrain(corpus, broken)
+    run = pretrain(python, corpus, broken)
     assert run.returncode == 0, run.stderr
     resumed = load_file(broken / "model/model.safetensors")
     unbroken = load_file(trained / "model/model.safetensors")
@@ -112,9 +114,10 @@ def test_interrupted_run_goes_on_to_the_same_weights(trained, corpus):
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
 
 
-def test_two_processes_train_as_one(trained, corpus):
+def test_two_processes_train_as_one(python, trained, corpus):
     output = corpus / "two"
-    run = pretrain(corpus, output, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    run = pretrain(python, corpus, output, launcher=torchrun)
     assert run.returncode == 0, run.stderr
     records = [json.loads((folder / "model/training.json").read_text()) for folder in (output, trained)]
     assert [record["processes"] for record in records] == [2, 1]

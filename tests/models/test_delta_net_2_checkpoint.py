@@ -24,17 +24,17 @@ fla_torch.registry.mend = lambda: None  # what fla's own models need to decode, 
 fla_torch.enable()
 import torch
 from transformers import AutoModelForCausalLM
-folder, again = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokens, logits = torch.load(f"{folder}/logits.pt")
-assert torch.equal(model(tokens).logits, logits)
-generated = model.generate(tokens[:, :4], max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
-expected = tokens[:, :4]
-for _ in range(3):
-    expected = torch.cat([expected, model(expected, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-assert torch.equal(generated, expected)
-assert not any(name.split(".")[0] == "keyreduce" for name in sys.modules)
-model.save_pretrained(again)
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokens, logits = torch.load(f"{folder}/logits.pt")
+    assert torch.equal(model(tokens).logits, logits)
+    generated = model.generate(tokens[:, :4], max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = tokens[:, :4]
+    for _ in range(3):
+        expected = torch.cat([expected, model(expected, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(generated, expected)
+    assert not any(name.split(".")[0] == "keyreduce" for name in sys.modules)
+    model.save_pretrained(f"{folder}-again")
 """
 
 
@@ -76,13 +76,12 @@ def test_one_tensor_holds_the_kernel_of_k_and_v(tmp_path):
     }
 
 
-@pytest.mark.parametrize("options", [OPTIONS, SCALED], ids=["kernels", "scales"])
-def test_a_saved_model_loads_where_there_is_no_keyreduce(tmp_path, options):
-    model = build(**options)
-    folder, again = tmp_path / "model", tmp_path / "again"
-    model.save_pretrained(folder)
+def test_saved_models_load_where_there_is_no_keyreduce(tmp_path):
+    models = {name: build(**options) for name, options in (("kernels", OPTIONS), ("scales", SCALED))}
     tokens = draw_tokens(2, 9)
-    torch.save((tokens, model(tokens).logits.detach()), folder / "logits.pt")
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        torch.save((tokens, model(tokens).logits.detach()), tmp_path / name / "logits.pt")
     environment = os.environ | {
         "PYTHONPATH": str(Path(fla_torch.__file__).parents[1]),
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
@@ -90,15 +89,17 @@ def test_a_saved_model_loads_where_there_is_no_keyreduce(tmp_path, options):
     }
     # From another working directory, and without the paths that this process found keyreduce by.
     done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, folder, again],
+        [sys.executable, "-c", ELSEWHERE, *(tmp_path / name for name in models)],
         cwd=tmp_path, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     # What is saved there is a whole checkpoint as well.
-    for path in ("modeling_delta_net_2.py", "mixer_delta_net_2.py", "configuration_delta_net_2.py"):
-        assert (again / path).read_bytes() == (folder / path).read_bytes()
-    assert json.loads((again / "config.json").read_text())["model_type"] == "delta_net_2"
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(again)(tokens).logits, model(tokens).logits)
+    for name, model in models.items():
+        folder, again = tmp_path / name, tmp_path / f"{name}-again"
+        for path in ("modeling_delta_net_2.py", "mixer_delta_net_2.py", "configuration_delta_net_2.py"):
+            assert (again / path).read_bytes() == (folder / path).read_bytes()
+        assert json.loads((again / "config.json").read_text())["model_type"] == "delta_net_2"
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(again)(tokens).logits, model(tokens).logits)
 
 
 @pytest.mark.parametrize(
