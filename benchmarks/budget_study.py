@@ -1,18 +1,18 @@
 """What a budget for the state costs one model: sizes that are chosen for it, each recovery, each format of the state.
 
     python benchmarks/budget_study.py --output FILE.json --work FOLDER [--model PATH] [--calibration FILE]
-        [--heldout FILE] [--heldout-rows 64] [--first-rows N] [--cuts state=0.5 state=0.75 key=0.5]
+        [--heldout FILE] [--heldout-rows 64] [--every 1] [--first-rows N] [--cuts state=0.5 state=0.75 key=0.5]
         [--repairs none least-squares reconstruct] [--state-dtypes bfloat16 int8] [--num-batches 64] [--seeds 0 1 2]
         [--batch-size 4] [--device cuda]
     python benchmarks/budget_study.py --table FILE.json ...
 
 A cut is `state=SHARE`, whose sizes `keyreduce prune --state-ratio SHARE` chooses, `key=SHARE`, of key channels alone,
 or the key and value channels of a head that stay, as `80x104`. Each is made of statistics of so many batches of 8 rows
-of 512 tokens, repaired on the same text, and measured on rows of 1,024 held-out tokens, and on the --first-rows of them
-alone. Without a repair the cut has its corrections; with `exact` as the repair, it has none either. After the last
-repair the state of these sizes is also kept in the formats of --state-dtypes, rounded after each token. A seed is
-another draw of calibration text. Recall is the share of right answers among eight, and is not measured in other
-formats.
+of 512 tokens, repaired on the same text, and measured on rows of 1,024 held-out tokens, the first ones or, with
+--every, every so many of them; and on the --first-rows of these alone. Without a repair the cut has its corrections;
+with `exact` as the repair, it has none either. After the last repair the state of these sizes is also kept in the
+formats of --state-dtypes, rounded after each token. A seed is another draw of calibration text. Recall is the share of
+right answers among eight, and is not measured in other formats.
 
 The file is written after each measurement, and a run that was cut off continues from there. Models lie in the work
 folder.
@@ -23,6 +23,7 @@ import contextlib
 import platform
 import re
 import time
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 
@@ -32,12 +33,14 @@ from result_tables import study_table
 from keyreduce.api import calibrate, evaluate, prune, recover
 from keyreduce.api.request import specs
 from keyreduce.checkpoint.find import find_model, open_model
-from keyreduce.data.text import text_source
+from keyreduce.data.batches import bytes_per_token
+from keyreduce.data.text import TextSource, text_source
 from keyreduce.devices import device_name, pick_device
-from keyreduce.evaluation.perplexity import total
+from keyreduce.evaluation.perplexity import Perplexity, total, window_costs
 from keyreduce.evaluation.recall import RecallProbes, RecallSettings, recall_metrics
+from keyreduce.evaluation.windows import equal_length_batches, windows
 from keyreduce.families import family_of
-from keyreduce.models.loading import load_model
+from keyreduce.models.loading import LoadedModel, load_model
 from keyreduce.models.state_storage import stored_states
 from keyreduce.outputs import read_json, write_json
 from keyreduce.pruning.budget import SIZE_OF
@@ -67,6 +70,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, nargs="+", default=())
     parser.add_argument("--heldout", type=Path, nargs="+", default=())
     parser.add_argument("--heldout-rows", type=int, default=64)
+    parser.add_argument("--every", type=int, default=1, help="take every so many of the held-out rows")
     parser.add_argument("--first-rows", type=int, help="of the held-out rows, whose figures are given too")
     parser.add_argument("--cuts", nargs="+", default=["state=0.5", "state=0.75", "key=0.5"])
     parser.add_argument("--repairs", nargs="+", default=["none", "least-squares", "reconstruct"])
@@ -87,7 +91,8 @@ def study(options: argparse.Namespace) -> None:
     folder = find_model(options.model)
     found = read_json(options.output) if options.output.exists() else {"model": folder.name, "runs": []}
     found |= {"calibration_tokens": options.num_batches * BATCH * ROW, "heldout_rows": options.heldout_rows}
-    found |= {"first_rows": options.first_rows, "device": device_name(pick_device(options.device))}
+    found |= {name: getattr(options, name) for name in ("every", "first_rows")}
+    found |= {"device": device_name(pick_device(options.device))}
     found |= {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()}
     if "dense" not in found:
         found["dense"] = measure(options, folder, "float32")
@@ -186,18 +191,26 @@ def keeping(model: str | None, keep: dict[str, int]) -> dict:
     return {"target": tuple(kept), "keep": tuple(map(str, kept.values()))}
 
 
+def row_costs(options: argparse.Namespace, loaded: LoadedModel, text: TextSource) -> list[Perplexity]:
+    """Return what the held-out rows cost a model."""
+    batch = options.batch_size
+    if options.every == 1:
+        amount = {"num_batches": -(-options.heldout_rows // batch), "batch_size": batch, "seq_len": HELDOUT_ROW}
+        return evaluate.row_costs(evaluate.EvaluateRequest(**amount), loaded, text, Reporter())[: options.heldout_rows]
+    found = windows(text.in_pieces(), loaded.tokenizer, HELDOUT_ROW, HELDOUT_ROW)
+    batches = equal_length_batches(islice(found, 0, options.every * options.heldout_rows, options.every), batch)
+    return window_costs(loaded.model, batches, bytes_per_token(loaded.tokenizer), name=str(loaded.folder))
+
+
 def measure(options: argparse.Namespace, folder: Path, dtype: str) -> dict:
     """Return perplexity of the held-out text, of all rows and of the first ones, and recall."""
     device = pick_device(options.device)
     loaded = load_model(folder, device, torch.float32)
     text = text_source(options.heldout, default="heldout")
-    batch = options.batch_size
-    amount = {"num_batches": -(-options.heldout_rows // batch), "batch_size": batch, "seq_len": HELDOUT_ROW}
-    request = evaluate.EvaluateRequest(**amount)
     with contextlib.ExitStack() as stack:
         if dtype != "float32":
             stack.enter_context(stored_states(loaded.model, loaded.family, dtype))
-        rows = evaluate.row_costs(request, loaded, text, Reporter())[: options.heldout_rows]
+        rows = row_costs(options, loaded, text)
     found: dict = {"perplexity": total(rows).perplexity}
     if options.first_rows:
         found["perplexity_first"] = total(rows[: options.first_rows]).perplexity

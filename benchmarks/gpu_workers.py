@@ -102,7 +102,7 @@ def _serve(connection: Connection, device: str | None, number: int) -> None:
     from keyreduce.models.tuning import tune_few_variants
 
     prepare_backend(torch.device("cpu" if device is None else "cuda"))
-    tune_few_variants(1)
+    tune_few_variants()
     while True:
         try:
             function, arguments = connection.recv()

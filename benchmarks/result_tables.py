@@ -47,7 +47,8 @@ def study_table(found: Mapping) -> Iterator[str]:
     """Yield what benchmarks/budget_study.py measured: means over the seeds, and their standard deviation."""
     base = found["dense"]
     first = f", of the first {found['first_rows']} in brackets" if found["first_rows"] else ""
-    yield f"{found['model']}: perplexity {base['perplexity']:.3f} of {found['heldout_rows']} rows{first};"
+    of = "rows" if found.get("every", 1) == 1 else f"rows, every {found['every']}th"
+    yield f"{found['model']}: perplexity {base['perplexity']:.3f} of {found['heldout_rows']} {of}{first};"
     yield f"{found['calibration_tokens']:,} calibration tokens, {found['device']}"
     yield ""
     groups: dict[tuple[str, ...], list[Mapping]] = {("nothing", "", "", "float32"): [base]}

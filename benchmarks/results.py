@@ -207,7 +207,11 @@ def _studies(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> It
         asked["--state-dtypes"].pop("float32", None)
         more = [f"{name} {' '.join(values)}" for name, values in asked.items() if values]
         more.append(f"--heldout-rows {found['heldout_rows']} --num-batches {found['calibration_tokens'] // (8 * 512)}")
-        more += [f"--first-rows {found['first_rows']}"] if found["first_rows"] else []
+        more += [
+            f"--{name.replace('_', '-')} {found[name]}"
+            for name in ("every", "first_rows")
+            if (found.get(name) or 1) != 1
+        ]
         yield _command(
             f"benchmarks/budget_study.py --output {source.name} --work FOLDER {_model(found['model'])} {' '.join(more)}"
         )

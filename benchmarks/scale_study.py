@@ -203,20 +203,19 @@ class Study:
         return True
 
     def prepare(self) -> None:
-        """Make the text, and meanwhile let the GPUs compile the kernels of the large models, unless that was done."""
+        """Make the text, and meanwhile let the GPUs compile the kernels of the trainings, unless that was done."""
         if (self.options.work / "text").exists():
             return
         kernels = self.options.work / "kernels"
         make_text = [*self.pretraining(next(iter(self.configs))), "--data", self.options.work / "text", "--text-only"]
         jobs = [self.job("text", [*make_text, "--output", kernels / "text", "--installed", *self.options.installed])]
         for model in self.configs if self.devices else ():
-            if not recipe_of(model).alone:
-                words = [*self.pretraining(model), "--data", kernels / "data", "--output", kernels / model]
-                words += ["--text", ROOT / "keyreduce", "--heldout-text", ROOT / "benchmarks", "--steps", 1]
-                words += ["--heldout-rows", 8]
-                micro = self.micro_batch(model, len(self.devices))
-                jobs.append(self.job(f"kernels-{model}", [*words, "--batch-size", micro, "--micro-batch", micro]))
-        for outcome in run_jobs(jobs, workers=len(jobs), devices=self.devices):
+            words = [*self.pretraining(model), "--data", kernels / "data", "--output", kernels / model]
+            words += ["--text", ROOT / "keyreduce", "--heldout-text", ROOT / "benchmarks", "--heldout-rows", 8]
+            micro = self.micro_batch(model, 1 if recipe_of(model).alone else len(self.devices))
+            words += ["--steps", 1, "--batch-size", micro, "--micro-batch", micro]
+            jobs.append(self.job(f"kernels-{model}", words))
+        for outcome in run_jobs(jobs, workers=1 + 2 * len(self.devices), devices=self.devices):
             if outcome.code:
                 print(f"{outcome.job.name}: {outcome.message}", flush=True)
         shutil.rmtree(kernels, ignore_errors=True)

@@ -3,12 +3,16 @@
 import importlib
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import build, save
 
+from keyreduce.data.text import FileText
 from keyreduce.evaluation.recall import RecallSettings
+from keyreduce.models.loading import load_model
 
 
 def test_a_study_is_measured_once_and_printed(tmp_path, monkeypatch, capsys):
@@ -43,3 +47,20 @@ def test_a_study_is_measured_once_and_printed(tmp_path, monkeypatch, capsys):
     base = found["dense"]["perplexity"]
     rises = [100 * (runs[seed, "least-squares"]["perplexity"] / base - 1) for seed in (0, 1)]
     assert f"| key=0.5 | 2, 8 x 16 | least-squares | float32 | {sum(rises) / 2:+.2f} ±" in capsys.readouterr().out
+
+
+def test_rows_of_a_text_that_lie_apart(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    module = importlib.import_module("budget_study")
+    monkeypatch.setattr(module, "HELDOUT_ROW", 32)
+    loaded = load_model(
+        save(build("delta_net", initializer_range=0.05), tmp_path / "model"), torch.device("cpu"), torch.float32
+    )
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{n} is {n * n}, yes"}}\n' for n in range(200)))
+    text = FileText([tmp_path / "text.jsonl"])
+
+    def nats(number: int, every: int) -> list[float]:
+        options = Namespace(heldout_rows=number, every=every, batch_size=2)
+        return [row.nats for row in module.row_costs(options, loaded, text)]
+
+    assert nats(4, 3) == pytest.approx(nats(10, 1)[::3], rel=1e-5)

@@ -1,7 +1,9 @@
+import pytest
 from fla.modules.norm.l2norm import l2norm_fwd_kernel
 from fla.modules.norm.layernorm import layer_norm_fwd_kernel
 
 from keyreduce.benchmarking.largest_batch import tuned_once_for_any_batch
+from keyreduce.errors import KeyreduceError
 from keyreduce.models.tuning import tune_few_variants, tuned_kernels
 
 
@@ -30,3 +32,17 @@ def test_few_variants_of_each_kernel(monkeypatch):
     for kernel in kernels:
         assert len(kernel.configs) == min(2, len(before[kernel]))
         assert set(kernel.configs) <= set(before[kernel])
+
+
+def test_the_smallest_variant_is_among_the_few(monkeypatch):
+    """Shared memory holds the others in 16 bits, and may not in float32."""
+    for kernel in (kernels := list(tuned_kernels())):
+        monkeypatch.setattr(kernel, "configs", kernel.configs)
+    (kernel,) = [one for one in kernels if one.base_fn.__name__ == "chunk_gated_delta_rule_fwd_kernel_h_blockdim64"]
+    least = min((one.kwargs["BV"], one.num_stages, one.num_warps) for one in kernel.configs)
+    tune_few_variants()
+    nearest, smallest = ((one.kwargs["BV"], one.num_stages, one.num_warps) for one in kernel.configs)
+    assert smallest == least
+    assert nearest != smallest and nearest[2] == 4  # the first is of middling size
+    with pytest.raises(KeyreduceError, match="at least two variants"):
+        tune_few_variants(1)
