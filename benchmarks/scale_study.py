@@ -358,6 +358,7 @@ class Study:
             calibration=(text / "calibration.jsonl",),
             heldout=(text / "heldout.jsonl",),
             heldout_rows=options.heldout_rows,
+            every=1,
             num_batches=options.num_batches,
             calibration_batches=None,
             batch_size=8,
