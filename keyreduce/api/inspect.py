@@ -33,13 +33,7 @@ class InspectRequest(Request):
     and no weights are.
     """
 
-    model: str | None = option(
-        None,
-        "Hugging Face folder, DCP folder, name on the hub, or name of a shipped model.",
-        is_argument=True,
-        shown_default="delta-net-5m",
-        **options.MODEL | {"metavar": None},
-    )
+    model: str | None = options.model(is_argument=True)
     config: Path | None = options.config()
     tokens: int = option(4096, "The length of a sequence, prompt and answer.", **options.COUNT)
     state_dtype: CacheDtype | None = option(

@@ -31,9 +31,9 @@ HARDWARE = {"panel": "Hardware"}
 _MODEL = "Folder (Hugging Face or DCP), name on the hub, or shipped model."
 
 
-def model(help: str = _MODEL, shown_default: str = "delta-net-5m") -> Any:
+def model(help: str = _MODEL, shown_default: str = "delta-net-5m", **more: Any) -> Any:
     """A model to begin with."""
-    return option(None, help, shown_default=shown_default, **MODEL)
+    return option(None, help, shown_default=shown_default, **MODEL, **more)
 
 
 def compressed(**more: Any) -> Any:

@@ -70,7 +70,7 @@ def load_pair(
     for label, folder in {"dense": dense, **others}.items():
         models[label] = load_model(folder, device, dtype, with_tokenizer=with_tokenizer)
     if not others:
-        reporter.note(f"there is no pruned model at {workspace.pruned}: the dense one alone")
+        reporter.note(f"there is no pruned model at {workspace.pruned}: the dense model alone is measured")
     return models
 
 

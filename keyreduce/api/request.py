@@ -31,7 +31,7 @@ class Option:
     maximum: float | None = None
     # names on the command line, the first of which messages use; by default ``--`` and the field's name.
     flags: tuple[str, ...] = ()
-    is_argument: bool = False  # whether it is given by its place on the command line, without a flag.
+    is_argument: bool = False  # whether it may be given by its place on the command line; with ``flags`` by them too.
     commas: bool = False  # whether several values may be given as one text, with commas between them.
     # fields that say the same thing in another way. Of such a group, what stands on the command line overrules
     # what the environment says.
@@ -56,9 +56,14 @@ class Spec(NamedTuple):
     option: Option  # what else is declared.
 
     @property
+    def has_flag(self) -> bool:
+        """Whether the command line has an option for it; else its place says what is meant."""
+        return not self.option.is_argument or bool(self.option.flags)
+
+    @property
     def flag(self) -> str:
-        """What the command line calls it: the first flag, or the word for an argument."""
-        if self.option.is_argument:
+        """What the command line calls it: the first flag, or the word for an argument that has none."""
+        if not self.has_flag:
             return self.option.metavar or self.name.upper()
         return (*self.option.flags, f"--{self.name.replace('_', '-')}")[0]
 

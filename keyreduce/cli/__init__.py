@@ -42,7 +42,7 @@ _COMMANDS = {
     "inspect": _Entry(
         inspect.show,
         _PRUNE,
-        ("keyreduce inspect Qwen/Qwen3-Next-80B-A3B-Instruct", "keyreduce inspect my-model --gpu-memory 80GB"),
+        ("keyreduce inspect Qwen/Qwen3-Next-80B-A3B-Instruct", "keyreduce inspect -m my-model --gpu-memory 80GB"),
     ),
     "calibrate": _Entry(
         calibrate.show,

@@ -14,6 +14,7 @@ from keyreduce.api.request import Request, Spec, specs
 from keyreduce.cli import errors
 from keyreduce.cli.console import Console
 from keyreduce.cli.help import LABEL_WIDTH, Command
+from keyreduce.errors import KeyreduceError
 
 _OWN = {
     "json": typer.Option("--json", help="One JSON object on stdout, all else on stderr.", rich_help_panel="Output"),
@@ -32,20 +33,29 @@ def add_command(app: typer.Typer, show: Callable[..., object], name: str, panel:
     fields = specs(request)
 
     def callback(context: typer.Context, json: bool, quiet: bool, debug: bool, **values: Any) -> None:
+        placed = {name: values.pop(_placed_name(name), None) for name, field in fields.items() if _is_both(field)}
+        placed = {name: value for name, value in placed.items() if value is not None}
         named = {}
         for field in fields.values():
             is_unset = values[field.name] is None and field.is_many
             is_overruled = _is_overruled(context, field, [*fields])
             if field.default is not dataclasses.MISSING and (is_unset or is_overruled):
                 values[field.name] = field.default
-            is_given = _source(context, field.name) == "ENVIRONMENT" and not is_overruled
+            is_given = _source(context, field.name) == "ENVIRONMENT" and not is_overruled and field.name not in placed
             named[field.name] = _variables(field)[0] if is_given else field.flag
         errors.begin_command(named, show_tracebacks=debug)
-        show(request(**values), Console(as_json=json, is_quiet=quiet))
+        for name, value in placed.items():
+            if _source(context, name) == "COMMANDLINE" and value != values[name]:
+                told = f"{name.upper()} is {value!r} and `{name}` is {values[name]!r}"
+                raise KeyreduceError(f"{told}: give one of the two")
+        show(request(**values | placed), Console(as_json=json, is_quiet=quiet))
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("context", keyword, annotation=typer.Context)]
     for field in fields.values():
+        if _is_both(field):
+            annotation = _placed_annotation(field)
+            parameters.append(inspect.Parameter(_placed_name(field.name), keyword, default=None, annotation=annotation))
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else _default(field)
         parameters.append(inspect.Parameter(field.name, keyword, default=default, annotation=_annotation(field)))
     for own, declared in _OWN.items():
@@ -68,6 +78,22 @@ def _is_overruled(context: typer.Context, field: Spec, names: list[str]) -> bool
         _source(context, other) == "COMMANDLINE" or (other in later and _source(context, other) == "ENVIRONMENT")
         for other in field.option.instead_of
     )
+
+
+def _is_both(field: Spec) -> bool:
+    """Return whether a field may be given by its place as well as by its flag."""
+    return field.option.is_argument and field.has_flag
+
+
+def _placed_name(name: str) -> str:
+    """Return the parameter that takes by its place what a field's flag says too."""
+    return f"{name}_by_place"
+
+
+def _placed_annotation(field: Spec) -> Any:
+    """Return the argument beside the option of such a field; the variable and the default are the option's."""
+    words = {"metavar": field.name.upper(), "help": f"The same as {field.flag}.", "show_default": False}
+    return Annotated[field.kind | None, typer.Argument(**words, rich_help_panel=field.option.panel)]
 
 
 def _source(context: typer.Context, name: str) -> str:
@@ -93,7 +119,7 @@ def _words(field: Spec) -> tuple[str | None, str]:
     """Return the help's word for a field's value, and what it says; choices are in the one, or else in the other."""
     settings = field.option
     if settings.metavar or not field.choices:
-        value = None if settings.is_argument else _VALUES[field.kind]  # an argument is called by its name
+        value = _VALUES[field.kind] if field.has_flag else None  # an argument is called by its name
         return settings.metavar or value, settings.help
     choices = "|".join(field.choices)
     if len(f"{field.flag} {choices}") <= LABEL_WIDTH:
@@ -132,7 +158,7 @@ def _annotation(field: Spec) -> Any:
     if field.choices:
         extra["autocompletion"] = _completer(field)
     extra["rich_help_panel"] = settings.panel
-    if settings.is_argument:
+    if not field.has_flag:
         return Annotated[kind, typer.Argument(**extra)]
     flags = [*settings.flags] or [field.flag]
     if field.kind is bool and field.default is True:

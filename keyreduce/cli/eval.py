@@ -111,7 +111,7 @@ def _show_tasks(console: Console, entries: Sequence[dict]) -> None:
         name = f"{metrics[0]['task']} {metrics[0]['metric']}"
         row = [name, *(_metric(name, value) for value in (*values, metrics[0]["stderr"]))]
         if others:
-            row.append("" if None in values[:2] else f"{values[1] - values[0]:+.4f}")
+            row.append("" if None in values[:2] else _digits(values[1] - values[0], "+"))
         rows.append(row)
     header = ("", first, *others, f"± of {first}", *(["difference"] if others else []))
     console.table("lm-evaluation-harness", header, rows)
@@ -133,4 +133,14 @@ def _metric(name: str, value: float | None) -> str:
         return ""
     if name == "perplexity_increase":
         return f"{value:+.1%}"
-    return f"{value:,.4f}" if abs(value) < 1e6 else f"{value:.3e}"
+    if name == "perplexity_per_token" and value < 1e6:
+        return f"{value:,.4f}"
+    return _digits(value)
+
+
+def _digits(value: float, sign: str = "") -> str:
+    """Return a figure in at most five digits, but before a decimal point in as many as there are below a million."""
+    if abs(value) >= 1e6:
+        return f"{value:{sign}.3e}"
+    decimals = 4 - sum(abs(value) >= bound for bound in (10, 100, 1_000, 10_000))  # four of what is not a number
+    return f"{value:{sign},.{decimals}f}"

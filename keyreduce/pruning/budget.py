@@ -149,20 +149,27 @@ class Budget:
         return numbers
 
 
-def parse_amounts(field: str, amounts: Sequence[str], targets: Sequence[str]) -> dict[str, Fraction | None]:
-    """Return what ``ratio`` or ``keep`` says for each target; KeyreduceError unless one number for all or each.
+def parse_amount(amount: str) -> Fraction | None:
+    """Return a number as it is written, or None if it is none.
 
     Fractions are exact: in binary, 10 * (1 - 0.9) is less than 1.
     """
+    if not _AMOUNT.fullmatch(amount):
+        return None
+    try:
+        return Fraction(amount)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def parse_amounts(field: str, amounts: Sequence[str], targets: Sequence[str]) -> dict[str, Fraction | None]:
+    """Return what ``ratio`` or ``keep`` says for each target; KeyreduceError unless one number for all or each."""
     if not amounts:
         return dict.fromkeys(targets)
     written = ",".join(amounts)
-    try:
-        if not all(_AMOUNT.fullmatch(amount) for amount in amounts):
-            raise ValueError
-        numbers = [Fraction(amount) for amount in amounts]
-    except (ValueError, ZeroDivisionError):
-        raise KeyreduceError(f"`{field}` is {written!r}; give a number, or one for each target with commas") from None
+    numbers = [number for number in map(parse_amount, amounts) if number is not None]
+    if len(numbers) < len(amounts):
+        raise KeyreduceError(f"`{field}` is {written!r}; give a number, or one for each target with commas")
     if len(numbers) not in (1, len(targets)):
         raise KeyreduceError(
             f"`{field}` {written} gives {len(numbers)} numbers for {len(targets)} targets ({','.join(targets)})"

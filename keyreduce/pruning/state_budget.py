@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from keyreduce.errors import KeyreduceError
 from keyreduce.families import Family, MixerSizes, family_of
-from keyreduce.pruning.budget import SIZE_OF, parse_amounts
+from keyreduce.pruning.budget import SIZE_OF, parse_amount
 from keyreduce.serving.capacity import CacheLayout, cache_memory, parse_memory, state_bytes_that_fit
 from keyreduce.serving.engines import runs
 from keyreduce.serving.state_formats import bytes_of
@@ -77,9 +77,11 @@ class StateBudget:
             raise KeyreduceError(f"`{named[0]}` and `{named[1]}` both say how large the state may be: give one of them")
         share = None
         if ratio is not None:
-            share = parse_amounts("state_ratio", (ratio,), ("state",))["state"]
+            share = parse_amount(ratio)
             if share is None or not 0 < share < 1:
-                raise KeyreduceError(f"`state_ratio` is {ratio}; it is the share to remove, above 0 and below 1")
+                told = repr(ratio) if share is None else ratio
+                takes = "the share of the state's bytes to remove, one number above 0 and below 1, such as 0.5"
+                raise KeyreduceError(f"`state_ratio` is {told}; it is {takes}")
         if len(set(dtypes)) < len(dtypes) or not dtypes:
             raise KeyreduceError("`state_dtypes` names a format twice, or none")
         if multiple_of is not None and multiple_of < 1:

@@ -21,6 +21,7 @@ repairs = ["none", "least-squares"]
 """
 
 import contextlib
+import difflib
 import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -135,15 +136,20 @@ def read_recipe(path: Path) -> Recipe:
     """Read a recipe: a file, or where there is none a recipe of the package by its name, such as ``quick``.
 
     Raises:
-        KeyreduceError: the file is missing or no TOML, or it holds what the commands do not take.
+        KeyreduceError: there is no such file or recipe, the file cannot be read or is no TOML, or it holds what the
+            commands do not take.
     """
     shipped = shipped_recipes()
     file = shipped.get(str(path), path) if not path.is_file() else path
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.stem.lower(), shipped, n=1)
+        guess = f"did you mean {near[0]}? Those" if near else "those"
+        told = f"there is no recipe {str(path)!r}, neither a file nor one that ships"
+        raise KeyreduceError(f"{told}; {guess} that ship are {', '.join(shipped)}") from None
     except OSError as error:
-        names = ", ".join(shipped)
-        raise KeyreduceError(f"{path} cannot be read: {error.strerror}; recipes that ship are {names}") from None
+        raise KeyreduceError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise KeyreduceError(f"{path} is not valid TOML: {error}") from None
     with named(path):

@@ -43,6 +43,28 @@ def test_the_report_names_each_way(eval_tiny):
     assert "126 predictions in rows of 64 tokens" in told
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("perplexity_per_word", 14391.9008, "14,392"),
+        ("perplexity_per_word", 139.19008, "139.19"),
+        ("perplexity_per_word", 2.10081, "2.1008"),
+        ("perplexity_per_word", 1e7, "1.000e+07"),
+        ("perplexity_per_word", math.nan, "nan"),
+        ("perplexity_per_token", 14391.90084, "14,391.9008"),
+        ("bits_per_byte", 1.071, "1.0710"),
+        ("perplexity_increase", 0.0482, "+4.8%"),
+    ],
+)
+def test_figures_have_the_digits_that_mean_something(name, value, told):
+    assert command._metric(name, value) == told
+
+
+def test_a_difference_of_a_task_has_its_sign_and_no_more_digits():
+    told = {12037.9558: "+12,038", 0.01234: "+0.0123", -139.19008: "-139.19"}
+    assert {value: command._digits(value, "+") for value in told} == told
+
+
 def test_a_stride_scores_fewer_tokens_of_each_row(eval_tiny):
     report = eval_tiny("--stride", 16, "--json").json()
     assert report["stride"] == 16

@@ -53,6 +53,25 @@ def test_the_shipped_model_without_an_argument(keyreduce):
     assert keyreduce("inspect").code == 0
 
 
+def test_the_model_is_named_as_for_other_commands(keyreduce, monkeypatch):
+    by_place = keyreduce("inspect", "gated-deltanet-5m", "--json").json()
+    assert by_place["model"] == "gated-deltanet-5m"
+    for arguments in (("--model", "gated-deltanet-5m"), ("-m", "gated-deltanet-5m", "gated-deltanet-5m")):
+        assert keyreduce("inspect", *arguments, "--json").json() == by_place
+    monkeypatch.setenv("BASE_MODEL_DIR", "gated-deltanet-5m")
+    assert keyreduce("inspect", "--json").json() == by_place
+    # The command line overrules the environment, in either way.
+    for arguments in (("delta-net-5m",), ("--model", "delta-net-5m")):
+        assert keyreduce("inspect", *arguments, "--json").json()["model"] == "delta-net-5m"
+
+
+def test_two_models_are_refused(keyreduce):
+    result = keyreduce("inspect", "delta-net-5m", "--model", "gated-deltanet-5m")
+    assert (result.code, result.out) == (2, "")
+    told = "MODEL is 'delta-net-5m' and --model is 'gated-deltanet-5m': give one of the two"
+    assert result.err == f"keyreduce: {told}\n"
+
+
 def test_mistakes_are_told_in_one_line(keyreduce, tmp_path):
     for arguments, told in (
         ([tmp_path / "nowhere"], "there is no model"),

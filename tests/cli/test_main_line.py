@@ -132,7 +132,7 @@ def test_eval_and_benchmark_take_the_dense_model_alone(keyreduce, tiny_folder):
     for command in (EVAL, BENCHMARK):
         result = keyreduce(*command, "--model", tiny_folder("gated_deltanet"), "--json")
         assert [entry["label"] for entry in result.json()["models"]] == ["dense"]
-        assert f"there is no pruned model at {WORK / 'pruned'}: the dense one alone" in result.err
+        assert f"there is no pruned model at {WORK / 'pruned'}: the dense model alone is measured" in result.err
 
 
 def test_a_distributed_checkpoint_is_a_model_too(keyreduce, tiny_folder):

@@ -129,6 +129,8 @@ REFUSED = {
     "--state-bytes chooses what to remove, and --keep says it": ("--state-bytes", "4KiB", "--keep", 4),
     "--state-ratio and --fit both say": ("--state-ratio", 0.5, "--fit", "80GB,4096,200"),
     "--state-ratio is 1.5; it is the share": ("--state-ratio", 1.5),
+    "--state-ratio is 'abc'; it is the share of the state's bytes to remove, one number": ("--state-ratio", "abc"),
+    "--state-ratio is '0.5,0.25'; it is the share": ("--state-ratio", "0.5,0.25"),
     "--fit is '80GB'": ("--fit", "80GB"),
     "--dry-run goes with a budget: give --state-ratio": ("--dry-run", "--ratio", 0.5),
     "--state-dtypes goes with a budget": ("--state-dtypes", "int8", "--keep", 4),

@@ -52,7 +52,7 @@ REFUSED = {
     "`state_bytes` and `fit` both": {"bytes": "1KiB", "fit": "80GB,4096,200"},
     "`state_ratio` is 1; it is the share": {"ratio": "1"},
     "`state_ratio` is 0; it is the share": {"ratio": "0"},
-    "`state_ratio` is 'half'": {"ratio": "half"},
+    "`state_ratio` is 'half'; it is the share of the state's bytes to remove, one number": {"ratio": "half"},
     "`state_ratio` is -0.5; it is the share": {"ratio": "-0.5"},
     "`state_bytes` is 'much'": {"bytes": "much"},
     "`fit` is '80GB'; give GPU memory, tokens": {"fit": "80GB"},
