@@ -386,10 +386,12 @@ def test_on_a_gpu_models_decode_by_it(monkeypatch, family, inplace):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype, within", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.int8, 2e-2)])
+@pytest.mark.parametrize("dtype, within", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.int8, 3e-2)])
 @pytest.mark.parametrize("family", ["delta_net", "gated_deltanet"])
 @torch.no_grad()
 def test_on_a_gpu_models_keep_their_states_in_fewer_bytes(family, dtype, within):
+    # An int8 code is off by 1 / (127 * 12**0.5) of its row's largest number, which is some three times the rest, and
+    # twelve steps round anew: 0.0023 * 3 * 12**0.5 = 0.024. On an H100 0.0235 was seen.
     model = tiny_model(family)
     expected, wide = decode_tokens(model)
     fla_decode.enable(state_dtype=dtype)
