@@ -94,7 +94,11 @@ def _by_bytes(one: Mapping) -> dict[str, list[tuple[float, float]]]:
 def _repair(run: Mapping) -> str:
     names = {"none": "no repair", "least-squares": "least squares"}
     repair = names.get(run["repair"], run["repair"])
-    return f"{repair}, then {run['tokens'] / 1e6:g}M tokens distilled" if run["tokens"] else repair
+    if not run["tokens"]:
+        return repair
+    options = dict(part.partition("=")[::2] for part in run["kind"].partition(":")[2].split(","))
+    rate = f" at a rate of {options['lr']}" if "lr" in options else ""
+    return f"{repair}, then {run['tokens'] / 1e6:g}M tokens distilled{rate}"
 
 
 def _title(found: Sequence[Mapping]) -> str:
