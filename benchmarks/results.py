@@ -201,7 +201,8 @@ def _studies(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> It
         yield "## Budgets: sizes, repairs and formats together"
     for source in sources["study"]:
         found = source.content
-        yield f"### {_titled(found['model'], sources)}: budgets"
+        every = found.get("every", 1)
+        yield f"### {_titled(found['model'], sources)}: budgets" + (f", every {every}th row" if every > 1 else "")
         runs = found["runs"]
         asked = {name: dict.fromkeys(str(run[key]) for run in runs) for name, key in _ASKED.items()}
         asked["--state-dtypes"].pop("float32", None)
