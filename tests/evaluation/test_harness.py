@@ -399,8 +399,8 @@ def test_the_table_of_two_models(everything, tiny_folder, tmp_path, capsys, monk
         assert Path(entry["tasks_file"]) == tmp_path / "out" / f"eval-tasks-{entry['label']}.json"
     (row,) = (line.split() for line in out.splitlines() if line.split()[:2] == ["own_pages", "bits_per_byte"])
     dense, pruned = (entry["tasks"][-1]["value"] for entry in entries)
-    assert row[2:] == [f"{dense:.4f}", f"{pruned:.4f}", f"{pruned - dense:+.4f}"]
+    assert row[2:] == [f"{dense:.3f}", f"{pruned:.3f}", f"{pruned - dense:+.4f}"]
     monkeypatch.setenv("WORLD_SIZE", "8")  # as clusters set it for one process too
     command.show(replace(request, compressed=None, work=tmp_path, overwrite=True), Console(as_json=False))
     out = capsys.readouterr().out
-    assert "difference" not in out and f"{dense:.4f}" in out
+    assert "difference" not in out and f"{dense:.3f}" in out
