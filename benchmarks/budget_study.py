@@ -30,7 +30,7 @@ from statistics import mean
 import torch
 from result_tables import study_table
 
-from keyreduce.api import calibrate, evaluate, prune, recover
+from keyreduce.api import calibrate, prune, recover
 from keyreduce.api.request import specs
 from keyreduce.checkpoint.find import find_model, open_model
 from keyreduce.data.batches import bytes_per_token
@@ -192,13 +192,10 @@ def keeping(model: str | None, keep: dict[str, int]) -> dict:
 
 
 def row_costs(options: argparse.Namespace, loaded: LoadedModel, text: TextSource) -> list[Perplexity]:
-    """Return what the held-out rows cost a model."""
-    batch = options.batch_size
-    if options.every == 1:
-        amount = {"num_batches": -(-options.heldout_rows // batch), "batch_size": batch, "seq_len": HELDOUT_ROW}
-        return evaluate.row_costs(evaluate.EvaluateRequest(**amount), loaded, text, Reporter())[: options.heldout_rows]
-    found = windows(text.in_pieces(), loaded.tokenizer, HELDOUT_ROW, HELDOUT_ROW)
-    batches = equal_length_batches(islice(found, 0, options.every * options.heldout_rows, options.every), batch)
+    """Return what each of the held-out rows costs a model."""
+    rows = windows(text.in_pieces(), loaded.tokenizer, HELDOUT_ROW, HELDOUT_ROW)
+    taken = islice(rows, 0, options.every * options.heldout_rows, options.every)
+    batches = equal_length_batches(taken, options.batch_size)
     return window_costs(loaded.model, batches, bytes_per_token(loaded.tokenizer), name=str(loaded.folder))
 
 

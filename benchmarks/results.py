@@ -388,6 +388,8 @@ def _recoveries(sources: Mapping[str, list[Source]], pictures: list[Picture]) ->
             f"--heldout-rows {found['heldout_rows']} --num-batches {found['calibration_tokens'] // (8 * 512)}"
         )
         yield f"{found['device']}, torch {found['torch']}; {found['heldout_rows']} held-out rows of 1,024 tokens."
+        if "remark" in found:
+            yield found["remark"]
         yield from _text(recovery_tables(found))
 
 

@@ -408,7 +408,7 @@ class Study:
             self.learn(step, ended.seconds)
             print(f"{step.model}, {step.name}: {ended.seconds:.0f} s; {self.left / 60:.1f} minutes left", flush=True)
         elif step.kind == TRAINING and ended.failure is None:
-            print(f"{step.model}: its training goes on in the next call", flush=True)
+            print(f"{step.model}: its training resumes in the next call", flush=True)
         else:
             self.leave_out(step.model, step.name, ended.failure or "it failed; the log says why")
         self.keep_time()

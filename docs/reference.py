@@ -125,7 +125,7 @@ PARTS: dict[str, Callable[[], str]] = {
 
 
 def renewed(text: str) -> str:
-    """Return a page with its parts made anew; KeyError if it names one that there is not."""
+    """Return a page with its generated parts updated; KeyError if it names a part that does not exist."""
     return _PART.sub(lambda found: f"{found[1]}\n{PARTS[found[2]]()}\n{found[3]}", text)
 
 

@@ -155,12 +155,12 @@ def test_a_small_model_is_trained_as_a_step(study, tmp_path, monkeypatch, capsys
     few = ("--repairs", "none", "--ratios", 0.5, 0.75, "--state-dtypes", "--tokens")
     paused = study(*few)
     assert "training" not in paused
-    assert "tiny: its training goes on in the next call" in capsys.readouterr().out
+    assert "tiny: its training resumes in the next call" in capsys.readouterr().out
     found = study(*few)
     assert not found["left_out"]
     assert [(run["ratio"], run["repair"]) for run in found["runs"]] == [("state=0.5", "none"), ("state=0.75", "none")]
     steps = module.Study(module.parse_arguments(words_of(tmp_path, "tiny.json"))).steps("tiny")
-    places = {(step.name): step.stage for step in steps}
+    places = {step.name: step.stage for step in steps}
     # What it needs comes first, and all of the first share before the second.
     assert places["training"] == places["dense"] < places["state=0.5 none"] < places["state=0.5 reconstruct 4000000"]
     assert places["state=0.5 reconstruct 4000000"] < places["state=0.75 none"]
