@@ -1,7 +1,7 @@
 """What pruning and repairs cost as models grow: models are trained here, then cut, repaired, distilled and measured.
 
     python benchmarks/scale_study.py --minutes 25 --output DIR [--work DIR] [--pause-after 9] [--models NAME ...]
-        [--ratios 0.5 0.75] [--repairs none least-squares reconstruct] [--tokens 250000 1000000 4000000]
+        [--ratios 0.5 0.75] [--repairs none least-squares reconstruct] [--tokens 1000000 4000000 250000 16000000]
         [--state-dtypes bfloat16 int8] [--workers 2]
     python benchmarks/scale_study.py --table --output DIR
 
@@ -17,9 +17,9 @@ are those of processes that share a GPU.
 The output gets a JSON file for each model, rewritten after every step. Weights and text lie in the work folder,
 which may be outside the repository. The same command resumes after an interruption, or after --pause-after minutes,
 where a machine ends commands that take longer. --minutes count over all of these. The trainings divide a share of
-them, times the number of GPUs. Large models come first, and small ones with the first of the shares removed. A step
-that is not expected to end in time, by those of its kind that were made, is left out, and so is one that does not; the
-files say which.
+them, times the number of GPUs. Large models come first, and small ones with the first of the shares removed; the first
+two numbers of --tokens come before the others. A step that is not expected to end in time, by those of its kind that
+were made, is left out, and so is one that does not; the files say which.
 """
 
 import argparse
@@ -52,6 +52,7 @@ PAUSING = 45.0  # seconds that a training needs to save itself, and a new proces
 SHORTEST = 60.0  # seconds of a training for which it is worth to start
 AFTER_LARGE = 3  # stages by which small models follow the large ones
 LATER = 20  # stages by which what matters least follows the rest
+FIRST_TOKENS = 2  # so many of the numbers of tokens matter more than the others
 TRAINING = "training"
 MICRO_BATCH = 16  # rows that a GPU takes at a time, at the most
 
@@ -101,7 +102,7 @@ def parse_arguments(words: list[str] | None = None) -> Namespace:
     add("--repairs", nargs="+", default=["none", "least-squares", "reconstruct"], help="as in recovery_study.py")
     kind = "full-distilled:lr=4e-5,batch_size=16,seq_len=1024"
     add("--kind", default=kind, help="the training after the last repair, as in recovery_study.py")
-    add("--tokens", type=int, nargs="*", default=[250_000, 1_000_000, 4_000_000], help="of that")
+    add("--tokens", type=int, nargs="*", default=[1_000_000, 4_000_000, 250_000, 16_000_000], help="of that")
     add("--state-dtypes", nargs="*", default=["bfloat16", "int8"], help="formats of the state")
     add("--num-batches", type=int, default=64, help="of calibration and repair, 8 rows of 512 tokens each")
     add("--heldout-rows", type=int, default=128, help="of 1,024 tokens")
@@ -133,6 +134,7 @@ class Step(NamedTuple):
         path: the file that is there when it was done.
         needs: files that must be there before.
         call: what a process calls.
+        amount: tokens, of a step that takes as long as these are many.
     """
 
     model: str
@@ -142,6 +144,7 @@ class Step(NamedTuple):
     path: Path
     needs: tuple[Path, ...]
     call: partial
+    amount: int = 1
 
 
 class Study:
@@ -153,7 +156,7 @@ class Study:
         self.began, self.clock = time.monotonic(), options.work / "clock.json"
         self.used_before = read_json(self.clock)["seconds"] if self.clock.exists() else 0.0
         self.left_out: dict[str, dict[str, str]] = {}
-        # kind of a step -> parameters of a model, and the seconds that it took, or after which it was ended
+        # kind of a step -> parameters of a model times the amount, and the seconds that it took
         self.took: dict[str, list[tuple[int, float]]] = {}
 
     @property
@@ -328,8 +331,8 @@ class Study:
             for number, tokens in enumerate(options.tokens, start=1):
                 path = before.with_name(f"{slug(f'{kind}-{tokens}')}.json")
                 call = partial(make_run, chosen, start, kind, tokens)
-                step = Step(model, f"{name} {tokens}", f"distilled {tokens}", stage + number, path, (before,), call)
-                found.append(step)
+                place = stage + number + 2 * LATER * (number > FIRST_TOKENS)
+                found.append(Step(model, f"{name} {tokens}", "distilled", place, path, (before,), call, tokens))
             found += self.in_formats(model, files_of(chosen, start)[1], before, start._asdict(), last)
         return found
 
@@ -384,11 +387,11 @@ class Study:
     def expected(self, step: Step) -> float:
         """Return how long a step may take, by those of its kind; 0 where none was made yet.
 
-        It is proportional to parameters at the most: a part of it is the same for all models. A training can pause.
+        It is proportional to parameters and tokens at the most: a part of it is the same for all. A training can pause.
         """
         if step.kind == TRAINING:
             return PAUSING + min(SHORTEST, 60 * self.minutes_of(step.model))
-        own = self.parameters(step.model)
+        own = self.parameters(step.model) * step.amount
         return min((max(1.0, own / one) * seconds for one, seconds in self.took.get(step.kind, [])), default=0.0)
 
     def parameters(self, model: str) -> int:
@@ -399,7 +402,7 @@ class Study:
         return self.folder(step.model) / "seconds" / f"{slug(step.name)}.json"
 
     def learn(self, step: Step, seconds: float) -> None:
-        self.took.setdefault(step.kind, []).append((self.parameters(step.model), seconds))
+        self.took.setdefault(step.kind, []).append((self.parameters(step.model) * step.amount, seconds))
 
     def end(self, step: Step, ended: Ended) -> None:
         """Take note of a step that ended."""

@@ -191,23 +191,24 @@ def _recover_streams(
     mixers, figures = set(pruned.family.mixer_layers(config)), {}
     in_all = 0 if steps is None else steps.steps * len(mixers)
     pace = pace or Pace.of(pruned.device, in_all)  # one for all layers: what does not work is not tried again
-    for layer in range(pruned.family.depth(config)):
-        with dense.on_device(layer):
-            targets = dense.advance(layer, keep_mixer=layer in mixers)
-        fitted = steps if layer in mixers else None
-        with pruned.on_device(layer):
-            if layer in mixers:
-                figures[layer] = refit_output(pruned, layer, targets)
+    with pace.products():
+        for layer in range(pruned.family.depth(config)):
+            with dense.on_device(layer):
+                targets = dense.advance(layer, keep_mixer=layer in mixers)
+            fitted = steps if layer in mixers else None
+            with pruned.on_device(layer):
+                if layer in mixers:
+                    figures[layer] = refit_output(pruned, layer, targets)
+                if fitted is not None:
+                    of_scope = targets if fitted.scope == "mixer" else dense.hidden
+                    figures[layer] |= reconstruct(pruned, layer, of_scope, fitted, seed=seed, pace=pace)
+                if layer in mixers:
+                    _round(pruned.model, pruned.block(layer), dtypes)
+                given = pruned.advance(layer, keep_mixer=fitted is not None)
             if fitted is not None:
-                of_scope = targets if fitted.scope == "mixer" else dense.hidden
-                figures[layer] |= reconstruct(pruned, layer, of_scope, fitted, seed=seed, pace=pace)
-            if layer in mixers:
-                _round(pruned.model, pruned.block(layer), dtypes)
-            given = pruned.advance(layer, keep_mixer=fitted is not None)
-        if fitted is not None:
-            figures[layer]["missing_reconstructed"] = _missing(given, targets)
-        if progress is not None:
-            progress(1)
+                figures[layer]["missing_reconstructed"] = _missing(given, targets)
+            if progress is not None:
+                progress(1)
     return figures
 
 

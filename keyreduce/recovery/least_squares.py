@@ -21,7 +21,7 @@ import torch
 
 from keyreduce.recovery.streams import Stream
 
-STRENGTHS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+STRENGTHS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 0.3, 1.0, 3.0)
 CAUTIOUS = 1e-3
 """The strength that is taken where there are too few rows to choose one on."""
 HELDOUT_EVERY = 8
@@ -49,14 +49,18 @@ class NormalEquations:
         return total
 
     def solve(self, strengths: Sequence[float]) -> list[torch.Tensor]:
-        """Return a correction ``[D, C]``, float64, for each strength, a multiple of the mean square of the inputs."""
-        value_C, vector_CC = torch.linalg.eigh(self.gram_CC)
-        value_C = value_C.clamp(min=0)
-        mean = value_C.mean()
-        turned_DC = self.cross_DC @ vector_CC
-        # Where all inputs are 0 there is nothing to correct.
-        factors = [torch.where(mean > 0, 1 / (value_C + strength * mean), 0.0) for strength in strengths]
-        return [(turned_DC * factor_C) @ vector_CC.T for factor_C in factors]
+        """Return a correction ``[D, C]``, float64, for each strength, a multiple of the mean square of the inputs.
+
+        What is NaN or inf in the sums is so in the corrections.
+        """
+        mean = self.gram_CC.diagonal().mean()
+        found = []
+        for strength in strengths:
+            shifted_CC = self.gram_CC.clone()
+            # Where all inputs are 0 there is nothing to correct, and any penalty will do.
+            shifted_CC.diagonal().add_(torch.where(mean != 0, strength * mean, 1.0))
+            found.append(torch.cholesky_solve(self.cross_DC.T, torch.linalg.cholesky_ex(shifted_CC).L).T)
+        return found
 
     def error(self, correction_DC: torch.Tensor) -> float:
         """Return the sum of squares of the residuals after a correction."""

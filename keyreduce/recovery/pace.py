@@ -53,7 +53,7 @@ class Pace:
     @contextlib.contextmanager
     def running(self, family: Family, config: Mapping, device: torch.device) -> Iterator[None]:
         """Have the kernels of this pace, and TF32, while the ``with`` statement runs; after it PyTorch's kernels."""
-        with _tf32(self.is_mixed):
+        with self.products():
             if self.kernels == "torch" or device.type == "cpu":
                 yield
                 return
@@ -65,6 +65,10 @@ class Pace:
                 yield
             finally:
                 prepare_backend(device, gradients=True)
+
+    def products(self) -> contextlib.AbstractContextManager:
+        """Return what all that is in float32 runs in: matrix products on CUDA take TF32, if mixed."""
+        return _tf32(self.is_mixed)
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
         """Return what the forward pass of a step runs in."""
