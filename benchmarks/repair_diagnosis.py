@@ -56,8 +56,7 @@ from keyreduce.recovery.writing_strength import corrected_heads, restore_writing
 HELDOUT_LENGTH = 1024
 RECALL_ROWS = 4  # of half that length
 MOST_WEIGHT = 10.0  # of a token, in multiples of the mean
-LARGEST_DECOMPOSED = 1024  # channels; eigenvalues of more take longer than a Cholesky decomposition for each strength
-WIDER = (*STRENGTHS, 1.0, 10.0, 100.0)
+WIDER = (*STRENGTHS, 10.0, 100.0)
 
 
 class Variant(NamedTuple):
@@ -539,10 +538,6 @@ def solve(
 
 def ridge(gram_CC: torch.Tensor, cross_DC: torch.Tensor, strengths: Sequence[float]) -> list[torch.Tensor]:
     """Return ridge regression's solution for each strength, a multiple of the mean square of the inputs."""
-    if len(gram_CC) > LARGEST_DECOMPOSED:
-        mean, one_CC = gram_CC.diagonal().mean(), torch.eye(len(gram_CC), dtype=gram_CC.dtype, device=gram_CC.device)
-        factors = (torch.linalg.cholesky(gram_CC + strength * mean * one_CC) for strength in strengths)
-        return [torch.cholesky_solve(cross_DC.T, lower_CC).T for lower_CC in factors]
     sums = NormalEquations(0, 0)
     sums.gram_CC, sums.cross_DC = gram_CC, cross_DC
     return sums.solve(strengths)

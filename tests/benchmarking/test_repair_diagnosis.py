@@ -109,12 +109,3 @@ def test_other_penalties_solve_their_problems(module):
     # With an endless penalty nothing changes, or all is taken away.
     assert solved(strengths=[1e12]).abs().max() < 1e-9
     torch.testing.assert_close(solved(strengths=[1e12], toward="zero"), -weight_DC, rtol=1e-6, atol=1e-6)
-
-
-def test_large_problems_are_solved_without_eigenvalues(module, monkeypatch):
-    torch.manual_seed(0)
-    sums = NormalEquations(6, 8)
-    sums.add(torch.randn(90, 6, dtype=torch.float64), torch.randn(90, 8, dtype=torch.float64))
-    expected = module.ridge(sums.gram_CC, sums.cross_DC, [1e-3, 1.0])
-    monkeypatch.setattr(module, "LARGEST_DECOMPOSED", 5)
-    torch.testing.assert_close(module.ridge(sums.gram_CC, sums.cross_DC, [1e-3, 1.0]), expected)
