@@ -50,9 +50,7 @@ class EvaluateRequest(options.OfRun, options.OfText, options.OfPair):
         minimum=1,
         shown_default="no overlap",
     )
-    by_document: bool = option(
-        False, "Score each document whole and alone, as lm-evaluation-harness does."
-    )
+    by_document: bool = option(False, "Score each document whole and alone, as lm-evaluation-harness does.")
     recall: tuple[Literal["mqar", "needle"], ...] = option(
         (),
         "Multi-query associative recall, a needle in a haystack of text, or both: mqar,needle.",
@@ -77,9 +75,7 @@ class EvaluateRequest(options.OfRun, options.OfText, options.OfPair):
         None, "Round it after every N tokens, as in prefill.", metavar="N", shown_default="each token", **_STATES,
         **options.COUNT,
     )  # fmt: skip
-    state_tolerance: float = option(
-        0.001, "Increase in perplexity that auto may cost.", minimum=0, **_STATES
-    )
+    state_tolerance: float = option(0.001, "Increase in perplexity that auto may cost.", minimum=0, **_STATES)
     tasks: tuple[str, ...] = option(
         (),
         "Names, patterns or .yaml files; 'paper' is wikitext, lambada_openai, piqa, hellaswag, winogrande, arc_easy, "

@@ -44,9 +44,7 @@ def config_for(model_class: type[PreTrainedModel], theirs: PretrainedConfig) -> 
     return theirs if is_whole else theirs.get_text_config()
 
 
-def from_pretrained(
-    model_class: type[PreTrainedModel], folder: Path | None, **options: Any
-) -> tuple[Any, dict]:
+def from_pretrained(model_class: type[PreTrainedModel], folder: Path | None, **options: Any) -> tuple[Any, dict]:
     """Return the model that a class of :func:`class_of` loads, and transformers' report of its tensors.
 
     A class may put its own loading around that of transformers, and fail where such a report is asked for.

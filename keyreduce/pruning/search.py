@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from keyreduce.benchmarking.per_token import TokenTimes
 from keyreduce.benchmarking.timing import ratio
 from keyreduce.calibration.statistics import Statistics
 from keyreduce.checkpoint.source import Checkpoint
@@ -47,7 +48,8 @@ class Considered:
         predicted: the score of :mod:`keyreduce.pruning.prediction`; it has no unit, and knows nothing of formats.
         perplexity_increase: the measured increase over the dense model with a state in float32, as a share; and its
             standard error over rows of text.
-        decode_seconds, prefill_seconds: of one mixer layer, for a step of eight sequences and a token of a prompt.
+        decode_seconds, prefill_seconds: of one mixer layer, for a step of eight sequences and a token of a prompt; of
+            those between which the increase does not decide.
     """
 
     key_heads: int
@@ -215,21 +217,37 @@ class Search:
                     progress(1)
                 best = min(costs, key=lambda row: _difference(costs[row], dense)[0])
                 waiting = [row for row in _neighbours(best, list(sizes)) if row not in costs]
-        times = trial.times([sizes[row] for row in costs], reporter)
-        measured = []
-        for row, time in zip(costs, times, strict=True):
-            increase, error = _increase(costs[row], dense)
-            figures = {"perplexity_increase": increase, "perplexity_error": error}
-            figures |= {"decode_seconds": time.decode.median, "prefill_seconds": time.prefill.median}
-            measured.append((row, dataclasses.replace(row, **figures), time.decode))
-        measured.sort(key=lambda entry: entry[1].perplexity_increase)
-        best = first = measured[0]
-        for entry in measured[1:]:
-            # What the rows of text cannot tell apart is a tie, and goes to what is clearly faster.
-            if not _is_worse(costs[entry[0]], costs[best[0]]) and ratio(first[2], entry[2])[1][0] > CLEARLY_FASTER:
-                first = entry
-        ordered = [first, *(entry for entry in measured if entry is not first)]
-        return {entry[0]: entry[1] for entry in ordered}
+        # What the rows of text cannot tell apart is a tie, and goes to what is clearly faster.
+        tied = [row for row in costs if row is best or not _is_worse(costs[row], costs[best])]
+        times = _times({row: sizes[row] for row in tied}, trial, reporter)
+        ordered = sorted(costs, key=lambda row: _difference(costs[row], dense)[0])
+        first = best
+        for row in ordered:
+            if row in times and ratio(times[first].decode, times[row].decode)[1][0] > CLEARLY_FASTER:
+                first = row
+        ordered = [first, *(row for row in ordered if row is not first)]
+        return {row: dataclasses.replace(row, **_figures(costs[row], dense, times.get(row))) for row in ordered}
+
+
+def _times(sizes: Mapping[Considered, MixerSizes], trial: Trial, reporter: Reporter) -> dict[Considered, TokenTimes]:
+    """Return how fast candidates are, or nothing if all are of one size.
+
+    On a GPU kernels are compiled for each size, which may take longer than all else that is done with a candidate.
+    """
+    alike = list(dict.fromkeys(sizes.values()))
+    if len(alike) == 1:
+        return {}
+    times = dict(zip(alike, trial.times(alike, reporter), strict=True))
+    return {row: times[size] for row, size in sizes.items()}
+
+
+def _figures(costs: Sequence[Perplexity], dense: Sequence[Perplexity], times: TokenTimes | None) -> dict[str, float]:
+    """Return what was measured of a candidate, by the names of the fields."""
+    increase, error = _increase(costs, dense)
+    figures = {"perplexity_increase": increase, "perplexity_error": error}
+    if times is not None:
+        figures |= {"decode_seconds": times.decode.median, "prefill_seconds": times.prefill.median}
+    return figures
 
 
 def write_search(found: Found, path: Path, model: str, about: str = "") -> None:

@@ -350,7 +350,6 @@ def check_gpus(layout: CacheLayout, gpus: int) -> None:
             )
 
 
-
 def _state_bytes(sizes: MixerSizes, dtype: str) -> int:
     return sizes.value_heads * FORMATS[dtype].bytes(sizes.head_k_dim, sizes.head_v_dim)
 

@@ -98,10 +98,7 @@ def _vllm_settings(
 def _sglang_settings(
     tokens: int, sequences: int, dtype: str | None, gpus: int, prefix_caching: bool, share: float | None
 ) -> dict[str, str | None]:
-    settings: dict[str, str | None] = {
-        "context-length": str(tokens),
-        "max-running-requests": str(max(1, sequences)),
-    }
+    settings: dict[str, str | None] = {"context-length": str(tokens), "max-running-requests": str(max(1, sequences))}
     if gpus > 1:
         settings["tp-size"] = str(gpus)
     if dtype is not None:

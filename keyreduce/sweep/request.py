@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from keyreduce.sweep.results import Results
 
 
-
 QUICK = Path("quick")
 """The recipe of a sweep that names none, by its name."""
 

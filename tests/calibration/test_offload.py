@@ -74,10 +74,7 @@ def test_auto_leaves_what_has_room_where_it_is(tmp_path, text):
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [
-        ({"offload": "tape"}, "`offload` is 'tape'; take one of disk, cpu, auto"),
-        ({"offload": "cpu"}, "`offload` disk"),
-    ],
+    [({"offload": "tape"}, "`offload` is 'tape'; take one of disk, cpu, auto"), ({"offload": "cpu"}, "`offload` disk")],
 )
 def test_what_cannot_be_is_refused(tmp_path, text, options, told):
     source = store(tmp_path, "qwen3_next")

@@ -20,9 +20,7 @@ from keyreduce.evaluation.windows import counted_tokens, document_windows, windo
 
 BYTES = AutoTokenizer.from_pretrained(SHIPPED / DEFAULT_MODEL)
 # As Qwen's tokenizers split text.
-QWEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEXT = "\n\n".join(itertools.islice(stdlib_documents("heldout"), 12)) + "naïve é 四五六 😀😀 \u3000 end  "
 
 

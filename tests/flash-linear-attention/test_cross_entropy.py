@@ -35,9 +35,7 @@ def reference_losses(
     logits = logits * logit_scale
     if logit_softcapping is not None:
         logits = logit_softcapping * torch.tanh(logits / logit_softcapping)
-    loss = F.cross_entropy(
-        logits, target, reduction="none", label_smoothing=label_smoothing, ignore_index=ignore_index
-    )
+    loss = F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing, ignore_index=ignore_index)
     z_loss = lse_square_scale * logits.logsumexp(dim=1).square() * (target != ignore_index)
     return loss + z_loss, z_loss
 

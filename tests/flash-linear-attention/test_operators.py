@@ -15,8 +15,7 @@ TOLERANCE = 1e-5
 UNGATED = pytest.mark.parametrize("operator", [chunk_delta_rule, fused_recurrent_delta_rule])
 GATED = pytest.mark.parametrize("operator", [chunk_gated_delta_rule, fused_recurrent_gated_delta_rule])
 ALL = pytest.mark.parametrize(
-    "operator",
-    [chunk_delta_rule, fused_recurrent_delta_rule, chunk_gated_delta_rule, fused_recurrent_gated_delta_rule],
+    "operator", [chunk_delta_rule, fused_recurrent_delta_rule, chunk_gated_delta_rule, fused_recurrent_gated_delta_rule]
 )
 
 
@@ -159,9 +158,7 @@ def test_packed_sequences_are_as_if_alone(operator, dtype, lengths):
     arguments, states = draw_arguments(operator, B=1, T=sum(lengths))
     states = torch.randn(len(lengths), *states.shape[1:])
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(dtype)
-    output, final_states = operator(
-        **arguments, initial_state=states, output_final_state=True, cu_seqlens=bounds
-    )
+    output, final_states = operator(**arguments, initial_state=states, output_final_state=True, cu_seqlens=bounds)
     for n, (start, end) in enumerate(itertools.pairwise(bounds)):
         piece = {name: tensor[:, start:end] for name, tensor in arguments.items()}
         alone = operator(**piece, initial_state=states[[n]], output_final_state=True)
@@ -234,9 +231,11 @@ def test_gradients_reach_the_parameters_of_the_gate():
     parameters = [torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
 
     def loss_inside():
-        return chunk_gated_delta_rule(
-            **arguments, use_gate_in_kernel=True, A_log=parameters[0], dt_bias=parameters[1]
-        )[0].sin().sum()
+        return (
+            chunk_gated_delta_rule(**arguments, use_gate_in_kernel=True, A_log=parameters[0], dt_bias=parameters[1])[0]
+            .sin()
+            .sum()
+        )
 
     def loss_outside():
         decay = -parameters[0].exp() * F.softplus(arguments["g"] + parameters[1])

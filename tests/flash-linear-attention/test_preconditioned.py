@@ -25,10 +25,7 @@ from fla.ops.precond_kda.naive import naive_recurrent_precond_kda
 B, T, H, W, K, V = 2, 9, 2, 4, 5, 3
 GATED = pytest.mark.parametrize("operator", [chunk_precond_gated_delta_rule, fused_recurrent_precond_gated_delta_rule])
 CHANNELS = pytest.mark.parametrize("operator", [chunk_precond_kda, fused_recurrent_precond_kda])
-MODELS = [
-    (PrecondGatedDeltaNetConfig, PrecondGatedDeltaNetForCausalLM),
-    (PrecondKDAConfig, PrecondKDAForCausalLM),
-]
+MODELS = [(PrecondGatedDeltaNetConfig, PrecondGatedDeltaNetForCausalLM), (PrecondKDAConfig, PrecondKDAForCausalLM)]
 
 
 def draw(key_heads, decay_shape):

@@ -301,10 +301,7 @@ def test_padding_on_the_left_changes_nothing(changes):
     # And a step further, through the cache.
     following = draw_tokens(2, 1, seed=3)
     step = model(
-        following,
-        attention_mask=F.pad(mask, (0, 1), value=1),
-        past_key_values=output.past_key_values,
-        use_cache=True,
+        following, attention_mask=F.pad(mask, (0, 1), value=1), past_key_values=output.past_key_values, use_cache=True
     )
     for row, start in enumerate((short, long)):
         expected = model(torch.cat([start, following[row : row + 1]], dim=1)).logits[0, -1]

@@ -16,13 +16,7 @@ KDA = {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 32
 
 
 def delta_net(keys: int, values: int) -> dict:
-    return {
-        "hidden_size": 128,
-        "num_hidden_layers": 2,
-        "num_heads": 2,
-        "expand_k": keys / 64,
-        "expand_v": values / 64,
-    }
+    return {"hidden_size": 128, "num_hidden_layers": 2, "num_heads": 2, "expand_k": keys / 64, "expand_v": values / 64}
 
 
 @pytest.fixture

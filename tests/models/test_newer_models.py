@@ -127,6 +127,7 @@ def test_sums_are_those_of_what_the_operators_get(stored, monkeypatch, model_typ
     loaded, tokens, seen = load(stored(model_type)), draw_tokens(2, 70), []
     module, names = operators_of(loaded.model)
     for name in names:
+
         def watched(*args, operator=getattr(module, name), **rest):
             seen.append((args[1] if args else rest["k"])[0:].double())
             return operator(*args, **rest)

@@ -13,11 +13,7 @@ from keyreduce.serving.state_formats import FORMATS
 
 B, W, K, V = 2, 3, 12, 40
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
-NUMBERS = {
-    "int8": np.arange(-127.0, 128.0),
-    "int4": np.arange(-7.0, 8.0),
-    "fp8": np.unique(E4M3[np.isfinite(E4M3)]),
-}
+NUMBERS = {"int8": np.arange(-127.0, 128.0), "int4": np.arange(-7.0, 8.0), "fp8": np.unique(E4M3[np.isfinite(E4M3)])}
 SCALED = [name for name, form in FORMATS.items() if form.scaled]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 

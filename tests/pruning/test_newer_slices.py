@@ -87,9 +87,7 @@ def test_steps_through_the_cache_give_the_logits_of_one_pass(pruned, model_type)
     result = model(input_ids=tokens[:, :8], use_cache=True)
     logits = [result.logits]
     for step in range(8, 12):
-        result = model(
-            input_ids=tokens[:, step : step + 1], past_key_values=result.past_key_values, use_cache=True
-        )
+        result = model(input_ids=tokens[:, step : step + 1], past_key_values=result.past_key_values, use_cache=True)
         logits.append(result.logits)
     assert_near(torch.cat(logits, dim=1), model(input_ids=tokens, use_cache=False).logits, TOLERANCE)
 

@@ -37,9 +37,7 @@ def test_recurrent_kernels_agree_with_the_backend(tmp_path, model_type, target):
     folder, tokens = prune(model_type, target, tmp_path), draw_tokens(2, 40)
     expected = logits(folder, tokens, "cpu", torch.float32)
     scale = expected.abs().max().item()
-    torch.testing.assert_close(
-        logits(folder, tokens, "cuda", torch.float32), expected, rtol=0, atol=5e-3 * scale
-    )
+    torch.testing.assert_close(logits(folder, tokens, "cuda", torch.float32), expected, rtol=0, atol=5e-3 * scale)
 
 
 def test_chunked_kernels_agree_with_the_backend(tmp_path):

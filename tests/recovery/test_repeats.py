@@ -21,12 +21,7 @@ def replaced(found: list[torch.Tensor]) -> list[bool]:
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    number=st.integers(1, 40),
-    length=st.integers(2, 70),
-    share=st.floats(0, 0.99),
-    seed=st.integers(0, 2**32 - 1),
-)
+@given(number=st.integers(1, 40), length=st.integers(2, 70), share=st.floats(0, 0.99), seed=st.integers(0, 2**32 - 1))
 def test_a_share_of_the_rows_repeats_with_a_period(number, length, share, seed):
     found = list(with_repeats(rows(number, length), share, DRAWN, seed))
     assert [len(row_T) for row_T in found] == [length] * number
