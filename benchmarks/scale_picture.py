@@ -13,31 +13,45 @@ from keyreduce import drawing
 
 _COST = "perplexity over dense, %"
 _RULES = {"delta_net": "DeltaNet", "gated_deltanet": "Gated DeltaNet"}
+_HYBRIDS = "hybrids"
 _MIB = 2**20
 
 
 def draw_by_size(found: Sequence[Mapping]) -> Figure:
-    """Draw the cost of each repair against the parameters of the models: a panel for each rule and share removed."""
-    rules = [rule for rule in _RULES if any(one["config"]["model_type"] == rule for one in found)]
+    """Draw the cost of each repair against the parameters of the models: a panel for each rule and share removed.
+
+    Hybrids have one size each, and stand side by side.
+    """
+    kinds = dict.fromkeys([*_RULES, *(_kind(one) for one in found)])
+    columns = [models for kind in kinds if (models := [one for one in found if _kind(one) == kind])]
     shares = sorted({removed(run) for one in found for run in one["runs"] if removed(run)})
-    figure = drawing.new_figure(4.3 * len(rules), 3.3 * len(shares), _title(found), about=_about(found))
-    panels = figure.subplots(len(shares), len(rules), squeeze=False, sharex="col")
+    figure = drawing.new_figure(4.3 * len(columns), 3.3 * len(shares), _title(found), about=_about(found))
+    panels = figure.subplots(len(shares), len(columns), squeeze=False, sharex="col")
     looks: dict[str, dict[str, Any]] = {}
     handles: dict[str, Any] = {}
     for share, row in zip(shares, panels, strict=True):
-        for rule, axes in zip(rules, row, strict=True):
-            of_rule = [one for one in found if one["config"]["model_type"] == rule]
-            for name, points in _lines(of_rule, share).items():
-                look = looks.setdefault(name, drawing.lined(len(looks)))
+        for models, axes in zip(columns, row, strict=True):
+            kind = _kind(models[0])
+            sizes = [one["training"]["parameters"] / 1e6 for one in models]
+            places = [float(place) for place in range(len(models))] if kind == _HYBRIDS else sizes
+            for name, points in _lines(models, places, share).items():
+                look = looks.setdefault(name, drawing.lined(len(looks))) | (
+                    {"linestyle": ""} if kind == _HYBRIDS else {}
+                )
                 container = drawing.errorbars(axes, *zip(*sorted(points), strict=True), None, look)
                 container.set_label(name)
                 handles.setdefault(name, container)
-            axes.set_xscale("log")
-            axes.xaxis.set_minor_locator(NullLocator())
-            sizes = sorted(one["training"]["parameters"] / 1e6 for one in of_rule)
-            axes.set_xticks(sizes, [f"{size:.0f}M" for size in sizes])
+            if kind == _HYBRIDS:
+                names = [one["model"].rpartition("-")[0] for one in models]
+                axes.set_xticks(places, [f"{name}\n{size:.0f}M" for name, size in zip(names, sizes, strict=True)])
+                axes.margins(x=0.2)
+            else:
+                axes.set_xscale("log")
+                axes.xaxis.set_minor_locator(NullLocator())
+                axes.set_xticks(sorted(sizes), [f"{size:.0f}M" for size in sorted(sizes)])
             axes.axhline(0, color=drawing.GREY, linewidth=0.8)
-            drawing.finish(axes, title=f"{_RULES[rule]}, {share:.0%} of the state removed", x="parameters", y=_COST)
+            title = f"{_RULES.get(kind, kind)}, {share:.0%} of the state removed"
+            drawing.finish(axes, title=title, x="model" if kind == _HYBRIDS else "parameters", y=_COST)
     drawing.legend(figure, list(handles.values()), columns=3)
     return figure
 
@@ -69,14 +83,19 @@ def draw_by_bytes(one: Mapping) -> Figure:
 _BITS = "all channels, in fewer bits"
 
 
-def _lines(found: Sequence[Mapping], share: float) -> dict[str, list[tuple[float, float]]]:
-    """Return repair -> (millions of parameters, cost) of each model, for one share removed, states in float32."""
+def _kind(one: Mapping) -> str:
+    """Return the rule of a model, or what all that have softmax attention too are called."""
+    rule = one["config"]["model_type"]
+    return rule if rule in _RULES else _HYBRIDS
+
+
+def _lines(found: Sequence[Mapping], places: Sequence[float], share: float) -> dict[str, list[tuple[float, float]]]:
+    """Return repair -> (place, cost) of each model, for one share removed, states in float32."""
     lines: dict[str, list[tuple[float, float]]] = {}
-    for one in found:
+    for one, place in zip(found, places, strict=True):
         for run in one["runs"]:
             if removed(run) == share and "state_dtype" not in run:
-                point = one["training"]["parameters"] / 1e6, rise(run, one["dense"])
-                lines.setdefault(_repair(run), []).append(point)
+                lines.setdefault(_repair(run), []).append((place, rise(run, one["dense"])))
     return lines
 
 

@@ -166,6 +166,19 @@ def test_a_small_model_is_trained_as_a_step(study, tmp_path, monkeypatch, capsys
     assert places["state=0.5 reconstruct 4000000"] < places["state=0.75 none"]
 
 
+def test_more_tokens_are_expected_to_take_longer(tmp_path, monkeypatch):
+    module = imported(monkeypatch)
+    study = module.Study(module.parse_arguments([*words_of(tmp_path), "--models", "delta-net-20m"]))
+    monkeypatch.setattr(study, "parameters", lambda model: 20)
+    steps = {step.amount: step for step in study.steps("delta-net-20m") if step.kind == "distilled"}
+    assert steps.keys() == {250_000, 1_000_000, 4_000_000, 16_000_000}
+    assert {study.expected(step) for step in steps.values()} == {0}
+    study.learn(steps[4_000_000], 100.0)
+    assert [study.expected(steps[amount]) for amount in sorted(steps)] == [100, 100, 100, 400]
+    # What is asked for after the first two comes after all else.
+    assert steps[4_000_000].stage < steps[16_000_000].stage > study.steps("delta-net-20m")[-1].stage
+
+
 def test_no_more_trainings_at_a_time_than_gpus(tmp_path, monkeypatch):
     module = imported(monkeypatch)
     monkeypatch.setattr(module, "gpus", lambda: ["0", "1"])
