@@ -27,7 +27,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +39,7 @@ from keyreduce.api.functions import prune
 from keyreduce.calibration.run import Settings, calibrate_loaded
 from keyreduce.checkpoint.find import find_model
 from keyreduce.checkpoint.record import Record
-from keyreduce.data.batches import batches, text_token_ids, token_rows
+from keyreduce.data.batches import batches, spread_of, spread_rows, text_token_ids, token_rows
 from keyreduce.data.text import text_source
 from keyreduce.devices import device_name, pick_device
 from keyreduce.models.classes import family_in, vocabulary_of
@@ -193,7 +192,8 @@ class Diagnosis:
         options, tokenizer = self.options, dense.tokenizer
         drawn_from = text_token_ids(tokenizer, vocabulary_of(dense.model))
         taken = token_rows(calibration.in_pieces(options.seed), tokenizer, options.seq_len)
-        rows = list(islice(taken, options.num_batches * options.batch_size))
+        number = options.num_batches * options.batch_size
+        rows = spread_rows(taken, number, spread_of(number * options.seq_len))
         mixed = list(with_repeats(rows, REPEATS, drawn_from, options.seed))
         fitted = list(batches(mixed, options.batch_size))
         repeats = [not one.equal(other) for one, other in zip(mixed, rows, strict=True)]

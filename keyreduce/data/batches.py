@@ -13,6 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from keyreduce.data.encoding import Document, encode
 
+SPREAD = 8
+"""Over how many times as many rows those are spread that a model is fitted to or measured on."""
+_SPREAD_TOKENS = 2**21  # the most that are encoded for that
 _BYTE_FALLBACK = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -60,6 +63,21 @@ def token_rows(
         rest_N = rest_N[complete * row_length :]
     if not yielded and len(rest_N):
         yield rest_N
+
+
+def spread_rows(rows: Iterable[torch.Tensor], number: int, spread: int = SPREAD) -> list[torch.Tensor]:
+    """Return ``number`` rows, evenly spaced, of the first ``spread`` times as many; all where there are no more.
+
+    Rows side by side are of one document, and what fits one document may not fit others.
+    """
+    drawn = list(islice(rows, number * spread))
+    taken = min(number, len(drawn))
+    return [drawn[place * len(drawn) // taken] for place in range(taken)]
+
+
+def spread_of(tokens: int) -> int:
+    """Return over how many times as much text so many tokens are spread, so that encoding it takes seconds."""
+    return max(1, min(SPREAD, _SPREAD_TOKENS // max(1, tokens)))
 
 
 def batches(rows: Iterable[torch.Tensor], batch_size: int, num_batches: int | None = None) -> Iterator[torch.Tensor]:

@@ -13,7 +13,7 @@ from keyreduce.benchmarking.per_token import TokenTimes, time_per_token
 from keyreduce.calibration.run import Settings
 from keyreduce.calibration.statistics import Statistics
 from keyreduce.checkpoint.source import Checkpoint
-from keyreduce.data.batches import bytes_per_token, token_rows
+from keyreduce.data.batches import SPREAD, bytes_per_token, spread_rows, token_rows
 from keyreduce.data.text import TextSource
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.perplexity import Perplexity, window_costs
@@ -32,12 +32,10 @@ from keyreduce.reporting import Reporter
 ROWS, ROW_LENGTH, BATCH = 32, 1024, 4
 """The text that candidates are measured on: rows, tokens of a row, rows at a time.
 
-The longer a row, the more a state has to hold, and the more a cut of keys costs beside one of values: on rows of 512
-tokens too few keys would be kept.
+The rows are spread over the text that follows: side by side they would be of few documents, and what such a text
+prefers may not hold for others. The longer a row, the more a state has to hold, and the more a cut of keys costs beside
+one of values: on rows of 512 tokens too few keys would be kept.
 """
-SPREAD = 8
-"""The rows are every so many of the text that follows, as far as it goes: side by side they would be of few documents,
-and what such a text prefers may not hold for others."""
 RECOVERED = {"cpu": Settings(num_batches=16), "cuda": Settings(num_batches=32)}
 """Type of device -> the most text that candidates are recovered on: a quarter and a half of what a recovery takes by
 default, as there are several. It is never more than the statistics are of.
@@ -57,7 +55,7 @@ class Trial:
         source: the same as a checkpoint in memory.
         statistics: its calibration statistics.
         windows: the text to measure on.
-        text: the text that recovery takes.
+        text, spread: the text that recovery takes, and over how many times as much its rows are spread.
         choose: arguments of :func:`keyreduce.pruning.planning.make_plan`: what chooses the channels.
         recovery: the mode of the recovery that follows, if one does. Candidates are measured after a short one; on a
             CPU, where gradient steps would take longer than all else, after ``least-squares`` alone.
@@ -68,6 +66,7 @@ class Trial:
     statistics: Statistics
     windows: Sequence[Window]
     text: TextSource
+    spread: int
     choose: Mapping[str, Any]
     recovery: str | None
 
@@ -86,21 +85,27 @@ class Trial:
         Raises KeyreduceError if there is no such text.
         """
         dense = load_model(source.path, device, torch.float32, gradients=True)
-        seen = max(statistics.tokens, _recovered_on(statistics, device).tokens)
         rows = token_rows(text.in_pieces(_seed(statistics)), dense.tokenizer, ROW_LENGTH)
-        first = -(-seen // ROW_LENGTH)
-        following = list(itertools.islice(rows, first, first + ROWS * SPREAD))
-        number = min(ROWS, len(following))
-        taken = [following[place * len(following) // number] for place in range(number)]
+        recovered = _recovered_on(statistics, device).tokens if recovery else 0
+
+        def first(spread: int) -> int:
+            """The first row that is seen neither by the choice nor by a recovery that is spread so far."""
+            return -(-max(statistics.tokens, spread * recovered) // ROW_LENGTH)
+
+        drawn = list(itertools.islice(rows, first(SPREAD) + ROWS * SPREAD))
+        # Where the text is short, rows of either kind lie nearer to each other.
+        spread = next((one for one in range(SPREAD, 1, -1) if len(drawn) - first(one) >= ROWS * one), 1)
+        taken = spread_rows(drawn[first(spread) :], ROWS, SPREAD)
         if len(taken) < 2:
             raise KeyreduceError(
-                f"after the {seen:,} tokens that the choice saw, the text has not {2 * ROW_LENGTH:,} more to measure "
+                f"after the {first(spread) * ROW_LENGTH:,} tokens that are for the choice, the text has not "
+                f"{2 * ROW_LENGTH:,} more to measure "
                 "candidates on: give more text, or `search` predicted"
             )
         windows = [Window(row_T, torch.zeros_like(row_T), 1) for row_T in taken]
         module = ModuleCheckpoint(dense.model)
         known = dataclasses.replace(statistics, model=module.identity)
-        return cls(dense, module, known, windows, text, choose, recovery)
+        return cls(dense, module, known, windows, text, spread, choose, recovery)
 
     def costs(self, loaded: LoadedModel, state_dtype: str) -> list[Perplexity]:
         """Return what each row costs a model that stores its state in a format."""
@@ -122,7 +127,8 @@ class Trial:
             steps = _steps(self.recovery, device)
             settings = _recovered_on(self.statistics, device)
             dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
-            recover_layers(self.dense, pruned, dtypes, self.text, settings, steps=steps, device=device)
+            how: dict[str, Any] = {"steps": steps, "spread": self.spread, "device": device}
+            recover_layers(self.dense, pruned, dtypes, self.text, settings, **how)
         return self.costs(pruned, state_dtype)
 
     def times(self, sizes: Sequence[MixerSizes], reporter: Reporter) -> list[TokenTimes]:

@@ -14,7 +14,7 @@ from keyreduce.calibration.run import Settings
 from keyreduce.checkpoint.record import Record
 from keyreduce.checkpoint.shards import torch_dtypes
 from keyreduce.checkpoint.source import Checkpoint
-from keyreduce.data.batches import batches, text_token_ids, token_rows
+from keyreduce.data.batches import batches, spread_of, spread_rows, text_token_ids, token_rows
 from keyreduce.data.text import TextSource
 from keyreduce.devices import available_memory
 from keyreduce.errors import KeyreduceError
@@ -115,6 +115,7 @@ def recover_layers(
     device: torch.device,
     repeats: float = REPEATS,
     pace: Pace | None = None,
+    spread: int | None = None,
     progress: Callable[[int], None] | None = None,
     note: Callable[[str], None] = lambda message: None,
 ) -> tuple[int, dict[int, dict[str, float]]]:
@@ -133,6 +134,8 @@ def recover_layers(
         steps: the gradient steps that follow the least squares in each layer; None takes none.
         repeats: the share of the rows that are not text (:mod:`keyreduce.recovery.repeats`).
         pace: how the gradient steps run; by default as is best on the device.
+        spread: over how many times as much text the rows are spread, which are then of more documents; by default
+            :func:`keyreduce.data.batches.spread_of`.
         progress: called with 1 after each layer.
         note: called with a message where the text is shorter than was asked for.
 
@@ -150,6 +153,7 @@ def recover_layers(
         raise KeyreduceError(f"{dense.folder} has no tokenizer, without which text cannot become tokens")
     prepare_backend(device, gradients=True)
     rows = token_rows(text.in_pieces(settings.seed), dense.tokenizer, settings.seq_len)
+    rows = spread_rows(rows, settings.num_batches * settings.batch_size, spread or spread_of(settings.tokens))
     rows = with_repeats(rows, repeats, text_token_ids(dense.tokenizer, vocabulary_of(model)), settings.seed)
     taken = list(batches(rows, settings.batch_size, settings.num_batches))
     tokens = sum(batch.numel() for batch in taken)

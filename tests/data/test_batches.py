@@ -6,7 +6,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from keyreduce.data.batches import batches, bytes_per_token, document_tokens, text_token_ids, token_rows
+from keyreduce.data.batches import (
+    batches,
+    bytes_per_token,
+    document_tokens,
+    spread_of,
+    spread_rows,
+    text_token_ids,
+    token_rows,
+)
 
 SEPARATOR = "<|endoftext|>"
 TEXTS = ["def f(x):\n    return x  # é 四 😀\n" * 3, "the state is low-rank\n", "\r\n\t\x00 don't"]
@@ -133,3 +141,22 @@ def test_bytes_of_sentencepiece_tokens():
     backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     assert bytes_per_token(tokenizer).tolist() == [0, 6, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "number", "spread", "expected"),
+    [
+        (100, 4, 5, [0, 5, 10, 15]),
+        (10, 4, 5, [0, 2, 5, 7]),
+        (3, 4, 5, [0, 1, 2]),
+        (100, 3, 1, [0, 1, 2]),
+        (0, 3, 2, []),
+    ],
+)
+def test_rows_are_spread_evenly_as_far_as_the_text_goes(rows, number, spread, expected):
+    given = (torch.tensor(row) for row in range(rows))
+    assert [int(row) for row in spread_rows(given, number, spread)] == expected
+
+
+def test_so_much_text_as_is_encoded_in_seconds():
+    assert [spread_of(tokens) for tokens in (1, 2**18, 2**19, 2**21, 2**30)] == [8, 8, 4, 1, 1]

@@ -13,7 +13,7 @@ from keyreduce.benchmarking.per_token import TokenTimes
 from keyreduce.benchmarking.timing import RoundTimes
 from keyreduce.calibration.run import Settings, calibrate
 from keyreduce.checkpoint.folder import open_folder
-from keyreduce.data.batches import token_rows
+from keyreduce.data.batches import spread_rows, token_rows
 from keyreduce.data.text import DocumentText
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.perplexity import Perplexity
@@ -195,6 +195,28 @@ def test_rows_are_spread_over_the_text_that_follows_as_far_as_it_goes(known):
     assert 6 < len(rows) < 12
     expected = [rows[place * len(rows) // 6] for place in range(6)]
     assert torch.equal(torch.stack([window.tokens_T for window in trial.windows]), torch.stack(expected))
+
+
+@pytest.mark.parametrize(("lines", "spread"), [(60, 2), (30, 1)])
+def test_candidates_are_recovered_on_other_rows_than_they_are_measured_on(known, monkeypatch, lines, spread):
+    source, text, statistics = known
+    text = text_of(lines)
+    trial = Trial.of(source, statistics, text, {}, "least-squares", CPU)
+    assert trial.spread == spread
+    rows = [tuple(row_T.tolist()) for row_T in token_rows(text.documents(0), trial.dense.tokenizer, 64)]
+    assert len(set(rows)) == len(rows)
+    measured = [rows.index(tuple(window.tokens_T.tolist())) for window in trial.windows]
+    assert min(measured) >= spread * SETTINGS.num_batches * SETTINGS.batch_size
+
+    def recover(dense, pruned, dtypes, text, settings, **how):
+        fitted = spread_rows(iter(range(len(rows))), settings.num_batches * settings.batch_size, how["spread"])
+        assert len(fitted) == 8 and not {*fitted} & {*measured}
+        raise KeyreduceError("seen")
+
+    monkeypatch.setattr(trial_module, "recover_layers", recover)
+    choose = dict(method=method_named("l2"), options={}, seed=0, correct=False)
+    with pytest.raises(KeyreduceError, match="seen"):
+        dataclasses.replace(trial, choose=choose).candidate_costs({"key": {0: 4, 1: 4}}, "float32")
 
 
 def test_too_little_text_is_said(known):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from keyreduce.calibration.run import Settings
 from keyreduce.checkpoint.folder import open_folder
-from keyreduce.data.batches import batches, text_token_ids, token_rows
+from keyreduce.data.batches import batches, spread_rows, text_token_ids, token_rows
 from keyreduce.data.text import FileText
 from keyreduce.errors import KeyreduceError
 from keyreduce.models.loading import load_model
@@ -64,6 +64,7 @@ def run_hooked(
 
             undo.callback(block.attn.o_proj.register_forward_hook(hook).remove)
         rows = token_rows(text.documents(SETTINGS.seed), loaded.tokenizer, SETTINGS.seq_len)
+        rows = spread_rows(rows, SETTINGS.num_batches * SETTINGS.batch_size)
         rows = with_repeats(rows, repeats, text_token_ids(loaded.tokenizer, loaded.model.config.vocab_size), seed=7)
         for batch in batches(rows, SETTINGS.batch_size, SETTINGS.num_batches):
             loaded.model(batch, use_cache=False)
