@@ -2,6 +2,7 @@
 
     python benchmarks/repair_diagnosis.py --model MODEL [--compressed PRUNED | --ratio 0.375 0.2] --output FILE
         [--calibration FILE ...] [--heldout FILE ...] [--num-batches 64] [--heldout-rows 32] [--only NAME ...]
+        [--spread 1]
     python benchmarks/repair_diagnosis.py --table FILE
 
 The model is pruned here, unless a folder of it pruned is given. Both models are then taken side by side, block by
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--num-batches", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--spread", type=int, help="times as much text as rows are taken of; by default as recover does")
     parser.add_argument("--heldout-rows", type=int, default=32, help=f"of {HELDOUT_LENGTH} tokens")
     parser.add_argument("--layer-rows", type=int, default=16, help="of these, on which single layers are measured")
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
@@ -193,7 +195,7 @@ class Diagnosis:
         drawn_from = text_token_ids(tokenizer, vocabulary_of(dense.model))
         taken = token_rows(calibration.in_pieces(options.seed), tokenizer, options.seq_len)
         number = options.num_batches * options.batch_size
-        rows = spread_rows(taken, number, spread_of(number * options.seq_len))
+        rows = spread_rows(taken, number, options.spread or spread_of(number * options.seq_len))
         mixed = list(with_repeats(rows, REPEATS, drawn_from, options.seed))
         fitted = list(batches(mixed, options.batch_size))
         repeats = [not one.equal(other) for one, other in zip(mixed, rows, strict=True)]
