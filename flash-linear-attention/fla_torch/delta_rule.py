@@ -19,7 +19,10 @@ from fla_torch.segment import Segment, run_segment
 
 CHUNK_SIZE = 64
 _STATES_BYTES = 2**30  # of the states that a segment keeps on CUDA
-_CPU_MATRICES = 32  # chunks times heads of a segment on a CPU: what it makes is still in the cache where it is used
+CPU_CHUNK_SIZE = 32  # fewer operations in all than with 64; shorter chunks make products too small to be fast
+_CPU_MATRICES = (
+    128  # chunks times heads of a segment on a CPU: fewer calls, and what a segment makes is still in a cache
+)
 
 
 def chunked_delta_rule(
@@ -46,7 +49,7 @@ def chunked_delta_rule(
         log_decay_BTW: natural logarithm of the decay, at most 0; None for the ungated rule.
         scale: factor of the output.
         initial_state_BWKV: state before the first token; None for zeros.
-        chunk_size: tokens solved at once, rounded down to a power of two. T need not be a multiple.
+        chunk_size: tokens solved at once, on a CPU at most 32, rounded down to a power of two; T can be any length.
 
     Returns:
         Output ``[B, T, W, V]`` in the dtype of the values, and the state after the last token ``[B, W, K, V]`` in
@@ -59,7 +62,9 @@ def chunked_delta_rule(
         state_NKV = value_BTWV.new_zeros(B * W, K, V, dtype=dtype)
     else:
         state_NKV = initial_state_BWKV.to(dtype).flatten(0, 1)
-    # A power of two, for the inverse by halves, and no longer than the sequence needs.
+    if not value_BTWV.is_cuda:
+        chunk_size = min(chunk_size, CPU_CHUNK_SIZE)
+    # A power of two, at which products are fast, and no longer than the sequence needs.
     chunk_size = 1 << (min(chunk_size, 2 * T - 1).bit_length() - 1)
     inputs = (query_BTHK, key_BTHK, value_BTWV, beta_BTW, log_decay_BTW)
     is_recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, state_NKV))
