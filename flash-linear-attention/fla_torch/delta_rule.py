@@ -20,9 +20,7 @@ from fla_torch.segment import Segment, run_segment
 CHUNK_SIZE = 64
 _STATES_BYTES = 2**30  # of the states that a segment keeps on CUDA
 CPU_CHUNK_SIZE = 32  # fewer operations in all than with 64; shorter chunks make products too small to be fast
-_CPU_MATRICES = (
-    128  # chunks times heads of a segment on a CPU: fewer calls, and what a segment makes is still in a cache
-)
+_CPU_MATRICES = 128  # chunks times heads of a segment on a CPU: more would not stay in a cache
 
 
 def chunked_delta_rule(

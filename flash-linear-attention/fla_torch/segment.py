@@ -1,7 +1,7 @@
 """Some chunks of the delta rule at once, forward and backward: what ``delta_rule.py`` calls for each segment.
 
-What chunks can compute without the state is computed for all chunks of the segment in large products; only three small
-products for each chunk follow one another, and one more reads the state for the output while it is in the cache. In a chunk of C tokens, with ``c`` the running sum of the log decay,
+What chunks can compute without the state is computed for all chunks of the segment in large products; only what needs
+the state goes chunk by chunk, in small ones. In a chunk of C tokens, with ``c`` the running sum of the log decay,
 ``D_ij = exp(c_i - c_j)`` for j <= i, ``e = exp(c)`` and ``w = exp(c_C - c)``::
 
     T = (I + L)^-1,  L_ij = beta_i D_ij k_i . k_j for j < i          P_ij = D_ij q_i . k_j for j <= i
