@@ -264,7 +264,11 @@ def scan(
 def invert_unit_lower(matrix_ZNCC: torch.Tensor) -> torch.Tensor:
     """Return ``(I + L)^-1`` where L is what lies below the diagonal."""
     identity_CC = torch.eye(matrix_ZNCC.shape[-1], dtype=matrix_ZNCC.dtype, device=matrix_ZNCC.device)
-    return torch.linalg.solve_triangular(matrix_ZNCC, identity_CC, upper=False, unitriangular=True)
+    if _launches_are_dear(matrix_ZNCC):
+        return torch.linalg.solve_triangular(matrix_ZNCC, identity_CC, upper=False, unitriangular=True)
+    # The transposes, which are solved faster on a CPU.
+    solved_ZNCC = torch.linalg.solve_triangular(matrix_ZNCC.mT, identity_CC, upper=True, left=False, unitriangular=True)
+    return solved_ZNCC.mT
 
 
 def add_product(sum_ZNXX: torch.Tensor, left_ZNXX: torch.Tensor, right_ZNXX: torch.Tensor) -> None:
