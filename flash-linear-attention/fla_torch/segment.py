@@ -217,12 +217,12 @@ def scan(
     added_ZNKV: torch.Tensor | None = None,
     keep_states: bool = True,
     reverse: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Go through the chunks: ``x = solving (start - reading S)``, then ``S <- kept S + writing^T x + added``.
 
     Returns:
         x ``[Z, N, C, V]``; the state before each chunk, without meaning unless ``keep_states``; the state after the
-        last; ``query S``, if there is a query. ``start_ZNCV`` is overwritten.
+        last; ``query S``, without meaning if there is no query. ``start_ZNCV`` is overwritten.
     """
     Z, before, after = len(start_ZNCV), int(reverse), int(not reverse)
     keep_states |= _launches_are_dear(start_ZNCV)
@@ -241,13 +241,12 @@ def scan(
             torch.baddbmm(moved_ZNKV[z], moving_ZNKK[z], states_ZNKV[z + before], out=states_ZNKV[z + after])
         add_product(start_ZNCV, reading_ZNCK, states_ZNKV[before : before + Z])
         solved_ZNCV = start_ZNCV
-        read_ZNCV = None if query_ZNCK is None else query_ZNCK @ states_ZNKV[before : before + Z]
+        read_ZNCV = start_ZNCV if query_ZNCK is None else query_ZNCK @ states_ZNKV[before : before + Z]
     else:
-        solved_ZNCV = torch.empty_like(start_ZNCV)
-        read_ZNCV = None if query_ZNCK is None else torch.empty_like(start_ZNCV)
+        solved_ZNCV, read_ZNCV = torch.empty_like(start_ZNCV), torch.empty_like(start_ZNCV)
         for z in order:
             state_NKV, next_NKV = states_ZNKV[z + before], states_ZNKV[z + after]
-            if read_ZNCV is not None:
+            if query_ZNCK is not None:
                 torch.bmm(query_ZNCK[z], state_NKV, out=read_ZNCV[z])
             unsolved_NCV = start_ZNCV[z].baddbmm_(reading_ZNCK[z], state_NKV, alpha=-1)
             torch.bmm(solving_ZNCC[z], unsolved_NCV, out=solved_ZNCV[z])
