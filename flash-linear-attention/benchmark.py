@@ -19,7 +19,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from fla_torch.delta_rule import CHUNK_SIZE, chunked_delta_rule
+from fla_torch.delta_rule import CPU_CHUNK_SIZE, chunked_delta_rule
 
 # fla after the backend: the backend silences fla's warning that there is no GPU.
 from fla.ops.delta_rule.naive import delta_rule_chunkwise, delta_rule_recurrence  # isort: skip
@@ -36,7 +36,7 @@ Functions = dict[str, Callable[[], torch.Tensor]]
 def count_operations(T: int, H: int, K: int, V: int, C: int) -> int:
     """Return the multiplications and additions in the products and solves that the chunked algorithm needs.
 
-    Ours takes some more: it makes the inverse of each triangle and multiplies by it, since many threads can share that.
+    Ours takes some more: it makes the inverse of each triangle and multiplies by it, which many threads can share.
 
     For each token and head::
 
@@ -103,7 +103,7 @@ def contenders(T: int, H: int, K: int, V: int, gated: bool) -> Functions:
     for function in result.values():
         torch.testing.assert_close(function(), result[OURS](), rtol=1e-3, atol=1e-4)
 
-    side = round((count_operations(T, H, K, V, CHUNK_SIZE) / 2) ** (1 / 3))
+    side = round((count_operations(T, H, K, V, CPU_CHUNK_SIZE) / 2) ** (1 / 3))
     left, right = torch.randn(2, side, side)
     return result | {FLOOR: lambda: left @ right}
 

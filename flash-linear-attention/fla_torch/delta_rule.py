@@ -19,7 +19,9 @@ from fla_torch.segment import Segment, run_segment
 
 CHUNK_SIZE = 64
 _STATES_BYTES = 2**30  # of the states that a segment keeps on CUDA
-_CPU_MATRICES = 32  # chunks times heads of a segment on a CPU: what it makes is still in the cache where it is used
+# On a CPU shorter chunks take fewer operations, but a backward pass keeps a state for each.
+CPU_CHUNK_SIZE = 32
+_CPU_TOKENS = {False: 4096, True: 2048}  # tokens times heads of a segment on a CPU, by whether its states are kept
 
 
 def chunked_delta_rule(
@@ -46,7 +48,8 @@ def chunked_delta_rule(
         log_decay_BTW: natural logarithm of the decay, at most 0; None for the ungated rule.
         scale: factor of the output.
         initial_state_BWKV: state before the first token; None for zeros.
-        chunk_size: tokens solved at once, rounded down to a power of two. T need not be a multiple.
+        chunk_size: tokens solved at once, rounded down to a power of two; at most 32 on a CPU where no gradient is
+            asked for. T need not be a multiple.
 
     Returns:
         Output ``[B, T, W, V]`` in the dtype of the values, and the state after the last token ``[B, W, K, V]`` in
@@ -59,14 +62,16 @@ def chunked_delta_rule(
         state_NKV = value_BTWV.new_zeros(B * W, K, V, dtype=dtype)
     else:
         state_NKV = initial_state_BWKV.to(dtype).flatten(0, 1)
-    # A power of two, for the inverse by halves, and no longer than the sequence needs.
-    chunk_size = 1 << (min(chunk_size, 2 * T - 1).bit_length() - 1)
     inputs = (query_BTHK, key_BTHK, value_BTWV, beta_BTW, log_decay_BTW)
     is_recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, state_NKV))
+    if not (value_BTWV.is_cuda or is_recorded):
+        chunk_size = min(chunk_size, CPU_CHUNK_SIZE)
+    # A power of two, at which products are fast, and no longer than the sequence needs.
+    chunk_size = 1 << (min(chunk_size, 2 * T - 1).bit_length() - 1)
     settings = (scale, chunk_size, reduced)
     output_BTWV = torch.empty(value_BTWV.shape, dtype=value_BTWV.dtype, device=value_BTWV.device)
     outputs = []
-    length = chunk_size * _chunks_at_once(state_NKV)
+    length = chunk_size * _chunks_at_once(state_NKV, chunk_size, is_recorded)
     for start in range(0, T, length):
         part = slice(start, min(start + length, T))
         missing = -(part.stop - start) % chunk_size
@@ -84,11 +89,11 @@ def chunked_delta_rule(
     return output_BTWV, state_NKV.unflatten(0, (B, W))
 
 
-def _chunks_at_once(state_NKV: torch.Tensor) -> int:
+def _chunks_at_once(state_NKV: torch.Tensor, chunk_size: int, is_recorded: bool) -> int:
     """Return how many chunks a segment has: as many as are fast, within a bound on memory."""
     if state_NKV.is_cuda:
         return max(1, _STATES_BYTES // (state_NKV.numel() * state_NKV.itemsize))
-    return max(1, _CPU_MATRICES // len(state_NKV))
+    return max(1, _CPU_TOKENS[is_recorded] // (chunk_size * len(state_NKV)))
 
 
 def _pad(tensor_BTX: torch.Tensor, missing: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Some chunks of the delta rule at once, forward and backward: what ``delta_rule.py`` calls for each segment.
 
-What chunks can compute without the state is computed for all chunks of the segment in large products; only two small
-products for each chunk follow one another. In a chunk of C tokens, with ``c`` the running sum of the log decay,
+What chunks can compute without the state is computed for all chunks of the segment in large products; only what needs
+the state goes chunk by chunk, in small ones. In a chunk of C tokens, with ``c`` the running sum of the log decay,
 ``D_ij = exp(c_i - c_j)`` for j <= i, ``e = exp(c)`` and ``w = exp(c_C - c)``::
 
     T = (I + L)^-1,  L_ij = beta_i D_ij k_i . k_j for j < i          P_ij = D_ij q_i . k_j for j <= i
@@ -20,8 +20,6 @@ from typing import NamedTuple
 import torch
 
 from fla_torch.numerics import reduced_products
-
-_SOLVED_AT_ONCE = 32  # tokens; what is longer is put together from products, which many threads share
 
 
 class Operands(NamedTuple):
@@ -55,7 +53,7 @@ class Segment(torch.autograd.Function):
     def forward(ctx, query, key, value, beta, log_decay, state_NKV, scale, chunk_size, reduced):
         output = torch.empty_like(value, memory_format=torch.contiguous_format)
         inputs, settings = (query, key, value, beta, log_decay), (scale, chunk_size, reduced)
-        final_NKV, kept = run_segment(*inputs, state_NKV, *settings, output)
+        final_NKV, kept = run_segment(*inputs, state_NKV, *settings, output, keep_states=True)
         ctx.save_for_backward(*inputs, *kept)
         ctx.settings = settings
         return output, final_NKV
@@ -81,25 +79,34 @@ def run_segment(
     chunk_size: int,
     reduced: bool,
     output_BTWV: torch.Tensor,
+    *,
+    keep_states: bool = False,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Run whole chunks in the dtype of the state, and write the output into ``output_BTWV``.
 
     Returns:
-        The state after the segment, and what the backward pass needs: the state before each chunk, u and T.
+        The state after the segment, and what the backward pass needs: the state before each chunk (which has no
+        meaning unless ``keep_states``), u and T.
     """
     with reduced_products(reduced):
         inputs = (query_BTHK, key_BTHK, value_BTWV, beta_BTW, log_decay_BTW)
         operands = prepare(*inputs, chunk_size, state_NKV.dtype)
         inverse_ZNCC = invert_unit_lower(operands.key_gram_ZNCC.mul_(operands.beta_ZNC1))
-        update_ZNCV, states_ZNKV, final_NKV = scan(
-            _times(operands.key_ZNCK, operands.since_start_ZNC1),
-            inverse_ZNCC * operands.beta_ZNC1.mT,
-            _times(operands.key_ZNCK, operands.to_end_ZNC1),
+        solving_ZNCC = inverse_ZNCC * operands.beta_ZNC1.mT
+        writing_ZNCK = _times(operands.key_ZNCK, operands.to_end_ZNC1)
+        if operands.since_start_ZNC1 is not None:  # in place: all that is left to do for these two is to read the state
+            operands.key_ZNCK.mul_(operands.since_start_ZNC1)
+            operands.query_ZNCK.mul_(operands.since_start_ZNC1)
+        update_ZNCV, states_ZNKV, final_NKV, output_ZNCV = scan(
+            operands.key_ZNCK,
+            solving_ZNCC,
+            writing_ZNCK,
             operands.value_ZNCV,
             operands.kept_ZN11,
             state_NKV,
+            query_ZNCK=operands.query_ZNCK,
+            keep_states=keep_states,
         )
-        output_ZNCV = _times(operands.query_ZNCK, operands.since_start_ZNC1) @ states_ZNKV
         add_product(output_ZNCV, operands.query_gram_ZNCC, update_ZNCV)
     place_ZBWCV = _by_chunk(output_BTWV, chunk_size)
     torch.mul(output_ZNCV.view(place_ZBWCV.shape), scale, out=place_ZBWCV)
@@ -124,7 +131,7 @@ def segment_gradients(
         d_output_ZNCV = _to_chunks(d_output_BTWV, chunk_size, states_ZNKV.dtype).mul_(scale)
 
         # The same scan from the last chunk to the first, in which reading and writing have changed places.
-        d_solved_ZNCV, d_states_ZNKV, d_state_NKV = scan(
+        d_solved_ZNCV, d_states_ZNKV, d_state_NKV, _ = scan(
             _times(-key_ZNCK, operands.to_end_ZNC1),
             inverse_ZNCC.mT,
             key_ZNCK * -strength_ZNC1,
@@ -206,16 +213,20 @@ def scan(
     kept_ZN11: torch.Tensor | None,
     state_NKV: torch.Tensor,
     *,
+    query_ZNCK: torch.Tensor | None = None,
     added_ZNKV: torch.Tensor | None = None,
+    keep_states: bool = True,
     reverse: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Go through the chunks: ``x = solving (start - reading S)``, then ``S <- kept S + writing^T x + added``.
 
     Returns:
-        x ``[Z, N, C, V]``; the state before each chunk; the state after the last. ``start_ZNCV`` is overwritten.
+        x ``[Z, N, C, V]``; the state before each chunk, without meaning unless ``keep_states``; the state after the
+        last; ``query S``, without meaning if there is no query. ``start_ZNCV`` is overwritten.
     """
     Z, before, after = len(start_ZNCV), int(reverse), int(not reverse)
-    states_ZNKV = state_NKV.new_empty(Z + 1, *state_NKV.shape)
+    keep_states |= _launches_are_dear(start_ZNCV)
+    states_ZNKV = state_NKV.new_empty(Z + 1 if keep_states else 1, *state_NKV.shape).expand(Z + 1, -1, -1, -1)
     states_ZNKV[Z if reverse else 0] = state_NKV
     order = range(Z)[:: -1 if reverse else 1]
     if _launches_are_dear(start_ZNCV):  # one product a chunk, for more operations in all
@@ -230,46 +241,33 @@ def scan(
             torch.baddbmm(moved_ZNKV[z], moving_ZNKK[z], states_ZNKV[z + before], out=states_ZNKV[z + after])
         add_product(start_ZNCV, reading_ZNCK, states_ZNKV[before : before + Z])
         solved_ZNCV = start_ZNCV
+        read_ZNCV = start_ZNCV if query_ZNCK is None else query_ZNCK @ states_ZNKV[before : before + Z]
     else:
-        solved_ZNCV = torch.empty_like(start_ZNCV)
+        solved_ZNCV, read_ZNCV = torch.empty_like(start_ZNCV), torch.empty_like(start_ZNCV)
         for z in order:
             state_NKV, next_NKV = states_ZNKV[z + before], states_ZNKV[z + after]
+            if query_ZNCK is not None:
+                torch.bmm(query_ZNCK[z], state_NKV, out=read_ZNCV[z])
             unsolved_NCV = start_ZNCV[z].baddbmm_(reading_ZNCK[z], state_NKV, alpha=-1)
             torch.bmm(solving_ZNCC[z], unsolved_NCV, out=solved_ZNCV[z])
-            if kept_ZN11 is None:
-                next_NKV.copy_(state_NKV)
-            else:
+            if kept_ZN11 is not None:
                 torch.mul(state_NKV, kept_ZN11[z], out=next_NKV)
+            elif keep_states:
+                next_NKV.copy_(state_NKV)
             if added_ZNKV is not None:
                 next_NKV += added_ZNKV[z]
             next_NKV.baddbmm_(writing_ZNCK[z].mT, solved_ZNCV[z])
-    return solved_ZNCV, states_ZNKV[before : before + Z], states_ZNKV[0 if reverse else Z].clone()
+    return solved_ZNCV, states_ZNKV[before : before + Z], states_ZNKV[0 if reverse else Z].clone(), read_ZNCV
 
 
 def invert_unit_lower(matrix_ZNCC: torch.Tensor) -> torch.Tensor:
-    """Return ``(I + L)^-1`` where L is what lies below the diagonal; C is a power of two.
-
-    By halves: ``(I + [[A, 0], [B, D]])^-1 = [[A', 0], [-D' B A', D']]``, where ``'`` is the inverse of the same kind.
-    """
-    C = matrix_ZNCC.shape[-1]
-    lower_XCC = matrix_ZNCC.flatten(0, 1)
-    identity_CC = torch.eye(C, dtype=matrix_ZNCC.dtype, device=matrix_ZNCC.device)
+    """Return ``(I + L)^-1`` where L is what lies below the diagonal."""
+    identity_CC = torch.eye(matrix_ZNCC.shape[-1], dtype=matrix_ZNCC.dtype, device=matrix_ZNCC.device)
     if _launches_are_dear(matrix_ZNCC):
         return torch.linalg.solve_triangular(matrix_ZNCC, identity_CC, upper=False, unitriangular=True)
-    size = min(C, _SOLVED_AT_ONCE)
-    inverse_XCC = torch.zeros_like(lower_XCC)
-    for start in range(0, C, size):
-        block = slice(start, start + size)
-        inverse_XCC[:, block, block] = torch.linalg.solve_triangular(
-            lower_XCC[:, block, block].mT, identity_CC[block, block], upper=True, left=False, unitriangular=True
-        ).mT
-    while size < C:
-        for start in range(0, C, 2 * size):
-            first, second = slice(start, start + size), slice(start + size, start + 2 * size)
-            product_XCC = lower_XCC[:, second, first] @ inverse_XCC[:, first, first]
-            inverse_XCC[:, second, first] = (inverse_XCC[:, second, second] @ product_XCC).neg_()
-        size *= 2
-    return inverse_XCC.view(matrix_ZNCC.shape)
+    # The transposes, which are solved faster on a CPU.
+    solved_ZNCC = torch.linalg.solve_triangular(matrix_ZNCC.mT, identity_CC, upper=True, left=False, unitriangular=True)
+    return solved_ZNCC.mT
 
 
 def add_product(sum_ZNXX: torch.Tensor, left_ZNXX: torch.Tensor, right_ZNXX: torch.Tensor) -> None:
