@@ -33,7 +33,7 @@ from result_tables import study_table
 from keyreduce.api import calibrate, prune, recover
 from keyreduce.api.request import specs
 from keyreduce.checkpoint.find import find_model, open_model
-from keyreduce.data.batches import bytes_per_token
+from keyreduce.data.batches import SPREAD, bytes_per_token
 from keyreduce.data.text import TextSource, text_source
 from keyreduce.devices import device_name, pick_device
 from keyreduce.evaluation.perplexity import Perplexity, total, window_costs
@@ -90,7 +90,11 @@ def study(options: argparse.Namespace) -> None:
     """Measure everything that the output does not have yet."""
     folder = find_model(options.model)
     found = read_json(options.output) if options.output.exists() else {"model": folder.name, "runs": []}
-    found |= {"calibration_tokens": options.num_batches * BATCH * ROW, "heldout_rows": options.heldout_rows}
+    found |= {
+        "calibration_tokens": options.num_batches * BATCH * ROW,
+        "spread": SPREAD,
+        "heldout_rows": options.heldout_rows,
+    }
     found |= {name: getattr(options, name) for name in ("every", "first_rows")}
     found |= {"device": device_name(pick_device(options.device))}
     found |= {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()}

@@ -37,6 +37,7 @@ from recovery_tables import recovery_tables
 
 from keyreduce.api import calibrate, evaluate, prune, recover
 from keyreduce.checkpoint.find import find_model, open_model
+from keyreduce.data.batches import SPREAD
 from keyreduce.data.text import FileText, text_source
 from keyreduce.devices import device_name, pick_device
 from keyreduce.errors import KeyreduceError
@@ -267,6 +268,7 @@ def summary_of(chosen: argparse.Namespace) -> dict:
     return {
         "model": find_model(chosen.model).name,
         "calibration_tokens": chosen.num_batches * chosen.batch_size * chosen.seq_len,
+        "spread": SPREAD,
         "heldout_rows": chosen.heldout_rows,
         "sizes_for": chosen.sizes_for,
         "device": device_name(pick_device(chosen.device)),

@@ -135,7 +135,9 @@ def main() -> None:
     parser.add_argument("--num-batches", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--spread", type=int, help="times as much text as rows are taken of; by default as recover does")
+    parser.add_argument(
+        "--spread", type=int, help="times as much text as rows are taken of; by default as recover does"
+    )
     parser.add_argument("--heldout-rows", type=int, default=32, help=f"of {HELDOUT_LENGTH} tokens")
     parser.add_argument("--layer-rows", type=int, default=16, help="of these, on which single layers are measured")
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
@@ -195,7 +197,8 @@ class Diagnosis:
         drawn_from = text_token_ids(tokenizer, vocabulary_of(dense.model))
         taken = token_rows(calibration.in_pieces(options.seed), tokenizer, options.seq_len)
         number = options.num_batches * options.batch_size
-        rows = spread_rows(taken, number, options.spread or spread_of(number * options.seq_len))
+        self.spread = options.spread or spread_of(number * options.seq_len)
+        rows = spread_rows(taken, number, self.spread)
         mixed = list(with_repeats(rows, REPEATS, drawn_from, options.seed))
         fitted = list(batches(mixed, options.batch_size))
         repeats = [not one.equal(other) for one, other in zip(mixed, rows, strict=True)]
@@ -221,6 +224,7 @@ class Diagnosis:
             "sizes": sizes._asdict(),
             "device": device_name(self.device),
             "calibration_tokens": sum(self.batches[place].numel() for place in self.fitted),
+            "spread": self.spread,
             "heldout_tokens": sum(self.batches[place].numel() for place in self.heldout),
             "dense": self.losses(self.hidden[-1]),
             "variants": {},

@@ -192,7 +192,7 @@ def _grids(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iter
         more = f"--num-batches {found['calibration_tokens'] // (8 * 512)} --rows {found['predictions'] // 1023}"
         more += " --recover least-squares" if "least-squares" in found["cuts"][0] else ""
         yield _command(f"benchmarks/state_budget.py --output {source.name} {_model(found['model'])} {more}")
-        yield f"{found['device']}, {found['processor']}, torch {found['torch']}, float32."
+        yield f"{found['device']}, {found['processor']}, torch {found['torch']}, float32.{_side_by_side(found)}"
         yield from _text(tables.grid_table(found))
 
 
@@ -216,7 +216,8 @@ def _studies(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> It
         yield _command(
             f"benchmarks/budget_study.py --output {source.name} --work FOLDER {_model(found['model'])} {' '.join(more)}"
         )
-        yield f"{found['device']}, {found['processor']}, torch {found['torch']}, Python {found['python']}, float32."
+        made = f"{found['device']}, {found['processor']}, torch {found['torch']}, Python {found['python']}, float32."
+        yield made + _side_by_side(found)
         yield from _text(tables.study_table(found))
 
 
@@ -389,7 +390,7 @@ def _recoveries(sources: Mapping[str, list[Source]], pictures: list[Picture]) ->
         )
         yield f"{found['device']}, torch {found['torch']}; {found['heldout_rows']} held-out rows of 1,024 tokens."
         if "remark" in found:
-            yield found["remark"]
+            yield found["remark"] + _side_by_side(found)
         yield from _text(recovery_tables(found))
 
 
@@ -402,7 +403,7 @@ def _diagnoses(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> 
         yield f"### {found['model']} ({found['parameters'] / 1e6:.1f}M parameters): least squares, layer by layer"
         _, *asked = found["variants"]  # the first is least squares, which is always made
         amount = f"--num-batches {found['calibration_tokens'] // (8 * 512)} --heldout-rows"
-        amount += f" {found['heldout_tokens'] // 1024} --only {shlex.join(asked)}"
+        amount += f" {found['heldout_tokens'] // 1024} --spread {found.get('spread', 1)} --only {shlex.join(asked)}"
         yield _command(f"benchmarks/repair_diagnosis.py --output {source.name} {_model(found['model'])} {amount}")
         yield (
             f"{found['device']}; cut to {sizes['head_k_dim']} x {sizes['head_v_dim']}. Perplexity over dense; recall "
@@ -462,6 +463,16 @@ def _serving(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> It
         for title, lines in serving_tables(source.content):
             yield f"### {title}"
             yield from _text(iter(lines))
+
+
+def _side_by_side(found: Mapping) -> str:
+    """Return what to know of recoveries that took rows side by side, as all did before ``spread`` was written."""
+    if "spread" in found:
+        return ""
+    return (
+        " Recoveries took rows of text side by side then, of few documents; spread, as they are now, they leave less "
+        "loss ([recover](recover.md#layer-by-layer))."
+    )
 
 
 def _text(lines: Iterator[str]) -> Iterator[str]:

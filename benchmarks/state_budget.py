@@ -21,7 +21,7 @@ from result_tables import grid_table
 from keyreduce.calibration.run import Settings, calibrate_loaded
 from keyreduce.checkpoint.find import find_model
 from keyreduce.checkpoint.folder import open_folder
-from keyreduce.data.batches import token_rows
+from keyreduce.data.batches import SPREAD, token_rows
 from keyreduce.data.text import text_source
 from keyreduce.devices import pick_device
 from keyreduce.evaluation.perplexity import Perplexity
@@ -71,17 +71,17 @@ def measure(options: argparse.Namespace) -> None:
     windows = [Window(row_T, torch.zeros_like(row_T), 1) for row_T in rows]
     choose = {"method": METHODS["auto"], "options": {}, "seed": 0}
     trials = {
-        kind: Trial(dense, module, statistics, windows, text, choose | {"correct": kind == "corrected"}, None)
+        kind: Trial(dense, module, statistics, windows, text, SPREAD, choose | {"correct": kind == "corrected"}, None)
         for kind in KINDS
     }
     if options.recover:
         trials[options.recover] = Trial(
-            dense, module, statistics, windows, text, choose | {"correct": False}, options.recover
+            dense, module, statistics, windows, text, SPREAD, choose | {"correct": False}, options.recover
         )
     layers = dense.family.layer_sizes(module.config)
     before, curves = next(iter(layers.values())), read_curves(open_folder(folder), statistics)
     found = read_json(options.output) if options.output.exists() else {"model": folder.name, "cuts": []}
-    found |= {"calibration_tokens": statistics.tokens, "predictions": len(windows) * (ROW_LENGTH - 1)}
+    found |= {"calibration_tokens": statistics.tokens, "spread": SPREAD, "predictions": len(windows) * (ROW_LENGTH - 1)}
     found |= {"device": str(device), "processor": platform.machine(), "torch": torch.__version__}
     base = Perplexity.of(trials["exact"].costs(dense, "float32")).perplexity
     found["dense_perplexity"] = base
