@@ -155,9 +155,11 @@ def _scale(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iter
     if len({one.content["training"]["parameters"] for one in measured}) > 1:
         pictures.append(Picture("scale-size.png", partial(draw_by_size, [one.content for one in measured]), measured))
         yield "![Perplexity over dense against the number of parameters](pictures/scale-size.png)"
-    largest = max(measured, key=lambda one: one.content["training"]["parameters"])
-    pictures.append(Picture("scale-bytes.png", partial(draw_by_bytes, largest.content), [largest]))
-    yield "![Perplexity over dense against the bytes of the state of the largest model](pictures/scale-bytes.png)"
+    most = max(one.content["training"]["parameters"] for one in measured)
+    largest = [one for one in measured if one.content["training"]["parameters"] > 0.9 * most]
+    contents = [one.content for one in largest]
+    pictures.append(Picture("scale-bytes.png", partial(draw_by_bytes, contents), largest))
+    yield "![Perplexity over dense against the bytes of the state of the largest models](pictures/scale-bytes.png)"
 
 
 def _words(options: Mapping) -> str:

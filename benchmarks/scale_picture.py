@@ -50,33 +50,43 @@ def draw_by_size(found: Sequence[Mapping]) -> Figure:
                 axes.xaxis.set_minor_locator(NullLocator())
                 axes.set_xticks(sorted(sizes), [f"{size:.0f}M" for size in sorted(sizes)])
             axes.axhline(0, color=drawing.GREY, linewidth=0.8)
+            if not any(removed(run) == share for one in models for run in one["runs"]):
+                axes.set_yticks([])
+                axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
             title = f"{_RULES.get(kind, kind)}, {share:.0%} of the state removed"
             drawing.finish(axes, title=title, x="model" if kind == _HYBRIDS else "parameters", y=_COST)
     drawing.legend(figure, list(handles.values()), columns=3)
     return figure
 
 
-def draw_by_bytes(one: Mapping) -> Figure:
-    """Draw the cost against the bytes of one model's state: fewer bits as points, fewer channels as lines by repair."""
-    title = f"What a smaller state costs: {_named(one)}"
-    figure = drawing.new_figure(8.5, 4.6, title, about=_about([one]))
-    axes, handles = figure.subplots(), []
-    for number, (name, points) in enumerate(_by_bytes(one).items()):
-        style: dict[str, Any] = {"linestyle": ""} if len(points) == 1 or name == _BITS else {}
-        style |= {} if name == _BITS else {"fillstyle": "none"}  # some lie upon others
-        look = drawing.lined(number) | {"markersize": 6.5} | style
-        container = drawing.errorbars(axes, *zip(*sorted(points, reverse=True), strict=True), None, look)
-        container.set_label(name)
-        handles.append(container)
-    for run in one["runs"]:
-        if not removed(run):
-            place = state_bytes(one["config"], run) / _MIB, rise(run, one["dense"])
-            shift = {"xytext": (7, 5), "textcoords": "offset points", "fontsize": "small"}
-            axes.annotate(run["state_dtype"], place, **shift)
-    points = [(size, cost, 0.0) for way in _by_bytes(one).values() for size, cost in way]
-    scale_axes(axes, state_bytes(one["config"], {}) / _MIB, points)
-    drawing.finish(axes, x="state of a sequence in all layers, MiB (share of the dense state in float32)", y=_COST)
-    drawing.legend(figure, handles, columns=2)
+def draw_by_bytes(found: Sequence[Mapping]) -> Figure:
+    """Draw the cost against the bytes of each model's state: fewer bits as points, fewer channels as lines by repair."""
+    title = f"What a smaller state costs: {_named(found[0])}" if len(found) == 1 else _title(found)
+    figure = drawing.new_figure(max(8.5, 6.2 * len(found)), 4.6, title, about=_about(found))
+    looks: dict[str, dict[str, Any]] = {}
+    handles: dict[str, Any] = {}
+    ways = [_by_bytes(one) for one in found]
+    costs = [cost for way in ways for points in way.values() for _, cost in points]
+    panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
+    for one, way, axes in zip(found, ways, panels, strict=True):
+        for name, points in way.items():
+            style: dict[str, Any] = {"linestyle": ""} if len(points) == 1 or name == _BITS else {}
+            style |= {} if name == _BITS else {"fillstyle": "none"}  # some lie upon others
+            look = looks.setdefault(name, drawing.lined(len(looks))) | {"markersize": 6.5} | style
+            container = drawing.errorbars(axes, *zip(*sorted(points, reverse=True), strict=True), None, look)
+            container.set_label(name)
+            handles.setdefault(name, container)
+        for run in one["runs"]:
+            if not removed(run):
+                place = state_bytes(one["config"], run) / _MIB, rise(run, one["dense"])
+                shift = {"xytext": (7, 5), "textcoords": "offset points", "fontsize": "small"}
+                axes.annotate(run["state_dtype"], place, **shift)
+        least = min(size for points in way.values() for size, _ in points)
+        scale_axes(axes, state_bytes(one["config"], {}) / _MIB, [(least, cost, 0.0) for cost in costs])
+        x = "state of a sequence in all layers, MiB (share of the dense state in float32)"
+        title = _named(one) if len(found) > 1 else ""
+        drawing.finish(axes, title=title, x=x, y=_COST if axes is panels[0] else "")
+    drawing.legend(figure, list(handles.values()), columns=2)
     return figure
 
 
@@ -121,8 +131,9 @@ def _repair(run: Mapping) -> str:
 
 
 def _title(found: Sequence[Mapping]) -> str:
-    sizes = sorted(one["training"]["parameters"] for one in found)
-    return f"What a smaller state costs: models of {sizes[0] / 1e6:.0f}M to {sizes[-1] / 1e6:.0f}M parameters"
+    sizes = sorted({f"{one['training']['parameters'] / 1e6:.0f}M" for one in found}, key=lambda size: float(size[:-1]))
+    of = sizes[0] if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    return f"What a smaller state costs: models of {of} parameters"
 
 
 def _named(one: Mapping) -> str:
