@@ -205,7 +205,7 @@ class Diagnosis:
         self.is_repeat = [torch.tensor(some) for some in _in_pieces(repeats, options.batch_size)]
         heldout = text_source(options.heldout, default="heldout")
         taken = token_rows(heldout.in_pieces(options.seed + 1), tokenizer, HELDOUT_LENGTH)
-        text = list(batches(taken, 4, max(1, options.heldout_rows // 4)))
+        text = list(batches(spread_rows(taken, max(4, options.heldout_rows // 4 * 4)), 4))
         like = torch.zeros(HELDOUT_LENGTH // 2, dtype=torch.long)
         recall = list(batches(with_repeats([like] * RECALL_ROWS, 1.0, drawn_from, options.seed + 2), RECALL_ROWS))
         self.batches = [*fitted, *text, *recall]

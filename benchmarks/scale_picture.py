@@ -60,7 +60,7 @@ def draw_by_size(found: Sequence[Mapping]) -> Figure:
 
 
 def draw_by_bytes(found: Sequence[Mapping]) -> Figure:
-    """Draw the cost against the bytes of each model's state: fewer bits as points, fewer channels as lines by repair."""
+    """Draw the cost against the bytes of each model's state: fewer bits as points, fewer channels by repair."""
     title = f"What a smaller state costs: {_named(found[0])}" if len(found) == 1 else _title(found)
     figure = drawing.new_figure(max(8.5, 6.2 * len(found)), 4.6, title, about=_about(found))
     looks: dict[str, dict[str, Any]] = {}
