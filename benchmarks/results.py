@@ -390,9 +390,10 @@ def _recoveries(sources: Mapping[str, list[Source]], pictures: list[Picture]) ->
             f"benchmarks/recovery_study.py --output FOLDER --summary {source.name} {_model(found['model'])} {words} "
             f"--heldout-rows {found['heldout_rows']} --num-batches {found['calibration_tokens'] // (8 * 512)}"
         )
-        yield f"{found['device']}, torch {found['torch']}; {found['heldout_rows']} held-out rows of 1,024 tokens."
+        made = f"{found['device']}, torch {found['torch']}; {found['heldout_rows']} held-out rows of 1,024 tokens."
+        yield made + _side_by_side(found)
         if "remark" in found:
-            yield found["remark"] + _side_by_side(found)
+            yield found["remark"]
         yield from _text(recovery_tables(found))
 
 
