@@ -9,6 +9,9 @@ from keyreduce.families import family_of
 from keyreduce.outputs import read_json
 from keyreduce.serving.state_formats import bytes_of
 
+_NO_TIME = ("s are left", "no time is left", "time of this call was over", "what it begins with was not made")
+"""What `scale_study.py` says of a step for which there was not time, or not for one before it."""
+
 
 def print_tables(folder: Path) -> None:
     """Print as Markdown what the models are, what each repair leaves, and what was left out."""
@@ -30,12 +33,12 @@ def scale_tables(found: Sequence[Mapping]) -> Iterator[str]:
             yield from _runs_table(measured, lambda run, dense, kind=kind: _recall_cell(run, dense, kind))
         yield from ("", "Seconds of the repair:", "")
         yield from _runs_table(measured, lambda run, dense: f"{run['seconds']:.0f}" if run.get("seconds") else "")
-    for one in found:
-        reasons: dict[str, list[str]] = {}
-        for name, why in one.get("left_out", {}).items():
-            reasons.setdefault(why, []).append(name)
-        for why, names in reasons.items():
-            yield from ("", f"Left out of {one['model']}: {', '.join(names)}: {why}.")
+    left_out = [(one["model"], name, why) for one in found for name, why in one.get("left_out", {}).items()]
+    failed = [step for step in left_out if not any(words in step[2] for words in _NO_TIME)]
+    if len(failed) < len(left_out):
+        yield from ("", "Cells are empty where there was not time for a step.")
+    for model, name, why in failed:
+        yield from ("", f"{model}, {name}, was left out: {why}.")
 
 
 def rise(run: Mapping, dense: Mapping) -> float:

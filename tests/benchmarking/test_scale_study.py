@@ -216,3 +216,14 @@ def test_rows_at_a_time(is_wrong, model, rows, tmp_path, monkeypatch):
     command = study.training_command(model, 1.0)
     assert command[command.index("--micro-batch") + 1] == str(rows)
     assert command[command.index("--batch-size") + 1] == "64"
+
+
+def test_the_tables_tell_of_failures_and_not_of_each_step_without_time(monkeypatch):
+    tables = importlib.import_module(imported(monkeypatch).print_tables.__module__)
+    late = {"state=0.5 none": "it takes 43 s, and 0 s are left", "dense": "what it begins with was not made"}
+    one = {"model": "tiny", "config": {"model_type": "delta_net"}, "left_out": late}
+    assert [line for line in tables.scale_tables([one]) if line.startswith("Cells")] == [
+        "Cells are empty where there was not time for a step."
+    ]
+    lines = list(tables.scale_tables([one | {"left_out": {"dense": "OutOfMemoryError: 80 GB"}}]))
+    assert lines[-1] == "tiny, dense, was left out: OutOfMemoryError: 80 GB."
