@@ -89,12 +89,10 @@ def main() -> None:
 def study(options: argparse.Namespace) -> None:
     """Measure everything that the output does not have yet."""
     folder = find_model(options.model)
-    found = read_json(options.output) if options.output.exists() else {"model": folder.name, "runs": []}
-    found |= {
-        "calibration_tokens": options.num_batches * BATCH * ROW,
-        "spread": SPREAD,
-        "heldout_rows": options.heldout_rows,
-    }
+    found = (
+        read_json(options.output) if options.output.exists() else {"model": folder.name, "spread": SPREAD, "runs": []}
+    )
+    found |= {"calibration_tokens": options.num_batches * BATCH * ROW, "heldout_rows": options.heldout_rows}
     found |= {name: getattr(options, name) for name in ("every", "first_rows")}
     found |= {"device": device_name(pick_device(options.device))}
     found |= {"processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()}

@@ -37,7 +37,7 @@ from recovery_tables import recovery_tables
 
 from keyreduce.api import calibrate, evaluate, prune, recover
 from keyreduce.checkpoint.find import find_model, open_model
-from keyreduce.data.batches import SPREAD
+from keyreduce.data.batches import spread_of
 from keyreduce.data.text import FileText, text_source
 from keyreduce.devices import device_name, pick_device
 from keyreduce.errors import KeyreduceError
@@ -148,7 +148,7 @@ def make_start(chosen: argparse.Namespace, start: Start) -> None:
     if start.repair != "none":
         fields = {"num_batches": chosen.num_batches, **rows_of(chosen), **recovery_of(start.repair)}
         result = recover_into(folder, chosen, pruned, start.seed, fields)
-        run |= {"seconds": result.seconds, "layers": result.layers}
+        run |= {"seconds": result.seconds, "layers": result.layers, "spread": spread_of(result.tokens)}
     write_run(chosen, path, run | measure(chosen, folder))
 
 
@@ -268,7 +268,6 @@ def summary_of(chosen: argparse.Namespace) -> dict:
     return {
         "model": find_model(chosen.model).name,
         "calibration_tokens": chosen.num_batches * chosen.batch_size * chosen.seq_len,
-        "spread": SPREAD,
         "heldout_rows": chosen.heldout_rows,
         "sizes_for": chosen.sizes_for,
         "device": device_name(pick_device(chosen.device)),

@@ -470,7 +470,10 @@ def _serving(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> It
 
 def _side_by_side(found: Mapping) -> str:
     """Return what to know of recoveries that took rows side by side, as all did before ``spread`` was written."""
-    if "spread" in found or all(run["repair"] == "none" for run in found.get("runs", [{"repair": ""}])):
+    runs = [run for name in ("runs", "recoveries") for run in found.get(name, ())]
+    if "spread" in found or (
+        runs and all("spread" in run for run in runs if run["repair"] != "none" and not run.get("kind"))
+    ):
         return ""
     return (
         " Recoveries took rows of text side by side then, of few documents; spread, as they are now, they leave less "

@@ -20,7 +20,7 @@ _MIB = 2**20
 def draw_by_size(found: Sequence[Mapping]) -> Figure:
     """Draw the cost of each repair against the parameters of the models: a panel for each rule and share removed.
 
-    Hybrids have one size each, and stand side by side.
+    Hybrids have a column of their own, in which they stand side by side.
     """
     kinds = dict.fromkeys([*_RULES, *(_kind(one) for one in found)])
     columns = [models for kind in kinds if (models := [one for one in found if _kind(one) == kind])]
@@ -54,7 +54,8 @@ def draw_by_size(found: Sequence[Mapping]) -> Figure:
                 axes.set_yticks([])
                 axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
             title = f"{_RULES.get(kind, kind)}, {share:.0%} of the state removed"
-            drawing.finish(axes, title=title, x="model" if kind == _HYBRIDS else "parameters", y=_COST)
+            x = "model" if kind == _HYBRIDS else "parameters"
+            drawing.finish(axes, title=title, x=x if share == shares[-1] else "", y=_COST)
     drawing.legend(figure, list(handles.values()), columns=3)
     return figure
 

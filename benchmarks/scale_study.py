@@ -134,7 +134,7 @@ class Step(NamedTuple):
         path: the file that is there when it was done.
         needs: files that must be there before.
         call: what a process calls.
-        amount: tokens, of a step that takes as long as these are many.
+        amount: the tokens that it trains on; 1 for other steps.
     """
 
     model: str
@@ -387,7 +387,8 @@ class Study:
     def expected(self, step: Step) -> float:
         """Return how long a step may take, by those of its kind; 0 where none was made yet.
 
-        It is proportional to parameters and tokens at the most: a part of it is the same for all. A training can pause.
+        It is proportional to parameters and tokens at the most: a part of it is the same for all steps. A training
+        can pause.
         """
         if step.kind == TRAINING:
             return PAUSING + min(SHORTEST, 60 * self.minutes_of(step.model))

@@ -27,7 +27,7 @@ def scale_tables(found: Sequence[Mapping]) -> Iterator[str]:
     measured = [one for one in found if one.get("runs")]
     if measured:
         yield from ("", "Increase of perplexity over the dense model:", "")
-        yield from _runs_table(measured, lambda run, dense: f"{rise(run, dense):+.2f}%")
+        yield from _runs_table(measured, lambda run, dense: f"{round(rise(run, dense), 2) + 0.0:+.2f}%")
         for kind in measured[0]["dense"]["recall"]:
             yield from ("", f"{kind}: share right, of eight answers, and its difference from the dense model:", "")
             yield from _runs_table(measured, lambda run, dense, kind=kind: _recall_cell(run, dense, kind))

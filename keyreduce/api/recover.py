@@ -40,9 +40,10 @@ def _setting(name: str, help: str, **settings: Any) -> Any:
 class RecoverRequest(options.OfRun, options.OfText, options.OfPair, options.Uploaded):
     """Win quality back after pruning. Sizes and config stay as pruned.
 
-    least-squares and reconstruct go layer by layer, from the bottom up, in float32: each is fitted to what the dense
-    model's layer gives, on the hidden states of the recovered layers below it. lora and full train the whole model:
-    --num-batches steps of --batch-size rows, in one process or under torchrun.
+    least-squares and reconstruct go layer by layer, from the bottom up: each is fitted to what the dense model's layer
+    gives, on the hidden states of the recovered layers below it. Their rows are spread over up to eight times as much
+    text. lora and full train the whole model: --num-batches steps of --batch-size rows, in one process or under
+    torchrun.
     """
 
     mode: Mode = option(modes.AUTO, _MODE_HELP)

@@ -68,7 +68,7 @@ def token_rows(
 def spread_rows(rows: Iterable[torch.Tensor], number: int, spread: int = SPREAD) -> list[torch.Tensor]:
     """Return ``number`` rows, evenly spaced, of the first ``spread`` times as many; all where there are no more.
 
-    Rows side by side are of one document, and what fits one document may not fit others.
+    Rows side by side are of few documents, and what fits few may not fit others.
     """
     drawn = list(islice(rows, number * spread))
     taken = min(number, len(drawn))

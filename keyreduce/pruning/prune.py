@@ -22,7 +22,7 @@ from keyreduce.pruning.plan import Plan
 from keyreduce.pruning.savings import Savings, savings
 from keyreduce.workspace import PROJECTIONS_NAME
 
-ALGORITHM = 1
+ALGORITHM = 2
 """Raised when a cut comes out otherwise than before, so that older outputs are not taken for the same."""
 
 CORRECTION = 1

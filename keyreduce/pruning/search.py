@@ -48,8 +48,8 @@ class Considered:
         predicted: the score of :mod:`keyreduce.pruning.prediction`; it has no unit, and knows nothing of formats.
         perplexity_increase: the measured increase over the dense model with a state in float32, as a share; and its
             standard error over rows of text.
-        decode_seconds, prefill_seconds: of one mixer layer, for a step of eight sequences and a token of a prompt; of
-            those between which the increase does not decide.
+        decode_seconds, prefill_seconds: of one mixer layer, for a step of eight sequences and a token of a prompt; None
+            unless this is one of several sizes between which the increase does not decide.
     """
 
     key_heads: int

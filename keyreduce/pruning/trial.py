@@ -98,9 +98,8 @@ class Trial:
         taken = spread_rows(drawn[first(spread) :], ROWS, SPREAD)
         if len(taken) < 2:
             raise KeyreduceError(
-                f"after the {first(spread) * ROW_LENGTH:,} tokens that are for the choice, the text has not "
-                f"{2 * ROW_LENGTH:,} more to measure "
-                "candidates on: give more text, or `search` predicted"
+                f"after the {first(spread) * ROW_LENGTH:,} tokens for the choice and the recovery of candidates, the "
+                f"text has not {2 * ROW_LENGTH:,} more to measure candidates on: give more text, or `search` predicted"
             )
         windows = [Window(row_T, torch.zeros_like(row_T), 1) for row_T in taken]
         module = ModuleCheckpoint(dense.model)

@@ -51,7 +51,8 @@ class NormalEquations:
     def solve(self, strengths: Sequence[float]) -> list[torch.Tensor]:
         """Return a correction ``[D, C]``, float64, for each strength, a multiple of the mean square of the inputs.
 
-        What is NaN or inf in the sums is so in the corrections.
+        Where the sums are not finite, the corrections are not either. The smallest penalty is far above the rounding of
+        sums in float64, so that a Cholesky decomposition of finite ones does not fail.
         """
         mean = self.gram_CC.diagonal().mean()
         found = []

@@ -32,8 +32,8 @@ class Pace:
     """How gradient steps run.
 
     Attributes:
-        is_mixed: whether matrix products take bfloat16, and in float32 TF32. Weights, the optimizer and the error are
-            float32 anyway.
+        is_mixed: whether matrix products of a step take bfloat16, and those in float32, also in all that is done before
+            and after the steps, TF32. Weights, the optimizer and the error are float32 anyway.
         is_recorded: whether a step is recorded and replayed. It becomes false where that turns out not to work.
         kernels: ``torch`` is the PyTorch backend, ``fla`` fla's own Triton kernels where they are known to be right,
             which is for mixed precision alone.
@@ -67,7 +67,7 @@ class Pace:
                 prepare_backend(device, gradients=True)
 
     def products(self) -> contextlib.AbstractContextManager:
-        """Return what all that is in float32 runs in: matrix products on CUDA take TF32, if mixed."""
+        """Return a context in which matrix products in float32 on CUDA take TF32, if mixed."""
         return _tf32(self.is_mixed)
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
