@@ -225,6 +225,7 @@ class Diagnosis:
             "device": device_name(self.device),
             "calibration_tokens": sum(self.batches[place].numel() for place in self.fitted),
             "spread": self.spread,
+            "layer_rows": options.layer_rows,
             "heldout_tokens": sum(self.batches[place].numel() for place in self.heldout),
             "dense": self.losses(self.hidden[-1]),
             "variants": {},

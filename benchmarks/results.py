@@ -403,10 +403,14 @@ def _diagnoses(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> 
     for source in sources["diagnosis"]:
         found = source.content
         sizes, few = found["sizes"], found["few_rows"]
-        yield f"### {found['model']} ({found['parameters'] / 1e6:.1f}M parameters): least squares, layer by layer"
+        spread = found.get("spread", 1)
+        title = f"{found['model']} ({found['parameters'] / 1e6:.1f}M parameters): least squares, layer by layer"
+        yield f"### {title}{', rows side by side' if spread == 1 else ''}"
         _, *asked = found["variants"]  # the first is least squares, which is always made
         amount = f"--num-batches {found['calibration_tokens'] // (8 * 512)} --heldout-rows"
-        amount += f" {found['heldout_tokens'] // 1024} --spread {found.get('spread', 1)} --only {shlex.join(asked)}"
+        amount += f" {found['heldout_tokens'] // 1024} --spread {spread}"
+        amount += f" --layer-rows {found['layer_rows']}" if found.get("layer_rows", 16) != 16 else ""
+        amount += f" --only {shlex.join(asked)}"
         yield _command(f"benchmarks/repair_diagnosis.py --output {source.name} {_model(found['model'])} {amount}")
         yield (
             f"{found['device']}; cut to {sizes['head_k_dim']} x {sizes['head_v_dim']}. Perplexity over dense; recall "
