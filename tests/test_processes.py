@@ -142,8 +142,8 @@ import pathlib, subprocess, sys, time
 folder = pathlib.Path(sys.argv[1])
 child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
 (folder / "pids.new").write_text(str(child.pid))
-(folder / "pids.new").rename(folder / "pids")
 try:
+    (folder / "pids.new").rename(folder / "pids")  # from now on it may be interrupted
     time.sleep(600)
 except KeyboardInterrupt:
     (folder / "cleared").touch()
