@@ -438,6 +438,8 @@ class Study:
         training = self.trained(model) / "training.json"
         if training.exists():
             found["training"] = {name: value for name, value in read_json(training).items() if name != "arguments"}
+            for text in ("text", "heldout_text"):
+                found["training"][text].pop("roots", None)  # folders of one machine
             found |= {"calibration_tokens": self.options.num_batches * 8 * self.chosen(model).seq_len}
             for step in self.steps(model):
                 if step.kind != TRAINING and step.path.exists():
