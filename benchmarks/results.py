@@ -480,8 +480,8 @@ def _side_by_side(found: Mapping) -> str:
     ):
         return ""
     return (
-        " Recoveries took rows of text side by side then, of few documents; spread, as they are now, they leave less "
-        "loss ([recover](recover.md#layer-by-layer))."
+        " Recoveries took rows of text side by side then, of few documents; now these are spread, which changes what "
+        "is left ([recover](recover.md#layer-by-layer))."
     )
 
 

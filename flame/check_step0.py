@@ -4,7 +4,7 @@
 
 The model that flame builds from the config is filled by torchtitan's own checkpoint manager, as at the first step of a
 job, and every number is compared with the one in the files. Without torchtitan, or with one whose manager is not known
-here, torch's ``dcp.load`` does what the manager would: that is told, and is a check of the layout alone.
+here, torch's ``dcp.load`` does what the manager would: the output says so, and only the layout is checked then.
 """
 
 import argparse

@@ -86,9 +86,9 @@ def from_first_process(*numbers: float) -> list[float]:
     """
     if not torch.distributed.is_initialized():
         return list(numbers)
-    told = torch.tensor(numbers, dtype=torch.float64)
-    torch.distributed.broadcast(told, 0, group=_cpu_group())
-    return told.tolist()
+    shared = torch.tensor(numbers, dtype=torch.float64)
+    torch.distributed.broadcast(shared, 0, group=_cpu_group())
+    return shared.tolist()
 
 
 def _cpu_group() -> torch.distributed.ProcessGroup:

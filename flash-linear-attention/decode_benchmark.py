@@ -269,7 +269,7 @@ def figures(size: Size, B: int, times: RoundTimes, theirs: RoundTimes, ceiling: 
     return dict(us=1e6 * times.median, share=share, speedup=faster, speedup_low=low, speedup_high=high)
 
 
-def told(row: dict) -> str:
+def timing(row: dict) -> str:
     interval = f"{row['speedup_low']:.4f}-{row['speedup_high']:.4f}"
     return f"{row['us']:7.2f} us {row['share']:6.1%}  x{row['speedup']:.4f} ({interval})"
 
@@ -352,7 +352,7 @@ def finals(size: Size, B: int, tilings: Sequence[Tiling], ceiling: float) -> lis
         against = times["behind a kernel: fla" if "behind" in name else "fla"]
         moved = size._replace(dtype=torch.float32) if "fla" in name else size
         row = dict(size=str(size), B=B, name=name, **figures(moved, B, found, against, ceiling))
-        say(f"{size} B={B:3} {told(row)} {name} {'in use' if name == str(tuple(used)) else ''}")
+        say(f"{size} B={B:3} {timing(row)} {name} {'in use' if name == str(tuple(used)) else ''}")
         rows.append(row)
     return rows
 
@@ -383,7 +383,7 @@ def compare(sizes: Sequence[Size], batches: Sequence[int], best: Mapping[Size, T
             row |= dict(copy_us=1e6 * copied.median, of_copy=of_copy, of_copy_low=low, of_copy_high=high)
             row |= dict(fla_us=fla["us"], fla_share=fla["share"])
             say(
-                f"{size!s:60} B={B:3} ours {told(row)}  of its copy {row['of_copy']:6.1%} ({row['copy_us']:.1f} us)  "
+                f"{size!s:60} B={B:3} ours {timing(row)}  of its copy {row['of_copy']:6.1%} ({row['copy_us']:.1f} us)  "
                 f"fla {row['fla_us']:7.1f} us {row['fla_share']:6.1%}  {tuple(tiling)}"
             )
             yield row
