@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from result_tables import study_table
+from result_tables import UNREPAIRED, study_table
 
 from keyreduce.api import calibrate, prune, recover
 from keyreduce.api.request import specs
@@ -48,7 +48,6 @@ from keyreduce.reporting import Reporter
 
 BATCH, ROW = 8, 512
 HELDOUT_ROW = 1024
-UNREPAIRED = ("exact", "none")
 DISTILLED = "-distilled"
 RECALL = RecallSettings(("mqar", "needle"), (256, 1024), (4, 16), 16, 0)
 

@@ -7,7 +7,8 @@
     python benchmarks/recovery_study.py ... --table [--summary FILE.json]
 
 A ratio is a share of the key channels, or `state=SHARE` of the state, whose sizes `keyreduce prune --state-ratio`
-chooses. A repair is a mode of `keyreduce recover` that goes layer by layer. A kind is one that trains the model after
+chooses. A repair is a mode of `keyreduce recover` that goes layer by layer; with `none` there is only the correction of
+the writing strength, with `exact` not even that. A kind is one that trains the model after
 it, distilled or not from the dense model. After a colon come the options that are not their defaults. Both take the
 calibration text, and each seed another order of it. Each number of tokens is a run of its own, with its own schedule.
 
@@ -34,6 +35,7 @@ from typing import NamedTuple
 import torch
 from budget_study import chosen_sizes, recovery_of
 from recovery_tables import recovery_tables
+from result_tables import UNREPAIRED
 
 from keyreduce.api import calibrate, evaluate, prune, recover
 from keyreduce.checkpoint.find import find_model, open_model
@@ -127,11 +129,11 @@ def in_processes(function: Callable[..., None], calls: Sequence[tuple], jobs: in
 
 
 def make_start(chosen: argparse.Namespace, start: Start) -> None:
-    """Prune the model, recover it unless ``repair`` is ``none``, and measure it, unless that was done."""
+    """Prune the model, recover it if ``repair`` is a mode of that, and measure it, unless that was done."""
     path, folder = files_of(chosen, start)
     if path.exists():
         return
-    pruned = folder if start.repair == "none" else folder.with_name(f"{folder.name}-pruned")
+    pruned = folder if start.repair in UNREPAIRED else folder.with_name(f"{folder.name}-pruned")
     request = prune.PruneRequest(
         model=chosen.model,
         calibration=calibration_file(chosen, start.seed),
@@ -145,7 +147,7 @@ def make_start(chosen: argparse.Namespace, start: Start) -> None:
     assert isinstance(result, prune.PruneResult)
     sizes = [result.key_heads[1], result.head_k_dim[1], result.head_v_dim[1]]
     run = {**start._asdict(), "kind": None, "tokens": 0, "seconds": 0.0, "sizes": sizes}
-    if start.repair != "none":
+    if start.repair not in UNREPAIRED:
         fields = {"num_batches": chosen.num_batches, **rows_of(chosen), **recovery_of(start.repair)}
         result = recover_into(folder, chosen, pruned, start.seed, fields)
         run |= {"seconds": result.seconds, "layers": result.layers, "spread": spread_of(result.tokens)}

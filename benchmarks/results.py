@@ -476,7 +476,7 @@ def _side_by_side(found: Mapping) -> str:
     """Return what to know of recoveries that took rows side by side, as all did before ``spread`` was written."""
     runs = [run for name in ("runs", "recoveries") for run in found.get(name, ())]
     if "spread" in found or (
-        runs and all("spread" in run for run in runs if run["repair"] != "none" and not run.get("kind"))
+        runs and all("spread" in run for run in runs if run["repair"] not in tables.UNREPAIRED and not run.get("kind"))
     ):
         return ""
     return (

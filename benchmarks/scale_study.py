@@ -1,7 +1,7 @@
 """What pruning and repairs cost as models grow: models are trained here, then cut, repaired, distilled and measured.
 
     python benchmarks/scale_study.py --minutes 25 --output DIR [--work DIR] [--pause-after 9] [--models NAME ...]
-        [--ratios 0.5 0.75] [--repairs none least-squares reconstruct] [--tokens 1000000 4000000 250000 16000000]
+        [--ratios 0.5 0.75] [--repairs exact none least-squares reconstruct] [--tokens 1000000 4000000 250000 16000000]
         [--state-dtypes bfloat16 int8] [--workers 2]
     python benchmarks/scale_study.py --table --output DIR
 
@@ -99,7 +99,8 @@ def parse_arguments(words: list[str] | None = None) -> Namespace:
     add("--models", nargs="+", default=list(MODELS), help=f"of {', '.join(MODELS)}, or paths of configs")
     add("--train-share", type=float, default=0.44, help="of the minutes, for the trainings together")
     add("--ratios", nargs="+", default=["0.5", "0.75"], help="of the state, to remove")
-    add("--repairs", nargs="+", default=["none", "least-squares", "reconstruct"], help="as in recovery_study.py")
+    repairs = ["exact", "none", "least-squares", "reconstruct"]
+    add("--repairs", nargs="+", default=repairs, help="as in recovery_study.py")
     kind = "full-distilled:lr=4e-5,batch_size=16,seq_len=1024"
     add("--kind", default=kind, help="the training after the last repair, as in recovery_study.py")
     add("--tokens", type=int, nargs="*", default=[1_000_000, 4_000_000, 250_000, 16_000_000], help="of that")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from result_tables import table
+from result_tables import UNREPAIRED, table
 
 from keyreduce.families import family_of
 from keyreduce.outputs import read_json
@@ -11,6 +11,8 @@ from keyreduce.serving.state_formats import bytes_of
 
 _NO_TIME = ("s are left", "no time is left", "time of this call was over", "what it begins with was not made")
 """What `scale_study.py` says of a step for which there was not time, or not for one before it."""
+_REPAIRS = (*UNREPAIRED, "least-squares", "reconstruct")  # or how their names begin, in the order of the rows
+_NAMES = dict(zip(UNREPAIRED, ("none, uncorrected", "none"), strict=True))
 
 
 def print_tables(folder: Path) -> None:
@@ -85,16 +87,15 @@ def _runs_table(found: Sequence[Mapping], tell: Callable[[Mapping, Mapping], str
             cells.append(tell(runs[0], one["dense"]) if runs else "")
         share, _, tokens, repair, dtype = key
         if any(cells):
-            about = [f"-{100 * share:g}%" if share else "whole", dtype, repair, f"{tokens:,}" if tokens else ""]
-            rows.append([*about, *cells])
+            about = [f"-{100 * share:g}%" if share else "whole", dtype, _NAMES.get(repair, repair)]
+            rows.append([*about, f"{tokens:,}" if tokens else "", *cells])
     yield from table(["state", "kept in", "repair", "tokens distilled", *(one["model"] for one in found)], rows)
 
 
 def _key_of(run: Mapping) -> tuple[float, int, int, str, str]:
     """Return what a run is of, the order of rows first; a repair comes when the shorter ones have come."""
     dtype = run.get("state_dtype", "float32")
-    order = [name for name in ("none", "least-squares", "reconstruct") if run["repair"].startswith(name)]
-    place = ("none", "least-squares", "reconstruct").index(order[0]) if order else 3
+    place = next((place for place, name in enumerate(_REPAIRS) if run["repair"].startswith(name)), len(_REPAIRS))
     return removed(run), 10 * place + (dtype != "float32"), run["tokens"], run["repair"], dtype
 
 

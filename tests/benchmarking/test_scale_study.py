@@ -33,7 +33,7 @@ def study(tmp_path, monkeypatch):
     words = ["--output", tmp_path / "out", "--work", tmp_path / "work", "--models", tmp_path / "tiny.json"]
     words += ["--installed", tmp_path / "text", "--minutes", 100, "--train-share", 3 / 6000, "--ratios", 0.5]
     words += ["--num-batches", 1, "--heldout-rows", 2, "--row-length", 32, "--rows", 4, "--tokens", 64]
-    words += ["--kind", "full-distilled:batch_size=2,seq_len=32", "--repairs", "none", "reconstruct:steps=1"]
+    words += ["--kind", "full-distilled:batch_size=2,seq_len=32", "--repairs", "exact", "none", "reconstruct:steps=1"]
     words += ["--state-dtypes", "int4"]
     monkeypatch.setattr(module, "run_jobs", in_this_process(monkeypatch))
     monkeypatch.setattr(module, "Workers", InThisProcess)
@@ -122,7 +122,7 @@ def test_study(study, tmp_path, capsys):
     kinds = [(run["repair"], run["kind"], run["tokens"]) for run in found_in_float32]
     repaired = "reconstruct:steps=1"
     trained = (repaired, "full-distilled:batch_size=2,seq_len=32", 64)
-    assert kinds == [("none", None, 0), (repaired, None, 0), trained]
+    assert kinds == [("exact", None, 0), ("none", None, 0), (repaired, None, 0), trained]
     assert all(run["ratio"] == "state=0.5" and run["perplexity"] > 1 for run in found_in_float32)
     heads, keys, values = found_in_float32[0]["sizes"]
     assert 0.4 < heads * keys * values / (2 * 16 * 16) <= 0.5
@@ -130,9 +130,9 @@ def test_study(study, tmp_path, capsys):
     assert [(run["ratio"], run["repair"]) for run in in_int4] == [("state=0", "none"), ("state=0.5", repaired)]
     dense_in_int4, cut_in_int4 = (run["perplexity"] for run in in_int4)
     assert dense_in_int4 != found["dense"]["perplexity"]
-    assert cut_in_int4 != found_in_float32[1]["perplexity"]
+    assert cut_in_int4 != found_in_float32[2]["perplexity"]
     assert not found["left_out"]
-    rise = 100 * (found_in_float32[0]["perplexity"] / found["dense"]["perplexity"] - 1)
+    rise = 100 * (found_in_float32[1]["perplexity"] / found["dense"]["perplexity"] - 1)
     printed = capsys.readouterr().out
     assert f"tiny: {folder}/model: {training['heldout_bits_per_byte']:.3f} bits per byte" in printed
     assert f"| -50% | float32 | none |  | {rise:+.2f}% |" in printed
