@@ -42,6 +42,7 @@ from keyreduce.devices import pick_device, pick_dtype
 from keyreduce.errors import KeyreduceError
 from keyreduce.evaluation.perplexity import Perplexity, total
 from keyreduce.families import family_of
+from keyreduce.models.classes import family_in
 from keyreduce.models.in_memory import ModuleCheckpoint, loaded_module
 from keyreduce.models.loading import LoadedModel, load_model
 from keyreduce.pruning.in_memory import pruned_module
@@ -210,9 +211,9 @@ def recover(
     request = request.resolved(device.type)
     given = request.settings
     where: dict[str, Any] = {"device": device, "repeats": given.pop("repeats", REPEATS), "note": reporter.note}
-    steps = make_steps(request.mode, given)
-    amount = Settings(request.num_batches, request.batch_size, request.seq_len, request.seed)
+    amount = request.amount(device.type, family_in(model).width(model.config.to_dict()))
     amount.check()
+    steps = make_steps(request.mode, given, amount.num_batches)
     if mode == AUTO:
         reporter.note(auto_note(request.mode))
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}

@@ -51,9 +51,9 @@ def config() -> Any:
     return option(None, "For a DCP without one: config.json, or its folder.", metavar="PATH", panel="Model")
 
 
-def num_batches(default: int, help: str = "Batches to run.", minimum: int = 1) -> Any:
+def num_batches(default: int | None, help: str = "Batches to run.", minimum: int = 1, **more: Any) -> Any:
     """How many batches of text."""
-    return option(default, help, env="NUM_BATCHES", minimum=minimum, maximum=MOST, **TEXT)
+    return option(default, help, env="NUM_BATCHES", minimum=minimum, maximum=MOST, **TEXT, **more)
 
 
 def batch_size(default: int, help: str = "Rows in a batch.") -> Any:

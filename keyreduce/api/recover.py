@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -28,6 +29,7 @@ _MODE_HELP = "\n\n".join(f"{name}: {summary}" for name, summary in _SUMMARIES.it
 _RECONSTRUCT = {"panel": "reconstruct"}
 _TRAINING = {"panel": "lora and full"}
 _RATES = ", ".join(f"{mode} {rate:g}" for mode, rate in RATES.items())
+_AMOUNT = f"{modes.BATCHES}; for reconstruct on a GPU {modes.MOST_TOKENS:,} tokens, fewer if wider than 1,024"
 _DEFAULTS = {name: str(value) for name, value in (Training(lr=0.0)._asdict() | Steps()._asdict()).items()}
 
 
@@ -63,7 +65,7 @@ class RecoverRequest(options.OfRun, options.OfText, options.OfPair, options.Uplo
     heldout: tuple[Path, ...] = option(
         (), "Other text, to measure perplexity before and after; may be repeated.", metavar="FILE|FOLDER", panel="Text"
     )
-    num_batches: int = options.num_batches(32)
+    num_batches: int | None = options.num_batches(None, shown_default=_AMOUNT)
     batch_size: int = options.batch_size(8)
     seq_len: int = options.seq_len(512)
     repeats: float | None = option(
@@ -72,7 +74,12 @@ class RecoverRequest(options.OfRun, options.OfText, options.OfPair, options.Uplo
         metavar="SHARE",
         shown_default=f"{REPEATS:g}",
     )
-    steps: int | None = _setting("steps", "Gradient steps in each layer.", minimum=1, **_RECONSTRUCT)
+    steps: int | None = _setting(
+        "steps",
+        "Gradient steps in each layer.",
+        shown_default=f"{Steps().steps}, or {modes.PASSES} passes if these are more",
+        **_RECONSTRUCT | {"minimum": 1},
+    )
     lr: float | None = option(None, "Highest learning rate.", shown_default=_RATES)
     scope: Scope | None = _setting(
         "scope", "What is fitted: the mixer to the dense block or mixer, or mixer and MLP to the block.", **_RECONSTRUCT
@@ -127,6 +134,15 @@ class RecoverRequest(options.OfRun, options.OfText, options.OfPair, options.Uplo
         Raises KeyreduceError if that mode has no such setting.
         """
         return replace(self, mode=modes.resolve_mode(self.mode, device_type, self.settings))
+
+    def amount(self, device_type: str, width: int) -> "Settings":
+        """Return how much text a resolved request takes for a model of so many hidden channels."""
+        from keyreduce.calibration.run import Settings
+
+        number = self.num_batches
+        if number is None:
+            number = modes.default_batches(self.mode, device_type, self.batch_size * self.seq_len, width)
+        return Settings(number, self.batch_size, self.seq_len, self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,16 +282,16 @@ class _Found(NamedTuple):
 def _find(request: RecoverRequest, device: "torch.device") -> _Found:
     """Check a request whose mode is resolved, and find what it names, or what the record of the pruned model does."""
     from keyreduce.api.pair import find_dense
-    from keyreduce.calibration.run import Settings
     from keyreduce.checkpoint.find import find_model
     from keyreduce.checkpoint.folder import open_folder
     from keyreduce.checkpoint.record import Record
+    from keyreduce.families import family_of
     from keyreduce.outputs import refuse_source
     from keyreduce.recovery.repeats import check_repeats
 
     given, trains, workspace = request.settings, request.trains, request.workspace
     repeats = REPEATS if trains else given.pop("repeats", REPEATS)
-    how = (modes.make_training if trains else modes.make_steps)(request.mode, given)
+    modes.check_settings(request.mode, given)
     check_repeats(repeats)
     if request.compressed is None and not workspace.pruned.is_dir():
         raise KeyreduceError(
@@ -298,8 +314,11 @@ def _find(request: RecoverRequest, device: "torch.device") -> _Found:
     sources = [Path(compressed)] if os.path.isdir(compressed) else []
     for source in (*sources, *(model.path for model in (pruned, dense, teacher) if model is not None)):
         refuse_source(target, source)
-    settings = Settings(request.num_batches, request.batch_size, request.seq_len, request.seed)
-    return _Found(request, pruned, dense, teacher, dense_name, text, settings, how, repeats, target, device)
+    settings = request.amount(device.type, family_of(pruned.config).width(pruned.config))
+    make = modes.make_training if trains else partial(modes.make_steps, num_batches=settings.num_batches)
+    return _Found(
+        request, pruned, dense, teacher, dense_name, text, settings, make(request.mode, given), repeats, target, device
+    )
 
 
 def _recover_layers(found: _Found, reporter: Reporter) -> None:

@@ -37,13 +37,13 @@ prefers may not hold for others. The longer a row, the more a state has to hold,
 one of values: on rows of 512 tokens too few keys would be kept.
 """
 RECOVERED = {"cpu": Settings(num_batches=16), "cuda": Settings(num_batches=32)}
-"""Type of device -> the most text that candidates are recovered on: a quarter and a half of what a recovery takes by
-default, as there are several. It is never more than the statistics are of.
+"""Type of device -> the most text that candidates are recovered on: less than a recovery takes by default, as there are
+several. It is never more than the statistics are of.
 
 On less text than the recovery itself will take, cuts that leave more weights to fit look worse than they will be.
 """
 STEPS = Steps(steps=128)
-"""The gradient steps of candidates on a GPU, where ``reconstruct`` follows: a quarter of what it takes by default."""
+"""The gradient steps of candidates on a GPU, where ``reconstruct`` follows: fewer than it takes by default."""
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,19 @@ RATES = {RECONSTRUCT: 5e-4, LORA: 5e-4, FULL: 2e-5}
 """The learning rate of a mode, unless another one is asked for."""
 REPEATS = 0.125
 """The share of the rows of a layer-wise recovery that :mod:`keyreduce.recovery.repeats` replaces."""
+BATCHES = 32
+"""Batches of text that a recovery takes, unless another number is asked for, or :func:`default_batches` says more."""
+MOST_TOKENS = 2**20
+_MOST_HIDDEN = 2**30  # numbers: 4 GiB in float32, and there are four copies
+PASSES = 8
+"""Gradient steps take so many passes over the text, unless these are fewer steps than :class:`Steps` has."""
 
 
 class Steps(NamedTuple):
     """How gradient steps fit a layer.
 
     Attributes:
-        steps: Adam steps, one batch each.
+        steps: Adam steps, one batch each; :func:`make_steps` takes more by default where there is more text.
         lr: the highest learning rate; it rises during a twentieth of the steps and then falls to 0 along a cosine.
         scope: ``mixer`` fits the mixer to what the dense mixer gives. ``mixer-in-block`` fits the mixer so that the
             block, whose MLP stays as it is, gives what the dense block gives. ``block`` fits the mixer, the MLP and
@@ -116,13 +122,29 @@ def auto_note(taken: str) -> str:
     return f"auto takes {taken}: {_WHY[taken]}"
 
 
-def make_steps(mode: str, given: Mapping[str, Any]) -> Steps | None:
-    """Return the gradient steps of a mode, from fields of :class:`Steps`; None where it takes none.
+def default_batches(mode: str, device_type: str, batch_tokens: int, width: int) -> int:
+    """Return how many batches of text a recovery takes, unless a number is asked for.
+
+    On a GPU ``reconstruct`` takes 1,048,576 tokens, or as many as have hidden states of 4 GiB in float32, but no fewer
+    than elsewhere.
+
+    Args:
+        batch_tokens: the tokens of a batch.
+        width: the model's hidden channels.
+    """
+    if mode != RECONSTRUCT or device_type == "cpu":
+        return BATCHES
+    return max(BATCHES, min(MOST_TOKENS, _MOST_HIDDEN // width) // batch_tokens)
+
+
+def make_steps(mode: str, given: Mapping[str, Any], num_batches: int) -> Steps | None:
+    """Return the gradient steps of a mode on so many batches, from fields of :class:`Steps`; None where it takes none.
 
     Raises KeyreduceError if the mode has no such setting, or the learning rate is not above 0.
     """
-    _check(mode, given)
-    return Steps(**given) if mode == RECONSTRUCT else None
+    check_settings(mode, given)
+    least = Steps().steps
+    return Steps(**{"steps": max(least, PASSES * num_batches), **given}) if mode == RECONSTRUCT else None
 
 
 def make_training(mode: str, given: Mapping[str, Any]) -> Training:
@@ -130,11 +152,12 @@ def make_training(mode: str, given: Mapping[str, Any]) -> Training:
 
     Raises KeyreduceError if the mode has no such setting, or a number is out of its bounds.
     """
-    _check(mode, given)
+    check_settings(mode, given)
     return Training(**{"lr": RATES[mode], **given})
 
 
-def _check(mode: str, given: Mapping[str, Any]) -> None:
+def check_settings(mode: str, given: Mapping[str, Any]) -> None:
+    """Raise KeyreduceError if the mode has no such setting, or a number is out of its bounds."""
     _check_names(mode, given, f"`mode` {mode}")
     for name, value in given.items():
         if name in ("lr", "temperature", "lora_alpha") and not 0 < value < math.inf:

@@ -229,7 +229,7 @@ def test_models_in_memory_come_out_as_folders_do(pruned_pair, recovered, text, s
 )
 def test_settings_that_a_mode_does_not_have_are_refused(mode, options, told):
     with pytest.raises(KeyreduceError, match=told):
-        make_steps(mode, options)
+        make_steps(mode, options, 32)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from keyreduce.api.prune import PruneRequest
 from keyreduce.api.recover import RecoverRequest
 from keyreduce.errors import KeyreduceError
-from keyreduce.recovery.modes import auto_note, resolve_mode
+from keyreduce.recovery.modes import Steps, auto_note, make_steps, resolve_mode
 
 
 @pytest.mark.parametrize(("device_type", "taken"), [("cpu", "least-squares"), ("cuda", "reconstruct")])
@@ -29,3 +29,27 @@ def test_a_setting_that_the_mode_lacks_is_refused():
         RecoverRequest(scope="block").resolved("cpu")
     with pytest.raises(KeyreduceError, match="^on a GPU `mode` auto is reconstruct, .* no `lora_rank`; .* lora$"):
         RecoverRequest(lora_rank=3).resolved("cuda")
+
+
+@pytest.mark.parametrize(
+    ("mode", "device_type", "width", "tokens"),
+    [
+        ("reconstruct", "cuda", 1024, 2**20),
+        ("reconstruct", "cuda", 256, 2**20),
+        ("reconstruct", "cuda", 4096, 2**18),  # hidden states of 4 GiB
+        ("reconstruct", "cuda", 2**20, 2**17),
+        ("reconstruct", "cpu", 1024, 2**17),
+        ("least-squares", "cuda", 1024, 2**17),
+        ("full", "cuda", 1024, 2**17),
+    ],
+)
+def test_reconstruct_takes_more_text_on_a_gpu(mode, device_type, width, tokens):
+    assert RecoverRequest(mode=mode).amount(device_type, width).tokens == tokens
+    assert RecoverRequest(mode=mode, num_batches=3).amount(device_type, width).num_batches == 3
+
+
+def test_steps_pass_eight_times_over_the_text_at_least():
+    taken = {number: make_steps("reconstruct", {}, number) for number in (1, 64, 65, 256)}
+    assert {number: steps.steps for number, steps in taken.items()} == {1: 512, 64: 512, 65: 520, 256: 2048}
+    assert make_steps("reconstruct", {"steps": 3, "lr": 0.1}, 256) == Steps(3, 0.1)
+    assert make_steps("least-squares", {}, 256) is None
