@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import mean, stdev
 
-UNREPAIRED = ("exact", "none")
-"""What studies call a cut without a repair: not even corrected, and corrected."""
+UNREPAIRED = {"exact": "none, uncorrected", "none": "none"}
+"""What studies call a cut without a repair, and what their tables do."""
 GRID_KINDS = ("exact", "corrected", "least-squares")
 ENGINES = {"fla": "fla", "vllm": "vLLM", "vllm-plugin": "vLLM with the plugin", "sglang": "SGLang"}
 

@@ -12,7 +12,6 @@ from keyreduce.serving.state_formats import bytes_of
 _NO_TIME = ("s are left", "no time is left", "time of this call was over", "what it begins with was not made")
 """What `scale_study.py` says of a step for which there was not time, or not for one before it."""
 _REPAIRS = (*UNREPAIRED, "least-squares", "reconstruct")  # or how their names begin, in the order of the rows
-_NAMES = dict(zip(UNREPAIRED, ("none, uncorrected", "none"), strict=True))
 
 
 def print_tables(folder: Path) -> None:
@@ -87,7 +86,7 @@ def _runs_table(found: Sequence[Mapping], tell: Callable[[Mapping, Mapping], str
             cells.append(tell(runs[0], one["dense"]) if runs else "")
         share, _, tokens, repair, dtype = key
         if any(cells):
-            about = [f"-{100 * share:g}%" if share else "whole", dtype, _NAMES.get(repair, repair)]
+            about = [f"-{100 * share:g}%" if share else "whole", dtype, UNREPAIRED.get(repair, repair)]
             rows.append([*about, f"{tokens:,}" if tokens else "", *cells])
     yield from table(["state", "kept in", "repair", "tokens distilled", *(one["model"] for one in found)], rows)
 
