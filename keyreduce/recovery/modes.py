@@ -134,7 +134,7 @@ def default_batches(mode: str, device_type: str, batch_tokens: int, width: int) 
     """
     if mode != RECONSTRUCT or device_type == "cpu":
         return BATCHES
-    return max(BATCHES, min(MOST_TOKENS, _MOST_HIDDEN // width) // batch_tokens)
+    return max(BATCHES, min(MOST_TOKENS, _MOST_HIDDEN // width) // max(1, batch_tokens))
 
 
 def make_steps(mode: str, given: Mapping[str, Any], num_batches: int) -> Steps | None:
