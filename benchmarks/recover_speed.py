@@ -34,7 +34,7 @@ from keyreduce.models.loading import prepare_backend
 from keyreduce.models.meta import build_model
 from keyreduce.outputs import read_json, write_json
 from keyreduce.recovery.least_squares import refit_output
-from keyreduce.recovery.modes import Steps
+from keyreduce.recovery.modes import LEAST_STEPS, Steps
 from keyreduce.recovery.pace import Pace
 from keyreduce.recovery.reconstruct import reconstruct
 from keyreduce.recovery.streams import Stream, open_stream
@@ -244,7 +244,7 @@ def profiled(run: Callable) -> dict:
 
 def add_up(report: dict) -> dict:
     """Return a report with the seconds of a recovery of all layers, by its parts, for each way."""
-    layers, steps = report["layers"], Steps().steps
+    layers, steps = report["layers"], LEAST_STEPS
     for name, way in report["ways"].items():
         if "step" in way:
             home = "cpu" if name.endswith("-cpu") and "cpu" in report["gather"] else "device"
@@ -269,7 +269,7 @@ def print_report(report: dict) -> None:
         print(f"- a layer's hidden states, which wait on the {home}: {words}")
     words = ", ".join(f"{name} {value:.3f}" for name, value in report["least_squares"].items())
     print(f"- a layer's least squares: {words}\n")
-    print(f"| steps | ms | computing, ms | kernels | layer besides | first | error | {Steps().steps} steps in all |")
+    print(f"| steps | ms | computing, ms | kernels | layer besides | first | error | {LEAST_STEPS} steps in all |")
     print(f"|{'---|' * 8}")
     for name, way in report["ways"].items():
         if "step" not in way:

@@ -7,8 +7,8 @@
     python benchmarks/recovery_study.py ... --table [--summary FILE.json]
 
 A ratio is a share of the key channels, or `state=SHARE` of the state, whose sizes `keyreduce prune --state-ratio`
-chooses. A repair is a mode of `keyreduce recover` that goes layer by layer; with `none` there is only the correction of
-the writing strength, with `exact` not even that. A kind is one that trains the model after
+chooses. A repair is a mode of `keyreduce recover` that goes layer by layer; with `none` the cut has its corrections,
+with `exact` not even these. A kind is one that trains the model after
 it, distilled or not from the dense model. After a colon come the options that are not their defaults. Both take the
 calibration text, and each seed another order of it. Each number of tokens is a run of its own, with its own schedule.
 

@@ -394,7 +394,20 @@ def _recoveries(sources: Mapping[str, list[Source]], pictures: list[Picture]) ->
         yield made + _side_by_side(found)
         if "remark" in found:
             yield found["remark"]
+        if "from_scratch" in found:
+            yield _from_scratch(found["from_scratch"], found["dense"])
         yield from _text(recovery_tables(found))
+
+
+def _from_scratch(one: Mapping, dense: Mapping) -> str:
+    """Return what a model is like that has the sizes of a cut from the beginning."""
+    config = ", ".join(f"{name} {value}" for name, value in one["config"].items())
+    recall = ", ".join(f"{100 * right:.1f}% in {kind}" for kind, right in one["recall"].items())
+    return (
+        f"The same config with {config}, which is {one['parameters'] / 1e6:.1f}M parameters, trained likewise from "
+        f"scratch on {one['tokens_seen'] / 1e6:.1f}M tokens in {one['seconds'] / 60:.1f} minutes, has a perplexity of "
+        f"{one['perplexity']:.4f} ({100 * (one['perplexity'] / dense['perplexity'] - 1):+.2f}%), and {recall}."
+    )
 
 
 def _diagnoses(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> Iterator[str]:
@@ -412,6 +425,8 @@ def _diagnoses(sources: Mapping[str, list[Source]], pictures: list[Picture]) -> 
         amount += f" --layer-rows {found['layer_rows']}" if found.get("layer_rows", 16) != 16 else ""
         amount += f" --only {shlex.join(asked)}"
         yield _command(f"benchmarks/repair_diagnosis.py --output {source.name} {_model(found['model'])} {amount}")
+        if "remark" in found:
+            yield found["remark"]
         yield (
             f"{found['device']}; cut to {sizes['head_k_dim']} x {sizes['head_v_dim']}. Perplexity over dense; recall "
             "is the loss over dense, in nats, on random tokens that repeat. Removed: of what the mixers' outputs miss "

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from scale_tables import removed, rise, state_bytes
-from state_picture import scale_axes
+from state_picture import REPAIR_WORDS, scale_axes
 
 from keyreduce import drawing
 
@@ -125,8 +125,7 @@ def _by_bytes(one: Mapping) -> dict[str, list[tuple[float, float]]]:
 
 
 def _repair(run: Mapping) -> str:
-    names = {"none": "no repair", "least-squares": "least squares"}
-    repair = names.get(run["repair"], run["repair"])
+    repair = REPAIR_WORDS.get(run["repair"], run["repair"])
     if not run["tokens"]:
         return repair
     options = dict(part.partition("=")[::2] for part in run["kind"].partition(":")[2].split(","))

@@ -19,7 +19,7 @@ _MOST = 60.0  # percent; what costs more is not drawn
 _NEAR = 0.2  # percent; points of one size that are nearer to each other get one label
 _FORMATS = "all channels, in fewer bits"
 _COST = "perplexity over dense, %"
-_REPAIRS = {"exact": "uncorrected", "none": "no repair", "least-squares": "least squares", "reconstruct": "reconstruct"}
+REPAIR_WORDS = {"exact": "uncorrected", "none": "no repair", "least-squares": "least squares"}
 
 
 class Point(NamedTuple):
@@ -129,7 +129,7 @@ def _of_study(known: Known, study: Mapping) -> dict[str, list[Point]]:
     for (repair, dtype, _), runs in groups.items():
         costs = [cost for _, cost in runs]
         error = stdev(costs) if len(costs) > 1 else 0.0
-        name = f"fewer channels, {_REPAIRS.get(repair, repair)}" + ("" if dtype == "float32" else f", in {dtype}")
+        name = f"fewer channels, {REPAIR_WORDS.get(repair, repair)}" + ("" if dtype == "float32" else f", in {dtype}")
         found.setdefault(name, []).append(Point(mean(size for size, _ in runs), mean(costs), error, ""))
     return {name: sorted(points, reverse=True) for name, points in found.items()}
 

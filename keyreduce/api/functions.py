@@ -175,7 +175,7 @@ def recover(
         mode: ``least-squares``, ``reconstruct``, ``lora`` or ``full``; ``auto`` is ``reconstruct`` on a GPU, and
             ``least-squares`` on a CPU.
         settings: ``num_batches``, ``batch_size``, ``seq_len``, ``repeats``, ``steps``, ``lr``, ``scope``, ``seed``,
-            ``device``, ...
+            ``device``, ...; by default as of :class:`keyreduce.api.recover.RecoverRequest`
 
     Returns:
         The same module, or the path of the folder.
@@ -211,9 +211,9 @@ def recover(
     request = request.resolved(device.type)
     given = request.settings
     where: dict[str, Any] = {"device": device, "repeats": given.pop("repeats", REPEATS), "note": reporter.note}
+    steps = make_steps(request.mode, given)
     amount = request.amount(device.type, family_in(model).width(model.config.to_dict()))
     amount.check()
-    steps = make_steps(request.mode, given, amount.num_batches)
     if mode == AUTO:
         reporter.note(auto_note(request.mode))
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}

@@ -4,7 +4,6 @@ import os
 import shutil
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -29,7 +28,8 @@ _MODE_HELP = "\n\n".join(f"{name}: {summary}" for name, summary in _SUMMARIES.it
 _RECONSTRUCT = {"panel": "reconstruct"}
 _TRAINING = {"panel": "lora and full"}
 _RATES = ", ".join(f"{mode} {rate:g}" for mode, rate in RATES.items())
-_AMOUNT = f"{modes.BATCHES}; for reconstruct on a GPU {modes.MOST_TOKENS:,} tokens, fewer if wider than 1,024"
+_AMOUNT = f"{modes.BATCHES}; for reconstruct on a GPU {modes.GPU_TOKENS:,} tokens, fewer of wide models"
+_STEPS = f"{modes.PASSES} passes over the text, but {modes.LEAST_STEPS:,} to {modes.MOST_STEPS:,}"
 _DEFAULTS = {name: str(value) for name, value in (Training(lr=0.0)._asdict() | Steps()._asdict()).items()}
 
 
@@ -75,10 +75,7 @@ class RecoverRequest(options.OfRun, options.OfText, options.OfPair, options.Uplo
         shown_default=f"{REPEATS:g}",
     )
     steps: int | None = _setting(
-        "steps",
-        "Gradient steps in each layer.",
-        shown_default=f"{Steps().steps}, or {modes.PASSES} passes if these are more",
-        **_RECONSTRUCT | {"minimum": 1},
+        "steps", "Gradient steps in each layer.", shown_default=_STEPS, **_RECONSTRUCT | {"minimum": 1}
     )
     lr: float | None = option(None, "Highest learning rate.", shown_default=_RATES)
     scope: Scope | None = _setting(
@@ -161,8 +158,9 @@ class RecoverResult(Result):
     seconds: float  # how long it took.
     # layer -> figures: ``ridge``, the strength of the regression; ``missing_before`` and ``missing_after``, the
     # share of the squares of the dense mixer's output that is missing before and after it; with reconstruct also
-    # ``missing_reconstructed``, the same after the gradient steps, and ``error_first`` and ``error_last``, the
-    # relative error of what they fit, averaged over their first and last sixteenth. None for lora and full.
+    # ``steps``, ``missing_reconstructed``, the same after these gradient steps, and ``error_first`` and
+    # ``error_last``, the relative error of what they fit, averaged over their first and last sixteenth. None for lora
+    # and full.
     layers: dict[str, dict[str, float]] | None = None
     trained_parameters: int | None = None  # how many parameters lora or full trained.
     passes: int | None = None  # the number of passes through the text that it began.
@@ -291,7 +289,7 @@ def _find(request: RecoverRequest, device: "torch.device") -> _Found:
 
     given, trains, workspace = request.settings, request.trains, request.workspace
     repeats = REPEATS if trains else given.pop("repeats", REPEATS)
-    modes.check_settings(request.mode, given)
+    how = (modes.make_training if trains else modes.make_steps)(request.mode, given)
     check_repeats(repeats)
     if request.compressed is None and not workspace.pruned.is_dir():
         raise KeyreduceError(
@@ -315,10 +313,7 @@ def _find(request: RecoverRequest, device: "torch.device") -> _Found:
     for source in (*sources, *(model.path for model in (pruned, dense, teacher) if model is not None)):
         refuse_source(target, source)
     settings = request.amount(device.type, family_of(pruned.config).width(pruned.config))
-    make = modes.make_training if trains else partial(modes.make_steps, num_batches=settings.num_batches)
-    return _Found(
-        request, pruned, dense, teacher, dense_name, text, settings, make(request.mode, given), repeats, target, device
-    )
+    return _Found(request, pruned, dense, teacher, dense_name, text, settings, how, repeats, target, device)
 
 
 def _recover_layers(found: _Found, reporter: Reporter) -> None:

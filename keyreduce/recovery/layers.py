@@ -193,7 +193,7 @@ def _recover_streams(
 ) -> dict[int, dict[str, float]]:
     config = pruned.model.config.to_dict()
     mixers, figures = set(pruned.family.mixer_layers(config)), {}
-    in_all = 0 if steps is None else steps.steps * len(mixers)
+    in_all = 0 if steps is None else steps.number(len(pruned.batches)) * len(mixers)
     pace = pace or Pace.of(pruned.device, in_all)  # one for all layers: what does not work is not tried again
     with pace.products():
         for layer in range(pruned.family.depth(config)):

@@ -36,27 +36,33 @@ RATES = {RECONSTRUCT: 5e-4, LORA: 5e-4, FULL: 2e-5}
 REPEATS = 0.125
 """The share of the rows of a layer-wise recovery that :mod:`keyreduce.recovery.repeats` replaces."""
 BATCHES = 32
-"""Batches of text that a recovery takes, unless another number is asked for, or :func:`default_batches` says more."""
-MOST_TOKENS = 2**20
-_MOST_HIDDEN = 2**30  # numbers: 4 GiB in float32, and there are four copies
-PASSES = 8
-"""Gradient steps take so many passes over the text, unless these are fewer steps than :class:`Steps` has."""
+"""Batches of text that a recovery takes by default; on a GPU see :func:`default_batches`."""
+GPU_TOKENS = 2**20
+"""Tokens that ``reconstruct`` takes on a GPU by default, of models of up to :data:`GPU_WIDTH` hidden channels."""
+GPU_WIDTH = 1024
+"""Of wider models it takes fewer: the hidden states of all tokens, of which there are four copies, stay at 4 GiB."""
+PASSES, LEAST_STEPS, MOST_STEPS = 8, 512, 2048
+"""Passes that gradient steps take over the text by default, and the least and most steps that this may be."""
 
 
 class Steps(NamedTuple):
     """How gradient steps fit a layer.
 
     Attributes:
-        steps: Adam steps, one batch each; :func:`make_steps` takes more by default where there is more text.
+        steps: Adam steps, one batch each; for None see :meth:`number`.
         lr: the highest learning rate; it rises during a twentieth of the steps and then falls to 0 along a cosine.
         scope: ``mixer`` fits the mixer to what the dense mixer gives. ``mixer-in-block`` fits the mixer so that the
             block, whose MLP stays as it is, gives what the dense block gives. ``block`` fits the mixer, the MLP and
             their norms to what the dense block gives.
     """
 
-    steps: int = 512
+    steps: int | None = None
     lr: float = RATES[RECONSTRUCT]
     scope: Scope = "mixer-in-block"
+
+    def number(self, batches: int) -> int:
+        """Return how many steps are taken on so many batches: by default 8 passes, but 512 to 2,048 steps."""
+        return min(MOST_STEPS, max(LEAST_STEPS, PASSES * batches)) if self.steps is None else self.steps
 
 
 class Training(NamedTuple):
@@ -125,26 +131,25 @@ def auto_note(taken: str) -> str:
 def default_batches(mode: str, device_type: str, batch_tokens: int, width: int) -> int:
     """Return how many batches of text a recovery takes, unless a number is asked for.
 
-    On a GPU ``reconstruct`` takes 1,048,576 tokens, or as many as have hidden states of 4 GiB in float32, but no fewer
-    than elsewhere.
+    On a CUDA GPU, where ``reconstruct`` is fast, it takes :data:`GPU_TOKENS`, fewer of wider models, but no fewer
+    batches than elsewhere.
 
     Args:
         batch_tokens: the tokens of a batch.
         width: the model's hidden channels.
     """
-    if mode != RECONSTRUCT or device_type == "cpu":
+    if mode != RECONSTRUCT or device_type != "cuda":
         return BATCHES
-    return max(BATCHES, min(MOST_TOKENS, _MOST_HIDDEN // width) // max(1, batch_tokens))
+    return max(BATCHES, GPU_TOKENS * GPU_WIDTH // max(GPU_WIDTH, width) // max(1, batch_tokens))
 
 
-def make_steps(mode: str, given: Mapping[str, Any], num_batches: int) -> Steps | None:
-    """Return the gradient steps of a mode on so many batches, from fields of :class:`Steps`; None where it takes none.
+def make_steps(mode: str, given: Mapping[str, Any]) -> Steps | None:
+    """Return the gradient steps of a mode, from fields of :class:`Steps`; None where it takes none.
 
     Raises KeyreduceError if the mode has no such setting, or the learning rate is not above 0.
     """
-    check_settings(mode, given)
-    least = Steps().steps
-    return Steps(**{"steps": max(least, PASSES * num_batches), **given}) if mode == RECONSTRUCT else None
+    _check(mode, given)
+    return Steps(**given) if mode == RECONSTRUCT else None
 
 
 def make_training(mode: str, given: Mapping[str, Any]) -> Training:
@@ -152,12 +157,11 @@ def make_training(mode: str, given: Mapping[str, Any]) -> Training:
 
     Raises KeyreduceError if the mode has no such setting, or a number is out of its bounds.
     """
-    check_settings(mode, given)
+    _check(mode, given)
     return Training(**{"lr": RATES[mode], **given})
 
 
-def check_settings(mode: str, given: Mapping[str, Any]) -> None:
-    """Raise KeyreduceError if the mode has no such setting, or a number is out of its bounds."""
+def _check(mode: str, given: Mapping[str, Any]) -> None:
     _check_names(mode, given, f"`mode` {mode}")
     for name, value in given.items():
         if name in ("lr", "temperature", "lora_alpha") and not 0 < value < math.inf:

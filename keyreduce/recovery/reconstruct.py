@@ -21,7 +21,7 @@ from keyreduce.recovery.streams import Stream
 def reconstruct(
     pruned: Stream, layer: int, targets: Sequence[torch.Tensor], settings: Steps, *, seed: int, pace: Pace | None = None
 ) -> dict[str, float]:
-    """Fit a layer, in place, and return its error, averaged over the first and over the last sixteenth of the steps.
+    """Fit a layer, in place; return the steps, and the error averaged over the first and the last sixteenth of them.
 
     The error of a token is the squared difference, divided by the mean square of what the dense model gives for it: the
     norm that follows divides by the same.
@@ -58,24 +58,25 @@ def reconstruct(
         return error.detach()
 
     generator = torch.Generator().manual_seed(seed)
-    errors_S, order = torch.zeros(settings.steps, device=device), []
+    steps = settings.number(len(targets))
+    errors_S, order = torch.zeros(steps, device=device), []
     try:
         with torch.enable_grad(), pace.running(pruned.family, pruned.model.config.to_dict(), device):
             take = pace.paced(step, device)
-            for number in range(settings.steps):
+            for number in range(steps):
                 order = order or torch.randperm(len(targets), generator=generator).tolist()
                 place = order.pop()
-                _set_rate(optimizer, settings.lr * warm_cosine(number, settings.steps))
+                _set_rate(optimizer, settings.lr * warm_cosine(number, steps))
                 errors_S[number] = take(*pruned.inputs(place), targets[place].to(device))
     finally:
         for parameter, wanted in wanted_gradients:
             parameter.grad = None
             parameter.requires_grad_(wanted)
-    few = max(1, settings.steps // 16)
+    few = max(1, steps // 16)
     first, last = (float(some.mean()) for some in (errors_S[:few], errors_S[-few:]))
     if not math.isfinite(last):
         raise KeyreduceError(f"layer {layer} does not converge at learning rate {settings.lr:g}; give a lower `lr`")
-    return {"error_first": first, "error_last": last}
+    return {"steps": steps, "error_first": first, "error_last": last}
 
 
 def _adam(parameters: list[torch.nn.Parameter], lr: float, device: torch.device) -> torch.optim.Adam:

@@ -17,6 +17,7 @@ from keyreduce.data.batches import batches, spread_rows, text_token_ids, token_r
 from keyreduce.data.text import FileText
 from keyreduce.errors import KeyreduceError
 from keyreduce.models.loading import load_model
+from keyreduce.recovery import modes
 from keyreduce.recovery.layers import recover_checkpoint, recover_layers
 from keyreduce.recovery.modes import MODES, Steps, make_steps
 from keyreduce.recovery.repeats import with_repeats
@@ -185,6 +186,14 @@ def test_gradient_steps_bring_the_first_mixer_nearer_than_least_squares(pruned_p
     assert result.layers[0]["missing_reconstructed"] == pytest.approx(missing, rel=1e-3)
 
 
+def test_steps_follow_the_text_that_there_is(pruned_pair, recovered, monkeypatch):
+    dense, pruned = pruned_pair(build("delta_net", num_hidden_layers=1), key=6)
+    monkeypatch.setattr(modes, "LEAST_STEPS", 1)
+    monkeypatch.setattr(modes, "PASSES", 2)
+    _, result = recovered(dense, pruned, Steps(), SETTINGS._replace(num_batches=1000))
+    assert result.layers[0]["steps"] == 2 * 25  # 4,000 bytes are 25 batches of 2 rows of 80 tokens
+
+
 def test_gradient_steps_repeat(pruned_pair, recovered):
     dense, pruned = pruned_pair(build("delta_net"), key=6)
     one, other = (recovered(dense, pruned, Steps(8, 1e-3, "block"), FEW)[1] for _ in range(2))
@@ -229,7 +238,7 @@ def test_models_in_memory_come_out_as_folders_do(pruned_pair, recovered, text, s
 )
 def test_settings_that_a_mode_does_not_have_are_refused(mode, options, told):
     with pytest.raises(KeyreduceError, match=told):
-        make_steps(mode, options, 32)
+        make_steps(mode, options)
 
 
 @pytest.mark.parametrize(

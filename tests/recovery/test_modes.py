@@ -5,7 +5,7 @@ import pytest
 from keyreduce.api.prune import PruneRequest
 from keyreduce.api.recover import RecoverRequest
 from keyreduce.errors import KeyreduceError
-from keyreduce.recovery.modes import Steps, auto_note, make_steps, resolve_mode
+from keyreduce.recovery.modes import Steps, auto_note, resolve_mode
 
 
 @pytest.mark.parametrize(("device_type", "taken"), [("cpu", "least-squares"), ("cuda", "reconstruct")])
@@ -39,6 +39,7 @@ def test_a_setting_that_the_mode_lacks_is_refused():
         ("reconstruct", "cuda", 4096, 2**18),  # hidden states of 4 GiB
         ("reconstruct", "cuda", 2**20, 2**17),
         ("reconstruct", "cpu", 1024, 2**17),
+        ("reconstruct", "mps", 1024, 2**17),
         ("least-squares", "cuda", 1024, 2**17),
         ("full", "cuda", 1024, 2**17),
     ],
@@ -46,10 +47,10 @@ def test_a_setting_that_the_mode_lacks_is_refused():
 def test_reconstruct_takes_more_text_on_a_gpu(mode, device_type, width, tokens):
     assert RecoverRequest(mode=mode).amount(device_type, width).tokens == tokens
     assert RecoverRequest(mode=mode, num_batches=3).amount(device_type, width).num_batches == 3
+    assert RecoverRequest(mode=mode, seq_len=2**16).amount(device_type, width).num_batches == 32
 
 
-def test_steps_pass_eight_times_over_the_text_at_least():
-    taken = {number: make_steps("reconstruct", {}, number) for number in (1, 64, 65, 256)}
-    assert {number: steps.steps for number, steps in taken.items()} == {1: 512, 64: 512, 65: 520, 256: 2048}
-    assert make_steps("reconstruct", {"steps": 3, "lr": 0.1}, 256) == Steps(3, 0.1)
-    assert make_steps("least-squares", {}, 256) is None
+def test_steps_pass_eight_times_over_the_text():
+    taken = {batches: Steps().number(batches) for batches in (1, 64, 65, 256, 10_000)}
+    assert taken == {1: 512, 64: 512, 65: 520, 256: 2048, 10_000: 2048}
+    assert Steps(steps=3).number(10_000) == 3
