@@ -214,7 +214,7 @@ class Study:
         make_text = [*self.pretraining(next(iter(self.configs))), "--data", self.options.work / "text", "--text-only"]
         jobs = [self.job("text", [*make_text, "--output", kernels / "text", "--installed", *self.options.installed])]
         for model in self.configs if self.devices else ():
-            words = [*self.pretraining(model), "--data", kernels / "data", "--output", kernels / model]
+            words = [*self.pretraining(model), "--data", kernels / f"data-{model}", "--output", kernels / model]
             words += ["--text", ROOT / "keyreduce", "--heldout-text", ROOT / "benchmarks", "--heldout-rows", 8]
             micro = self.micro_batch(model, 1 if recipe_of(model).alone else len(self.devices))
             words += ["--steps", 1, "--batch-size", micro, "--micro-batch", micro]

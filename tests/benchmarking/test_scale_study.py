@@ -179,6 +179,18 @@ def test_more_tokens_are_expected_to_take_longer(tmp_path, monkeypatch):
     assert steps[4_000_000].stage < steps[16_000_000].stage > study.steps("delta-net-20m")[-1].stage
 
 
+def test_kernels_are_compiled_side_by_side(tmp_path, monkeypatch):
+    module = imported(monkeypatch)
+    monkeypatch.setattr(module, "gpus", lambda: ["0", "1"])
+    jobs = []
+    monkeypatch.setattr(module, "run_jobs", lambda some, **settings: jobs.extend(some) or [])
+    module.Study(module.parse_arguments([*words_of(tmp_path), "--models", *module.MODELS])).prepare()
+    assert [job.name for job in jobs] == ["text", *(f"kernels-{model}" for model in module.MODELS)]
+    for option in ("--data", "--output"):  # two that write the same folder would refuse each other
+        places = [job.argv[job.argv.index(option) + 1] for job in jobs]
+        assert len(set(places)) == len(places)
+
+
 def test_no_more_trainings_at_a_time_than_gpus(tmp_path, monkeypatch):
     module = imported(monkeypatch)
     monkeypatch.setattr(module, "gpus", lambda: ["0", "1"])
