@@ -28,8 +28,8 @@ _MODE_HELP = "\n\n".join(f"{name}: {summary}" for name, summary in _SUMMARIES.it
 _RECONSTRUCT = {"panel": "reconstruct"}
 _TRAINING = {"panel": "lora and full"}
 _RATES = ", ".join(f"{mode} {rate:g}" for mode, rate in RATES.items())
-_AMOUNT = f"{modes.BATCHES}; for reconstruct on a GPU {modes.GPU_TOKENS:,} tokens, fewer of wide models"
-_STEPS = f"{modes.PASSES} passes over the text, but {modes.LEAST_STEPS:,} to {modes.MOST_STEPS:,}"
+_AMOUNT = f"{modes.BATCHES}; for reconstruct on a GPU {modes.GPU_TOKENS:,} tokens"
+_STEPS = f"{modes.PASSES} passes, {modes.LEAST_STEPS} to {modes.MOST_STEPS}"
 _DEFAULTS = {name: str(value) for name, value in (Training(lr=0.0)._asdict() | Steps()._asdict()).items()}
 
 
@@ -74,9 +74,7 @@ class RecoverRequest(options.OfRun, options.OfText, options.OfPair, options.Uplo
         metavar="SHARE",
         shown_default=f"{REPEATS:g}",
     )
-    steps: int | None = _setting(
-        "steps", "Gradient steps in each layer.", shown_default=_STEPS, **_RECONSTRUCT | {"minimum": 1}
-    )
+    steps: int | None = _setting("steps", "Steps a layer.", shown_default=_STEPS, **_RECONSTRUCT | {"minimum": 1})
     lr: float | None = option(None, "Highest learning rate.", shown_default=_RATES)
     scope: Scope | None = _setting(
         "scope", "What is fitted: the mixer to the dense block or mixer, or mixer and MLP to the block.", **_RECONSTRUCT
