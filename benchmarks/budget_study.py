@@ -88,9 +88,8 @@ def main() -> None:
 def study(options: argparse.Namespace) -> None:
     """Measure everything that the output does not have yet."""
     folder = find_model(options.model)
-    found = (
-        read_json(options.output) if options.output.exists() else {"model": folder.name, "spread": SPREAD, "runs": []}
-    )
+    new = {"model": folder.name, "spread": SPREAD, "runs": []}
+    found = read_json(options.output) if options.output.exists() else new
     found |= {"calibration_tokens": options.num_batches * BATCH * ROW, "heldout_rows": options.heldout_rows}
     found |= {name: getattr(options, name) for name in ("every", "first_rows")}
     found |= {"device": device_name(pick_device(options.device))}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import mean
 
-from result_tables import UNREPAIRED, table
+from result_tables import REPAIR_WORDS, table
 
 
 def recovery_tables(found: Mapping) -> Iterator[str]:
@@ -30,16 +30,8 @@ def _table(runs: Sequence[Mapping], read: Callable[[Mapping], float], form: str)
             row = [run for run in of_start if run["kind"] in (None, kind)]
             cells = [_mean_and_spread([read(run) for run in row if run["tokens"] == count], form) for count in columns]
             share = ratio if "=" in ratio else f"{float(ratio):.0%}"
-            rows.append(
-                [
-                    method,
-                    share,
-                    UNREPAIRED.get(repair, repair),
-                    kind,
-                    *cells,
-                    f"{max(run['seconds'] for run in row):.0f}",
-                ]
-            )
+            seconds = f"{max(run['seconds'] for run in row):.0f}"
+            rows.append([method, share, REPAIR_WORDS.get(repair, repair), kind, *cells, seconds])
     millions = [f"{count / 1e6:g}M" for count in columns[1:]]
     yield from table(["method", "pruned", "first", "training", "0", *millions, "s"], rows)
 

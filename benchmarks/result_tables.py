@@ -7,8 +7,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import mean, stdev
 
-UNREPAIRED = {"exact": "none, uncorrected", "none": "none"}
-"""What studies call a cut without a repair, and what their tables do."""
+UNREPAIRED = ("exact", "none")
+"""What studies call a cut without a repair: not even corrected, and corrected."""
+REPAIR_WORDS = {"exact": "uncorrected", "none": "no repair", "least-squares": "least squares"}
+"""What tables and pictures call a repair, if not by its name."""
 GRID_KINDS = ("exact", "corrected", "least-squares")
 ENGINES = {"fla": "fla", "vllm": "vLLM", "vllm-plugin": "vLLM with the plugin", "sglang": "SGLang"}
 
@@ -56,7 +58,8 @@ def study_table(found: Mapping) -> Iterator[str]:
     groups: dict[tuple[str, ...], list[Mapping]] = {("nothing", "", "", "float32"): [base]}
     for run in found["runs"]:
         heads, key, value = run["sizes"]
-        groups.setdefault((run["cut"], f"{heads}, {key} x {value}", run["repair"], run["state_dtype"]), []).append(run)
+        repair = REPAIR_WORDS.get(run["repair"], run["repair"])
+        groups.setdefault((run["cut"], f"{heads}, {key} x {value}", repair, run["state_dtype"]), []).append(run)
     # What one draw of text chose stands beside what another one did.
     places = {part: list(dict.fromkeys(group[part] for group in groups)) for part in (0, 2, 3)}
     rows = []

@@ -6,8 +6,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+from result_tables import REPAIR_WORDS
 from scale_tables import removed, rise, state_bytes
-from state_picture import REPAIR_WORDS, scale_axes
+from state_picture import scale_axes
 
 from keyreduce import drawing
 
@@ -15,7 +16,6 @@ _COST = "perplexity over dense, %"
 _RULES = {"delta_net": "DeltaNet", "gated_deltanet": "Gated DeltaNet"}
 _HYBRIDS = "hybrids"
 _MIB = 2**20
-_LEFT_OUT = "exact"  # so that the repairs fill the picture; the tables have it
 
 
 def draw_by_size(found: Sequence[Mapping]) -> Figure:
@@ -105,8 +105,8 @@ def _lines(found: Sequence[Mapping], places: Sequence[float], share: float) -> d
     """Return repair -> (place, cost) of each model, for one share removed, states in float32."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for one, place in zip(found, places, strict=True):
-        for run in one["runs"]:
-            if removed(run) == share and "state_dtype" not in run and run["repair"] != _LEFT_OUT:
+        for run in _drawn(one):
+            if removed(run) == share and "state_dtype" not in run:
                 lines.setdefault(_repair(run), []).append((place, rise(run, one["dense"])))
     return lines
 
@@ -114,14 +114,17 @@ def _lines(found: Sequence[Mapping], places: Sequence[float], share: float) -> d
 def _by_bytes(one: Mapping) -> dict[str, list[tuple[float, float]]]:
     """Return way -> (MiB, cost) of one model's runs."""
     ways: dict[str, list[tuple[float, float]]] = {}
-    for run in one["runs"]:
-        if run["repair"] == _LEFT_OUT:
-            continue
+    for run in _drawn(one):
         dtype = run.get("state_dtype", "float32")
         name = f"fewer channels, {_repair(run)}" + ("" if dtype == "float32" else f", in {dtype}")
         point = state_bytes(one["config"], run) / _MIB, rise(run, one["dense"])
         ways.setdefault(name if removed(run) else _BITS, []).append(point)
     return ways
+
+
+def _drawn(one: Mapping) -> list[Mapping]:
+    """Return the runs of a model without the uncorrected cuts, which cost so much that all else would be small."""
+    return [run for run in one["runs"] if run["repair"] != "exact"]
 
 
 def _repair(run: Mapping) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from result_tables import UNREPAIRED, table
+from result_tables import REPAIR_WORDS, UNREPAIRED, table
 
 from keyreduce.families import family_of
 from keyreduce.outputs import read_json
@@ -86,7 +86,7 @@ def _runs_table(found: Sequence[Mapping], tell: Callable[[Mapping, Mapping], str
             cells.append(tell(runs[0], one["dense"]) if runs else "")
         share, _, tokens, repair, dtype = key
         if any(cells):
-            about = [f"-{100 * share:g}%" if share else "whole", dtype, UNREPAIRED.get(repair, repair)]
+            about = [f"-{100 * share:g}%", dtype, REPAIR_WORDS.get(repair, repair)] if share else ["whole", dtype, ""]
             rows.append([*about, f"{tokens:,}" if tokens else "", *cells])
     yield from table(["state", "kept in", "repair", "tokens distilled", *(one["model"] for one in found)], rows)
 

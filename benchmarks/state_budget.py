@@ -80,9 +80,8 @@ def measure(options: argparse.Namespace) -> None:
         )
     layers = dense.family.layer_sizes(module.config)
     before, curves = next(iter(layers.values())), read_curves(open_folder(folder), statistics)
-    found = (
-        read_json(options.output) if options.output.exists() else {"model": folder.name, "spread": SPREAD, "cuts": []}
-    )
+    new = {"model": folder.name, "spread": SPREAD, "cuts": []}
+    found = read_json(options.output) if options.output.exists() else new
     found |= {"calibration_tokens": statistics.tokens, "predictions": len(windows) * (ROW_LENGTH - 1)}
     found |= {"device": str(device), "processor": platform.machine(), "torch": torch.__version__}
     base = Perplexity.of(trials["exact"].costs(dense, "float32")).perplexity

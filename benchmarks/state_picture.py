@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from result_tables import REPAIR_WORDS
 
 from keyreduce import drawing
 from keyreduce.families import MixerSizes, family_of
@@ -19,7 +20,6 @@ _MOST = 60.0  # percent; what costs more is not drawn
 _NEAR = 0.2  # percent; points of one size that are nearer to each other get one label
 _FORMATS = "all channels, in fewer bits"
 _COST = "perplexity over dense, %"
-REPAIR_WORDS = {"exact": "uncorrected", "none": "no repair", "least-squares": "least squares"}
 
 
 class Point(NamedTuple):

@@ -287,7 +287,7 @@ def shapes_of(size: Size) -> Iterator[Tiling]:
 
 
 def policies_of(tiling: Tiling) -> Iterator[Tiling]:
-    """Yield a tiling with all that the caches can be told, and without overlapping launches."""
+    """Yield a tiling with each pair of cache policies for reads and writes, and one without overlapping launches."""
     for reads, writes in itertools.product(READS, WRITES):
         yield tiling._replace(reads=reads, writes=writes)
     yield tiling._replace(overlaps=False)
@@ -298,8 +298,8 @@ def search(
 ) -> tuple[dict[Size, Tiling], list[dict]]:
     """Return the best tiling of each size, and the rows of the finals.
 
-    First all shapes of tiles take turns, then the best of them with all that the caches can be told, and what comes out
-    first takes turns with fla's kernel.
+    First all shapes of tiles take turns, then the best of them with all cache policies, and the
+    fastest takes turns with fla's kernel.
     """
     slower: dict[Size, dict[Tiling, float]] = {size: {} for size in sizes}
     for candidates in (shapes_of, lambda size: itertools.chain(*map(policies_of, ranked(slower[size])[:SHAPES]))):

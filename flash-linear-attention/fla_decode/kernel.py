@@ -178,8 +178,8 @@ def decode_kernel(
 ):  # fmt: skip
     """Step one tile: BLOCK_V value channels of a head, and its key channels in parts of WIDTH.
 
-    What the caches are told is of the state alone. With OVERLAPS the programs of a launch take their places while the
-    launch before them ends.
+    The cache policies are those of reads and writes of the state alone. With OVERLAPS the programs of a launch start
+    while the launch before it ends (programmatic dependent launch).
     """
     BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     PARTS: tl.constexpr = (K + WIDTH - 1) // WIDTH

@@ -1,7 +1,8 @@
 """Where the kernel stands in for fla's, and which calls it takes.
 
 The functions of fla that its layers and transformers' models come to in every decoding step get fla's own dispatcher
-around them, if they do not have it already; there the kernel is registered. What it does not cover goes on to fla.
+around them, if they do not have it already; there the kernel is registered. Calls that it does not
+cover run in fla's own kernels.
 """
 
 import importlib

@@ -17,7 +17,7 @@ MAX_KEY_CHANNELS = 256
 
 
 class Tiling(NamedTuple):
-    """How the kernel takes the state: value channels of a tile, warps of a program, and what the caches are told.
+    """How the kernel takes the state: value channels of a tile, warps of a program, and cache policies.
 
     ``reads`` and ``writes`` of the state are an eviction policy or, with a dot, a modifier of PTX (of reads alone).
     With ``overlaps`` a launch begins while the one before it ends, on GPUs that can (programmatic dependent launch,

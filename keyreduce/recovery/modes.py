@@ -61,7 +61,7 @@ class Steps(NamedTuple):
     scope: Scope = "mixer-in-block"
 
     def number(self, batches: int) -> int:
-        """Return how many steps are taken on so many batches: by default 8 passes, but 512 to 2,048 steps."""
+        """Return how many steps are taken on so many batches: by default :data:`PASSES` over them, within bounds."""
         return min(MOST_STEPS, max(LEAST_STEPS, PASSES * batches)) if self.steps is None else self.steps
 
 

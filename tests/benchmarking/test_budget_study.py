@@ -46,7 +46,7 @@ def test_a_study_is_measured_once_and_printed(tmp_path, monkeypatch, capsys):
     run("--table", output)
     base = found["dense"]["perplexity"]
     rises = [100 * (runs[seed, "least-squares"]["perplexity"] / base - 1) for seed in (0, 1)]
-    assert f"| key=0.5 | 2, 8 x 16 | least-squares | float32 | {sum(rises) / 2:+.2f} ±" in capsys.readouterr().out
+    assert f"| key=0.5 | 2, 8 x 16 | least squares | float32 | {sum(rises) / 2:+.2f} ±" in capsys.readouterr().out
 
 
 def test_rows_of_a_text_that_lie_apart(tmp_path, monkeypatch):

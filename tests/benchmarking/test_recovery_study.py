@@ -50,7 +50,7 @@ def test_repairs_alone_with_recall_over_seeds(script, capsys):
     assert set(runs[0, "least-squares"]["layers"]) == {"0", "1"}
     dense, printed = read(out / "dense.json"), capsys.readouterr().out
     rises = [100 * (runs[seed, "least-squares"]["perplexity"] / dense["perplexity"] - 1) for seed in (0, 1)]
-    told = f"| rrqr | 50% | least-squares |  | {sum(rises) / 2:+.2f} ± {abs(rises[0] - rises[1]) / 2:.1f}% |"
+    told = f"| rrqr | 50% | least squares |  | {sum(rises) / 2:+.2f} ± {abs(rises[0] - rises[1]) / 2:.1f}% |"
     assert told in printed
     assert f"mqar, right answers of eight; the dense model {100 * dense['recall']['mqar']:.1f}%" in printed
 
@@ -69,7 +69,7 @@ def test_each_run_is_made_once_and_all_are_in_the_table(script, capsys, monkeypa
     dense = read(out / "dense.json")["perplexity"]
     at_start = runs["rrqr-0.5-least-squares-0/start.json"]["perplexity"]
     rises = [f"{100 * (value / dense - 1):+.2f}%" for value in (at_start, distilled["perplexity"])]
-    cells = row_of(capsys.readouterr().out, "rrqr", "50%", "least-squares", FULL)
+    cells = row_of(capsys.readouterr().out, "rrqr", "50%", "least squares", FULL)
     assert (cells[5], cells[7]) == tuple(rises)
 
     # Cut off, it makes what is missing alone.

@@ -59,7 +59,9 @@ def test_a_study_of_budgets(script):
     sources |= {"study": [script.Source(path, STUDY)], "grid": []}
     page, _ = script.make_page(sources)
     assert "--model delta-net-5m --cuts state=0.5 --repairs none reconstruct --state-dtypes int8 --seeds 0 1" in page
-    assert "| state=0.5 | 2, 64 x 128 | none | float32 | +15.00 ± 7.07% (+10.00 ± 0.00%) | 50.0 ± 0.0% | 60 |" in page
+    assert (
+        "| state=0.5 | 2, 64 x 128 | no repair | float32 | +15.00 ± 7.07% (+10.00 ± 0.00%) | 50.0 ± 0.0% | 60 |" in page
+    )
     precision = next(one.content for one in sources["precision"] if one.path.stem == "delta-net-5m-4096")
     figure = script.draw_state(script.Known("delta-net-5m", precision, [], [STUDY]))
     assert figure.get_suptitle().startswith("What a smaller state costs: delta-net-5m, 5.2M parameters\nheld-out text")

@@ -135,7 +135,7 @@ def test_study(study, tmp_path, capsys):
     rise = 100 * (found_in_float32[1]["perplexity"] / found["dense"]["perplexity"] - 1)
     printed = capsys.readouterr().out
     assert f"tiny: {folder}/model: {training['heldout_bits_per_byte']:.3f} bits per byte" in printed
-    assert f"| -50% | float32 | none |  | {rise:+.2f}% |" in printed
+    assert f"| -50% | float32 | no repair |  | {rise:+.2f}% |" in printed
 
     # Again, nothing is left to do; what was lost is made again, unless there is no time for it.
     calls = InThisProcess.calls
